@@ -1,0 +1,76 @@
+"""fnl_hf: factorized layers for Hugging Face Transformers.
+
+BERT whose attention is products of matrices, optimizers that decay the products instead of their factors, and the
+scripts that pretrain and fine-tune such models (Khodak et al., ICLR 2021).
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertTokenizerFast,
+)
+
+from fnl_hf.configuration_fnl_bert import FnlBertConfig
+from fnl_hf.errors import UserInputError
+from fnl_hf.factorization import FactorPair, product_norms, spectral_factors
+from fnl_hf.inference import ask
+from fnl_hf.modeling_fnl_bert import (
+    FnlBertForMaskedLM,
+    FnlBertForMultipleChoice,
+    FnlBertForNextSentencePrediction,
+    FnlBertForPreTraining,
+    FnlBertForQuestionAnswering,
+    FnlBertForSequenceClassification,
+    FnlBertForTokenClassification,
+    FnlBertModel,
+    FnlBertPreTrainedModel,
+    FnlBertSelfAttention,
+    factor_pairs,
+)
+from fnl_hf.optim import FrobeniusAdamW, frobenius_param_groups
+
+__version__ = "0.1.0"
+
+AutoConfig.register("fnl_bert", FnlBertConfig, exist_ok=True)
+AutoTokenizer.register(FnlBertConfig, fast_tokenizer_class=BertTokenizerFast, exist_ok=True)
+for _auto_class, _model_class in (
+    (AutoModel, FnlBertModel),
+    (AutoModelForPreTraining, FnlBertForPreTraining),
+    (AutoModelForMaskedLM, FnlBertForMaskedLM),
+    (AutoModelForNextSentencePrediction, FnlBertForNextSentencePrediction),
+    (AutoModelForQuestionAnswering, FnlBertForQuestionAnswering),
+    (AutoModelForSequenceClassification, FnlBertForSequenceClassification),
+    (AutoModelForTokenClassification, FnlBertForTokenClassification),
+    (AutoModelForMultipleChoice, FnlBertForMultipleChoice),
+):
+    _auto_class.register(FnlBertConfig, _model_class, exist_ok=True)
+
+__all__ = [
+    "FactorPair",
+    "FnlBertConfig",
+    "FnlBertForMaskedLM",
+    "FnlBertForMultipleChoice",
+    "FnlBertForNextSentencePrediction",
+    "FnlBertForPreTraining",
+    "FnlBertForQuestionAnswering",
+    "FnlBertForSequenceClassification",
+    "FnlBertForTokenClassification",
+    "FnlBertModel",
+    "FnlBertPreTrainedModel",
+    "FnlBertSelfAttention",
+    "FrobeniusAdamW",
+    "UserInputError",
+    "ask",
+    "factor_pairs",
+    "frobenius_param_groups",
+    "product_norms",
+    "spectral_factors",
+]

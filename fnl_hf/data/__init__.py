@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, masking; SQuAD features and answers."""

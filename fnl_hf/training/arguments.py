@@ -1,0 +1,113 @@
+"""Command lines: dataclasses, an optional YAML or JSON file, and flags that override it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from fnl_hf.errors import UserInputError
+from fnl_hf.optim.param_groups import DECAY_MODES
+
+OPTIMIZERS = ("adamw",)
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass
+class FnlTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` with the optimizer, its Frobenius decay, and what happens to an output folder in use."""
+
+    optimizer: str = field(
+        default="adamw", metadata={"help": "The optimizer, with decoupled Frobenius decay.", "choices": OPTIMIZERS}
+    )
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Decoupled weight decay of all matrices but the attention pairs."}
+    )
+    frobenius_decay: float | None = field(
+        default=None, metadata={"help": "Decay of the attention pairs. Default: equal to --weight_decay."}
+    )
+    decay_mode: str = field(
+        default="frobenius",
+        metadata={
+            "help": "How the attention pairs are decayed, at --frobenius_decay: the product's Frobenius norm, the "
+            "factors' own (weight), or not at all. Every other decay is untouched.",
+            "choices": DECAY_MODES,
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint folder, or 'auto': go on from the newest complete checkpoint in --output_dir, "
+            "start when there is none, end at once when the run is finished."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an output folder that is in use; its checkpoints are deleted."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide non-finite losses from the logs. Synchronizes in every step."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Not used: the datasets have no unused columns."}
+    )
+
+    def __post_init__(self):
+        if not (self.do_train or self.do_eval or self.do_predict):  # before an eval_strategy sets do_eval
+            self.do_train = self.do_eval = True
+        super().__post_init__()
+        default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
+        if self.optim != default_optim:
+            raise ValueError(f"--optim ({self.optim}) is not used here: set --optimizer, one of {OPTIMIZERS}")
+        if self.device.type == "cpu":  # pinned memory would only bring a warning
+            self.dataloader_pin_memory = False
+
+
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+    """Instances of the dataclasses from ``[config.yaml] [--flag value ...]``; flags override the file.
+
+    Raises:
+        UserInputError: an unreadable file, an unknown flag or key, or a value of the wrong kind.
+    """
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv = config_file_arguments(argv[0]) + argv[1:]
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+
+    def fail(message):
+        raise UserInputError(message)
+
+    parser.error = fail
+    try:
+        *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except UserInputError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # raised by the dataclasses' own checks
+        raise UserInputError(str(error)) from error
+    if unknown:
+        raise UserInputError(f"unknown argument: {' '.join(unknown)}")
+    return tuple(instances)
+
+
+def config_file_arguments(file: str) -> list[str]:
+    """The entries of a YAML or JSON mapping as a command line, so that they pass the same checks."""
+    path = Path(file)
+    if path.suffix.lower() not in CONFIG_SUFFIXES:
+        raise UserInputError(f"{file}: the first argument is a flag or a config file ({', '.join(CONFIG_SUFFIXES)})")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserInputError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserInputError(f"{file}: must hold a mapping of flags to values, holds {type(config).__name__}")
+    arguments = []
+    for key, value in config.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        arguments.append(f"--{key}")
+        arguments += [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+    return arguments

@@ -1,0 +1,84 @@
+"""The README.md of a saved model: what it is, how it was trained, how to load it."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+{description}
+
+| | |
+|---|---|
+{facts}
+
+## Results
+
+| metric | value |
+|---|---|
+{metrics}
+{plot}
+## Use
+
+With [fnl_hf](https://pypi.org/project/fnl-hf/) installed, `import fnl_hf` first; without it, pass
+`trust_remote_code=True`.
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
+model = {auto_class}.from_pretrained("path/to/this/model", trust_remote_code=True)
+```
+
+## Method
+
+The attention of each layer is 2H factorized layers, Q_h K_hᵀ and V_h O_hᵀ, with an adjustable embedding dimension E
+(Khodak, Tenenholtz, Mackey and Fusi, *Initialization and Regularization of Factorized Neural Layers*, ICLR 2021,
+[arXiv:2105.01029](https://arxiv.org/abs/2105.01029)).
+"""
+
+
+def write_model_card(
+    folder: str | Path,
+    title: str,
+    description: str,
+    auto_class: str,
+    facts: dict[str, Any],
+    metrics: dict[str, float],
+    tags: list[str],
+    plot: str | None = None,
+) -> None:
+    """Write ``folder/README.md`` from the facts and metrics given."""
+    data = ModelCardData(library_name="transformers", tags=["fnl_bert", "factorized-layers", *tags])
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
+    card = CARD.format(
+        metadata=data.to_yaml(),
+        title=title,
+        description=description,
+        auto_class=auto_class,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        metrics="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
+        plot=f"\n![training curves]({plot})\n" if plot else "",
+    )
+    ModelCard(card).save(Path(folder) / "README.md")
+
+
+def model_facts(model, args, data: str) -> dict[str, Any]:
+    """The rows that describe architecture, data and optimizer."""
+    config = model.config
+    embedding_size = getattr(config, "mha_embedding_size", config.hidden_size)
+    return {
+        "architecture": f"{type(model).__name__}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} heads",
+        "attention embedding dimension E": f"{embedding_size} ({embedding_size / config.hidden_size:.0%} of hidden size)",
+        "parameters": f"{model.num_parameters():,}",
+        "data": data,
+        "optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
+        "decay of the attention pairs": f"{args.decay_mode}, "
+        f"λ = {args.weight_decay if args.frobenius_decay is None else args.frobenius_decay}",
+    }

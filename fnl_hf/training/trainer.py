@@ -1,0 +1,72 @@
+"""``transformers.Trainer`` with our optimizers and losses that are means over the whole global batch."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from fnl_hf.optim import FrobeniusAdamW, frobenius_param_groups
+
+# The label arguments of BERT's heads; each loss is a mean over the entries of one of them.
+LABEL_NAMES = ("labels", "next_sentence_label", "start_positions", "end_positions")
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``FnlTrainingArguments`` describe, for any model with BERT attention."""
+    groups = frobenius_param_groups(model, args.weight_decay, args.frobenius_decay, args.decay_mode)
+    return FrobeniusAdamW(
+        groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=args.device.type in FUSED_DEVICES,
+    )
+
+
+class FnlTrainer(Trainer):
+    """Trainer for ``FnlTrainingArguments`` and any BERT-like model, ours or stock.
+
+    Under gradient accumulation and on several processes each loss is the mean over all items of the global batch
+    (masked tokens, sentence pairs, questions), not a mean of the micro-batches' means.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        self._model_takes_items = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
+        self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.args, self.model if model is None else model)
+        return self.optimizer
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor] | None:
+        """Items per label argument; Trainer itself knows only ``labels`` and counts them over all processes."""
+        counts = {}
+        for name in LABEL_NAMES:
+            if batch_samples and name in batch_samples[0]:
+                as_labels = [{"labels": _labels_of(batch, name)} for batch in batch_samples]
+                counts[name] = super()._get_num_items_in_batch(as_labels, device)
+        return counts or None
+
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        if self._model_takes_items or num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # A stock head returns the mean over its micro-batch: turn it into this one's part of the global mean.
+        name, items = next(iter(num_items_in_batch.items()))
+        own = _labels_of(inputs, name).ne(-100).sum()
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss * own / items
+        return (loss, outputs) if return_outputs else loss
+
+
+def _labels_of(batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """One label argument with -100 where BERT's loss ignores it: answer positions outside the sequence."""
+    labels = batch[name]
+    if name in ("start_positions", "end_positions"):
+        length = batch.get("input_ids", batch.get("inputs_embeds")).shape[1]
+        return labels.masked_fill(labels >= length, -100)
+    return labels

@@ -1,0 +1,204 @@
+#!/usr/bin/env python
+"""Pretrain an FNL-BERT with masked language modelling.
+
+    accelerate launch run_pretrain.py                        # the embedded corpus, configs/quickstart.yaml
+    accelerate launch run_pretrain.py config.yaml --seed 1   # flags override the file
+    accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.utils import logging
+
+from fnl_hf import FnlBertForMaskedLM, UserInputError
+from fnl_hf.data.corpus import load_corpus
+from fnl_hf.data.masking import MaskedLMDataset, collate_batch
+from fnl_hf.data.tokenizer import (
+    load_tokenizer,
+    pack_documents,
+    train_tokenizer,
+    unigram_entropy,
+    validate_mlm_tokenizer,
+)
+from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments
+from fnl_hf.training.callbacks import add_fnl_callbacks
+from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
+from fnl_hf.training.model_card import model_facts, write_model_card
+from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
+from fnl_hf.training.plots import plot_training
+from fnl_hf.training.runs import plan_run, start_run, validate_resume
+from fnl_hf.training.trainer import FnlTrainer
+
+logger = logging.get_logger("fnl_hf.run_pretrain")
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+DATA_FLAGS = ("--dataset_name", "--train_file")
+PLOT_FILE = "training_curves.png"
+
+
+@dataclass
+class ModelArguments:
+    """What to train: a preset, a configuration, or a checkpoint to go on from."""
+
+    preset: str | None = field(default=None, metadata={"help": "A size of BERT. Default: tiny.", "choices": list(PRESETS)})
+    config_name: str | None = field(default=None, metadata={"help": "A configuration: folder, JSON file or Hub name."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Continue from this checkpoint, FNL-BERT or stock BERT: folder or Hub name."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Override preset or configuration: hidden_dropout_prob=0.0,type_vocab_size=1"}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name. Default: that of the checkpoint, or trained on the corpus."}
+    )
+    vocab_size: int = field(default=30522, metadata={"help": "Vocabulary of a tokenizer that is trained on the corpus."})
+    attention_embedding_size: int | None = field(
+        default=None, metadata={"help": "E, a multiple of the number of heads. Default: the hidden size."}
+    )
+    attention_init: str | None = field(
+        default=None, metadata={"help": "Initialization of the attention products.", "choices": ["normal", "spectral"]}
+    )
+    sparse_prediction: bool = field(
+        default=True, metadata={"help": "Run the prediction head on the masked positions only; the loss is the same."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What to train on. Without --dataset_name and --train_file: the embedded corpus."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "txt (a document a line), json, jsonl, csv or parquet, compressed or not."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Held-out text, likewise."})
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "Documents to hold out when there is no validation split or file."}
+    )
+    text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; documents are packed to it."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask, anew in each epoch."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first sequences, to try out."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
+
+
+def get_tokenizer(model_args, corpus, plan, output_dir):
+    """The named tokenizer, the checkpoint's, or one trained on the corpus; the same again when a run is resumed."""
+    source = plan.checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
+    if source is not None:
+        tokenizer = load_tokenizer(source)
+    else:
+        tokenizer = train_tokenizer(corpus["train"], model_args.vocab_size, model_max_length=512)
+    validate_mlm_tokenizer(tokenizer)
+    return tokenizer
+
+
+def get_datasets(data_args, corpus, tokenizer, seed):
+    """Packed sequences with dynamic masks for training, with fixed ones for evaluation; and the unigram entropy."""
+    packed = {
+        split: pack_documents(
+            documents, tokenizer, data_args.max_seq_length, data_args.preprocessing_num_workers
+        )
+        for split, documents in corpus.items()
+    }
+    for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
+        if limit is not None:
+            packed[split] = packed[split].select(range(min(limit, len(packed[split]))))
+    entropy = unigram_entropy(packed["validation"], tokenizer.all_special_ids)
+    masked = {
+        split: MaskedLMDataset(sequences, tokenizer, data_args.mlm_probability, seed if split == "train" else 0)
+        for split, sequences in packed.items()
+    }
+    return masked["train"], masked["validation"], entropy
+
+
+def save_results(trainer, args, data_args, metrics, plan):
+    """Model, tokenizer, state, plot and card first; ``all_results.json`` last, as the sign of a finished run."""
+    if args.do_train:
+        trainer.save_model()
+        trainer.save_state()
+    if trainer.is_world_process_zero():
+        entropy = metrics.get("eval", {}).get("unigram_entropy")
+        if args.do_train:
+            plot_training(trainer.state.log_history, Path(args.output_dir) / PLOT_FILE, entropy)
+            write_model_card(
+                args.output_dir,
+                title=Path(args.output_dir).resolve().name,
+                description="A BERT with factorized attention, pretrained with masked language modelling.",
+                auto_class="AutoModelForMaskedLM",
+                facts=model_facts(trainer.model, args, data_args.dataset_name or data_args.train_file or "embedded corpus"),
+                metrics=metrics.get("eval", {}),
+                tags=["fill-mask"],
+                plot=PLOT_FILE,
+            )
+    for split, values in metrics.items():
+        trainer.log_metrics(split, values)
+        trainer.save_metrics(split, values)
+
+
+def run(argv):
+    if not argv or (argv[0].startswith("-") and not any(a.split("=")[0] in DATA_FLAGS for a in argv)):
+        argv = [str(QUICKSTART), *argv]
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
+    plan = plan_run(args)
+    if plan.finished:
+        logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
+        return
+    set_seed(args.seed)
+    with args.main_process_first(desc="reading the corpus"):
+        corpus = load_corpus(
+            data_args.dataset_name,
+            data_args.dataset_config_name,
+            data_args.train_file,
+            data_args.validation_file,
+            data_args.validation_split_percentage,
+            data_args.text_column_name,
+            data_args.cache_dir,
+        )
+        tokenizer = get_tokenizer(model_args, corpus, plan, args.output_dir)
+        config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
+        if plan.checkpoint is not None:
+            validate_resume(plan.checkpoint, config)
+        train_dataset, eval_dataset, entropy = get_datasets(data_args, corpus, tokenizer, args.seed)
+    model = build_pretraining_model(model_args.model_name_or_path, config)
+
+    if args.should_save:
+        start_run(args, plan, {f.name: getattr(a, f.name) for a in (model_args, data_args) for f in dataclasses.fields(a)})
+    trainer = FnlTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collate_batch,
+        processing_class=tokenizer,
+        compute_metrics=masked_lm_metrics,
+        preprocess_logits_for_metrics=masked_lm_statistics,
+    )
+    add_fnl_callbacks(trainer)
+
+    metrics = {}
+    if args.do_train:
+        metrics["train"] = trainer.train(resume_from_checkpoint=plan.checkpoint).metrics
+    if args.do_eval:
+        metrics["eval"] = trainer.evaluate() | {"unigram_entropy": entropy}
+    save_results(trainer, args, data_args, metrics, plan)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def main():
+    try:
+        run(sys.argv[1:])
+    except UserInputError as error:
+        print(f"run_pretrain.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
