@@ -63,15 +63,6 @@ class FnlBertSelfAttention(BertSelfAttention):
         self.key = nn.Linear(config.hidden_size, self.all_head_size)
         self.value = nn.Linear(config.hidden_size, self.all_head_size)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, encoder_hidden_states=None, **kwargs):
-        """(B, S, d) -> (B, S, E) and the attention weights, if the implementation returns them."""
-        if past_key_values is not None or encoder_hidden_states is not None:
-            raise ValueError(
-                "FNL-BERT is an encoder: past_key_values and encoder_hidden_states must be None, because the "
-                "key/value cache and cross-attention are not factorized"
-            )
-        return super().forward(hidden_states, attention_mask, **kwargs)
-
 
 def factor_pairs(model: nn.Module) -> list[FactorPair]:
     """Every product of the BERT attention layers in ``model``, in layer order, Q Kᵀ before V Oᵀ.
@@ -136,6 +127,25 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
             layer.attention.self = FnlBertSelfAttention(self.config, layer_idx=index)
             layer.attention.output.dense = nn.Linear(self.config.mha_embedding_size, self.config.hidden_size)
         super().post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        encoder_hidden_states=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        """As in transformers, encoder only."""
+        if encoder_hidden_states is not None or past_key_values is not None:
+            raise ValueError(
+                "FNL-BERT is an encoder: encoder_hidden_states and past_key_values must be None, because "
+                "cross-attention and the key/value cache are not factorized"
+            )
+        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
 
     def _initialize_weights(self, module, is_custom_code=False):
         # transformers calls this on the children first and on the model last, both from scratch and, for what the

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 
@@ -138,6 +139,11 @@ def _text_only(documents: Dataset, text_column: str, where: str, empty_is_none: 
         raise UserInputError(
             f"{where}: {len(missing)} of {len(documents)} records have no {text_column!r}, first record {missing[0] + 1}"
         )
+    try:
+        for chunk in documents.data.column("text").chunks:  # Arrow's JSON reader takes any bytes for text
+            chunk.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise UserInputError(f"{where}: not UTF-8 text: {error}") from error
     documents = documents.filter(_has_text, batched=True)
     if len(documents) == 0:
         raise UserInputError(f"{where}: no text")

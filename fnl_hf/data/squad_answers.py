@@ -9,9 +9,11 @@ import numpy as np
 
 @dataclass
 class Answers:
-    """Per question id: the answer's text, its n-best list, and for v2.0 the score of no answer less the best span's."""
+    """Per question id: the answer's text, the best span's text, the n-best list, and, for v2.0, ``null_odds``: the score
+    of no answer less the best span's."""
 
     text: dict[str, str] = field(default_factory=dict)
+    best_span: dict[str, str] = field(default_factory=dict)
     nbest: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     null_odds: dict[str, float] = field(default_factory=dict)
 
@@ -53,7 +55,7 @@ def answers_from_logits(
         nbest = _nbest_list(context, spans, n_best_size, null_score if version_2_with_negative else None)
         answers.nbest[example_id] = nbest
         best = next((entry for entry in nbest if entry["text"]), None)
-        answers.text[example_id] = best["text"] if best else ""
+        answers.text[example_id] = answers.best_span[example_id] = best["text"] if best else ""
         if version_2_with_negative:
             best_score = best["start_logit"] + best["end_logit"] if best else -np.inf
             answers.null_odds[example_id] = float(null_score - best_score)

@@ -1,13 +1,12 @@
 """Exact match and F1 of SQuAD v1.1 and v2.0, as a metric module that ``evaluate.load`` finds by path, offline.
 
 Rajpurkar et al. 2016 (v1.1) and 2018 (v2.0). Texts are compared without case, punctuation, articles and extra space;
-each question counts its best gold answer. Scores are percentages.
+each question counts its best gold answer. Scores are percentages and equal those of the official scripts.
 """
 
 import collections
 import re
 import string
-from collections.abc import Callable
 
 import datasets
 import evaluate
@@ -15,7 +14,7 @@ import evaluate
 _DESCRIPTION = "Exact match and F1 of SQuAD v1.1 and v2.0."
 _CITATION = "Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016."
 _INPUTS = """
-predictions: dicts with "id", "prediction_text" and, optionally, "no_answer_probability"
+predictions: dicts with "id", "prediction_text" and, for v2.0, "no_answer_probability" (any score that grows with it)
 references: dicts with "id" and "answers": {"text": [...], "answer_start": [...]}; no texts means unanswerable
 """
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
@@ -32,10 +31,10 @@ def exact_match_score(prediction: str, gold: str) -> float:
     return float(normalize_answer(prediction) == normalize_answer(gold))
 
 
-def f1_score(prediction: str, gold: str) -> float:
-    """Harmonic mean of precision and recall of the words; two empty texts agree."""
+def f1_score(prediction: str, gold: str, empty_agrees: bool = False) -> float:
+    """Harmonic mean of precision and recall of the words; ``empty_agrees``: 1 for two texts without words (v2.0)."""
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(gold).split()
-    if not predicted or not expected:
+    if empty_agrees and not (predicted and expected):
         return float(predicted == expected)
     common = sum((collections.Counter(predicted) & collections.Counter(expected)).values())
     if common == 0:
@@ -44,80 +43,85 @@ def f1_score(prediction: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def best_over_golds(score: Callable[[str, str], float], prediction: str, golds: list[str]) -> float:
-    """The best score against any gold answer; golds that normalize to nothing do not count, none means unanswerable."""
-    golds = [gold for gold in golds if normalize_answer(gold)] or [""]
-    return max(score(prediction, gold) for gold in golds)
+def squad_v1_scores(predictions: dict[str, str], golds: dict[str, list[str]]) -> dict[str, float]:
+    """``exact_match`` and ``f1`` as the v1.1 script has them; a question without prediction scores 0."""
+    exact = {i: max(exact_match_score(predictions[i], gold) for gold in golds[i]) for i in golds if i in predictions}
+    f1 = {i: max(f1_score(predictions[i], gold) for gold in golds[i]) for i in golds if i in predictions}
+    return {"exact_match": _percentage(exact, golds), "f1": _percentage(f1, golds)}
 
 
-def squad_scores(predictions: dict[str, str], golds: dict[str, list[str]]) -> dict[str, float]:
-    """Mean scores over all questions, and over the answerable and unanswerable ones if there are both.
-
-    A question without prediction counts as answered with nothing.
-    """
-    ids = list(golds)
-    exact = {i: best_over_golds(exact_match_score, predictions.get(i, ""), golds[i]) for i in ids}
-    f1 = {i: best_over_golds(f1_score, predictions.get(i, ""), golds[i]) for i in ids}
-    result = {"exact_match": _percentage(exact, ids), "f1": _percentage(f1, ids), "total": len(ids)}
-    answerable = [i for i in ids if any(normalize_answer(gold) for gold in golds[i])]
-    unanswerable = [i for i in ids if i not in set(answerable)]
-    if answerable and unanswerable:
-        for name, subset in (("HasAns", answerable), ("NoAns", unanswerable)):
-            result[f"{name}_exact"] = _percentage(exact, subset)
-            result[f"{name}_f1"] = _percentage(f1, subset)
-            result[f"{name}_total"] = len(subset)
-    return result
-
-
-def _percentage(scores: dict[str, float], ids: list[str]) -> float:
-    return 100.0 * sum(scores[i] for i in ids) / len(ids)
-
-
-def best_thresholds(
-    predictions: dict[str, str], golds: dict[str, list[str]], no_answer: dict[str, float]
+def squad_v2_scores(
+    predictions: dict[str, str],
+    golds: dict[str, list[str]],
+    no_answer: dict[str, float],
+    no_answer_threshold: float,
 ) -> dict[str, float]:
-    """The threshold on ``no_answer`` above which a question is left unanswered that scores best, for both scores."""
-    result = {}
-    for name, score in (("exact", exact_match_score), ("f1", f1_score)):
-        unanswered = {i: best_over_golds(score, "", texts) for i, texts in golds.items()}
-        answered = {i: best_over_golds(score, predictions.get(i, ""), texts) for i, texts in golds.items()}
-        total = best = sum(unanswered.values())
-        threshold = 0.0
-        for i in sorted(golds, key=lambda i: no_answer[i]):
-            total += answered[i] - unanswered[i]
-            if total > best:
-                best, threshold = total, no_answer[i]
-        result[f"best_{name}"] = 100.0 * best / len(golds)
-        result[f"best_{name}_thresh"] = threshold
-    return result
+    """Scores as the v2.0 script has them, over all, answerable and unanswerable questions, and the best thresholds.
+
+    Args:
+        predictions: the best answer to each question, as if all were answerable.
+        golds: gold answers, none for an unanswerable question.
+        no_answer: a score for having no answer; where it exceeds ``no_answer_threshold`` the prediction is dropped.
+    """
+    subsets = {"HasAns_": [i for i in golds if golds[i]], "NoAns_": [i for i in golds if not golds[i]]}
+    result: dict[str, float] = {}
+    for name, score in (("exact", exact_match_score), ("f1", lambda p, g: f1_score(p, g, empty_agrees=True))):
+        raw = {
+            i: max(score(predictions[i], gold) for gold in [t for t in texts if normalize_answer(t)] or [""])
+            for i, texts in golds.items()
+        }
+        kept = {i: float(not golds[i]) if no_answer[i] > no_answer_threshold else raw[i] for i in golds}
+        result[name] = _percentage(kept, golds)
+        for prefix, subset in subsets.items():
+            if subset:
+                result[f"{prefix}{name}"] = _percentage(kept, subset)
+        best, threshold = best_threshold(raw, predictions, golds, no_answer)
+        result[f"best_{name}"], result[f"best_{name}_thresh"] = 100.0 * best / len(golds), threshold
+    return result | {f"{prefix}total": len(subset) for prefix, subset in (("", golds), *subsets.items())}
+
+
+def best_threshold(
+    raw: dict[str, float], predictions: dict[str, str], golds: dict[str, list[str]], no_answer: dict[str, float]
+) -> tuple[float, float]:
+    """The best Σ of scores that a threshold on ``no_answer`` gives, and that threshold."""
+    total = best = float(sum(not texts for texts in golds.values()))
+    threshold = 0.0
+    for i in sorted(golds, key=lambda i: no_answer[i]):
+        if golds[i]:
+            total += raw[i]
+        elif predictions[i]:
+            total -= 1.0
+        if total > best:
+            best, threshold = total, no_answer[i]
+    return best, threshold
+
+
+def _percentage(scores: dict[str, float], ids) -> float:
+    return 100.0 * sum(scores.get(i, 0.0) for i in ids) / len(ids)
 
 
 class FnlSquad(evaluate.Metric):
-    """The metric: ``evaluate.load("path/to/fnl_squad.py").compute(predictions=..., references=...)``."""
+    """``evaluate.load(path_of_this_file, "v1.1" or "v2.0").compute(predictions=..., references=...)``."""
 
     def _info(self):
-        answers = datasets.Sequence({"text": datasets.Value("string"), "answer_start": datasets.Value("int32")})
+        if self.config_name not in ("v1.1", "v2.0"):
+            raise ValueError(f"the metric's configuration must be 'v1.1' or 'v2.0', got {self.config_name!r}")
+        prediction = {"id": datasets.Value("string"), "prediction_text": datasets.Value("string")}
+        if self.config_name == "v2.0":
+            prediction["no_answer_probability"] = datasets.Value("float64")
+        texts, starts = datasets.List(datasets.Value("string")), datasets.List(datasets.Value("int64"))
+        reference = {"id": datasets.Value("string"), "answers": {"text": texts, "answer_start": starts}}
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": {
-                        "id": datasets.Value("string"),
-                        "prediction_text": datasets.Value("string"),
-                        "no_answer_probability": datasets.Value("float32"),
-                    },
-                    "references": {"id": datasets.Value("string"), "answers": answers},
-                }
-            ),
+            features=datasets.Features({"predictions": prediction, "references": reference}),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions, references, no_answer_threshold=1.0):
         texts = {entry["id"]: entry["prediction_text"] for entry in predictions}
         golds = {entry["id"]: entry["answers"]["text"] for entry in references}
-        result = squad_scores(texts, golds)
-        if "NoAns_total" in result:
-            no_answer = {entry["id"]: entry["no_answer_probability"] for entry in predictions}
-            result |= best_thresholds(texts, golds, no_answer)
-        return result
+        if self.config_name == "v1.1":
+            return squad_v1_scores(texts, golds)
+        no_answer = {entry["id"]: entry["no_answer_probability"] for entry in predictions}
+        return squad_v2_scores(texts, golds, no_answer, no_answer_threshold)

@@ -1,11 +1,17 @@
 """Configurations and models to pretrain: presets, files, checkpoints."""
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, BertConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    BertConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fnl_hf.configuration_fnl_bert import FnlBertConfig
 from fnl_hf.errors import UserInputError
-from fnl_hf.modeling_fnl_bert import FnlBertForMaskedLM
+from fnl_hf.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForQuestionAnswering
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
 PRESETS = {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (12, 768, 12), "large": (24, 1024, 16)}
@@ -82,15 +88,7 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
         except (ValueError, StrictDataclassError) as error:
             raise UserInputError(f"--config_overrides {model_args.config_overrides}: {error}") from error
 
-    if len(tokenizer) > config.vocab_size:
-        raise UserInputError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size ({config.vocab_size})"
-        )
-    if max_seq_length > config.max_position_embeddings:
-        raise UserInputError(
-            f"--max_seq_length ({max_seq_length}) exceeds the model's max_position_embeddings "
-            f"({config.max_position_embeddings})"
-        )
+    _validate_sizes(config, tokenizer, max_seq_length)
     return config
 
 
@@ -102,3 +100,36 @@ def build_pretraining_model(name_or_path: str | None, config: FnlBertConfig) -> 
         return FnlBertForMaskedLM.from_pretrained(name_or_path, config=config)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserInputError(f"model {name_or_path or config.model_type}: {error}") from error
+
+
+def build_question_answering_model(model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
+    """A question answering model of any BERT-like architecture, checked against tokenizer and sequence length.
+
+    Raises:
+        UserInputError: no such model, or one that cannot answer questions, hold the tokenizer, or read the sequence.
+    """
+    name = model_args.model_name_or_path or model_args.config_name
+    try:
+        if model_args.model_name_or_path is None:
+            config = AutoConfig.from_pretrained(name)
+            model = AutoModelForQuestionAnswering.from_config(config)
+        elif model_args.model_type == FnlBertConfig.model_type:
+            model = FnlBertForQuestionAnswering.from_pretrained(name, config=load_bert_config(name))
+        else:
+            model = AutoModelForQuestionAnswering.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise UserInputError(f"no question answering model in {name}: {error}") from error
+    _validate_sizes(model.config, tokenizer, max_seq_length)
+    return model
+
+
+def _validate_sizes(config, tokenizer, max_seq_length):
+    if len(tokenizer) > config.vocab_size:
+        raise UserInputError(
+            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size ({config.vocab_size})"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_seq_length > positions:
+        raise UserInputError(
+            f"--max_seq_length ({max_seq_length}) exceeds the model's max_position_embeddings ({positions})"
+        )

@@ -1,6 +1,7 @@
 """``transformers.Trainer`` with our optimizers and losses that are means over the whole global batch."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class FnlTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = loss * own / items
         return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)
 
 
 def _labels_of(batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:

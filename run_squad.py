@@ -1,0 +1,186 @@
+#!/usr/bin/env python
+"""Fine-tune a BERT-like model, factorized or stock, on extractive question answering (SQuAD v1.1 or v2.0).
+
+    accelerate launch run_squad.py --model_name_or_path output/pretrain                    # the embedded sample
+    accelerate launch run_squad.py --model_name_or_path M --train_file train.json --validation_file dev.json
+    accelerate launch run_squad.py --model_name_or_path M --dataset_name rajpurkar/squad_v2 --version_2_with_negative true
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+
+from transformers import DataCollatorWithPadding, set_seed
+from transformers.utils import logging
+
+from fnl_hf import UserInputError
+from fnl_hf.data.squad import FeatureMaker, load_sample, load_squad_hub, read_squad_file
+from fnl_hf.data.tokenizer import load_tokenizer
+from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments
+from fnl_hf.training.callbacks import add_fnl_callbacks
+from fnl_hf.training.model_card import model_facts, write_model_card
+from fnl_hf.training.models import build_question_answering_model
+from fnl_hf.training.runs import plan_run, start_run, validate_resume
+from fnl_hf.training.squad_trainer import AnswerOptions, SquadTrainer, write_answers
+
+logger = logging.get_logger("fnl_hf.run_squad")
+
+
+@dataclass
+class ModelArguments:
+    """What to fine-tune."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint: folder or Hub name."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "Start from random weights of this configuration instead: the control arm."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: that of the checkpoint."})
+    model_type: str | None = field(
+        default=None,
+        metadata={"help": "fnl_bert: load a stock BERT's weights into FNL-BERT, E = hidden size.", "choices": ["fnl_bert"]},
+    )
+
+
+@dataclass
+class DataArguments:
+    """What to train and evaluate on. Without any file and --dataset_name: the embedded sample."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, as rajpurkar/squad."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON in the layout of SQuAD v1.1 or v2.0."})
+    validation_file: str | None = field(default=None, metadata={"help": "Likewise."})
+    test_file: str | None = field(default=None, metadata={"help": "Questions for --do_predict; answers may be missing."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
+    max_seq_length: int = field(default=384, metadata={"help": "Tokens of question and context together."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
+    version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer."})
+    null_score_diff_threshold: float = field(
+        default=0.0, metadata={"help": "No answer if its score less the best span's is above this (SQuAD v2.0)."}
+    )
+    n_best_size: int = field(default=20, metadata={"help": "Spans to keep for each question."})
+    max_answer_length: int = field(default=30, metadata={"help": "Tokens in an answer, at most."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that make features."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first questions, to try out."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Likewise, for prediction."})
+
+
+def load_examples(data_args, split):
+    """The questions of one split: its file, the Hub's, or the sample's where no source is named at all."""
+    file = getattr(data_args, f"{split}_file")
+    if file is not None:
+        examples = read_squad_file(file)
+    elif data_args.dataset_name is not None:
+        examples = load_squad_hub(data_args.dataset_name, data_args.dataset_config_name, split, data_args.cache_dir)
+    elif split != "test" and not (data_args.train_file or data_args.validation_file or data_args.test_file):
+        examples = load_sample(split)
+    else:
+        raise UserInputError(f"no questions to {'predict' if split == 'test' else split}: give --{split}_file")
+    limit = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
+    }[split]
+    if limit is not None:
+        examples = examples.select(range(min(limit, len(examples))))
+    unanswerable = sum(not answers["text"] for answers in examples["answers"])
+    if unanswerable and split != "test" and not data_args.version_2_with_negative:
+        raise UserInputError(
+            f"{unanswerable} of {len(examples)} {split} questions have no answer: set --version_2_with_negative true"
+        )
+    return examples
+
+
+def save_results(trainer, args, data_args, metrics):
+    """Model, tokenizer, state and card first; ``all_results.json`` last, as the sign of a finished run."""
+    if args.do_train:
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            source = data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf"
+            write_model_card(
+                args.output_dir,
+                title=f"{args.output_dir} (question answering)",
+                description="Fine-tuned for extractive question answering.",
+                auto_class="AutoModelForQuestionAnswering",
+                facts=model_facts(trainer.model, args, source),
+                metrics=metrics.get("eval", {}),
+                tags=["question-answering"],
+            )
+    for split, values in metrics.items():
+        trainer.log_metrics(split, values)
+        trainer.save_metrics(split, values)
+
+
+def run(argv):
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
+    plan = plan_run(args)
+    if plan.finished:
+        logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
+        return
+    set_seed(args.seed)
+    tokenizer_name = model_args.tokenizer_name or model_args.model_name_or_path
+    if tokenizer_name is None:
+        raise UserInputError("give --model_name_or_path, or --config_name and --tokenizer_name")
+    tokenizer = load_tokenizer(plan.checkpoint or tokenizer_name)
+    model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
+    if plan.checkpoint is not None:
+        validate_resume(plan.checkpoint, model.config)
+    options = AnswerOptions(
+        data_args.n_best_size,
+        data_args.max_answer_length,
+        data_args.version_2_with_negative,
+        data_args.null_score_diff_threshold,
+    )
+
+    maker = FeatureMaker(tokenizer, data_args.max_seq_length, data_args.doc_stride)
+    workers = data_args.preprocessing_num_workers
+    train_features = eval_examples = eval_features = None
+    with args.main_process_first(desc="making features"):
+        if args.do_train:
+            train_features = maker.train(load_examples(data_args, "train"), workers)
+        if args.do_eval:
+            eval_examples = load_examples(data_args, "validation")
+            eval_features = maker.evaluation(eval_examples, workers)
+        if args.do_predict:
+            test_examples = load_examples(data_args, "test")
+            test_features = maker.evaluation(test_examples, workers)
+
+    if args.should_save:
+        start_run(args, plan, {f.name: getattr(a, f.name) for a in (model_args, data_args) for f in dataclasses.fields(a)})
+    trainer = SquadTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_features,
+        eval_dataset=eval_features,
+        eval_examples=eval_examples,
+        answer_options=options,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+    )
+    add_fnl_callbacks(trainer)
+
+    metrics = {}
+    if args.do_train:
+        metrics["train"] = trainer.train(resume_from_checkpoint=plan.checkpoint).metrics
+    if args.do_eval:
+        metrics["eval"] = trainer.evaluate()
+    if args.do_predict:
+        answers, metrics["predict"] = trainer.answers(test_features, test_examples, "predict")
+        if trainer.is_world_process_zero():
+            write_answers(args.output_dir, "predict", answers)
+    save_results(trainer, args, data_args, metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def main():
+    try:
+        run(sys.argv[1:])
+    except UserInputError as error:
+        print(f"run_squad.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

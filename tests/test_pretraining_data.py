@@ -1,0 +1,218 @@
+"""Corpora, packing, masks and the held-out metrics."""
+
+import gzip
+import json
+import lzma
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from fnl_hf import UserInputError
+from fnl_hf.data.corpus import embedded_corpus, load_corpus, load_text_file
+from fnl_hf.data.masking import MaskedLMDataset, hashed_words, mask_tokens
+from fnl_hf.data.tokenizer import pack_documents, train_tokenizer, unigram_entropy
+from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "größer, weiter: 東京!"] * 7
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return Dataset.from_dict({"text": TEXTS})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    return train_tokenizer(documents, 120, model_max_length=64)
+
+
+# ---- corpora ----
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz", "c.json", "c.jsonl", "c.jsonl.xz", "c.csv", "c.parquet"])
+def test_every_file_type_gives_the_same_documents(tmp_path, documents, name):
+    path = tmp_path / name
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    if name == "c.txt":
+        path.write_text("\n\n".join(TEXTS), encoding="utf-8")  # with blank lines, which are dropped
+    elif name == "c.txt.gz":
+        path.write_bytes(gzip.compress("\n".join(TEXTS).encode()))
+    elif name == "c.json":
+        path.write_text(json.dumps([{"text": text} for text in TEXTS]), encoding="utf-8")
+    elif name == "c.jsonl":
+        path.write_text(lines, encoding="utf-8")
+    elif name == "c.jsonl.xz":
+        path.write_bytes(lzma.compress(lines.encode()))
+    elif name == "c.csv":
+        documents.to_csv(path)
+    else:
+        documents.to_parquet(path)
+    assert load_text_file(str(path), cache_dir=str(tmp_path))["text"][:] == TEXTS
+
+
+def test_text_column_and_split(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"body": t, "text": 5}) + "\n" for t in TEXTS), encoding="utf-8")
+    kwargs = {"train_file": str(path), "text_column_name": "body", "cache_dir": str(tmp_path)}
+    corpus = load_corpus(validation_split_percentage=20, **kwargs)
+    assert (len(corpus["train"]), len(corpus["validation"])) == (17, 4)
+    assert sorted([*corpus["train"]["text"], *corpus["validation"]["text"]]) == sorted(TEXTS)
+    assert load_corpus(validation_file=str(path), **kwargs)["validation"]["text"][:] == TEXTS
+
+
+def test_hub_data_set_from_a_local_folder(tmp_path):
+    """``--dataset_name`` takes what ``datasets.load_dataset`` takes, a folder on disk too."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n", encoding="utf-8")
+    corpus = load_corpus(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    assert {split: corpus[split]["text"][:] for split in corpus} == {"train": ["train"], "validation": ["validation"]}
+    with pytest.raises(UserInputError, match="--dataset_name no/such"):
+        load_corpus(dataset_name="no/such")
+
+
+def test_embedded_corpus_is_prose_of_some_size():
+    texts = embedded_corpus()["text"]
+    assert len(texts) > 400 and sum(map(len, texts)) > 1_500_000
+    assert any("An iterator is an object" in t or "generator" in t for t in texts)
+
+
+BAD_FILES = {
+    "missing.txt": (None, "no such file"),
+    "empty.txt": (b"", "the file is empty"),
+    "blank.txt": (b"\n  \n", "no text"),
+    "bytes.txt": (b"fine\nbad \xff byte\n", "not UTF-8 text"),
+    "bytes.jsonl": (b'{"text": "bad \xff"}\n', "not UTF-8 text"),
+    "torn.jsonl": (b'{"text": "a"}\n{"text": \n', "cannot be read as json"),
+    "lacking.jsonl": (b'{"text": "a"}\n{"title": "b"}\n', "1 of 2 records have no 'text', first record 2"),
+    "column.jsonl": (b'{"title": "b"}\n', r"no column 'text', only \['title'\]: set --text_column_name"),
+    "numbers.csv": (b"text\n1\n2\n", "column 'text' holds int64, not text"),
+    "zip.txt.gz": (b"not gzip", "cannot be read as text"),
+    "table.parquet": (b"not parquet", "cannot be read as parquet"),
+    "corpus.pdf": (b"%PDF", "unknown file type"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused(tmp_path, name):
+    content, message = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserInputError, match=f"{name}: {message}"):
+        load_text_file(str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+
+
+def test_bad_corpus_arguments_are_refused(tmp_path):
+    (tmp_path / "one.txt").write_text("a single document\n")
+    one = str(tmp_path / "one.txt")
+    with pytest.raises(UserInputError, match="1 documents, too few to hold out"):
+        load_corpus(train_file=one, cache_dir=str(tmp_path))
+    with pytest.raises(UserInputError, match="not both"):
+        load_corpus(train_file=one, dataset_name="x")
+    with pytest.raises(UserInputError, match="--validation_file .* needs --train_file"):
+        load_corpus(validation_file=one)
+    with pytest.raises(UserInputError, match=r"--validation_split_percentage \(0.0\)"):
+        load_corpus(train_file=one, validation_split_percentage=0.0, cache_dir=str(tmp_path))
+
+
+# ---- packing ----
+
+
+def test_packing_keeps_every_token_in_order(documents, tokenizer):
+    packed = pack_documents(documents, tokenizer, 13)
+    rows = np.array(packed["input_ids"][:])
+    assert packed.column_names == ["input_ids"] and rows.shape[1] == 13
+    assert (rows[:, 0] == tokenizer.cls_token_id).all() and (rows[:, -1] == tokenizer.sep_token_id).all()
+    stream = []
+    for text in TEXTS:
+        stream += tokenizer.encode(text, add_special_tokens=False) + [tokenizer.sep_token_id]
+    assert rows[:, 1:-1].ravel().tolist() == stream[: len(rows) * 11]
+    assert len(stream) - len(rows) * 11 < 11, "less than one sequence is dropped"
+    assert tokenizer.unk_token_id not in stream[:20]
+
+
+def test_bad_lengths_are_refused(documents, tokenizer):
+    with pytest.raises(UserInputError, match="shorter than one sequence of --max_seq_length 5000"):
+        pack_documents(documents, tokenizer, 5000)
+    with pytest.raises(UserInputError, match=r"--max_seq_length \(2\) must be at least 3"):
+        pack_documents(documents, tokenizer, 2)
+
+
+def test_unigram_entropy_by_hand():
+    rows = Dataset.from_dict({"input_ids": [[2, 5, 5, 7, 3], [2, 5, 9, 7, 3]]})  # 5: 3/6, 7: 2/6, 9: 1/6
+    expected = -(1 / 2 * math.log(1 / 2) + 1 / 3 * math.log(1 / 3) + 1 / 6 * math.log(1 / 6))
+    assert unigram_entropy(rows, special_ids=[0, 1, 2, 3, 4]) == pytest.approx(expected, rel=1e-12)
+
+
+# ---- masking ----
+
+
+def test_masks_are_a_pure_function_of_seed_epoch_and_sample(documents, tokenizer):
+    def dataset(seed=3):
+        return MaskedLMDataset(pack_documents(documents, tokenizer, 13), tokenizer, 0.15, seed)
+
+    first, second = dataset(), dataset()
+    together = first.__getitems__([4, 0, 2])
+    alone = second[2]
+    assert torch.equal(together["input_ids"][2], alone["input_ids"])
+    assert torch.equal(together["labels"][2], alone["labels"])
+    everything = list(range(len(first)))
+    labels = first.__getitems__(everything)["labels"]
+    first.set_epoch(1)
+    assert not torch.equal(first.__getitems__(everything)["labels"], labels), "another epoch, other masks"
+    assert not torch.equal(dataset(seed=4).__getitems__(everything)["labels"], labels), "another seed, other masks"
+    first.set_epoch(0)
+    assert torch.equal(first.__getitems__(everything)["labels"], labels)
+
+
+def test_masking_follows_80_10_10_and_spares_special_tokens():
+    vocabulary, count = 1000, 400_000
+    ids = np.random.default_rng(0).integers(0, vocabulary, (count // 100, 100))
+    maskable = np.ones(vocabulary, dtype=bool)
+    maskable[:5] = False
+    words = hashed_words(7, 0, np.arange(len(ids)), 100)
+    inputs, labels = mask_tokens(ids, words, maskable, 0.2, mask_token_id=4)
+    chosen = labels != -100
+    assert not chosen[ids < 5].any()
+    assert np.array_equal(labels[chosen], ids[chosen]) and np.array_equal(inputs[~chosen], ids[~chosen])
+    assert chosen[ids >= 5].mean() == pytest.approx(0.2, abs=0.003)
+    masked, kept = (inputs == 4)[chosen].mean(), (inputs == ids)[chosen].mean()
+    assert masked == pytest.approx(0.8 + 0.1 / vocabulary, abs=0.005)
+    assert kept == pytest.approx(0.1 + 0.1 / vocabulary, abs=0.005)
+    random = inputs[chosen & (inputs != ids) & (inputs != 4)]
+    counts = np.bincount(random, minlength=vocabulary)
+    assert counts.std() / counts.mean() < 0.5, "random tokens come from the whole vocabulary"
+    # Neighbouring positions and samples are independent.
+    assert np.corrcoef(chosen[:, :-1].ravel(), chosen[:, 1:].ravel())[0, 1] == pytest.approx(0, abs=0.01)
+    assert np.corrcoef(chosen[:-1].ravel(), chosen[1:].ravel())[0, 1] == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0, -0.1, float("nan")])
+def test_bad_masking_rates_are_refused(documents, tokenizer, probability):
+    with pytest.raises(UserInputError, match=r"--mlm_probability"):
+        MaskedLMDataset(documents, tokenizer, probability, 0)
+
+
+# ---- held-out metrics ----
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_held_out_metrics_weigh_tokens_not_batches(sparse):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator)
+    labels = torch.full((3, 5), -100)
+    labels[0, 1], labels[2, 0], labels[2, 3] = 4, 6, 0
+    given = logits[labels != -100] if sparse else logits
+    statistics = masked_lm_statistics(given, labels)
+    chosen = [(0, 1, 4), (2, 0, 6), (2, 3, 0)]
+    losses = [-torch.log_softmax(logits[i, j].double(), 0)[t].item() for i, j, t in chosen]
+    assert statistics[:, 0].tolist() == [1, 0, 2]
+    assert statistics[:, 1].tolist() == pytest.approx([losses[0], 0, losses[1] + losses[2]], rel=1e-5)
+    metrics = masked_lm_metrics(SimpleNamespace(predictions=statistics.numpy()))
+    assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx(sum(logits[i, j].argmax().item() == t for i, j, t in chosen) / 3)
