@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Pretrain an FNL-BERT with masked language modelling.
 
-    accelerate launch run_pretrain.py                        # the embedded corpus, configs/quickstart.yaml
-    accelerate launch run_pretrain.py config.yaml --seed 1   # flags override the file
-    accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
+accelerate launch run_pretrain.py                        # the embedded corpus, configs/quickstart.yaml
+accelerate launch run_pretrain.py config.yaml --seed 1   # flags override the file
+accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.utils import logging
 
-from fnl_hf import FnlBertForMaskedLM, UserInputError
+from fnl_hf import UserInputError
 from fnl_hf.data.corpus import load_corpus
 from fnl_hf.data.masking import MaskedLMDataset, collate_batch
 from fnl_hf.data.tokenizer import (
@@ -43,7 +43,9 @@ PLOT_FILE = "training_curves.png"
 class ModelArguments:
     """What to train: a preset, a configuration, or a checkpoint to go on from."""
 
-    preset: str | None = field(default=None, metadata={"help": "A size of BERT. Default: tiny.", "choices": list(PRESETS)})
+    preset: str | None = field(
+        default=None, metadata={"help": "A size of BERT. Default: tiny.", "choices": list(PRESETS)}
+    )
     config_name: str | None = field(default=None, metadata={"help": "A configuration: folder, JSON file or Hub name."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Continue from this checkpoint, FNL-BERT or stock BERT: folder or Hub name."}
@@ -52,9 +54,12 @@ class ModelArguments:
         default=None, metadata={"help": "Override preset or configuration: hidden_dropout_prob=0.0,type_vocab_size=1"}
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name. Default: that of the checkpoint, or trained on the corpus."}
+        default=None,
+        metadata={"help": "Folder or Hub name. Default: that of the checkpoint, or trained on the corpus."},
     )
-    vocab_size: int = field(default=30522, metadata={"help": "Vocabulary of a tokenizer that is trained on the corpus."})
+    vocab_size: int = field(
+        default=30522, metadata={"help": "Vocabulary of a tokenizer that is trained on the corpus."}
+    )
     attention_embedding_size: int | None = field(
         default=None, metadata={"help": "E, a multiple of the number of heads. Default: the hidden size."}
     )
@@ -102,9 +107,7 @@ def get_tokenizer(model_args, corpus, plan, output_dir):
 def get_datasets(data_args, corpus, tokenizer, seed):
     """Packed sequences with dynamic masks for training, with fixed ones for evaluation; and the unigram entropy."""
     packed = {
-        split: pack_documents(
-            documents, tokenizer, data_args.max_seq_length, data_args.preprocessing_num_workers
-        )
+        split: pack_documents(documents, tokenizer, data_args.max_seq_length, data_args.preprocessing_num_workers)
         for split, documents in corpus.items()
     }
     for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
@@ -132,7 +135,9 @@ def save_results(trainer, args, data_args, metrics, plan):
                 title=Path(args.output_dir).resolve().name,
                 description="A BERT with factorized attention, pretrained with masked language modelling.",
                 auto_class="AutoModelForMaskedLM",
-                facts=model_facts(trainer.model, args, data_args.dataset_name or data_args.train_file or "embedded corpus"),
+                facts=model_facts(
+                    trainer.model, args, data_args.dataset_name or data_args.train_file or "embedded corpus"
+                ),
                 metrics=metrics.get("eval", {}),
                 tags=["fill-mask"],
                 plot=PLOT_FILE,
@@ -169,7 +174,9 @@ def run(argv):
     model = build_pretraining_model(model_args.model_name_or_path, config)
 
     if args.should_save:
-        start_run(args, plan, {f.name: getattr(a, f.name) for a in (model_args, data_args) for f in dataclasses.fields(a)})
+        start_run(
+            args, plan, {f.name: getattr(a, f.name) for a in (model_args, data_args) for f in dataclasses.fields(a)}
+        )
     trainer = FnlTrainer(
         model=model,
         args=args,

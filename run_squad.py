@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Fine-tune a BERT-like model, factorized or stock, on extractive question answering (SQuAD v1.1 or v2.0).
 
-    accelerate launch run_squad.py --model_name_or_path output/pretrain                    # the embedded sample
-    accelerate launch run_squad.py --model_name_or_path M --train_file train.json --validation_file dev.json
-    accelerate launch run_squad.py --model_name_or_path M --dataset_name rajpurkar/squad_v2 --version_2_with_negative true
+accelerate launch run_squad.py --model_name_or_path output/pretrain                    # the embedded sample
+accelerate launch run_squad.py --model_name_or_path M --train_file train.json --validation_file dev.json
+accelerate launch run_squad.py --model_name_or_path M --dataset_name rajpurkar/squad_v2 --version_2_with_negative true
 """
 
 import dataclasses
@@ -37,7 +37,10 @@ class ModelArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "Default: that of the checkpoint."})
     model_type: str | None = field(
         default=None,
-        metadata={"help": "fnl_bert: load a stock BERT's weights into FNL-BERT, E = hidden size.", "choices": ["fnl_bert"]},
+        metadata={
+            "help": "fnl_bert: load a stock BERT's weights into FNL-BERT, E = hidden size.",
+            "choices": ["fnl_bert"],
+        },
     )
 
 
@@ -49,7 +52,9 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     train_file: str | None = field(default=None, metadata={"help": "JSON in the layout of SQuAD v1.1 or v2.0."})
     validation_file: str | None = field(default=None, metadata={"help": "Likewise."})
-    test_file: str | None = field(default=None, metadata={"help": "Questions for --do_predict; answers may be missing."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "Questions for --do_predict; answers may be missing."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of question and context together."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
@@ -147,7 +152,9 @@ def run(argv):
             test_features = maker.evaluation(test_examples, workers)
 
     if args.should_save:
-        start_run(args, plan, {f.name: getattr(a, f.name) for a in (model_args, data_args) for f in dataclasses.fields(a)})
+        start_run(
+            args, plan, {f.name: getattr(a, f.name) for a in (model_args, data_args) for f in dataclasses.fields(a)}
+        )
     trainer = SquadTrainer(
         model=model,
         args=args,

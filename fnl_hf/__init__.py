@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    BertTokenizerFast,
+    BertTokenizer,
 )
 
 from fnl_hf.configuration_fnl_bert import FnlBertConfig
@@ -40,7 +40,7 @@ from fnl_hf.optim import FrobeniusAdamW, frobenius_param_groups
 __version__ = "0.1.0"
 
 AutoConfig.register("fnl_bert", FnlBertConfig, exist_ok=True)
-AutoTokenizer.register(FnlBertConfig, fast_tokenizer_class=BertTokenizerFast, exist_ok=True)
+AutoTokenizer.register(FnlBertConfig, fast_tokenizer_class=BertTokenizer, exist_ok=True)
 for _auto_class, _model_class in (
     (AutoModel, FnlBertModel),
     (AutoModelForPreTraining, FnlBertForPreTraining),

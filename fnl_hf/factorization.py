@@ -45,9 +45,7 @@ def head_view(weight: torch.Tensor, num_heads: int, rank_dim: int) -> torch.Tens
     return weight.unflatten(1, (num_heads, -1)).transpose(0, 1)
 
 
-def pair_views(
-    left: torch.Tensor, right: torch.Tensor, kind: str, num_heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_views(left: torch.Tensor, right: torch.Tensor, kind: str, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views U (H, m, r) and V (H, n, r) of the two stored weights of a product of this ``kind``."""
     left_dim, right_dim = RANK_DIMS[kind]
     return head_view(left, num_heads, left_dim), head_view(right, num_heads, right_dim)

@@ -1,6 +1,6 @@
 """One question, one answer."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -40,9 +40,9 @@ def ask(
     if not question.strip() or not context.strip():
         raise UserInputError("question and context must not be empty")
     if isinstance(model, str):
-        model = AutoModelForQuestionAnswering.from_pretrained(model)
+        model = cast(PreTrainedModel, AutoModelForQuestionAnswering.from_pretrained(model))
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = load_tokenizer(tokenizer or model.name_or_path)
+        tokenizer = load_tokenizer(tokenizer or str(model.name_or_path))
     max_seq_length = min(max_seq_length, model.config.max_position_embeddings)
     row = {"id": "0", "question": question, "context": context, "answers": {"text": [], "answer_start": []}}
     examples = Dataset.from_list([row], features=EXAMPLE_FEATURES)

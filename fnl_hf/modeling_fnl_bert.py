@@ -166,7 +166,7 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
             torch.empty(*factor.shape[:-1], head_size, device=factor.device).normal_(std=self.config.initializer_range)
             for factor in factors
         ]
-        for factor, value in zip(factors, spectral_factors(*drawn, rank=self.config.attention_rank), strict=True):
+        for factor, value in zip(factors, spectral_factors(drawn[0], drawn[1], self.config.attention_rank)):
             factor.copy_(value)
 
 
@@ -245,15 +245,19 @@ class FnlBertForSequenceClassification(_LabelledHead, FnlBertPreTrainedModel, Be
 
     def _head_loss(self, logits, labels, num_items):
         if self.config.problem_type is None:  # decided once from the first labels, as the stock head does
-            integer = labels.dtype in (torch.long, torch.int)
-            classes = "single_label_classification" if integer else "multi_label_classification"
-            self.config.problem_type = "regression" if self.num_labels == 1 else classes
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.dtype in (torch.long, torch.int):
+                self.config.problem_type = "single_label_classification"
+            else:
+                self.config.problem_type = "multi_label_classification"
         if self.config.problem_type == "single_label_classification":
             return super()._head_loss(logits, labels, num_items)
-        loss = nn.functional.mse_loss
-        if self.config.problem_type == "multi_label_classification":
-            loss = nn.functional.binary_cross_entropy_with_logits
-        total = loss(logits.reshape(-1), labels.reshape(-1).to(logits.dtype), reduction="sum")
+        logits, targets = logits.reshape(-1), labels.reshape(-1).to(logits.dtype)
+        if self.config.problem_type == "regression":
+            total = nn.functional.mse_loss(logits, targets, reduction="sum")
+        else:
+            total = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         return total / (labels.numel() if num_items is None else num_items)
 
 
@@ -289,9 +293,7 @@ class FnlBertForMaskedLM(FnlBertPreTrainedModel, BertForMaskedLM):
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        logits, labels = _masked_lm_logits(
-            self.cls, outputs.last_hidden_state, labels, self.config.sparse_prediction
-        )
+        logits, labels = _masked_lm_logits(self.cls, outputs.last_hidden_state, labels, self.config.sparse_prediction)
         loss = None
         if labels is not None:
             items = items_of(num_items_in_batch, "labels")
@@ -380,7 +382,9 @@ class FnlBertForQuestionAnswering(FnlBertPreTrainedModel, BertForQuestionAnsweri
             return outputs
         length = outputs.start_logits.size(1)
         loss = 0.5 * sum(
-            mean_cross_entropy(logits, positions.reshape(-1).clamp(0, length), items_of(num_items_in_batch, name), length)
+            mean_cross_entropy(
+                logits, positions.reshape(-1).clamp(0, length), items_of(num_items_in_batch, name), length
+            )
             for name, logits, positions in (
                 ("start_positions", outputs.start_logits, start_positions),
                 ("end_positions", outputs.end_logits, end_positions),

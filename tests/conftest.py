@@ -43,13 +43,16 @@ def batch():
 
 
 def launch(script, *arguments, processes=1, check=True, timeout=600, **environment):
-    """Run a script of the repository as a user does: ``accelerate launch --cpu script arguments``."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    """Run a script as a user does. ``accelerate launch --cpu`` starts one process whatever it is told, so several
+    CPU processes take torchrun."""
+    if processes == 1:
+        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(
-        [*command, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, env=env, timeout=timeout
-    )
+    command = [sys.executable, "-m", *launcher, str(ROOT / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
     if check:
         assert result.returncode == 0, result.stderr[-4000:]
     return result

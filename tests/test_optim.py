@@ -189,9 +189,7 @@ def test_groups_hold_every_parameter_once_and_by_kind(dimensions):
     assert sorted(sum(groups.values(), [])) == sorted(names.values())
 
 
-@pytest.mark.parametrize(
-    "mode, frobenius, weight", [("frobenius", 0.3, 0.0), ("weight", 0.0, 0.3), ("none", 0.0, 0.0)]
-)
+@pytest.mark.parametrize("mode, frobenius, weight", [("frobenius", 0.3, 0.0), ("weight", 0.0, 0.3), ("none", 0.0, 0.0)])
 def test_decay_mode_changes_the_pairs_alone(dimensions, mode, frobenius, weight):
     groups = {g["name"]: g for g in frobenius_param_groups(small_model(dimensions), 0.1, 0.3, mode)}
     for kind in ("qk", "vo"):

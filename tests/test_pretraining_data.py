@@ -4,6 +4,9 @@ import gzip
 import json
 import lzma
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +149,24 @@ def test_unigram_entropy_by_hand():
     rows = Dataset.from_dict({"input_ids": [[2, 5, 5, 7, 3], [2, 5, 9, 7, 3]]})  # 5: 3/6, 7: 2/6, 9: 1/6
     expected = -(1 / 2 * math.log(1 / 2) + 1 / 3 * math.log(1 / 3) + 1 / 6 * math.log(1 / 6))
     assert unigram_entropy(rows, special_ids=[0, 1, 2, 3, 4]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_tokenizer_training_is_reproducible_in_other_processes(documents, tokenizer, tmp_path):
+    """Two runs with one seed must see the same ids; the library's own trainer numbers pieces by a random hash."""
+    documents.to_json(tmp_path / "corpus.jsonl")
+    code = (
+        "import sys, json, datasets; from fnl_hf.data.tokenizer import train_tokenizer; "
+        "d = datasets.Dataset.from_json(sys.argv[1], cache_dir=sys.argv[2]); "
+        "print(json.dumps(train_tokenizer(d, 120, 64).get_vocab()))"
+    )
+    for _ in range(2):
+        command = [sys.executable, "-c", code, str(tmp_path / "corpus.jsonl"), str(tmp_path)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."}
+        )
+        assert json.loads(result.stdout.splitlines()[-1]) == tokenizer.get_vocab()
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+    assert tokenizer.tokenize("the lazy dogx") == ["the", "lazy", "dog", "##x"]
 
 
 # ---- masking ----

@@ -97,7 +97,9 @@ def test_impossible_lengths_are_refused(tokenizer, lengths, message):
 
 def squad_json(tmp_path, *questions, context=CONTEXT):
     path = tmp_path / "squad.json"
-    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": context, "qas": list(questions)}]}]}))
+    path.write_text(
+        json.dumps({"data": [{"title": "t", "paragraphs": [{"context": context, "qas": list(questions)}]}]})
+    )
     return str(path)
 
 

@@ -140,10 +140,10 @@ def test_regression_and_multi_label_losses_are_stock_s(dimensions):
 
 def test_one_line_gives_a_stock_trainer_the_same_optimizer(tmp_path, dimensions):
     model = build("FnlBert", "ForMaskedLM", dimensions)
-    common = dict(
-        output_dir=str(tmp_path), max_steps=3, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-        learning_rate=1e-2, per_device_train_batch_size=4, remove_unused_columns=False,
-    )  # fmt: skip
+    common = {
+        "output_dir": str(tmp_path), "max_steps": 3, "use_cpu": True, "report_to": "none", "save_strategy": "no",
+        "disable_tqdm": True, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "remove_unused_columns": False,
+    }  # fmt: skip
     ours = FnlTrainer(
         copy.deepcopy(model),
         FnlTrainingArguments(**common, weight_decay=0.1, frobenius_decay=0.3),

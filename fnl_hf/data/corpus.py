@@ -46,7 +46,9 @@ def load_corpus(
     elif train_file is not None:
         files = {"train": train_file, "validation": validation_file}
         splits = {
-            split: load_text_file(file, text_column_name, cache_dir) for split, file in files.items() if file is not None
+            split: load_text_file(file, text_column_name, cache_dir)
+            for split, file in files.items()
+            if file is not None
         }
     else:
         splits = {"train": embedded_corpus()}
@@ -137,7 +139,8 @@ def _text_only(documents: Dataset, text_column: str, where: str, empty_is_none: 
     missing = np.flatnonzero(documents.data.column("text").is_null().to_numpy())
     if len(missing) and not empty_is_none:
         raise UserInputError(
-            f"{where}: {len(missing)} of {len(documents)} records have no {text_column!r}, first record {missing[0] + 1}"
+            f"{where}: {len(missing)} of {len(documents)} records have no {text_column!r}, "
+            f"first record {missing[0] + 1}"
         )
     try:
         for chunk in documents.data.column("text").chunks:  # Arrow's JSON reader takes any bytes for text

@@ -147,8 +147,8 @@ class FeatureMaker:
             raise UserInputError(f"{type(self.tokenizer).__name__} has no [CLS] or [SEP] token")
         if self.doc_stride < 0 or self.max_seq_length - self.tokenizer.num_special_tokens_to_add(pair=True) < 2:
             raise UserInputError(
-                f"--max_seq_length ({self.max_seq_length}) leaves no room for a question and a context, or --doc_stride "
-                f"({self.doc_stride}) is negative"
+                f"--max_seq_length ({self.max_seq_length}) leaves no room for a question and a context, or "
+                f"--doc_stride ({self.doc_stride}) is negative"
             )
 
     def encode(self, questions: list[str], contexts: list[str]):
@@ -196,9 +196,7 @@ def train_features(batch: dict[str, list], maker: FeatureMaker) -> dict[str, lis
         span = None
         if answers["text"]:
             start_char = answers["answer_start"][0]
-            span = _token_span(
-                offsets, encoded.sequence_ids(index), start_char, start_char + len(answers["text"][0])
-            )
+            span = _token_span(offsets, encoded.sequence_ids(index), start_char, start_char + len(answers["text"][0]))
         start, end = span or (no_answer, no_answer)
         starts.append(start)
         ends.append(end)

@@ -9,8 +9,10 @@ import numpy as np
 
 @dataclass
 class Answers:
-    """Per question id: the answer's text, the best span's text, the n-best list, and, for v2.0, ``null_odds``: the score
-    of no answer less the best span's."""
+    """Per question id: the answer, the best span's text, the n-best list and, for v2.0, ``null_odds``.
+
+    ``null_odds`` is the score of no answer less the best span's.
+    """
 
     text: dict[str, str] = field(default_factory=dict)
     best_span: dict[str, str] = field(default_factory=dict)

@@ -1,25 +1,47 @@
 """WordPiece tokenizers, and documents as packed sequences of token ids."""
 
+from collections import Counter
+
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from fnl_hf.errors import UserInputError
 
 # Documents that are packed together; of every such batch less than one sequence is left over and dropped.
 PACKING_BATCH = 1000
+ALPHABET_LIMIT = 1000  # the library's own default
 
 
 def train_tokenizer(documents: Dataset, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
-    """A lower-casing WordPiece tokenizer as BERT's, trained on the column "text"."""
+    """A lower-casing WordPiece tokenizer as BERT's, trained on the column "text"; the same each time.
+
+    ``tokenizers`` numbers the pieces "##c" in the order of a randomly seeded hash map and breaks ties between merges by
+    number, so that two trainings on one text differ. Numbered beforehand, as if they were special tokens, they do not.
+    """
     if vocab_size < 10:
         raise UserInputError(f"--vocab_size ({vocab_size}) must be at least 10: five special tokens and some text")
-    batches = (documents[start : start + 1000]["text"] for start in range(0, len(documents), 1000))
-    tokenizer = BertTokenizerFast().train_new_from_iterator(
-        batches, vocab_size, length=len(documents), show_progress=False
+    blank = BertTokenizer()
+    backend = Tokenizer(models.WordPiece(unk_token=blank.unk_token))
+    backend.normalizer = blank.backend_tokenizer.normalizer
+    backend.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    batches = [range(start, min(start + 1000, len(documents))) for start in range(0, len(documents), 1000)]
+    letters: Counter[str] = Counter()
+    for batch in batches:
+        letters.update(backend.normalizer.normalize_str(" ".join(documents[batch]["text"])))
+    specials = [str(blank.convert_ids_to_tokens(i)) for i in range(len(blank))]
+    limit = min(ALPHABET_LIMIT, (vocab_size - len(specials)) // 2)  # a letter starts words and stands inside them
+    alphabet = sorted(sorted(letters), key=lambda letter: -letters[letter])[:limit]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials + [f"##{letter}" for letter in sorted(alphabet) if not letter.isspace()],
+        initial_alphabet=alphabet,
+        limit_alphabet=limit,
+        show_progress=False,
     )
-    tokenizer.model_max_length = model_max_length
-    return tokenizer
+    backend.train_from_iterator((documents[batch]["text"] for batch in batches), trainer)
+    return BertTokenizer(vocab=backend.get_vocab(with_added_tokens=False), model_max_length=model_max_length)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -52,8 +52,9 @@ def _validate_pair(left: torch.Tensor, right: torch.Tensor, kind: str, heads: in
                 f"{where} has dtype {weight.dtype}: Frobenius decay changes a weight by about 3e-7 of its value per "
                 "step, which is lost in half precision. Keep the parameters in float32 (or float64) and use autocast"
             )
-    sizes = [weight.shape[dim] if weight.dim() == 2 else None for weight, dim in zip((left, right), RANK_DIMS[kind])]
-    if None in sizes or sizes[0] != sizes[1] or heads < 1 or sizes[0] % heads != 0:
+    left_dim, right_dim = RANK_DIMS[kind]
+    matrices = left.dim() == right.dim() == 2
+    if not matrices or heads < 1 or left.shape[left_dim] != right.shape[right_dim] or left.shape[left_dim] % heads:
         raise ValueError(
             f"{where}: shapes {tuple(left.shape)} and {tuple(right.shape)} must share one size E, a multiple of "
             f"num_heads ({heads}), in dimensions {RANK_DIMS[kind]}"

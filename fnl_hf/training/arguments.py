@@ -66,7 +66,13 @@ class FnlTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
-def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        """argparse would print two hundred flags and leave."""
+        raise UserInputError(message)
+
+
+def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the dataclasses from ``[config.yaml] [--flag value ...]``; flags override the file.
 
     Raises:
@@ -75,12 +81,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str]) -> tup
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv = config_file_arguments(argv[0]) + argv[1:]
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
-
-    def fail(message):
-        raise UserInputError(message)
-
-    parser.error = fail
+    parser = _Parser(dataclass_types, allow_abbrev=False)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UserInputError:

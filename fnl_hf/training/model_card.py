@@ -75,7 +75,7 @@ def model_facts(model, args, data: str) -> dict[str, Any]:
     return {
         "architecture": f"{type(model).__name__}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} heads",
-        "attention embedding dimension E": f"{embedding_size} ({embedding_size / config.hidden_size:.0%} of hidden size)",
+        "attention embedding dimension E": f"{embedding_size} ({embedding_size / config.hidden_size:.0%} of d)",
         "parameters": f"{model.num_parameters():,}",
         "data": data,
         "optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",

@@ -14,7 +14,13 @@ from fnl_hf.errors import UserInputError
 from fnl_hf.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForQuestionAnswering
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
-PRESETS = {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "base": (12, 768, 12), "large": (24, 1024, 16)}
+PRESETS = {
+    "tiny": (2, 128, 2),
+    "mini": (4, 256, 4),
+    "small": (4, 512, 8),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+}
 
 
 def preset_config(preset: str) -> dict[str, int]:
@@ -44,7 +50,9 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
         )
     if isinstance(config, FnlBertConfig):
         return config
-    entries = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
+    entries = {
+        k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
+    }
     return make_config(entries)
 
 
@@ -84,7 +92,9 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
     if model_args.config_overrides:
         try:
             config.update_from_string(model_args.config_overrides)
-            config = make_config({k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")})
+            config = make_config(
+                {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
+            )
         except (ValueError, StrictDataclassError) as error:
             raise UserInputError(f"--config_overrides {model_args.config_overrides}: {error}") from error
 
@@ -102,7 +112,9 @@ def build_pretraining_model(name_or_path: str | None, config: FnlBertConfig) -> 
         raise UserInputError(f"model {name_or_path or config.model_type}: {error}") from error
 
 
-def build_question_answering_model(model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
+def build_question_answering_model(
+    model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> PreTrainedModel:
     """A question answering model of any BERT-like architecture, checked against tokenizer and sequence length.
 
     Raises:

@@ -20,9 +20,7 @@ def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list
     return [step for step, _ in entries], [value for _, value in entries]
 
 
-def plot_training(
-    log_history: list[dict[str, Any]], file: str | Path, unigram_entropy: float | None = None
-) -> None:
+def plot_training(log_history: list[dict[str, Any]], file: str | Path, unigram_entropy: float | None = None) -> None:
     """Write a PNG: loss and, for each kind of product, the norms per layer, over the steps."""
     figure = plt.figure(figsize=(14, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 3)

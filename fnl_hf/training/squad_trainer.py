@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import numpy as np
 from datasets import Dataset
 
 from fnl_hf.data.squad_answers import Answers, answers_from_logits
@@ -46,13 +45,13 @@ class SquadTrainer(FnlTrainer):
         # Each process computes the same scores from the same gathered logits.
         self.metric = evaluate.load(fnl_squad.__file__, version, experiment_id=f"rank{self.args.process_index}")
 
-    def answers(self, features: Dataset, examples: Dataset, metric_key_prefix: str) -> tuple[Answers, dict[str, float]]:
+    def answers(self, features: Dataset, examples: Dataset, metric_key_prefix: str) -> tuple[Answers, dict[str, Any]]:
         """Answers to ``examples``, and the speed of the loop that found them."""
         inputs = features.remove_columns(["example_id", "offset_mapping"])
         output = super().predict(inputs, metric_key_prefix=metric_key_prefix)
-        start_logits, end_logits = output.predictions[:2]
-        answers = answers_from_logits(examples, features, start_logits, end_logits, **asdict(self.answer_options))
-        return answers, output.metrics
+        logits: Any = output.predictions  # start, end and, where the model returns more, others
+        answers = answers_from_logits(examples, features, logits[0], logits[1], **asdict(self.answer_options))
+        return answers, output.metrics or {}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Scores on the questions given at construction; writes their answers to the output folder."""
@@ -67,12 +66,13 @@ class SquadTrainer(FnlTrainer):
 
     def score(self, answers: Answers, examples: Dataset) -> dict[str, Any]:
         """Exact match, F1 and, for v2.0, the best thresholds."""
-        references = [{"id": row["id"], "answers": row["answers"]} for row in examples]
+        references: list[dict[str, Any]] = [{"id": row["id"], "answers": row["answers"]} for row in examples]
+        predictions: list[dict[str, Any]]
         if not self.answer_options.version_2_with_negative:
             predictions = [{"id": i, "prediction_text": text} for i, text in answers.text.items()]
             return self.metric.compute(predictions=predictions, references=references)
         predictions = [
-            {"id": i, "prediction_text": text, "no_answer_probability": float(np.clip(answers.null_odds[i], -1e30, 1e30))}
+            {"id": i, "prediction_text": text, "no_answer_probability": answers.null_odds[i]}
             for i, text in answers.best_span.items()
         ]
         threshold = self.answer_options.null_score_diff_threshold

@@ -41,10 +41,10 @@ class FnlTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.args, self.model if model is None else model)
+            self.optimizer = build_optimizer(self.args, model or self.model)
         return self.optimizer
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor] | None:
+    def _get_num_items_in_batch(self, batch_samples, device):
         """Items per label argument; Trainer itself knows only ``labels`` and counts them over all processes."""
         counts = {}
         for name in LABEL_NAMES:
@@ -65,7 +65,7 @@ class FnlTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
-        if not (Path(self.args.output_dir) / "README.md").is_file():
+        if not Path(self.args.output_dir, "README.md").is_file():
             super().create_model_card(*args, **kwargs)
 
 
@@ -73,6 +73,6 @@ def _labels_of(batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """One label argument with -100 where BERT's loss ignores it: answer positions outside the sequence."""
     labels = batch[name]
     if name in ("start_positions", "end_positions"):
-        length = batch.get("input_ids", batch.get("inputs_embeds")).shape[1]
+        length = (batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]).shape[1]
         return labels.masked_fill(labels >= length, -100)
     return labels

@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: `make pretrain` and `make test`. They need Python and make; the rest goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CORES := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+# One process, on the GPU if there is one. On a CPU `accelerate launch` would otherwise use a single thread.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(CORES)
+ARGS ?=
+PRETRAINED ?= output/pretrain
+INSTALL := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: pretrain squad test quality format clean
+
+# Pretrain a tiny FNL-BERT on the embedded corpus: make pretrain ARGS="--decay_mode weight --output_dir output/weight"
+pretrain: $(VENV)/.run
+	$(LAUNCH) run_pretrain.py --resume_from_checkpoint auto $(ARGS)
+
+# Fine-tune it on the embedded question answering sample, and ask it something.
+squad: $(VENV)/.run
+	@test -f $(PRETRAINED)/all_results.json || $(MAKE) pretrain
+	$(LAUNCH) run_squad.py configs/squad_sample.yaml --model_name_or_path $(PRETRAINED) --resume_from_checkpoint auto $(ARGS)
+	$(BIN)/python -c "import fnl_hf; print(fnl_hf.ask('output/squad', 'What does a list keep?', \
+		'A list keeps an ordered row of references to objects, and it can grow or shrink.'))"
+
+test: quality
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.run
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
