@@ -93,7 +93,7 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
 
 
-def get_tokenizer(model_args, corpus, plan, output_dir):
+def get_tokenizer(model_args, corpus, plan):
     """The named tokenizer, the checkpoint's, or one trained on the corpus; the same again when a run is resumed."""
     source = plan.checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
     if source is not None:
@@ -121,7 +121,7 @@ def get_datasets(data_args, corpus, tokenizer, seed):
     return masked["train"], masked["validation"], entropy
 
 
-def save_results(trainer, args, data_args, metrics, plan):
+def save_results(trainer, args, data_args, metrics):
     """Model, tokenizer, state, plot and card first; ``all_results.json`` last, as the sign of a finished run."""
     if args.do_train:
         trainer.save_model()
@@ -166,7 +166,7 @@ def run(argv):
             data_args.text_column_name,
             data_args.cache_dir,
         )
-        tokenizer = get_tokenizer(model_args, corpus, plan, args.output_dir)
+        tokenizer = get_tokenizer(model_args, corpus, plan)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
         if plan.checkpoint is not None:
             validate_resume(plan.checkpoint, config)
@@ -194,7 +194,7 @@ def run(argv):
         metrics["train"] = trainer.train(resume_from_checkpoint=plan.checkpoint).metrics
     if args.do_eval:
         metrics["eval"] = trainer.evaluate() | {"unigram_entropy": entropy}
-    save_results(trainer, args, data_args, metrics, plan)
+    save_results(trainer, args, data_args, metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
 

@@ -317,6 +317,7 @@ def other_architecture(tmp_path_factory):
         ({"preset": "base", "config_name": "x"}, "give one of --preset, .* not --preset and --config_name"),
         ({"preset": "huge"}, "argument --preset: invalid choice: 'huge'"),
         ({"optim": "adafactor"}, r"--optim \(.*ADAFACTOR.*|--optim \(adafactor\) is not used here: set --optimizer"),
+        ({"label_smoothing_factor": 0.1}, r"--label_smoothing_factor \(0.1\) must be 0"),
         ({"optimizer": "adagrad"}, "argument --optimizer: invalid choice"),
         ({"decay_mode": "nuclear"}, "argument --decay_mode/--decay-mode: invalid choice"),
         ({"learning_rate": "fast"}, "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),

@@ -51,9 +51,6 @@ class FnlTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses from the logs. Synchronizes in every step."}
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Not used: the datasets have no unused columns."}
-    )
 
     def __post_init__(self):
         if not (self.do_train or self.do_eval or self.do_predict):  # before an eval_strategy sets do_eval
@@ -62,6 +59,9 @@ class FnlTrainingArguments(TrainingArguments):
         default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
         if self.optim != default_optim:
             raise ValueError(f"--optim ({self.optim}) is not used here: set --optimizer, one of {OPTIMIZERS}")
+        if self.label_smoothing_factor != 0.0:
+            raise ValueError(f"--label_smoothing_factor ({self.label_smoothing_factor}) must be 0: it is not supported")
+        self.remove_unused_columns = False  # our datasets have none, and return whole batches
         if self.device.type == "cpu":  # pinned memory would only bring a warning
             self.dataloader_pin_memory = False
 
