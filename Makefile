@@ -8,6 +8,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(CORES)
 ARGS ?=
 PRETRAINED ?= output/pretrain
+SQUAD ?= output/squad
 INSTALL := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .PHONY: pretrain squad test quality format clean
@@ -18,9 +19,10 @@ pretrain: $(VENV)/.run
 
 # Fine-tune it on the embedded question answering sample, and ask it something.
 squad: $(VENV)/.run
-	@test -f $(PRETRAINED)/all_results.json || $(MAKE) pretrain
-	$(LAUNCH) run_squad.py configs/squad_sample.yaml --model_name_or_path $(PRETRAINED) --resume_from_checkpoint auto $(ARGS)
-	$(BIN)/python -c "import fnl_hf; print(fnl_hf.ask('output/squad', 'What does a list keep?', \
+	@test -f $(PRETRAINED)/all_results.json || $(MAKE) pretrain ARGS="--output_dir $(PRETRAINED)"
+	$(LAUNCH) run_squad.py configs/squad_sample.yaml --model_name_or_path $(PRETRAINED) --output_dir $(SQUAD) \
+		--resume_from_checkpoint auto $(ARGS)
+	$(BIN)/python -c "import fnl_hf; print(fnl_hf.ask('$(SQUAD)', 'What does a list keep?', \
 		'A list keeps an ordered row of references to objects, and it can grow or shrink.'))"
 
 test: quality

@@ -6,8 +6,6 @@ accelerate launch run_pretrain.py config.yaml --seed 1   # flags override the fi
 accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
 """
 
-import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from fnl_hf import UserInputError
-from fnl_hf.data.corpus import load_corpus
+from fnl_hf.data.corpus import first_rows, load_corpus
 from fnl_hf.data.masking import MaskedLMDataset, collate_batch
 from fnl_hf.data.tokenizer import (
     load_tokenizer,
@@ -24,18 +22,17 @@ from fnl_hf.data.tokenizer import (
     unigram_entropy,
     validate_mlm_tokenizer,
 )
-from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments
-from fnl_hf.training.callbacks import add_fnl_callbacks
+from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
 from fnl_hf.training.model_card import model_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
 from fnl_hf.training.plots import plot_training
-from fnl_hf.training.runs import plan_run, start_run, validate_resume
-from fnl_hf.training.trainer import FnlTrainer
+from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
+from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
 
 logger = logging.get_logger("fnl_hf.run_pretrain")
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
-DATA_FLAGS = ("--dataset_name", "--train_file")
+OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 PLOT_FILE = "training_curves.png"
 
 
@@ -92,6 +89,9 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first sequences, to try out."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
 
+    def __post_init__(self):
+        validate_bounds("preprocessing_num_workers", self.preprocessing_num_workers, 1)
+
 
 def get_tokenizer(model_args, corpus, plan):
     """The named tokenizer, the checkpoint's, or one trained on the corpus; the same again when a run is resumed."""
@@ -110,50 +110,53 @@ def get_datasets(data_args, corpus, tokenizer, seed):
         split: pack_documents(documents, tokenizer, data_args.max_seq_length, data_args.preprocessing_num_workers)
         for split, documents in corpus.items()
     }
-    for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
-        if limit is not None:
-            packed[split] = packed[split].select(range(min(limit, len(packed[split]))))
+    packed["train"] = first_rows(packed["train"], "max_train_samples", data_args.max_train_samples)
+    packed["validation"] = first_rows(packed["validation"], "max_eval_samples", data_args.max_eval_samples)
     entropy = unigram_entropy(packed["validation"], tokenizer.all_special_ids)
-    masked = {
-        split: MaskedLMDataset(sequences, tokenizer, data_args.mlm_probability, seed if split == "train" else 0)
-        for split, sequences in packed.items()
-    }
-    return masked["train"], masked["validation"], entropy
+    train = MaskedLMDataset(packed["train"], tokenizer, data_args.mlm_probability, seed)
+    held_out = MaskedLMDataset(packed["validation"], tokenizer, data_args.mlm_probability, seed=0, dynamic=False)
+    return train, held_out, entropy
 
 
 def save_results(trainer, args, data_args, metrics):
-    """Model, tokenizer, state, plot and card first; ``all_results.json`` last, as the sign of a finished run."""
-    if args.do_train:
-        trainer.save_model()
-        trainer.save_state()
-    if trainer.is_world_process_zero():
-        entropy = metrics.get("eval", {}).get("unigram_entropy")
-        if args.do_train:
-            plot_training(trainer.state.log_history, Path(args.output_dir) / PLOT_FILE, entropy)
-            write_model_card(
-                args.output_dir,
-                title=Path(args.output_dir).resolve().name,
-                description="A BERT with factorized attention, pretrained with masked language modelling.",
-                auto_class="AutoModelForMaskedLM",
-                facts=model_facts(
-                    trainer.model, args, data_args.dataset_name or data_args.train_file or "embedded corpus"
-                ),
-                metrics=metrics.get("eval", {}),
-                tags=["fill-mask"],
-                plot=PLOT_FILE,
-            )
+    """Plot and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
+    if args.do_train and trainer.is_world_process_zero():
+        held_out = metrics.get("eval", {})
+        plot_training(trainer.state.log_history, Path(args.output_dir) / PLOT_FILE, held_out.get("unigram_entropy"))
+        source = data_args.dataset_name or data_args.train_file or "embedded corpus"
+        write_model_card(
+            args.output_dir,
+            title=Path(args.output_dir).resolve().name,
+            description="A BERT with factorized attention, pretrained with masked language modelling.",
+            auto_class="AutoModelForMaskedLM",
+            factorized=True,
+            facts=model_facts(trainer.model, args, source),
+            metrics=held_out,
+            tags=["fill-mask"],
+            plot=PLOT_FILE,
+        )
     for split, values in metrics.items():
         trainer.log_metrics(split, values)
         trainer.save_metrics(split, values)
 
 
+def with_quickstart(argv):
+    """The quickstart's recipe before the flags, unless they name a config file, data, or a model of their own."""
+    flags = {word.split("=")[0].replace("-", "_").lstrip("_") for word in argv if word.startswith("-")}
+    if argv and not argv[0].startswith("-") or flags & OWN_RECIPE:
+        return argv
+    return [str(QUICKSTART), *argv]
+
+
 def run(argv):
-    if not argv or (argv[0].startswith("-") and not any(a.split("=")[0] in DATA_FLAGS for a in argv)):
-        argv = [str(QUICKSTART), *argv]
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
-    plan = plan_run(args)
+    dataclass_types = (ModelArguments, DataArguments, FnlTrainingArguments)
+    model_args, data_args, args = parse_arguments(dataclass_types, with_quickstart(list(argv)))
+    if args.do_predict:
+        raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
+    description = describe_run(args, model_args, data_args)
+    plan = plan_run(args, description)
     if plan.finished:
-        logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
+        logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
         return
     set_seed(args.seed)
     with args.main_process_first(desc="reading the corpus"):
@@ -168,16 +171,13 @@ def run(argv):
         )
         tokenizer = get_tokenizer(model_args, corpus, plan)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-        if plan.checkpoint is not None:
-            validate_resume(plan.checkpoint, config)
         train_dataset, eval_dataset, entropy = get_datasets(data_args, corpus, tokenizer, args.seed)
     model = build_pretraining_model(model_args.model_name_or_path, config)
+    if plan.checkpoint is not None:
+        validate_resume(plan.checkpoint, model)
 
-    if args.should_save:
-        start_run(
-            args, plan, {f.name: getattr(a, f.name) for a in (model_args, data_args) for f in dataclasses.fields(a)}
-        )
-    trainer = FnlTrainer(
+    trainer = build_trainer(
+        FnlTrainer,
         model=model,
         args=args,
         train_dataset=train_dataset,
@@ -187,11 +187,12 @@ def run(argv):
         compute_metrics=masked_lm_metrics,
         preprocess_logits_for_metrics=masked_lm_statistics,
     )
-    add_fnl_callbacks(trainer)
+    if args.should_save:
+        start_run(args, description)
 
     metrics = {}
     if args.do_train:
-        metrics["train"] = trainer.train(resume_from_checkpoint=plan.checkpoint).metrics
+        metrics["train"] = train_and_save(trainer, plan.checkpoint)
     if args.do_eval:
         metrics["eval"] = trainer.evaluate() | {"unigram_entropy": entropy}
     save_results(trainer, args, data_args, metrics)
@@ -199,13 +200,5 @@ def run(argv):
         trainer.push_to_hub()
 
 
-def main():
-    try:
-        run(sys.argv[1:])
-    except UserInputError as error:
-        print(f"run_pretrain.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(run)

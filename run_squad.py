@@ -6,22 +6,22 @@ accelerate launch run_squad.py --model_name_or_path M --train_file train.json --
 accelerate launch run_squad.py --model_name_or_path M --dataset_name rajpurkar/squad_v2 --version_2_with_negative true
 """
 
-import dataclasses
-import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
-from fnl_hf import UserInputError
+from fnl_hf import FnlBertForQuestionAnswering, UserInputError
+from fnl_hf.data.corpus import first_rows
 from fnl_hf.data.squad import FeatureMaker, load_sample, load_squad_hub, read_squad_file
 from fnl_hf.data.tokenizer import load_tokenizer
-from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments
-from fnl_hf.training.callbacks import add_fnl_callbacks
+from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.model_card import model_facts, write_model_card
 from fnl_hf.training.models import build_question_answering_model
-from fnl_hf.training.runs import plan_run, start_run, validate_resume
+from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
 from fnl_hf.training.squad_trainer import AnswerOptions, SquadTrainer, write_answers
+from fnl_hf.training.trainer import build_trainer, train_and_save
 
 logger = logging.get_logger("fnl_hf.run_squad")
 
@@ -69,6 +69,16 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Likewise, for prediction."})
 
+    def __post_init__(self):
+        validate_bounds("preprocessing_num_workers", self.preprocessing_num_workers, 1)
+
+
+@dataclass
+class SquadTrainingArguments(FnlTrainingArguments):
+    """FnlTrainingArguments; the best model is the one with the best F1."""
+
+    metric_for_best_model: str | None = field(default="f1", metadata={"help": "The score that tells the best model."})
+
 
 def load_examples(data_args, split):
     """The questions of one split: its file, the Hub's, or the sample's where no source is named at all."""
@@ -81,13 +91,8 @@ def load_examples(data_args, split):
         examples = load_sample(split)
     else:
         raise UserInputError(f"no questions to {'predict' if split == 'test' else split}: give --{split}_file")
-    limit = {
-        "train": data_args.max_train_samples,
-        "validation": data_args.max_eval_samples,
-        "test": data_args.max_predict_samples,
-    }[split]
-    if limit is not None:
-        examples = examples.select(range(min(limit, len(examples))))
+    flag = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}[split]
+    examples = first_rows(examples, flag, getattr(data_args, flag))
     unanswerable = sum(not answers["text"] for answers in examples["answers"])
     if unanswerable and split != "test" and not data_args.version_2_with_negative:
         raise UserInputError(
@@ -97,31 +102,31 @@ def load_examples(data_args, split):
 
 
 def save_results(trainer, args, data_args, metrics):
-    """Model, tokenizer, state and card first; ``all_results.json`` last, as the sign of a finished run."""
-    if args.do_train:
-        trainer.save_model()
-        trainer.save_state()
-        if trainer.is_world_process_zero():
-            source = data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf"
-            write_model_card(
-                args.output_dir,
-                title=f"{args.output_dir} (question answering)",
-                description="Fine-tuned for extractive question answering.",
-                auto_class="AutoModelForQuestionAnswering",
-                facts=model_facts(trainer.model, args, source),
-                metrics=metrics.get("eval", {}),
-                tags=["question-answering"],
-            )
+    """The card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
+    if args.do_train and trainer.is_world_process_zero():
+        write_model_card(
+            args.output_dir,
+            title=f"{Path(args.output_dir).resolve().name} (question answering)",
+            description="Fine-tuned for extractive question answering.",
+            auto_class="AutoModelForQuestionAnswering",
+            factorized=isinstance(trainer.model, FnlBertForQuestionAnswering),
+            facts=model_facts(
+                trainer.model, args, data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf"
+            ),
+            metrics=metrics.get("eval", {}),
+            tags=["question-answering"],
+        )
     for split, values in metrics.items():
         trainer.log_metrics(split, values)
         trainer.save_metrics(split, values)
 
 
 def run(argv):
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
-    plan = plan_run(args)
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, SquadTrainingArguments), argv)
+    description = describe_run(args, model_args, data_args)
+    plan = plan_run(args, description)
     if plan.finished:
-        logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
+        logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
         return
     set_seed(args.seed)
     tokenizer_name = model_args.tokenizer_name or model_args.model_name_or_path
@@ -130,7 +135,7 @@ def run(argv):
     tokenizer = load_tokenizer(plan.checkpoint or tokenizer_name)
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
     if plan.checkpoint is not None:
-        validate_resume(plan.checkpoint, model.config)
+        validate_resume(plan.checkpoint, model)
     options = AnswerOptions(
         data_args.n_best_size,
         data_args.max_answer_length,
@@ -151,11 +156,8 @@ def run(argv):
             test_examples = load_examples(data_args, "test")
             test_features = maker.evaluation(test_examples, workers)
 
-    if args.should_save:
-        start_run(
-            args, plan, {f.name: getattr(a, f.name) for a in (model_args, data_args) for f in dataclasses.fields(a)}
-        )
-    trainer = SquadTrainer(
+    trainer = build_trainer(
+        SquadTrainer,
         model=model,
         args=args,
         train_dataset=train_features,
@@ -163,13 +165,14 @@ def run(argv):
         eval_examples=eval_examples,
         answer_options=options,
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorWithPadding(tokenizer),
     )
-    add_fnl_callbacks(trainer)
+    if args.should_save:
+        start_run(args, description)
 
     metrics = {}
     if args.do_train:
-        metrics["train"] = trainer.train(resume_from_checkpoint=plan.checkpoint).metrics
+        metrics["train"] = train_and_save(trainer, plan.checkpoint)
     if args.do_eval:
         metrics["eval"] = trainer.evaluate()
     if args.do_predict:
@@ -181,13 +184,5 @@ def run(argv):
         trainer.push_to_hub()
 
 
-def main():
-    try:
-        run(sys.argv[1:])
-    except UserInputError as error:
-        print(f"run_squad.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(run)

@@ -44,6 +44,8 @@ class FnlBertConfig(BertConfig):
     def validate_attention(self):
         """Part of ``@strict``'s validation."""
         embedding_size, heads = self.mha_embedding_size, self.num_attention_heads
+        if heads < 1:
+            raise ValueError(f"num_attention_heads ({heads}) must be at least 1")
         if embedding_size < 1 or embedding_size % heads != 0:
             raise ValueError(
                 f"attention_embedding_size ({embedding_size}) must be a positive multiple of "

@@ -1,5 +1,6 @@
 """One question, one answer."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from fnl_hf.errors import UserInputError
 
 @torch.no_grad()
 def ask(
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | str | Path,
     question: str,
     context: str,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
@@ -39,7 +40,7 @@ def ask(
     """
     if not question.strip() or not context.strip():
         raise UserInputError("question and context must not be empty")
-    if isinstance(model, str):
+    if isinstance(model, str | Path):
         model = cast(PreTrainedModel, AutoModelForQuestionAnswering.from_pretrained(model))
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(tokenizer or str(model.name_or_path))

@@ -163,7 +163,9 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
         head_size = self.config.hidden_size // self.config.num_attention_heads
         factors = pair.factors()
         drawn = [
-            torch.empty(*factor.shape[:-1], head_size, device=factor.device).normal_(std=self.config.initializer_range)
+            torch.empty(*factor.shape[:-1], head_size, device=factor.device, dtype=torch.float32).normal_(
+                std=self.config.initializer_range
+            )
             for factor in factors
         ]
         for factor, value in zip(factors, spectral_factors(drawn[0], drawn[1], self.config.attention_rank)):

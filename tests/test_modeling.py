@@ -150,6 +150,13 @@ def test_spectral_initialization_leaves_loaded_weights_alone(tmp_path, dimension
         assert imbalance(new[index]) < 1e-5 and new[index].left.std() < 0.1
 
 
+def test_spectral_initialization_in_half_precision(dimensions):
+    config = FnlBertConfig(**dimensions, attention_embedding_size=6, attention_init="spectral")
+    model = AutoModel.from_config(config, dtype=torch.bfloat16)
+    u, v = model.factor_pairs()[0].factors()
+    assert u.dtype == torch.bfloat16 and imbalance(model.float().factor_pairs()[0]) < 0.02
+
+
 def test_meta_device_builds_the_large_model():
     with torch.device("meta"):
         model = FnlBertModel(

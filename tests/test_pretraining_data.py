@@ -186,6 +186,9 @@ def test_masks_are_a_pure_function_of_seed_epoch_and_sample(documents, tokenizer
     first.set_epoch(1)
     assert not torch.equal(first.__getitems__(everything)["labels"], labels), "another epoch, other masks"
     assert not torch.equal(dataset(seed=4).__getitems__(everything)["labels"], labels), "another seed, other masks"
+    held_out = MaskedLMDataset(pack_documents(documents, tokenizer, 13), tokenizer, 0.15, 3, dynamic=False)
+    held_out.set_epoch(1)
+    assert torch.equal(held_out.__getitems__(everything)["labels"], labels), "held-out masks stay"
     first.set_epoch(0)
     assert torch.equal(first.__getitems__(everything)["labels"], labels)
 

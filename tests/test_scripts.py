@@ -40,7 +40,7 @@ def pretraining(corpus, folder, **flags):
         "max_steps": 12, "save_steps": 5, "logging_steps": 3, "per_device_train_batch_size": 8, "report_to": "none",
         "learning_rate": 1e-2, "seed": 7, "cache_dir": Path(corpus).parent / "cache", "use_cpu": "true",
     } | flags  # fmt: skip
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +122,11 @@ def test_a_killed_run_resumes_to_the_same_weights(pretrained, corpus, tmp_path):
     assert "checkpoint-11 is not complete: passing it over" in resumed.stderr
     assert_same_weights(folder, pretrained)
     before = (folder / "all_results.json").stat().st_mtime_ns
+    for changed in (["--resume_from_checkpoint", folder / "checkpoint-10"], []):
+        with pytest.raises(UserInputError, match="holds another run: adam_beta2 is 0.999 there and 0.5 here"):
+            run_in_process([*arguments, *changed, "--adam_beta2", 0.5])
+    with pytest.raises(UserInputError, match="holds another run: decay_mode is frobenius there and none here"):
+        run_in_process([*arguments, "--decay_mode", "none"])
     again = launch("run_pretrain.py", *arguments)
     assert "is finished: nothing to do" in again.stderr
     assert (folder / "all_results.json").stat().st_mtime_ns == before
@@ -131,7 +136,14 @@ def test_processes_and_accumulation_give_the_same_model(corpus, tmp_path):
     """1 × 8, 4 × 2 and two processes × 2 × 2 rows in a global batch, without dropout."""
     overrides = TINY + ",hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
     # Adam's ε keeps rounding noise of gradients that are zero in theory (key biases) from becoming whole steps.
-    common = {"config_overrides": overrides, "max_steps": 4, "save_strategy": "no", "adam_epsilon": 1e-3}
+    # Three steps an epoch, so that the masks change twice.
+    common = {
+        "config_overrides": overrides,
+        "max_steps": 8,
+        "max_train_samples": 24,
+        "save_strategy": "no",
+        "adam_epsilon": 1e-3,
+    }
     common["logging_steps"] = 1  # Trainer adds only its own rank's losses since the last log to train_loss
     for name, batch, accumulation, processes in (("whole", 8, 1, 1), ("parts", 2, 4, 1), ("ranks", 2, 2, 2)):
         flags = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation} | common
@@ -174,6 +186,37 @@ def test_config_file_and_flags(corpus, tmp_path):
     (tmp_path / "list.yaml").write_text("- 3\n")
     with pytest.raises(UserInputError, match="must hold a mapping"):
         run_in_process([tmp_path / "list.yaml"])
+
+
+def test_norms_follow_the_logging_strategy(corpus, tmp_path):
+    flags = {"logging_strategy": "epoch", "max_steps": 6, "max_train_samples": 24, "save_strategy": "no"}
+    run_in_process(pretraining(corpus, tmp_path / "out", **flags))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [e["step"] for e in history if "norms/layer_0/vo_bound" in e] == [0, 3, 6]
+    assert [e["step"] for e in history if "loss" in e] == [3, 6]
+
+
+def test_half_precision_checkpoints_go_on_in_float32(pretrained, corpus, tmp_path):
+    half = transformers.AutoModelForMaskedLM.from_pretrained(pretrained, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    transformers.AutoTokenizer.from_pretrained(pretrained).save_pretrained(tmp_path / "half")
+    flags = {
+        "model_name_or_path": tmp_path / "half",
+        "config_overrides": None,
+        "bf16_full_eval": "true",
+        "max_steps": 1,
+    }
+    run_in_process(pretraining(corpus, tmp_path / "out", save_strategy="no", **flags))
+    assert {w.dtype for w in weights(tmp_path / "out").values()} == {torch.float32}
+    with pytest.raises(UserInputError, match=r"--attention_embedding_size \(8\) differs from that of .* \(16\)"):
+        run_in_process(pretraining(corpus, tmp_path / "other", attention_embedding_size=8, **flags))
+
+
+def test_the_quickstart_is_the_recipe_of_the_embedded_corpus_alone():
+    assert run_pretrain.with_quickstart([])[0].endswith("quickstart.yaml")
+    assert run_pretrain.with_quickstart(["--preset", "mini"])[0].endswith("quickstart.yaml")
+    for own in (["c.yaml"], ["--train-file", "x"], ["--train_file=x"], ["--config_name", "x"]):
+        assert run_pretrain.with_quickstart(own) == own
 
 
 def test_push_to_hub_uploads_the_folder_with_our_card(corpus, tmp_path, monkeypatch):
@@ -225,7 +268,8 @@ def squad(model, folder, file=None, **flags):
     }  # fmt: skip
     if file is not None:
         values |= {"train_file": file, "validation_file": file}
-    return [word for key, value in (values | flags).items() for word in (f"--{key}", str(value))]
+    values |= flags
+    return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
 
 
 def test_fine_tuning_on_squad(pretrained, squad_files, tmp_path):
@@ -261,9 +305,15 @@ def test_squad_v2_threshold_prediction_and_a_stock_model(pretrained, squad_files
         assert sum(bool(text) for text in predictions.values()) == answered
         assert results["eval_NoAns_exact"] == (0.0 if answered else 100.0)
         assert set(json.loads((folder / "eval_null_odds.json").read_text())) == set(predictions)
-    flags = {"model_type": "fnl_bert", "do_eval": "true"}
+    control = {"model_name_or_path": None, "config_name": tmp_path / "stock", "tokenizer_name": pretrained}
+    control |= {"model_type": "fnl_bert", "load_best_model_at_end": "true", "eval_strategy": "steps", "eval_steps": 3}
+    control |= {"save_strategy": "steps", "save_steps": 3}
+    run_squad.run(squad(None, tmp_path / "control", squad_files / "v1.1.json", **control))
+    assert json.loads((tmp_path / "control" / "config.json").read_text())["model_type"] == "fnl_bert"
+    flags = {"model_type": "fnl_bert"}
     run_squad.run(squad(tmp_path / "stock", tmp_path / "ours", squad_files / "v1.1.json", **flags))
-    run_squad.run(squad(tmp_path / "stock", tmp_path / "theirs", squad_files / "v1.1.json", do_eval="true"))
+    run_squad.run(squad(tmp_path / "stock", tmp_path / "theirs", squad_files / "v1.1.json"))
+    assert "factorized" not in (tmp_path / "theirs" / "README.md").read_text()
     ours, theirs = (json.loads((tmp_path / n / "eval_predictions.json").read_text()) for n in ("ours", "theirs"))
     assert ours == theirs, "the same weights answer alike, stock or factorized at E = d"
 
@@ -284,6 +334,15 @@ def test_an_output_folder_in_use_is_never_overwritten_unasked(pretrained, corpus
     for resume in ([], ["--resume_from_checkpoint", "auto"]):
         with pytest.raises(UserInputError, match=f"--output_dir {folder} is not empty"):
             run_in_process(pretraining(corpus, folder) + resume)
+    assert os.listdir(folder) == ["thesis.tex"]
+    for flags, message in (
+        ({"do_eval": "true"}, "is not empty: choose another"),
+        ({"resume_from_checkpoint": pretrained / "checkpoint-10"}, "is not empty and not the folder of checkpoint"),
+        ({"resume_from_checkpoint": "auto", "overwrite_output_dir": "true"}, "exclude each other"),
+        ({"overwrite_output_dir": "true", "frobenius_decay": -1}, r"--frobenius_decay \(-1.0\) must be at least 0"),
+    ):
+        with pytest.raises(UserInputError, match=message):
+            run_in_process(pretraining(corpus, folder, **flags))
     assert os.listdir(folder) == ["thesis.tex"]
     copy = tmp_path / "copy"
     shutil.copytree(pretrained, copy)
@@ -313,7 +372,7 @@ def other_architecture(tmp_path_factory):
         ({"vocab_size": 3}, r"--vocab_size \(3\) must be at least 10"),
         ({"train_file": "/no/such.txt"}, "/no/such.txt: no such file"),
         ({"tokenizer_name": "/no/such"}, "no tokenizer in /no/such"),
-        ({"config_name": "/no/such"}, "no usable configuration in /no/such"),
+        ({"tokenizer_name": None, "config_name": "/no/such"}, "no usable configuration in /no/such"),
         ({"preset": "base", "config_name": "x"}, "give one of --preset, .* not --preset and --config_name"),
         ({"preset": "huge"}, "argument --preset: invalid choice: 'huge'"),
         ({"optim": "adafactor"}, r"--optim \(.*ADAFACTOR.*|--optim \(adafactor\) is not used here: set --optimizer"),
@@ -322,6 +381,17 @@ def other_architecture(tmp_path_factory):
         ({"decay_mode": "nuclear"}, "argument --decay_mode/--decay-mode: invalid choice"),
         ({"learning_rate": "fast"}, "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         ({"config_overrides": "no_such=3"}, "--config_overrides no_such=3"),
+        ({"config_overrides": "attention_embedding_size=4"}, "--config_overrides attention_embedding_size=4"),
+        ({"config_overrides": "num_attention_heads=0"}, r"num_attention_heads \(0\) must be at least 1"),
+        ({"config_overrides": "hidden_act=nope"}, "no model of the wanted kind .*nope"),
+        ({"learning_rate": -1}, r"--learning_rate \(-1.0\) must be at least 0.0 and below inf"),
+        ({"weight_decay": "nan"}, r"--weight_decay \(nan\) must be at least"),
+        ({"adam_beta1": 2}, r"--adam_beta1 \(2.0\) must be at least 0.0 and below 1.0"),
+        ({"per_device_train_batch_size": 0}, r"--per_device_train_batch_size \(0\) must be at least 1"),
+        ({"max_eval_samples": 0}, r"--max_eval_samples \(0\) must be at least 1"),
+        ({"preprocessing_num_workers": 0}, r"--preprocessing_num_workers \(0\) must be at least 1"),
+        ({"report_to": "no_such_tracker"}, "no_such_tracker"),
+        ({"do_predict": "true"}, "pretraining has nothing to predict"),
         ({"resume_from_checkpoint": "/no/such"}, "--resume_from_checkpoint /no/such: no complete checkpoint"),
     ],
 )  # fmt: skip
@@ -352,6 +422,8 @@ def test_checkpoints_of_another_shape_are_refused(pretrained, corpus, other_arch
         ({"model_name_or_path": "/no/such"}, "no tokenizer in /no/such"),
         ({"doc_stride": 39}, r"--doc_stride \(39\) must be smaller than the window"),
         ({"max_seq_length": 600}, r"--max_seq_length \(600\) exceeds"),
+        ({"max_train_samples": -1}, r"--max_train_samples \(-1\) must be at least 1"),
+        ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
         ({"do_predict": "true"}, "no questions to predict: give --test_file"),
     ],

@@ -127,6 +127,13 @@ def test_unanswerable_questions_have_no_answers(tmp_path):
         (b'{"version": 1}', "not in SQuAD's layout .* KeyError\\('data'\\)"),
         (b"[1, 2]", "not in SQuAD's layout"),
         (b'{"data": []}', "no questions"),
+        (b'{"data": [{"paragraphs": [{"context": "x", "qas": ["q"]}]}]}', "not in SQuAD's layout"),
+        (b'{"data": [{"paragraphs": [{"context": null, "qas": [{"id": 1, "question": "q"}]}]}]}', ".*must be texts"),
+        (
+            b'{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 1, "question": "q", "answers": '
+            b'[{"text": "x", "answer_start": "0"}]}]}]}]}',
+            ".*answer_start must be an integer",
+        ),
     ],
 )
 def test_bad_files_are_refused(tmp_path, content, message):

@@ -57,6 +57,19 @@ def load_corpus(
     return DatasetDict(splits)
 
 
+def first_rows(dataset: Dataset, flag: str, count: int | None) -> Dataset:
+    """The first ``count`` rows; all of them for None.
+
+    Raises:
+        UserInputError: ``count`` below 1; names ``flag``.
+    """
+    if count is None:
+        return dataset
+    if count < 1:
+        raise UserInputError(f"--{flag} ({count}) must be at least 1")
+    return dataset.select(range(min(count, len(dataset))))
+
+
 def _hold_out(documents: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
     if not 0.0 < percentage < 100.0:
         raise UserInputError(f"--validation_split_percentage ({percentage}) must be above 0 and below 100")

@@ -57,20 +57,29 @@ def mask_tokens(
 class MaskedLMDataset(torch.utils.data.Dataset):
     """Packed sequences, masked anew in each epoch; a batch is fetched and masked at once.
 
-    Use it with :func:`collate_batch`. Both Trainer and Accelerate call ``set_epoch``.
+    Use it with :func:`collate_batch` and ``EpochCallback``.
 
     Args:
         sequences: a dataset with a column "input_ids" of fixed length.
         mlm_probability: share of the tokens to predict, above 0 and below 1.
         seed: masks are a function of (seed, epoch, sample index, position).
+        dynamic: False keeps the masks of epoch 0, for evaluation.
     """
 
-    def __init__(self, sequences: Dataset, tokenizer: PreTrainedTokenizerBase, mlm_probability: float, seed: int):
+    def __init__(
+        self,
+        sequences: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        mlm_probability: float,
+        seed: int,
+        dynamic: bool = True,
+    ):
         if not 0.0 < mlm_probability < 1.0:
             raise UserInputError(f"--mlm_probability ({mlm_probability}) must be above 0 and below 1")
         self.sequences = sequences.with_format("numpy")
         self.mlm_probability = mlm_probability
         self.seed = seed
+        self.dynamic = dynamic
         self.mask_token_id = tokenizer.mask_token_id
         self.maskable = np.ones(len(tokenizer), dtype=bool)
         self.maskable[tokenizer.all_special_ids] = False
@@ -78,7 +87,8 @@ class MaskedLMDataset(torch.utils.data.Dataset):
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
+        if self.dynamic:
+            self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -41,6 +41,8 @@ def load_squad_hub(name: str, config: str | None, split: str, cache_dir: str | N
         loaded = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise UserInputError(f"--dataset_name {name}: {error}") from error
+    if split == "test" and "answers" not in loaded.column_names:
+        loaded = loaded.add_column("answers", [{"text": [], "answer_start": []}] * len(loaded))
     missing = [column for column in EXAMPLE_FEATURES if column not in loaded.column_names]
     if missing:
         raise UserInputError(f"--dataset_name {name} has no columns {missing}, only {loaded.column_names}")
@@ -75,7 +77,7 @@ def read_squad_file(file: str | Path | Any) -> Dataset:
         ]
     except json.JSONDecodeError as error:
         raise UserInputError(f"{file}: not JSON: {error}") from error
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserInputError(f"{file}: not in SQuAD's layout (data, paragraphs, qas): {error!r}") from error
     if not examples:
         raise UserInputError(f"{file}: no questions")
@@ -90,6 +92,11 @@ def read_squad_file(file: str | Path | Any) -> Dataset:
 
 def _flatten(question: dict[str, Any], context: str) -> dict[str, Any]:
     answers = [] if question.get("is_impossible", False) else question.get("answers", [])
+    texts = [context, question["question"], *(answer["text"] for answer in answers)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"question {question['id']}: context, question and answers must be texts, got {texts}")
+    if not all(type(answer["answer_start"]) is int for answer in answers):
+        raise TypeError(f"question {question['id']}: answer_start must be an integer")
     return {
         "id": str(question["id"]),
         "question": question["question"],

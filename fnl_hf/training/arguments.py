@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,20 @@ from fnl_hf.errors import UserInputError
 from fnl_hf.optim.param_groups import DECAY_MODES
 
 OPTIMIZERS = ("adamw",)
+# flag -> smallest value, and the bound that it must stay below
+BOUNDS = {
+    "learning_rate": (0.0, float("inf")),
+    "weight_decay": (0.0, float("inf")),
+    "frobenius_decay": (0.0, float("inf")),
+    "adam_beta1": (0.0, 1.0),
+    "adam_beta2": (0.0, 1.0),
+    "adam_epsilon": (0.0, float("inf")),
+    "max_grad_norm": (0.0, float("inf")),
+    "seed": (0, 2**32),
+    "per_device_train_batch_size": (1, float("inf")),
+    "per_device_eval_batch_size": (1, float("inf")),
+    "gradient_accumulation_steps": (1, float("inf")),
+}
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -55,6 +70,8 @@ class FnlTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not (self.do_train or self.do_eval or self.do_predict):  # before an eval_strategy sets do_eval
             self.do_train = self.do_eval = True
+        for name, (smallest, bound) in BOUNDS.items():
+            validate_bounds(name, getattr(self, name), smallest, bound)
         super().__post_init__()
         default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
         if self.optim != default_optim:
@@ -64,6 +81,12 @@ class FnlTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False  # our datasets have none, and return whole batches
         if self.device.type == "cpu":  # pinned memory would only bring a warning
             self.dataloader_pin_memory = False
+
+
+def validate_bounds(name: str, value: float | None, smallest: float, bound: float = float("inf")) -> None:
+    """Raise UserInputError unless ``smallest <= value < bound``; None is a flag that was not given."""
+    if value is not None and not smallest <= value < bound:
+        raise UserInputError(f"--{name} ({value}) must be at least {smallest} and below {bound}")
 
 
 class _Parser(HfArgumentParser):
@@ -91,6 +114,15 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
     if unknown:
         raise UserInputError(f"unknown argument: {' '.join(unknown)}")
     return tuple(instances)
+
+
+def run_script(run: Callable[[Sequence[str]], None]) -> None:
+    """``main`` of a script: its command line, and bad input as one line and exit status 2."""
+    try:
+        run(sys.argv[1:])
+    except UserInputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def config_file_arguments(file: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is watched while a model trains: the norms of its products, and a progress bar that stays readable."""
+"""While a model trains: the norms of its products, a progress bar that stays readable, new masks in each epoch."""
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
@@ -39,10 +39,21 @@ class ProductNormsCallback(TrainerCallback):
             self.trainer.log(factor_pair_norms(model))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        # DefaultFlowCallback comes first and has decided whether this step is logged.
+        # DefaultFlowCallback comes first and has decided whether this step, or this epoch, is logged.
         if control.should_log:
             self.trainer.log(factor_pair_norms(model))
             control.should_log = True  # logging cleared it; the loss of this step is still to come
+
+    on_epoch_end = on_step_end
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the training data its epoch. On several processes Accelerate stops at the sampler and does not."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        set_epoch = getattr(train_dataloader.dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int(state.epoch + 1e-6))
 
 
 class ReadableProgressCallback(ProgressCallback):
@@ -54,7 +65,8 @@ class ReadableProgressCallback(ProgressCallback):
 
 
 def add_fnl_callbacks(trainer) -> None:
-    """Give a Trainer the two callbacks above."""
+    """Give a Trainer the callbacks above."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ReadableProgressCallback)
     trainer.add_callback(ProductNormsCallback(trainer))
+    trainer.add_callback(EpochCallback)

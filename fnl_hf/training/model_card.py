@@ -24,17 +24,20 @@ CARD = """---
 {metrics}
 {plot}
 ## Use
-
-With [fnl_hf](https://pypi.org/project/fnl-hf/) installed, `import fnl_hf` first; without it, pass
-`trust_remote_code=True`.
-
+{note}
 ```python
 from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
-model = {auto_class}.from_pretrained("path/to/this/model", trust_remote_code=True)
+model = {auto_class}.from_pretrained("path/to/this/model"{remote})
 ```
+{method}"""
 
+NOTE = """
+With fnl_hf installed, `import fnl_hf` instead of `trust_remote_code=True`.
+"""
+
+METHOD = """
 ## Method
 
 The attention of each layer is 2H factorized layers, Q_h K_hᵀ and V_h O_hᵀ, with an adjustable embedding dimension E
@@ -48,13 +51,15 @@ def write_model_card(
     title: str,
     description: str,
     auto_class: str,
+    factorized: bool,
     facts: dict[str, Any],
     metrics: dict[str, float],
     tags: list[str],
     plot: str | None = None,
 ) -> None:
-    """Write ``folder/README.md`` from the facts and metrics given."""
-    data = ModelCardData(library_name="transformers", tags=["fnl_bert", "factorized-layers", *tags])
+    """Write ``folder/README.md`` from the facts and metrics given; ``factorized`` for models of ours."""
+    tags = ["fnl_bert", "factorized-layers", *tags] if factorized else tags
+    data = ModelCardData(library_name="transformers", tags=tags)
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
     card = CARD.format(
         metadata=data.to_yaml(),
@@ -63,6 +68,9 @@ def write_model_card(
         auto_class=auto_class,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         metrics="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
+        note=NOTE if factorized else "",
+        remote=", trust_remote_code=True" if factorized else "",
+        method=METHOD if factorized else "",
         plot=f"\n![training curves]({plot})\n" if plot else "",
     )
     ModelCard(card).save(Path(folder) / "README.md")
@@ -79,6 +87,7 @@ def model_facts(model, args, data: str) -> dict[str, Any]:
         "parameters": f"{model.num_parameters():,}",
         "data": data,
         "optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
-        "decay of the attention pairs": f"{args.decay_mode}, "
-        f"λ = {args.weight_decay if args.frobenius_decay is None else args.frobenius_decay}",
+        "decay of the attention pairs": args.decay_mode
+        if args.decay_mode == "none"
+        else f"{args.decay_mode}, λ = {args.weight_decay if args.frobenius_decay is None else args.frobenius_decay}",
     }

@@ -1,6 +1,10 @@
 """Configurations and models to pretrain: presets, files, checkpoints."""
 
+from contextlib import contextmanager
+
+import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -21,6 +25,10 @@ PRESETS = {
     "base": (12, 768, 12),
     "large": (24, 1024, 16),
 }
+
+
+# Entries of a saved configuration that say where it came from, not what it is.
+NOT_ENTRIES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
 
 
 def preset_config(preset: str) -> dict[str, int]:
@@ -50,66 +58,63 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
         )
     if isinstance(config, FnlBertConfig):
         return config
-    entries = {
-        k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
-    }
-    return make_config(entries)
+    return make_config(config.to_dict())
 
 
 def make_config(entries: dict) -> FnlBertConfig:
     """An ``FnlBertConfig``, with its errors as UserInputError."""
     try:
-        return FnlBertConfig(**entries)
+        return FnlBertConfig(**{name: value for name, value in entries.items() if name not in NOT_ENTRIES})
     except (StrictDataclassError, TypeError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UserInputError(f"configuration: {cause}") from error
+        raise UserInputError(f"configuration: {error.__cause__ or error}") from error
 
 
 def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> FnlBertConfig:
     """The configuration that the model flags describe, checked against tokenizer and sequence length."""
-    sources = {
-        "--preset": model_args.preset,
-        "--config_name": model_args.config_name,
-        "--model_name_or_path": model_args.model_name_or_path,
-    }
-    given = [flag for flag, value in sources.items() if value is not None]
-    if len(given) > 1:
-        raise UserInputError(f"give one of {', '.join(sources)}, not {' and '.join(given)}")
-
+    _refuse_two_sources(model_args, ("preset", "config_name", "model_name_or_path"))
     name = model_args.config_name or model_args.model_name_or_path
     if name is not None:
-        entries = load_bert_config(name).to_dict()
+        config = load_bert_config(name)
     else:
-        entries = preset_config(model_args.preset or "tiny") | {"vocab_size": len(tokenizer)}
+        config = make_config(preset_config(model_args.preset or "tiny") | {"vocab_size": len(tokenizer)})
+    requested = model_args.attention_embedding_size
+    if model_args.model_name_or_path and requested not in (None, config.mha_embedding_size):
+        raise UserInputError(
+            f"--attention_embedding_size ({requested}) differs from that of {name} ({config.mha_embedding_size})"
+        )
+    config = _override(config, model_args.config_overrides)
+    entries = config.to_dict()
     for key in ("attention_embedding_size", "attention_init"):
         if getattr(model_args, key) is not None:
             entries[key] = getattr(model_args, key)
-    entries["sparse_prediction"] = model_args.sparse_prediction
-    entries["pad_token_id"] = tokenizer.pad_token_id
-    for dropped in ("model_type", "transformers_version", "architectures", "auto_map"):
-        entries.pop(dropped, None)
+    entries |= {"sparse_prediction": model_args.sparse_prediction, "pad_token_id": tokenizer.pad_token_id}
     config = make_config(entries)
-    if model_args.config_overrides:
-        try:
-            config.update_from_string(model_args.config_overrides)
-            config = make_config(
-                {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
-            )
-        except (ValueError, StrictDataclassError) as error:
-            raise UserInputError(f"--config_overrides {model_args.config_overrides}: {error}") from error
-
-    _validate_sizes(config, tokenizer, max_seq_length)
+    _validate_sizes(config, tokenizer, max_seq_length, config.max_position_embeddings)
     return config
 
 
-def build_pretraining_model(name_or_path: str | None, config: FnlBertConfig) -> FnlBertForMaskedLM:
-    """A new model, or one that goes on from a checkpoint of the same shapes."""
+def _refuse_two_sources(model_args, names):
+    given = [f"--{name}" for name in names if getattr(model_args, name) is not None]
+    if len(given) > 1:
+        raise UserInputError(f"give one of {', '.join(f'--{name}' for name in names)}, not {' and '.join(given)}")
+
+
+def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
+    if not overrides:
+        return config
     try:
+        config.update_from_string(overrides)
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:  # TypeError: the entry is None
+        raise UserInputError(f"--config_overrides {overrides}: {error}") from error
+    return make_config(config.to_dict())
+
+
+def build_pretraining_model(name_or_path: str | None, config: FnlBertConfig) -> FnlBertForMaskedLM:
+    """A new model, or one that goes on from a checkpoint of the same shapes; in float32."""
+    with _as_user_input(name_or_path or "this configuration"):
         if name_or_path is None:
             return FnlBertForMaskedLM(config)
-        return FnlBertForMaskedLM.from_pretrained(name_or_path, config=config)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserInputError(f"model {name_or_path or config.model_type}: {error}") from error
+        return FnlBertForMaskedLM.from_pretrained(name_or_path, config=config, dtype=torch.float32)
 
 
 def build_question_answering_model(
@@ -120,27 +125,44 @@ def build_question_answering_model(
     Raises:
         UserInputError: no such model, or one that cannot answer questions, hold the tokenizer, or read the sequence.
     """
+    _refuse_two_sources(model_args, ("config_name", "model_name_or_path"))
     name = model_args.model_name_or_path or model_args.config_name
-    try:
+    factorized = model_args.model_type == FnlBertConfig.model_type
+    config = load_bert_config(name) if factorized else None
+    with _as_user_input(name):
         if model_args.model_name_or_path is None:
-            config = AutoConfig.from_pretrained(name)
+            config = config or AutoConfig.from_pretrained(name)
+            config.dtype = torch.float32
             model = AutoModelForQuestionAnswering.from_config(config)
-        elif model_args.model_type == FnlBertConfig.model_type:
-            model = FnlBertForQuestionAnswering.from_pretrained(name, config=load_bert_config(name))
         else:
-            model = AutoModelForQuestionAnswering.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        raise UserInputError(f"no question answering model in {name}: {error}") from error
-    _validate_sizes(model.config, tokenizer, max_seq_length)
+            auto_class = FnlBertForQuestionAnswering if factorized else AutoModelForQuestionAnswering
+            model = auto_class.from_pretrained(name, config=config, dtype=torch.float32)
+    _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
     return model
 
 
-def _validate_sizes(config, tokenizer, max_seq_length):
+@contextmanager
+def _as_user_input(name):
+    """What transformers raises for a configuration or checkpoint that it cannot build."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserInputError(f"no model of the wanted kind can be built from {name}: {error}") from error
+
+
+def _usable_positions(model: PreTrainedModel) -> int | None:
+    """Positions that a sequence may have; RoBERTa and its kin spend some on padding. None where there is no bound."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def _validate_sizes(config, tokenizer, max_seq_length, positions):
     if len(tokenizer) > config.vocab_size:
         raise UserInputError(
             f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size ({config.vocab_size})"
         )
-    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_seq_length > positions:
         raise UserInputError(
             f"--max_seq_length ({max_seq_length}) exceeds the model's max_position_embeddings ({positions})"

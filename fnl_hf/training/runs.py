@@ -1,14 +1,17 @@
 """A run and its output folder: start, resume, or nothing left to do. Never overwrite what is there unasked."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedConfig
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from fnl_hf.errors import UserInputError
 
@@ -18,10 +21,30 @@ STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "all_results.json"
 STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
 CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+# What, beside the scripts' own arguments, makes two runs different ones.
+TRAINING_ARGUMENTS = (
+    "optimizer",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "frobenius_decay",
+    "decay_mode",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "bf16",
+    "fp16",
+)
+NO_DIFFERENCE = ("cache_dir", "preprocessing_num_workers")
 # What must agree between a checkpoint and the model it is to continue.
 ARCHITECTURE = (
     "model_type",
+    "architectures",
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -40,28 +63,36 @@ class RunPlan:
     finished: bool = False
 
 
-def plan_run(args) -> RunPlan:
+def describe_run(args, *script_arguments) -> dict[str, Any]:
+    """What identifies a run: all of the script's own arguments, and those of Trainer's that change its result."""
+    described = {name: getattr(args, name) for name in TRAINING_ARGUMENTS}
+    for arguments in script_arguments:
+        described |= dataclasses.asdict(arguments)
+    return {name: value for name, value in described.items() if name not in NO_DIFFERENCE}
+
+
+def plan_run(args, description: dict[str, Any]) -> RunPlan:
     """Decide from ``--output_dir``, ``--resume_from_checkpoint`` and ``--overwrite_output_dir``; changes no file.
 
     Raises:
-        UserInputError: the folder is in use, or the named checkpoint is not complete.
+        UserInputError: the folder is in use, its run has other arguments, or the named checkpoint is not complete.
     """
-    folder = Path(args.output_dir)
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise UserInputError(f"--output_dir {folder} is a file")
-    resume = args.resume_from_checkpoint
-    if resume not in (None, "auto"):
-        if not is_complete(Path(resume)):
-            raise UserInputError(f"--resume_from_checkpoint {resume}: no complete checkpoint there")
-        return RunPlan(checkpoint=str(resume))
+    if resume is not None and args.overwrite_output_dir:
+        raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
     in_use = folder.is_dir() and any(folder.iterdir())
-    if not args.do_train or not in_use or args.overwrite_output_dir:
+    if resume not in (None, "auto"):
+        return _plan_from_checkpoint(Path(resume), folder, in_use, description)
+    if not in_use or args.overwrite_output_dir:
         return RunPlan()
-    if resume is None:
+    if resume is None or not args.do_train:
         raise UserInputError(
-            f"--output_dir {folder} is not empty: choose another, continue its run with --resume_from_checkpoint auto, "
-            "or replace it with --overwrite_output_dir true"
+            f"--output_dir {folder} is not empty: choose another, continue its training with --resume_from_checkpoint "
+            "auto, or replace it with --overwrite_output_dir true"
         )
+    _validate_same_run(folder, description)
     if is_finished(folder, args):
         return RunPlan(finished=True)
     checkpoint = newest_complete_checkpoint(folder)
@@ -73,16 +104,44 @@ def plan_run(args) -> RunPlan:
     return RunPlan(checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def start_run(args, plan: RunPlan, arguments: dict) -> None:
-    """Make the output folder, drop the checkpoints of a run that is overwritten, and record this run's arguments."""
+def _plan_from_checkpoint(checkpoint: Path, folder: Path, in_use: bool, description: dict[str, Any]) -> RunPlan:
+    if not is_complete(checkpoint):
+        raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there")
+    if in_use and checkpoint.resolve().parent != folder.resolve():
+        raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
+    _validate_same_run(checkpoint.parent, description)
+    return RunPlan(checkpoint=str(checkpoint))
+
+
+def _validate_same_run(folder: Path, description: dict[str, Any]) -> None:
+    try:
+        started = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    differences = [
+        f"{name} is {started[name]} there and {value} here"
+        for name, value in description.items()
+        if name in started and started[name] != value
+    ]
+    if differences:
+        raise UserInputError(
+            f"{folder} holds another run: {'; '.join(differences)}. Choose another --output_dir, or replace it with "
+            "--overwrite_output_dir true"
+        )
+
+
+def start_run(args, description: dict[str, Any]) -> None:
+    """Make the output folder, drop the checkpoints of a run that is overwritten, and record what this run is."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if args.do_train and args.overwrite_output_dir and plan.checkpoint is None:
+    if not args.do_train:
+        return
+    if args.overwrite_output_dir:
         for old in checkpoints(folder):
             shutil.rmtree(old)
         for name in (RESULTS_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
-    (folder / STARTED_FILE).write_text(json.dumps(arguments, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / STARTED_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -93,11 +152,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def is_complete(checkpoint: Path) -> bool:
     """Trainer writes the state last, so a readable one beside the other files means a complete checkpoint."""
-    return (
-        read_state(checkpoint) is not None
-        and all((checkpoint / name).is_file() for name in CHECKPOINT_FILES)
-        and any((checkpoint / name).is_file() for name in WEIGHT_FILES)
-    )
+    if read_state(checkpoint) is None or not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
+        return False
+    if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return True
+    try:
+        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, "pt"):  # reads the header and checks the file's length
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:
@@ -127,10 +190,10 @@ def is_finished(folder: Path, args) -> bool:
     return state.num_train_epochs >= args.num_train_epochs
 
 
-def validate_resume(checkpoint: str, config: PreTrainedConfig) -> None:
-    """Raise UserInputError if the checkpoint holds a model of another architecture than ``config``."""
+def validate_resume(checkpoint: str, model: PreTrainedModel) -> None:
+    """Raise UserInputError if the checkpoint holds a model of another class or other shapes than ``model``."""
     saved = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
-    wanted = config.to_dict()
+    wanted = model.config.to_dict() | {"architectures": [type(model).__name__]}
     differences = [
         f"{name} is {saved.get(name)} there and {wanted.get(name)} here"
         for name in ARCHITECTURE

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from fnl_hf.errors import UserInputError
 from fnl_hf.optim import FrobeniusAdamW, frobenius_param_groups
+from fnl_hf.training.callbacks import add_fnl_callbacks
 
 # The label arguments of BERT's heads; each loss is a mean over the entries of one of them.
 LABEL_NAMES = ("labels", "next_sentence_label", "start_positions", "end_positions")
@@ -24,6 +26,25 @@ def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
         eps=args.adam_epsilon,
         fused=args.device.type in FUSED_DEVICES,
     )
+
+
+def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
+    """A trainer with our callbacks; what its constructor refuses (trackers, sharding, evaluation) is bad input."""
+    try:
+        trainer = trainer_class(**kwargs)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserInputError(str(error)) from error
+    add_fnl_callbacks(trainer)
+    return trainer
+
+
+def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, float]:
+    """Train, from ``checkpoint`` if given, and save model, tokenizer and state at once: whatever an evaluation
+    does or dies of afterwards, the trained model is there. Returns the training metrics."""
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_state()
+    return metrics
 
 
 class FnlTrainer(Trainer):
@@ -59,8 +80,10 @@ class FnlTrainer(Trainer):
         # A stock head returns the mean over its micro-batch: turn it into this one's part of the global mean.
         name, items = next(iter(num_items_in_batch.items()))
         own = _labels_of(inputs, name).ne(-100).sum()
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss * own / items
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = loss * own * processes / items.flatten()[0]
         return (loss, outputs) if return_outputs else loss
 
     def create_model_card(self, *args, **kwargs) -> None:
