@@ -346,7 +346,7 @@ def test_an_output_folder_in_use_is_never_overwritten_unasked(pretrained, corpus
     assert os.listdir(folder) == ["thesis.tex"]
     copy = tmp_path / "copy"
     shutil.copytree(pretrained, copy)
-    with pytest.raises(UserInputError, match="is not empty: choose another, continue its run"):
+    with pytest.raises(UserInputError, match="is not empty: choose another, continue its training"):
         run_in_process(pretraining(corpus, copy))
     assert_same_weights(copy, pretrained)
     run_in_process(pretraining(corpus, copy, overwrite_output_dir="true", max_steps=1, save_strategy="no"))
@@ -405,7 +405,8 @@ def test_checkpoints_of_another_shape_are_refused(pretrained, corpus, other_arch
     with pytest.raises(UserInputError, match="is a 'gpt2' checkpoint: it must be of model type"):
         run_in_process(pretraining(corpus, tmp_path / "a", model_name_or_path=other_architecture,
                                    tokenizer_name=pretrained, config_overrides=""))  # fmt: skip
-    checkpoint = pretrained / "checkpoint-5"
+    checkpoint = tmp_path / "checkpoint-5"
+    shutil.copytree(pretrained / "checkpoint-5", checkpoint)
     with pytest.raises(
         UserInputError, match="is of another architecture: attention_embedding_size is 16 there and None"
     ):
