@@ -4,20 +4,9 @@ BERT whose attention is products of matrices, optimizers that decay the products
 scripts that pretrain and fine-tune such models (Khodak et al., ICLR 2021).
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForNextSentencePrediction,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    BertTokenizer,
-)
+import transformers
 
+from fnl_hf import modeling_fnl_bert
 from fnl_hf.configuration_fnl_bert import FnlBertConfig
 from fnl_hf.errors import UserInputError
 from fnl_hf.factorization import FactorPair, product_norms, spectral_factors
@@ -39,19 +28,10 @@ from fnl_hf.optim import FrobeniusAdamW, frobenius_param_groups
 
 __version__ = "0.1.0"
 
-AutoConfig.register("fnl_bert", FnlBertConfig, exist_ok=True)
-AutoTokenizer.register(FnlBertConfig, fast_tokenizer_class=BertTokenizer, exist_ok=True)
-for _auto_class, _model_class in (
-    (AutoModel, FnlBertModel),
-    (AutoModelForPreTraining, FnlBertForPreTraining),
-    (AutoModelForMaskedLM, FnlBertForMaskedLM),
-    (AutoModelForNextSentencePrediction, FnlBertForNextSentencePrediction),
-    (AutoModelForQuestionAnswering, FnlBertForQuestionAnswering),
-    (AutoModelForSequenceClassification, FnlBertForSequenceClassification),
-    (AutoModelForTokenClassification, FnlBertForTokenClassification),
-    (AutoModelForMultipleChoice, FnlBertForMultipleChoice),
-):
-    _auto_class.register(FnlBertConfig, _model_class, exist_ok=True)
+transformers.AutoConfig.register("fnl_bert", FnlBertConfig, exist_ok=True)
+transformers.AutoTokenizer.register(FnlBertConfig, fast_tokenizer_class=transformers.BertTokenizer, exist_ok=True)
+for _auto_class, _name in modeling_fnl_bert.AUTO_CLASSES.items():
+    getattr(transformers, _auto_class).register(FnlBertConfig, getattr(modeling_fnl_bert, _name), exist_ok=True)
 
 __all__ = [
     "FactorPair",
