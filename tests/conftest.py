@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = {
@@ -56,3 +57,47 @@ def launch(script, *arguments, processes=1, check=True, timeout=600, **environme
     if check:
         assert result.returncode == 0, result.stderr[-4000:]
     return result
+
+
+SENTENCES = [f"the {a} {b} {c} over the {d} dog" for a in ("quick", "slow", "red") for b in ("brown", "blue", "old")
+             for c in ("fox jumps", "cat runs", "bird flies") for d in ("lazy", "big")]  # fmt: skip
+TINY = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=37"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(SENTENCES * 4), encoding="utf-8")
+    return path
+
+
+def pretraining(corpus, folder, **flags):
+    """A command line for a tiny run of twelve steps with a checkpoint every five."""
+    values = {
+        "train_file": corpus, "output_dir": folder, "vocab_size": 60, "max_seq_length": 16, "config_overrides": TINY,
+        "max_steps": 12, "save_steps": 5, "logging_steps": 3, "per_device_train_batch_size": 8, "report_to": "none",
+        "learning_rate": 1e-2, "seed": 7, "cache_dir": Path(corpus).parent / "cache", "use_cpu": "true",
+    } | flags  # fmt: skip
+    return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def pretrained(corpus, tmp_path_factory):
+    """The output folder of one launched run, E halved, spectral initialization."""
+    folder = tmp_path_factory.mktemp("pretrained") / "out"
+    launch("run_pretrain.py", *pretraining(corpus, folder, attention_embedding_size=16, attention_init="spectral"))
+    return folder
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(first, second, **tolerance):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        if tolerance:
+            torch.testing.assert_close(first[name], second[name], **tolerance)
+        else:
+            assert torch.equal(first[name], second[name]), name

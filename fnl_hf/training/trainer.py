@@ -86,6 +86,14 @@ class FnlTrainer(Trainer):
         loss = loss * own * processes / items.flatten()[0]
         return (loss, outputs) if return_outputs else loss
 
+    def _save(self, *args, **kwargs) -> None:
+        """As Trainer's, but its ``training_args.bin``, which is pushed too, never holds the Hub token."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.hub_token = token
+
     def create_model_card(self, *args, **kwargs) -> None:
         """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
         if not Path(self.args.output_dir, "README.md").is_file():

@@ -1,0 +1,113 @@
+"""run_squad.py on a tiny file, from a tiny pretrained model; and what it refuses."""
+
+import json
+
+import pytest
+import transformers
+from transformers import BertConfig, BertForQuestionAnswering
+
+import run_squad
+from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask
+
+from .conftest import SENTENCES, launch
+
+
+@pytest.fixture(scope="session")
+def squad_files(tmp_path_factory):
+    """Contexts of the corpus's words; the v2.0 file has questions without answer."""
+    folder = tmp_path_factory.mktemp("squad")
+    for version in ("1.1", "2.0"):
+        paragraphs = []
+        for index, sentence in enumerate(SENTENCES[:12]):
+            animal = sentence.split()[3]
+            answers = [{"text": animal, "answer_start": sentence.index(animal)}]
+            qas = [{"id": f"q{index}", "question": "what jumps over the dog", "answers": answers}]
+            if version == "2.0":
+                qas.append({"id": f"n{index}", "question": "what flies", "answers": [], "is_impossible": True})
+            paragraphs.append({"context": sentence, "qas": qas})
+        content = {"version": version, "data": [{"title": "t", "paragraphs": paragraphs}]}
+        (folder / f"v{version}.json").write_text(json.dumps(content))
+    return folder
+
+
+def squad(model, folder, file=None, **flags):
+    values = {
+        "model_name_or_path": model, "output_dir": folder, "max_seq_length": 40, "doc_stride": 4, "max_steps": 6,
+        "save_strategy": "no", "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": "true",
+        "learning_rate": 1e-2,
+    }  # fmt: skip
+    if file is not None:
+        values |= {"train_file": file, "validation_file": file}
+    values |= flags
+    return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+def test_fine_tuning_on_squad(pretrained, squad_files, tmp_path):
+    folder = tmp_path / "out"
+    launch("run_squad.py", *squad(pretrained, folder, squad_files / "v1.1.json", max_steps=40))
+    results = json.loads((folder / "all_results.json").read_text())
+    assert results["eval_f1"] > 50.0, "it learns its twelve questions"
+    predictions = json.loads((folder / "eval_predictions.json").read_text())
+    nbest = json.loads((folder / "eval_nbest_predictions.json").read_text())
+    assert len(predictions) == len(nbest) == 12 and nbest["q0"][0]["text"] == predictions["q0"]
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
+    assert type(model) is FnlBertForQuestionAnswering
+    answer = ask(str(folder), "what jumps over the dog", SENTENCES[0], max_seq_length=40, doc_stride=4)
+    assert answer["answer"] in SENTENCES[0]
+    assert "question-answering" in (folder / "README.md").read_text()
+
+
+def test_squad_v2_threshold_prediction_and_a_stock_model(pretrained, squad_files, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(pretrained)
+    stock = BertConfig(**{k: getattr(config, k) for k in ("vocab_size", "hidden_size", "num_hidden_layers",
+                                                         "num_attention_heads", "intermediate_size")})  # fmt: skip
+    BertForQuestionAnswering(stock).save_pretrained(tmp_path / "stock")
+    transformers.AutoTokenizer.from_pretrained(pretrained).save_pretrained(tmp_path / "stock")
+    file = squad_files / "v2.0.json"
+    common = {"version_2_with_negative": "true", "do_eval": "true", "do_predict": "true", "test_file": file}
+    for threshold, answered in ((-1e9, 0), (1e9, 24)):
+        folder = tmp_path / f"t{answered}"
+        flags = common | {"null_score_diff_threshold": threshold}
+        run_squad.run(squad(tmp_path / "stock", folder, file, **flags))
+        results = json.loads((folder / "all_results.json").read_text())
+        assert {"eval_exact", "eval_f1", "eval_HasAns_f1", "eval_NoAns_f1", "eval_best_f1_thresh"} <= set(results)
+        predictions = json.loads((folder / "predict_predictions.json").read_text())
+        assert sum(bool(text) for text in predictions.values()) == answered
+        assert results["eval_NoAns_exact"] == (0.0 if answered else 100.0)
+        assert set(json.loads((folder / "eval_null_odds.json").read_text())) == set(predictions)
+    control = {"model_name_or_path": None, "config_name": tmp_path / "stock", "tokenizer_name": pretrained}
+    control |= {"model_type": "fnl_bert", "load_best_model_at_end": "true", "eval_strategy": "steps", "eval_steps": 3}
+    control |= {"save_strategy": "steps", "save_steps": 3}
+    run_squad.run(squad(None, tmp_path / "control", squad_files / "v1.1.json", **control))
+    assert json.loads((tmp_path / "control" / "config.json").read_text())["model_type"] == "fnl_bert"
+    flags = {"model_type": "fnl_bert"}
+    run_squad.run(squad(tmp_path / "stock", tmp_path / "ours", squad_files / "v1.1.json", **flags))
+    run_squad.run(squad(tmp_path / "stock", tmp_path / "theirs", squad_files / "v1.1.json"))
+    assert "factorized" not in (tmp_path / "theirs" / "README.md").read_text()
+    ours, theirs = (json.loads((tmp_path / n / "eval_predictions.json").read_text()) for n in ("ours", "theirs"))
+    assert ours == theirs, "the same weights answer alike, stock or factorized at E = d"
+
+
+def test_the_sample_is_the_default(pretrained, tmp_path):
+    flags = {"max_seq_length": 256, "doc_stride": 32, "max_steps": 1, "max_train_samples": 5, "max_eval_samples": 3}
+    run_squad.run(squad(pretrained, tmp_path / "out", **flags))
+    assert len(json.loads((tmp_path / "out" / "eval_predictions.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"model_name_or_path": "/no/such"}, "no tokenizer in /no/such"),
+        ({"doc_stride": 39}, r"--doc_stride \(39\) must be smaller than the window"),
+        ({"max_seq_length": 600}, r"--max_seq_length \(600\) exceeds"),
+        ({"max_train_samples": -1}, r"--max_train_samples \(-1\) must be at least 1"),
+        ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
+        ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
+        ({"do_predict": "true"}, "no questions to predict: give --test_file"),
+    ],
+)
+def test_bad_squad_flags_are_refused(pretrained, squad_files, tmp_path, flags, message):
+    with pytest.raises(UserInputError, match=message):
+        run_squad.run(squad(pretrained, tmp_path / "out", squad_files / "v1.1.json", **flags))
+    with pytest.raises(UserInputError, match="12 of 24 train questions have no answer: set --version_2_with_negative"):
+        run_squad.run(squad(pretrained, tmp_path / "out", squad_files / "v2.0.json"))
