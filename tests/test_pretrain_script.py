@@ -35,6 +35,7 @@ def test_pretraining_leaves_a_complete_folder(pretrained):
         assert plot.read(8) == b"\x89PNG\r\n\x1a\n"
     card = (pretrained / "README.md").read_text()
     assert "library_name: transformers" in card and "16 (50% of d)" in card and "eval_loss" in card
+    assert "| data | corpus.txt |" in card and "runtime" not in card
     history = json.loads((pretrained / "trainer_state.json").read_text())["log_history"]
     norms = [entry for entry in history if "norms/layer_0/qk_nuclear" in entry]
     assert [entry["step"] for entry in norms] == [0, 3, 6, 9, 12]

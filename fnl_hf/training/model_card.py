@@ -60,7 +60,11 @@ def write_model_card(
     """Write ``folder/README.md`` from the facts and metrics given; ``factorized`` for models of ours."""
     tags = ["fnl_bert", "factorized-layers", *tags] if factorized else tags
     data = ModelCardData(library_name="transformers", tags=tags)
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in metrics.items()}
+    shown = {
+        name: f"{value:.4g}" if isinstance(value, float) else str(value)
+        for name, value in metrics.items()
+        if not name.endswith(("_runtime", "_per_second", "epoch"))
+    }
     card = CARD.format(
         metadata=data.to_yaml(),
         title=title,
@@ -85,7 +89,7 @@ def model_facts(model, args, data: str) -> dict[str, Any]:
         f"{config.num_attention_heads} heads",
         "attention embedding dimension E": f"{embedding_size} ({embedding_size / config.hidden_size:.0%} of d)",
         "parameters": f"{model.num_parameters():,}",
-        "data": data,
+        "data": Path(data).name if Path(data).is_file() else data,  # not where it lies on this machine
         "optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
         "decay of the attention pairs": args.decay_mode
         if args.decay_mode == "none"

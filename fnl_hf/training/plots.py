@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 
 from fnl_hf.training.callbacks import NORM_PREFIX
 
-NORM_TITLES = {"frobenius": "Frobenius norm", "nuclear": "nuclear norm (solid) and its bound ½(‖U‖²+‖V‖²) (dashed)"}
+NORM_TITLES = {"frobenius": "Frobenius norm", "nuclear": "nuclear norm; dashed: ½(‖U‖²+‖V‖²)"}
 KIND_TITLES = {"qk": "$QK^T$", "vo": "$VO^T$"}
 
 
