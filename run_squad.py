@@ -58,6 +58,13 @@ class DataArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of question and context together."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
+    pad_to_max_length: bool = field(
+        default=True,
+        metadata={
+            "help": "Pad every feature to --max_seq_length. False pads to the longest of a batch: faster, but BERT's "
+            "loss runs over padding too, so that it then depends on how a batch is cut."
+        },
+    )
     version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer."})
     null_score_diff_threshold: float = field(
         default=0.0, metadata={"help": "No answer if its score less the best span's is above this (SQuAD v2.0)."}
@@ -156,6 +163,7 @@ def run(argv):
             test_examples = load_examples(data_args, "test")
             test_features = maker.evaluation(test_examples, workers)
 
+    padding = {"padding": "max_length", "max_length": data_args.max_seq_length} if data_args.pad_to_max_length else {}
     trainer = build_trainer(
         SquadTrainer,
         model=model,
@@ -165,7 +173,7 @@ def run(argv):
         eval_examples=eval_examples,
         answer_options=options,
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=DataCollatorWithPadding(tokenizer, **padding),
     )
     if args.should_save:
         start_run(args, description)

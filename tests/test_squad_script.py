@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 import run_squad
 from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask
 
-from .conftest import SENTENCES, launch
+from .conftest import SENTENCES, assert_same_weights, launch
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +86,22 @@ def test_squad_v2_threshold_prediction_and_a_stock_model(pretrained, squad_files
     assert "factorized" not in (tmp_path / "theirs" / "README.md").read_text()
     ours, theirs = (json.loads((tmp_path / n / "eval_predictions.json").read_text()) for n in ("ours", "theirs"))
     assert ours == theirs, "the same weights answer alike, stock or factorized at E = d"
+
+
+def test_accumulation_gives_the_same_model_where_features_are_padded_alike(pretrained, squad_files, tmp_path):
+    """8 × 1 and 2 × 4 agree; padded to the longest of a micro-batch they do not, since BERT's loss sees padding."""
+    config = transformers.AutoConfig.from_pretrained(
+        pretrained, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    config.save_pretrained(tmp_path / "config")
+    common = {"config_name": tmp_path / "config", "tokenizer_name": pretrained, "adam_epsilon": 1e-3, "max_steps": 3}
+    for name, batch, accumulation, padded in (("a", 8, 1, "true"), ("b", 2, 4, "true"), ("c", 2, 4, "false")):
+        flags = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        flags |= {"pad_to_max_length": padded, "do_train": "true"} | common
+        run_squad.run(squad(None, tmp_path / name, squad_files / "v1.1.json", **flags))
+    assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-5, rtol=0)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "a", tmp_path / "c", atol=1e-5, rtol=0)
 
 
 def test_the_sample_is_the_default(pretrained, tmp_path):

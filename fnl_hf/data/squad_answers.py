@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+NO_SPAN_ODDS = 1e9  # where a context has no token at all; finite, so that it can be written as JSON
+
 
 @dataclass
 class Answers:
@@ -59,8 +61,8 @@ def answers_from_logits(
         best = next((entry for entry in nbest if entry["text"]), None)
         answers.text[example_id] = answers.best_span[example_id] = best["text"] if best else ""
         if version_2_with_negative:
-            best_score = best["start_logit"] + best["end_logit"] if best else -np.inf
-            answers.null_odds[example_id] = float(null_score - best_score)
+            odds = null_score - best["start_logit"] - best["end_logit"] if best else NO_SPAN_ODDS
+            answers.null_odds[example_id] = float(odds)
             if answers.null_odds[example_id] > null_score_diff_threshold:
                 answers.text[example_id] = ""
     return answers
