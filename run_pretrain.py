@@ -148,17 +148,8 @@ def with_quickstart(argv):
     return [str(QUICKSTART), *argv]
 
 
-def run(argv):
-    dataclass_types = (ModelArguments, DataArguments, FnlTrainingArguments)
-    model_args, data_args, args = parse_arguments(dataclass_types, with_quickstart(list(argv)))
-    if args.do_predict:
-        raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
-    description = describe_run(args, model_args, data_args)
-    plan = plan_run(args, description)
-    if plan.finished:
-        logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
-        return
-    set_seed(args.seed)
+def prepare(model_args, data_args, args, plan):
+    """Tokenizer, configuration, the two data sets and the unigram entropy; the main process fills the caches."""
     with args.main_process_first(desc="reading the corpus"):
         corpus = load_corpus(
             data_args.dataset_name,
@@ -171,11 +162,24 @@ def run(argv):
         )
         tokenizer = get_tokenizer(model_args, corpus, plan)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-        train_dataset, eval_dataset, entropy = get_datasets(data_args, corpus, tokenizer, args.seed)
+        return tokenizer, config, *get_datasets(data_args, corpus, tokenizer, args.seed)
+
+
+def run(argv):
+    dataclass_types = (ModelArguments, DataArguments, FnlTrainingArguments)
+    model_args, data_args, args = parse_arguments(dataclass_types, with_quickstart(list(argv)))
+    if args.do_predict:
+        raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
+    description = describe_run(args, model_args, data_args)
+    plan = plan_run(args, description)
+    if plan.finished:
+        logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
+        return
+    set_seed(args.seed)
+    tokenizer, config, train_dataset, eval_dataset, entropy = prepare(model_args, data_args, args, plan)
     model = build_pretraining_model(model_args.model_name_or_path, config)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
-
     trainer = build_trainer(
         FnlTrainer,
         model=model,

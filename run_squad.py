@@ -128,6 +128,40 @@ def save_results(trainer, args, data_args, metrics):
         trainer.save_metrics(split, values)
 
 
+def make_features(data_args, args, tokenizer):
+    """(questions, features) of the splits that the flags ask for, (None, None) of the others."""
+    maker = FeatureMaker(tokenizer, data_args.max_seq_length, data_args.doc_stride)
+    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    made = {}
+    with args.main_process_first(desc="making features"):
+        for split, do in wanted.items():
+            examples = load_examples(data_args, split) if do else None
+            make = maker.train if split == "train" else maker.evaluation
+            made[split] = (examples, make(examples, data_args.preprocessing_num_workers)) if do else (None, None)
+    return made
+
+
+def make_trainer(model, tokenizer, data_args, args, data):
+    """A SquadTrainer for the features that :func:`make_features` made."""
+    padding = {"padding": "max_length", "max_length": data_args.max_seq_length} if data_args.pad_to_max_length else {}
+    return build_trainer(
+        SquadTrainer,
+        model=model,
+        args=args,
+        train_dataset=data["train"][1],
+        eval_dataset=data["validation"][1],
+        eval_examples=data["validation"][0],
+        answer_options=AnswerOptions(
+            data_args.n_best_size,
+            data_args.max_answer_length,
+            data_args.version_2_with_negative,
+            data_args.null_score_diff_threshold,
+        ),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, **padding),
+    )
+
+
 def run(argv):
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, SquadTrainingArguments), argv)
     description = describe_run(args, model_args, data_args)
@@ -143,38 +177,8 @@ def run(argv):
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
-    options = AnswerOptions(
-        data_args.n_best_size,
-        data_args.max_answer_length,
-        data_args.version_2_with_negative,
-        data_args.null_score_diff_threshold,
-    )
-
-    maker = FeatureMaker(tokenizer, data_args.max_seq_length, data_args.doc_stride)
-    workers = data_args.preprocessing_num_workers
-    train_features = eval_examples = eval_features = None
-    with args.main_process_first(desc="making features"):
-        if args.do_train:
-            train_features = maker.train(load_examples(data_args, "train"), workers)
-        if args.do_eval:
-            eval_examples = load_examples(data_args, "validation")
-            eval_features = maker.evaluation(eval_examples, workers)
-        if args.do_predict:
-            test_examples = load_examples(data_args, "test")
-            test_features = maker.evaluation(test_examples, workers)
-
-    padding = {"padding": "max_length", "max_length": data_args.max_seq_length} if data_args.pad_to_max_length else {}
-    trainer = build_trainer(
-        SquadTrainer,
-        model=model,
-        args=args,
-        train_dataset=train_features,
-        eval_dataset=eval_features,
-        eval_examples=eval_examples,
-        answer_options=options,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, **padding),
-    )
+    data = make_features(data_args, args, tokenizer)
+    trainer = make_trainer(model, tokenizer, data_args, args, data)
     if args.should_save:
         start_run(args, description)
 
@@ -184,7 +188,7 @@ def run(argv):
     if args.do_eval:
         metrics["eval"] = trainer.evaluate()
     if args.do_predict:
-        answers, metrics["predict"] = trainer.answers(test_features, test_examples, "predict")
+        answers, metrics["predict"] = trainer.answers(data["test"][1], data["test"][0], "predict")
         if trainer.is_world_process_zero():
             write_answers(args.output_dir, "predict", answers)
     save_results(trainer, args, data_args, metrics)
