@@ -9,7 +9,7 @@ import transformers
 from fnl_hf import modeling_fnl_bert
 from fnl_hf.configuration_fnl_bert import FnlBertConfig
 from fnl_hf.errors import UserInputError
-from fnl_hf.factorization import FactorPair, product_norms, spectral_factors
+from fnl_hf.factorization import RANK_DIMS, Product, product_norms, spectral_factors
 from fnl_hf.inference import ask
 from fnl_hf.modeling_fnl_bert import (
     FnlBertForMaskedLM,
@@ -24,7 +24,8 @@ from fnl_hf.modeling_fnl_bert import (
     FnlBertSelfAttention,
     factor_pairs,
 )
-from fnl_hf.optim import FrobeniusAdamW, frobenius_param_groups
+from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups
+from fnl_hf.products import find_products, register_product
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,6 @@ for _auto_class, _name in modeling_fnl_bert.AUTO_CLASSES.items():
     getattr(transformers, _auto_class).register(FnlBertConfig, getattr(modeling_fnl_bert, _name), exist_ok=True)
 
 __all__ = [
-    "FactorPair",
     "FnlBertConfig",
     "FnlBertForMaskedLM",
     "FnlBertForMultipleChoice",
@@ -47,10 +47,17 @@ __all__ = [
     "FnlBertPreTrainedModel",
     "FnlBertSelfAttention",
     "FrobeniusAdamW",
+    "FrobeniusLamb",
+    "FrobeniusSGD",
+    "Lamb",
+    "RANK_DIMS",
+    "Product",
     "UserInputError",
     "ask",
     "factor_pairs",
+    "find_products",
     "frobenius_param_groups",
     "product_norms",
+    "register_product",
     "spectral_factors",
 ]

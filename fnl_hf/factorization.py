@@ -1,9 +1,9 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""The mathematics of products of two factors: head views, norms, spectral initialization.
+"""The mathematics of products of two or three factors: views, norms, spectral initialization.
 
 Pure functions on tensors. A product of a multi-head attention layer is a batch of H products U_h V_hᵀ.
-Shapes: H heads, r rank of a product, m and n outer sizes of the two factors, E = H·r. No m×n matrix is ever formed:
-the QR decomposition of both factors leaves an r×r core with the same singular values.
+Shapes: H heads, r rank of a product, m and n outer sizes of its two outer factors, E = H·r. No m×n matrix is ever
+formed: the QR decomposition of both factors leaves an r×r core with the same singular values.
 
 This file travels with checkpoints, so it imports nothing of ``fnl_hf``.
 """
@@ -12,43 +12,80 @@ from dataclasses import dataclass
 
 import torch
 
-# kind -> the dimension of each stored weight that E = H·r runs along. ``torch.nn.Linear`` stores (out, in), so query,
-# key and value hold their rank in dimension 0 and the output projection holds it in dimension 1.
-RANK_DIMS = {"qk": (0, 0), "vo": (0, 1)}
+# kind -> the dimension of each stored weight that its rank runs along. ``torch.nn.Linear`` stores (out, in), so query,
+# key and value hold their rank E = H·r in dimension 0 and the output projection holds it in dimension 1. The middle
+# factor of a triple has two ranks; its entry names the one that it shares with the left factor.
+RANK_DIMS = {
+    "qk": (0, 0),  # Q (E, m), K (E, n)
+    "vo": (0, 1),  # V (E, n), O (m, E)
+    "linear": (1, 0),  # U (m, r), Vᵀ (r, n): two Linear layers in a row, the later one first
+    "uv": (1, 1),  # U (m, r), V (n, r), as the paper writes them
+    "deep": (1, 0, 0),  # U (m, r), M (r, s), Vᵀ (s, n): three Linear layers in a row, the last one first
+}
 
 
 @dataclass(frozen=True)
-class FactorPair:
-    """One layer's H products: Q_h K_hᵀ (``kind="qk"``) or V_h O_hᵀ (``kind="vo"``), h = 1..H.
+class Product:
+    """H products of two factors, U_h V_hᵀ, or of three, U_h M_h V_hᵀ, h = 1..H.
 
-    ``left`` and ``right`` are the stored weights, ``left_name`` and ``right_name`` their names in the model, ``name``
-    the product's own ("bert.encoder.layer.0.attention.qk").
+    ``kind`` is a key of ``RANK_DIMS``; ``weights`` are the stored parameters from left to right, ``weight_names``
+    their names in the model, ``name`` the product's own ("bert.encoder.layer.0.attention.qk").
     """
 
     name: str
     kind: str
     num_heads: int
-    left: torch.nn.Parameter
-    right: torch.nn.Parameter
-    left_name: str
-    right_name: str
+    weights: tuple[torch.nn.Parameter, ...]
+    weight_names: tuple[str, ...]
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views U (H, m, r) and V (H, n, r) of the two weights, without copying and outside autograd."""
-        return pair_views(self.left.detach(), self.right.detach(), self.kind, self.num_heads)
+    def factors(self) -> tuple[torch.Tensor, ...]:
+        """U (H, m, r) and V (H, n, r), or U (H, m, r), M (H, r, s) and V (H, n, s), outside autograd.
 
-
-def head_view(weight: torch.Tensor, num_heads: int, rank_dim: int) -> torch.Tensor:
-    """The factors of all heads as one view (H, n, r) of a weight (E, n) (``rank_dim=0``) or (n, E) (``rank_dim=1``)."""
-    if rank_dim == 0:
-        return weight.unflatten(0, (num_heads, -1)).transpose(1, 2)
-    return weight.unflatten(1, (num_heads, -1)).transpose(0, 1)
+        Views of the weights; copies only where an outer size is spread over several dimensions (convolutions).
+        """
+        return factor_views(tuple(w.detach() for w in self.weights), self.kind, self.num_heads)
 
 
-def pair_views(left: torch.Tensor, right: torch.Tensor, kind: str, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views U (H, m, r) and V (H, n, r) of the two stored weights of a product of this ``kind``."""
-    left_dim, right_dim = RANK_DIMS[kind]
-    return head_view(left, num_heads, left_dim), head_view(right, num_heads, right_dim)
+def head_rows(weight: torch.Tensor, num_heads: int, rank_dim: int) -> torch.Tensor:
+    """A weight with H·r entries in ``rank_dim`` as a view (H, r, ...) with that dimension in front, split by heads."""
+    rows = weight.unflatten(rank_dim, (num_heads, -1))
+    return rows if rank_dim == 0 else rows.movedim((rank_dim, rank_dim + 1), (0, 1))
+
+
+def factor_views(weights: tuple[torch.Tensor, ...], kind: str, num_heads: int) -> tuple[torch.Tensor, ...]:
+    """The factors of a product of this ``kind``, shaped as :meth:`Product.factors` has them."""
+    rows = [head_rows(weight, num_heads, dim).flatten(2) for weight, dim in zip(weights, RANK_DIMS[kind], strict=True)]
+    middle = rows[1:-1]  # M (H, r, s) is one already
+    return (rows[0].transpose(1, 2), *middle, rows[-1].transpose(1, 2))
+
+
+def validate_product(weights: tuple[torch.Tensor, ...], kind: str, num_heads: int, where: str) -> None:
+    """Check that the stored weights are factors of a product of this ``kind``.
+
+    Raises:
+        ValueError: naming the product (``where``), the shapes and what they would have to be.
+    """
+    if kind not in RANK_DIMS:
+        raise ValueError(f"{where}: kind must be one of {sorted(RANK_DIMS)}, got {kind!r}")
+    dims, shapes = RANK_DIMS[kind], [tuple(weight.shape) for weight in weights]
+    if len(weights) != len(dims):
+        raise ValueError(f"{where}: kind {kind!r} has {len(dims)} factors, got {len(weights)}")
+    if len({id(weight) for weight in weights}) < len(weights):
+        raise ValueError(f"{where}: two factors are the same parameter")
+    if any(len(shape) < 2 for shape in shapes):
+        raise ValueError(
+            f"{where}: factors must be matrices, got shapes {shapes}. FSDP1 and DeepSpeed ZeRO flatten parameters; "
+            "shard with FSDP2 (fully_shard) instead"
+        )
+    ranks = [shape[dim] for shape, dim in zip(shapes, dims)]
+    if len(dims) == 3:  # U (m, r), M (r, s), Vᵀ (s, n): the middle factor carries both ranks
+        matches = ranks[0] == ranks[1] and shapes[1][1] == ranks[2] and len(shapes[1]) == 2 and num_heads == 1
+        needed = "match as U (m, r), M (r, s), Vᵀ (s, n) with num_heads = 1"
+    else:
+        matches = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0
+        needed = f"share one size, a multiple of num_heads ({num_heads}), in dimensions {dims}"
+    if not matches:
+        raise ValueError(f"{where}: shapes {' and '.join(map(str, shapes))} must {needed}")
 
 
 def gram(factor: torch.Tensor) -> torch.Tensor:
@@ -97,11 +134,12 @@ def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
 
 __all__ = [
     "RANK_DIMS",
-    "FactorPair",
+    "Product",
+    "factor_views",
     "gram",
-    "head_view",
-    "pair_views",
+    "head_rows",
     "product_norms",
     "singular_values",
     "spectral_factors",
+    "validate_product",
 ]

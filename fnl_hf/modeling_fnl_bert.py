@@ -29,7 +29,7 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_fnl_bert import FnlBertConfig
-from .factorization import FactorPair, spectral_factors
+from .factorization import Product, spectral_factors
 
 # Every head's checkpoint names every class, so that it loads into any Auto class with ``trust_remote_code=True``.
 AUTO_CLASSES = {
@@ -64,7 +64,7 @@ class FnlBertSelfAttention(BertSelfAttention):
         self.value = nn.Linear(config.hidden_size, self.all_head_size)
 
 
-def factor_pairs(model: nn.Module) -> list[FactorPair]:
+def factor_pairs(model: nn.Module) -> list[Product]:
     """Every product of the BERT attention layers in ``model``, in layer order, Q Kᵀ before V Oᵀ.
 
     Works on FNL-BERT and stock BERT models, and on any module that contains one (DistributedDataParallel, a
@@ -78,14 +78,12 @@ def factor_pairs(model: nn.Module) -> list[FactorPair]:
         stem = f"{name}." if name else ""
         for kind, left, right in (("qk", "self.query", "self.key"), ("vo", "self.value", "output.dense")):
             pairs.append(
-                FactorPair(
+                Product(
                     name=f"{stem}{kind}",
                     kind=kind,
                     num_heads=heads,
-                    left=module.get_submodule(left).weight,
-                    right=module.get_submodule(right).weight,
-                    left_name=f"{stem}{left}.weight",
-                    right_name=f"{stem}{right}.weight",
+                    weights=(module.get_submodule(left).weight, module.get_submodule(right).weight),
+                    weight_names=(f"{stem}{left}.weight", f"{stem}{right}.weight"),
                 )
             )
     return pairs
@@ -107,7 +105,7 @@ class FnlBertPreTrainedModel(BertPreTrainedModel):
             self.bert = FnlBertModel(self.config, add_pooling_layer=encoder.pooler is not None)
         super().post_init()
 
-    def factor_pairs(self) -> list[FactorPair]:
+    def factor_pairs(self) -> list[Product]:
         """Every product Q Kᵀ and V Oᵀ of this model: see :func:`factor_pairs`."""
         return factor_pairs(self)
 
@@ -154,12 +152,12 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
         super()._initialize_weights(module, is_custom_code)
         if last and self.config.attention_init == "spectral":
             for pair in self.factor_pairs():
-                loaded = [getattr(weight, "_is_hf_initialized", False) for weight in (pair.left, pair.right)]
-                if not any(loaded) and pair.left.device.type != "meta":
+                loaded = [getattr(weight, "_is_hf_initialized", False) for weight in pair.weights]
+                if not any(loaded) and pair.weights[0].device.type != "meta":
                     self._spectral_init(pair)
 
     @torch.no_grad()
-    def _spectral_init(self, pair: FactorPair):
+    def _spectral_init(self, pair: Product):
         head_size = self.config.hidden_size // self.config.num_attention_heads
         factors = pair.factors()
         drawn = [

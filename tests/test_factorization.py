@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fnl_hf.factorization import gram, head_view, pair_views, product_norms, spectral_factors
+from fnl_hf.factorization import factor_views, gram, head_rows, product_norms, spectral_factors
 
 
 def draw(heads, m, n, k, seed=0):
@@ -16,29 +16,47 @@ def draw(heads, m, n, k, seed=0):
     )
 
 
-def test_head_view_is_the_slice_of_each_head():
+def test_head_rows_are_the_slice_of_each_head():
     query = torch.arange(6.0 * 5).reshape(6, 5)  # Linear(5, 6): three heads of rank 2
     output = torch.arange(5.0 * 6).reshape(5, 6)  # Linear(6, 5)
     for head in range(3):
         rows = slice(2 * head, 2 * head + 2)
-        assert torch.equal(head_view(query, 3, 0)[head], query[rows].T)
-        assert torch.equal(head_view(output, 3, 1)[head], output[:, rows])
-    head_view(query, 3, 0)[1] = 0.0
+        assert torch.equal(head_rows(query, 3, 0)[head], query[rows])
+        assert torch.equal(head_rows(output, 3, 1)[head], output[:, rows].T)
+    head_rows(query, 3, 0)[1] = 0.0
     assert query[2:4].abs().sum() == 0 and query[:2].abs().sum() > 0, "a view, not a copy"
 
 
-def test_pair_views_give_the_products_of_attention():
+def test_factor_views_give_the_products_of_attention():
     """x Q_h K_hᵀ xᵀ and x V_h O_hᵀ computed as a Linear layer does."""
     heads, rank, size = 3, 2, 5
     query, key, value = (torch.randn(heads * rank, size, dtype=torch.float64) for _ in range(3))
     output = torch.randn(size, heads * rank, dtype=torch.float64)
     x = torch.randn(7, size, dtype=torch.float64)
-    q, k = pair_views(query, key, "qk", heads)
+    q, k = factor_views((query, key), "qk", heads)
     scores = torch.einsum("si,hir,hjr,tj->hst", x, q, k, x)
     per_head = [(x @ query.T)[:, 2 * h : 2 * h + 2] @ (x @ key.T)[:, 2 * h : 2 * h + 2].T for h in range(heads)]
     torch.testing.assert_close(scores, torch.stack(per_head))
-    v, o = pair_views(value, output, "vo", heads)
+    v, o = factor_views((value, output), "vo", heads)
     torch.testing.assert_close(torch.einsum("si,hir,hjr->sj", x, v, o), (x @ value.T) @ output.T)
+
+
+def test_factor_views_give_the_products_of_layers():
+    """U Vᵀ and U M Vᵀ as Linear layers in a row compute them, and two convolutions, 1×3 and 3×1."""
+    u, m, vt = torch.randn(7, 2), torch.randn(2, 3), torch.randn(3, 5)
+    x = torch.randn(11, 5)
+    up, middle, down = factor_views((u, m, vt), "deep", 1)
+    torch.testing.assert_close(x @ (up @ middle @ down.mT)[0].T, x @ vt.T @ m.T @ u.T)
+    up, down = factor_views((u, vt[:2]), "linear", 1)
+    torch.testing.assert_close(x @ (up @ down.mT)[0].T, x @ vt[:2].T @ u.T)
+    up, down = factor_views((u, vt[:2].T.contiguous()), "uv", 1)
+    torch.testing.assert_close((up @ down.mT)[0], u @ vt[:2])
+    first, second = torch.randn(2, 5, 1, 3), torch.randn(7, 2, 3, 1)
+    image = torch.randn(1, 5, 4, 6)
+    up, down = factor_views((second, first), "linear", 1)
+    kernel = (up @ down.mT).view(7, 3, 5, 3).permute(0, 2, 1, 3)  # (c_out·k) x (c_in·k) back to (c_out, c_in, k, k)
+    both = torch.conv2d(torch.conv2d(image, first), second)
+    torch.testing.assert_close(torch.conv2d(image, kernel), both, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

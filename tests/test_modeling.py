@@ -125,8 +125,8 @@ def test_initial_scale_is_bert_s_own(dimensions):
     dimensions |= {"hidden_size": 420, "num_attention_heads": 3}
     model = fnl("Model", dimensions, attention_embedding_size=210)
     for pair in model.factor_pairs():
-        assert pair.left.std().item() == pytest.approx(0.02, rel=0.03)
-        assert pair.right.std().item() == pytest.approx(0.02, rel=0.03)
+        assert pair.weights[0].std().item() == pytest.approx(0.02, rel=0.03)
+        assert pair.weights[1].std().item() == pytest.approx(0.02, rel=0.03)
     # Truncating a 420×420 product of rank 140 to rank 70 keeps its largest singular values.
     spectral = fnl("Model", dimensions, attention_embedding_size=210, attention_init="spectral")
     u, v = spectral.factor_pairs()[0].factors()
@@ -145,9 +145,9 @@ def test_spectral_initialization_leaves_loaded_weights_alone(tmp_path, dimension
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
     old, new = model.factor_pairs(), loaded.factor_pairs()
     for index in (0, 1):
-        assert torch.equal(old[index].left, new[index].left) and torch.equal(old[index].right, new[index].right)
+        assert all(map(torch.equal, old[index].weights, new[index].weights))
     for index in (2, 3):
-        assert imbalance(new[index]) < 1e-5 and new[index].left.std() < 0.1
+        assert imbalance(new[index]) < 1e-5 and new[index].weights[0].std() < 0.1
 
 
 def test_spectral_initialization_in_half_precision(dimensions):

@@ -1,0 +1,143 @@
+"""What the optimizers with Frobenius decay share: groups of products, and the decay before the base class's step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fnl_hf.optim.frobenius import Decay, add_frobenius_gradients_, products_of, validate_product_group
+from fnl_hf.optim.sharding import local
+
+# A group's entries: kind of product (None: ordinary parameters), products per pair of weights, λ.
+PRODUCT_ENTRIES = ("product", "num_heads", "frobenius_decay")
+
+
+class ProductGroups(torch.optim.Optimizer):
+    """Mixin before a ``torch.optim`` class: parameter groups whose parameters are factors of products.
+
+    The class after the mixin does the step; ``step`` here evaluates the closure, then calls :meth:`_decay_and_step`.
+    """
+
+    def __init__(self, params, *args, frobenius_decay: float = 0.0, **kwargs):
+        # torch's constructors fill ``defaults`` with their own entries only and then add the groups.
+        self._own_defaults = {"frobenius_decay": frobenius_decay}
+        super().__init__(params, *args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; ``product`` makes it a group of products.
+
+        Raises:
+            ValueError: a wrong kind, λ or shape, or a parameter that is a factor twice; nothing is added then.
+        """
+        # Only ``defaults``, groups and state survive pickling, so our defaults belong there too.
+        for name, value in self.__dict__.get("_own_defaults", {}).items():
+            self.defaults.setdefault(name, value)
+        is_product = param_group.setdefault("product", None) is not None
+        param_group.setdefault("num_heads", 1)
+        param_group.setdefault("frobenius_decay", self.defaults["frobenius_decay"] if is_product else 0.0)
+        if is_product:
+            param_group["params"] = params = list(param_group["params"])
+            self._refuse_factors_twice(params, _name(param_group, len(self.param_groups)))
+        super().add_param_group(param_group)
+        try:
+            validate_product_group(self.param_groups[-1], _name(self.param_groups[-1], len(self.param_groups) - 1))
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _refuse_factors_twice(self, params: list[Any], where: str) -> None:
+        seen = {id(p): _name(group, i) for i, group in enumerate(self.param_groups) for p in group["params"]}
+        for index, entry in enumerate(params):
+            name, parameter = entry if isinstance(entry, tuple) else (f"parameter {index}", entry)
+            if id(parameter) in seen:
+                raise ValueError(
+                    f"{where}: {name}, of shape {tuple(parameter.shape)}, is already in {seen[id(parameter)]}: a "
+                    "parameter can be a factor of one product only"
+                )
+            seen[id(parameter)] = where
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. A state without products, such as ``torch.optim.AdamW``'s, keeps the products of this optimizer.
+
+        Raises:
+            ValueError: the saved groups' kinds of product differ from those here.
+        """
+        before = [{name: group[name] for name in PRODUCT_ENTRIES} for group in self.param_groups]
+        for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
+            kinds = saved.get("product", group["product"]), group["product"]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"{_name(group, index)} holds products of kind {kinds[1]!r}, the state to be loaded {kinds[0]!r}"
+                )
+        super().load_state_dict(state_dict)
+        for group, entries in zip(self.param_groups, before):
+            for name, value in entries.items():
+                group.setdefault(name, value)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step: the closure if given, then the decay and the base class's step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._decay_and_step()
+        return loss
+
+    def _decay_and_step(self) -> None:
+        decoupled_decay_(self._decayed_groups(), getattr(self, "found_inf", None))
+        self._base_step()
+
+    def _decayed_groups(self) -> list[dict[str, Any]]:
+        """The groups of products with λ > 0; refuses parameters that were flattened after construction."""
+        groups = [g for g in self.param_groups if g["product"] is not None and g["frobenius_decay"] != 0.0]
+        for index, group in enumerate(groups):
+            if any(parameter.dim() < 2 for parameter in group["params"]):
+                validate_product_group(group, _name(group, index))
+        return groups
+
+    def _base_step(self) -> None:
+        # ``Optimizer`` wraps the ``step`` of every class it makes an object of with the user's hooks; ours runs them.
+        step: Any = super().step
+        if getattr(step, "hooked", False):
+            step.__wrapped__(self)
+        else:
+            step()
+
+
+def decoupled_decay_(groups: Sequence[dict[str, Any]], found_inf: torch.Tensor | None) -> None:
+    """U ← U − ηλ U VᵀV and so on for all factors with a gradient in groups of products, at each group's ``lr``.
+
+    ``found_inf`` is set under fp16 loss scaling with a fused kernel, which skips the step when it is 1: no decay then,
+    and no host synchronization to learn it.
+    """
+    decays: list[Decay] = []
+    for group in groups:
+        scale = -group["lr"] * group["frobenius_decay"]
+        if found_inf is not None:
+            scale = scale * (1.0 - found_inf.reshape(()))
+        decays += group_decays(group, scale)
+    add_frobenius_gradients_(decays)
+
+
+def group_decays(
+    group: dict[str, Any],
+    scale: float | torch.Tensor,
+    target: Callable[[torch.Tensor], Any] = lambda weight: weight,
+) -> list[Decay]:
+    """The decays of a group's products, each factor's gradient going to its ``target``, by default the factor itself.
+
+    What has no gradient takes no part in a step, as with weight decay; frozen factors are not moved.
+    """
+    return [
+        Decay(product, [local(target(w)) if moves(w) else None for w in product.weights], scale)
+        for product in products_of(group)
+    ]
+
+
+def moves(weight: torch.Tensor) -> bool:
+    """Whether a step changes this factor."""
+    return weight.grad is not None and weight.requires_grad
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    return f"parameter group {group['name']!r}" if "name" in group else f"parameter group {index}"

@@ -1,0 +1,81 @@
+"""SGD with Frobenius decay, coupled through the gradient or decoupled."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fnl_hf.optim.base import ProductGroups, decoupled_decay_, group_decays, moves
+from fnl_hf.optim.frobenius import Decay, add_frobenius_gradients_
+
+
+class FrobeniusSGD(ProductGroups, torch.optim.SGD):
+    """``torch.optim.SGD`` with Frobenius decay on products of parameters.
+
+    By default the decay is part of the gradient, before momentum, as weight decay in SGD always is (the ResNet runs of
+    Khodak et al., ICLR 2021):
+
+        g_U ← ∇_U + λ U VᵀV,    g_V ← ∇_V + λ V UᵀU,    then SGD's step with g.
+
+    ``decoupled=True`` subtracts ηλ U VᵀV and ηλ V UᵀU from the factors before SGD's step instead. With momentum μ this
+    is (1 − μ) times as strong at equal λ, because momentum accumulates a coupled decay 1/(1 − μ) times.
+
+    Args:
+        params: parameter groups, as :func:`fnl_hf.frobenius_param_groups` makes them.
+        lr: η.
+        frobenius_decay: λ, the default of groups of products; >= 0.
+        decoupled: decay outside gradient and momentum; a group may have its own.
+        **kwargs: everything that ``torch.optim.SGD`` takes: momentum, nesterov, dampening, weight_decay, fused, ...
+
+    Raises:
+        ValueError: λ < 0, λ on a group without products, factors that do not match, or factors in half precision.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | torch.Tensor = 1e-3,
+        *,
+        frobenius_decay: float = 0.0,
+        decoupled: bool = False,
+        **kwargs,
+    ):
+        self._decoupled = decoupled
+        super().__init__(params, lr, frobenius_decay=frobenius_decay, **kwargs)
+
+    def add_param_group(self, param_group) -> None:
+        """As in the base class; ``decoupled`` is one of the group's entries."""
+        self.defaults.setdefault("decoupled", getattr(self, "_decoupled", False))
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # states of plain SGD have no such entry
+            group.setdefault("decoupled", self.defaults["decoupled"])
+
+    def _decay_and_step(self) -> None:
+        groups = self._decayed_groups()
+        decoupled_decay_([group for group in groups if group["decoupled"]], getattr(self, "found_inf", None))
+        with self._decay_in_gradients([group for group in groups if not group["decoupled"]]):
+            self._base_step()
+
+    @contextmanager
+    def _decay_in_gradients(self, groups) -> Iterator[None]:
+        """The factors' gradients with the decay added; afterwards those that were there, untouched."""
+        # A fused kernel divides the gradients by ``grad_scale`` (fp16 loss scaling) and negates them to maximize.
+        grad_scale = getattr(self, "grad_scale", None)
+        saved = {weight: weight.grad for group in groups for weight in group["params"] if moves(weight)}
+        decays: list[Decay] = []
+        try:
+            for weight in saved:
+                weight.grad = saved[weight].clone()
+            for group in groups:
+                scale = -group["frobenius_decay"] if group["maximize"] else group["frobenius_decay"]
+                if grad_scale is not None:
+                    scale = scale * grad_scale.reshape(())
+                decays += group_decays(group, scale, lambda weight: weight.grad)
+            add_frobenius_gradients_(decays)
+            yield
+        finally:
+            for weight, gradient in saved.items():
+                weight.grad = gradient
