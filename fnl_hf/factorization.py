@@ -48,7 +48,7 @@ class Product:
 
 def head_rows(weight: torch.Tensor, num_heads: int, rank_dim: int) -> torch.Tensor:
     """A weight with H·r entries in ``rank_dim`` as a view (H, r, ...) with that dimension in front, split by heads."""
-    rows = weight.unflatten(rank_dim, (num_heads, -1))
+    rows = torch.unflatten(weight, rank_dim, (num_heads, -1))
     return rows if rank_dim == 0 else rows.movedim((rank_dim, rank_dim + 1), (0, 1))
 
 

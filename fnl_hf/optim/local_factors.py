@@ -69,7 +69,8 @@ class LocalFactor:
     def gram(self, partial: bool = True) -> torch.Tensor:
         """FᵀF of each head (H, r, r). ``partial``: only the summand of this process, so that each head counts once."""
         if not self.cut_in_rank:
-            return self.blocks[0].base @ self.blocks[0].base.mT
+            base = self.blocks[0].base
+            return torch.bmm(base, base.mT)
         grams = self.weight.new_zeros(self.num_heads, self.rank, self.rank)
         for block in self.blocks:
             if not partial or block.rows.start == 0:

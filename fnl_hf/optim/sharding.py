@@ -37,8 +37,10 @@ class Cut(NamedTuple):
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a parameter, gradient or state, sharing its memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
     with torch.no_grad():  # otherwise ``to_local`` would be an operation of autograd's
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        return tensor.to_local()
 
 
 def cut_of(tensor: torch.Tensor) -> Cut | None:
