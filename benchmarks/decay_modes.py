@@ -41,8 +41,8 @@ def run(mode, seed, args):
 
 def final_norms(history):
     """Mean over the products of the last logged norms."""
-    last = [entry for entry in history if "norms/layer_0/qk_nuclear" in entry][-1]
-    return {n: statistics.mean(v for k, v in last.items() if k.startswith("norms/") and k.endswith(n)) for n in NORMS}
+    last = [entry for entry in history if "norms/qk/bert.encoder.layer.0.attention.qk/nuclear" in entry][-1]
+    return {norm: statistics.mean(v for key, v in last.items() if key.endswith(f"/{norm}")) for norm in NORMS}
 
 
 def spread(values, digits=3):
@@ -53,10 +53,11 @@ def spread(values, digits=3):
 def plot(histories, file, decay):
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     for axis, (kind, norm) in zip(axes, [(k, n) for k in ("qk", "vo") for n in ("frobenius", "nuclear")]):
+        stem = f"norms/{kind}/bert.encoder.layer.0.attention.{kind}"
         for mode, history in histories.items():
-            (line,) = axis.plot(*series(history, f"norms/layer_0/{kind}_{norm}"), label=mode)
+            (line,) = axis.plot(*series(history, f"{stem}/{norm}"), label=mode)
             if norm == "nuclear":
-                bound = series(history, f"norms/layer_0/{kind}_bound")
+                bound = series(history, f"{stem}/bound")
                 axis.plot(*bound, color=line.get_color(), linestyle="--")
         product = {"qk": "$QK^T$", "vo": "$VO^T$"}[kind]
         axis.set_title(f"layer 0, {product}: {norm} norm" + (" (bound dashed)" if norm == "nuclear" else ""))

@@ -8,6 +8,7 @@ import transformers
 
 from fnl_hf import modeling_fnl_bert
 from fnl_hf.configuration_fnl_bert import FnlBertConfig
+from fnl_hf.diagnostics import diagnose_products
 from fnl_hf.errors import UserInputError
 from fnl_hf.factorization import RANK_DIMS, Product, product_norms, spectral_factors
 from fnl_hf.inference import ask
@@ -54,6 +55,7 @@ __all__ = [
     "Product",
     "UserInputError",
     "ask",
+    "diagnose_products",
     "factor_pairs",
     "find_products",
     "frobenius_param_groups",

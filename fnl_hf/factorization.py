@@ -93,24 +93,33 @@ def gram(factor: torch.Tensor) -> torch.Tensor:
     return factor.transpose(-2, -1) @ factor
 
 
-def singular_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Singular values of each product U_h V_hᵀ, descending: (H, m, r), (H, n, r) -> (H, min(m, n, r))."""
-    core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right, mode="r").R.transpose(-2, -1)
-    return torch.linalg.svdvals(core)
+def core(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """A small matrix with the singular values of each product: R_U R_Vᵀ or R_U M R_Vᵀ of the QR decompositions.
+
+    U (H, m, r), V (H, n, r) -> (H, min(m, r), min(n, r)); U, M (H, r, s), V (H, n, s) likewise.
+    """
+    small = torch.linalg.qr(left, mode="r").R
+    for middle in rest[:-1]:
+        small = small @ middle
+    return small @ torch.linalg.qr(rest[-1], mode="r").R.transpose(-2, -1)
 
 
-def product_norms(left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
+def bound(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """½(‖U‖²_F + ‖V‖²_F) over all heads, or ½(‖U M‖²_F + ‖V‖²_F): at least the nuclear norm of the product."""
+    for middle in rest[:-1]:
+        left = left @ middle
+    return 0.5 * (left.square().sum() + rest[-1].square().sum())
+
+
+def product_norms(*factors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Norms of H products taken together as one block-diagonal matrix, as 0-d tensors on the factors' device.
 
-    ``frobenius``: (Σ_h ‖U_h V_hᵀ‖²_F)^½. ``nuclear``: Σ_h ‖U_h V_hᵀ‖_*. ``bound``: ½(‖U‖²_F + ‖V‖²_F) >= nuclear, what
-    weight decay on the factors penalizes (Khodak et al., section 4).
+    Of U (H, m, r) and V (H, n, r), or U, M (H, r, s) and V (H, n, s), as :meth:`Product.factors` gives them.
+    ``frobenius``: (Σ_h ‖U_h V_hᵀ‖²_F)^½. ``nuclear``: Σ_h ‖U_h V_hᵀ‖_*. ``bound``: see :func:`bound`; for two factors
+    it is what weight decay on the factors penalizes (Khodak et al., section 4).
     """
-    values = singular_values(left, right)
-    return {
-        "frobenius": values.square().sum().sqrt(),
-        "nuclear": values.sum(),
-        "bound": 0.5 * (left.square().sum() + right.square().sum()),
-    }
+    values = torch.linalg.svdvals(core(*factors))
+    return {"frobenius": values.square().sum().sqrt(), "nuclear": values.sum(), "bound": bound(*factors)}
 
 
 def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,11 +144,12 @@ def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
 __all__ = [
     "RANK_DIMS",
     "Product",
+    "bound",
+    "core",
     "factor_views",
     "gram",
     "head_rows",
     "product_norms",
-    "singular_values",
     "spectral_factors",
     "validate_product",
 ]

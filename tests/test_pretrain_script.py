@@ -37,10 +37,13 @@ def test_pretraining_leaves_a_complete_folder(pretrained):
     assert "library_name: transformers" in card and "16 (50% of d)" in card and "eval_loss" in card
     assert "| data | corpus.txt |" in card and "runtime" not in card
     history = json.loads((pretrained / "trainer_state.json").read_text())["log_history"]
-    norms = [entry for entry in history if "norms/layer_0/qk_nuclear" in entry]
+    norms = [entry for entry in history if "norms/qk/bert.encoder.layer.0.attention.qk/nuclear" in entry]
     assert [entry["step"] for entry in norms] == [0, 3, 6, 9, 12]
     assert all(
-        e[f"norms/layer_0/{k}_nuclear"] <= e[f"norms/layer_0/{k}_bound"] * 1.0001 for e in norms for k in ("qk", "vo")
+        e[f"norms/{k}/bert.encoder.layer.0.attention.{k}/nuclear"]
+        <= e[f"norms/{k}/bert.encoder.layer.0.attention.{k}/bound"] * 1.0001
+        for e in norms
+        for k in ("qk", "vo")
     )
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 6, 9, 12]
 
@@ -120,8 +123,39 @@ def test_decay_mode_changes_the_norms(corpus, tmp_path):
         flags = {"decay_mode": mode, "frobenius_decay": 30, "weight_decay": 0, "save_strategy": "no"}
         run_in_process(pretraining(corpus, tmp_path / mode, **flags))
         history = json.loads((tmp_path / mode / "trainer_state.json").read_text())["log_history"]
-        norm[mode] = [e["norms/layer_0/qk_frobenius"] for e in history if "norms/layer_0/qk_frobenius" in e][-1]
+        key = "norms/qk/bert.encoder.layer.0.attention.qk/frobenius"
+        norm[mode] = [entry[key] for entry in history if key in entry][-1]
     assert norm["weight"] < 0.5 * norm["none"] and norm["frobenius"] < 0.9 * norm["none"]
+
+
+@pytest.mark.parametrize(
+    "flags, state, entries",
+    [
+        ({"optimizer": "adamw", "adam_epsilon": 1e-7}, {"exp_avg"}, {"eps": 1e-7, "fused": True, "amsgrad": False}),
+        ({"optimizer": "adamw", "optim_args": "amsgrad=True"}, {"max_exp_avg_sq"}, {"amsgrad": True}),
+        ({"optimizer": "sgd"}, {"momentum_buffer"}, {"momentum": 0.9, "decoupled": False, "nesterov": False}),
+        ({"optimizer": "sgd", "optim_args": "momentum=0.5, nesterov=True,decoupled=True"}, {"momentum_buffer"},
+         {"momentum": 0.5, "decoupled": True, "nesterov": True}),
+        ({"optimizer": "lamb"}, {"exp_avg"}, {"decay": "decoupled", "betas": (0.9, 0.999), "trust_clamp": None}),
+        ({"optimizer": "lamb", "optim_args": "decay=in_trust_ratio,trust_clamp=(0,1),foreach=True"}, {"exp_avg"},
+         {"decay": "in_trust_ratio", "trust_clamp": (0, 1), "fused": False}),
+    ],
+)  # fmt: skip
+def test_optimizer_flags_make_the_optimizer(corpus, tmp_path, flags, state, entries):
+    run_in_process(pretraining(corpus, tmp_path / "out", max_steps=2, save_steps=2, **flags))
+    saved = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    products = saved["param_groups"][0]
+    assert products["product"] == "qk" and products["frobenius_decay"] == 0.01
+    assert {name: products[name] for name in entries} == entries
+    assert all(state <= values.keys() for values in saved["state"].values()) and len(saved["state"]) > 10
+    assert f"| optimizer | {flags['optimizer']}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_diagnostics_are_logged_every_n_steps(corpus, tmp_path):
+    run_in_process(pretraining(corpus, tmp_path / "out", max_steps=5, product_norms_steps=2, save_strategy="no"))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [e["step"] for e in history if "norms/vo/bert.encoder.layer.0.attention.vo/bound" in e] == [0, 2, 4]
+    assert [e["step"] for e in history if "loss" in e] == [3]
 
 
 def test_config_file_and_flags(corpus, tmp_path):
@@ -146,7 +180,7 @@ def test_norms_follow_the_logging_strategy(corpus, tmp_path):
     flags = {"logging_strategy": "epoch", "max_steps": 6, "max_train_samples": 24, "save_strategy": "no"}
     run_in_process(pretraining(corpus, tmp_path / "out", **flags))
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    assert [e["step"] for e in history if "norms/layer_0/vo_bound" in e] == [0, 3, 6]
+    assert [e["step"] for e in history if "norms/vo/bert.encoder.layer.0.attention.vo/bound" in e] == [0, 3, 6]
     assert [e["step"] for e in history if "loss" in e] == [3, 6]
 
 
@@ -252,6 +286,10 @@ def other_architecture(tmp_path_factory):
         ({"preset": "base", "config_name": "x"}, "give one of --preset, .* not --preset and --config_name"),
         ({"preset": "huge"}, "argument --preset: invalid choice: 'huge'"),
         ({"optim": "adafactor"}, r"--optim \(.*ADAFACTOR.*|--optim \(adafactor\) is not used here: set --optimizer"),
+        ({"optim_args": "momentum=0.9"}, "--optim_args momentum=0.9: 'momentum' is not an argument of adamw"),
+        ({"optim_args": "amsgrad"}, "'amsgrad' is not an argument of adamw: name=value of"),
+        ({"optimizer": "lamb", "optim_args": "decay=often"}, "--optimizer lamb .*decay must be one of .*'often'"),
+        ({"product_norms_steps": 0}, r"--product_norms_steps \(0\) must be at least 1"),
         ({"label_smoothing_factor": 0.1}, r"--label_smoothing_factor \(0.1\) must be 0"),
         ({"optimizer": "adagrad"}, "argument --optimizer: invalid choice"),
         ({"decay_mode": "nuclear"}, "argument --decay_mode/--decay-mode: invalid choice"),

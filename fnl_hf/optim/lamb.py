@@ -99,7 +99,7 @@ class Lamb(torch.optim.Optimizer):
             supported = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
             group["fused"] = supported and not group["foreach"]
         # Not in the group: FSDP2 replaces parameters, ZeRO and FSDP1 flatten them, and only the latter must not pass.
-        self.__dict__.setdefault("_dims", []).append([p.dim() for p in group["params"]])
+        self.__dict__.setdefault("_dims", {})[len(self.param_groups) - 1] = [p.dim() for p in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -121,8 +121,10 @@ class Lamb(torch.optim.Optimizer):
         return loss
 
     def _refuse_flattened(self) -> None:
-        for group, dims in zip(self.param_groups, self.__dict__.get("_dims", ())):
-            if [p.dim() for p in group["params"]] != dims:
+        known = self.__dict__.get("_dims", {})  # by position: a group may have been refused, or come with a pickle
+        for index, group in enumerate(self.param_groups):
+            dims = [p.dim() for p in group["params"]]
+            if known.get(index, dims) != dims:
                 raise ValueError(
                     "the parameters were reshaped after the optimizer was made, as FSDP1 and DeepSpeed ZeRO do: LAMB "
                     "needs each parameter's norm. Shard with FSDP2 (fully_shard) instead"
@@ -132,6 +134,8 @@ class Lamb(torch.optim.Optimizer):
         """What all gradients are divided by, a 0-d tensor >= 1, or None without clipping."""
         max_norm = self.defaults["max_grad_norm"]
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p in weights):
+            raise RuntimeError("Lamb does not support sparse gradients")
         if max_norm is None or not weights:
             return None
         squares = [norm.square() for norm in _norms([local(p.grad) for p in weights])]
@@ -166,9 +170,11 @@ class Lamb(torch.optim.Optimizer):
         group = bucket.group
         states = [self._state_of(p, group) for p in bucket.parameters]
         grads = [local(p.grad) for p in bucket.parameters if p.grad is not None]
-        if any(grad.is_sparse for grad in grads):
-            raise RuntimeError("Lamb does not support sparse gradients")
-        if grad_scale is not None and not group["fused"] and grads:
+        exp_avgs = [local(state["exp_avg"]) for state in states]
+        exp_avg_sqs = [local(state["exp_avg_sq"]) for state in states]
+        fused = group["fused"] and _laid_out_alike(bucket.updates, grads, exp_avgs, exp_avg_sqs)
+        # A fused kernel takes a float32 scale only; it is float64 as soon as one gradient is.
+        if grad_scale is not None and grads and not (fused and grad_scale.dtype == torch.float32):
             torch._foreach_div_(grads, grad_scale.to(grads[0].device))
             grad_scale = None
         steps = [state["step"] for state in states]
@@ -179,12 +185,12 @@ class Lamb(torch.optim.Optimizer):
         adam(
             bucket.updates,
             grads,
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
+            exp_avgs,
+            exp_avg_sqs,
             [],
             steps,
             foreach=group["foreach"],
-            fused=group["fused"],
+            fused=fused,
             grad_scale=grad_scale,
             amsgrad=False,
             beta1=beta1,
@@ -303,6 +309,11 @@ def _decay(bucket: _Bucket) -> None:
     ]
 
 
+def _laid_out_alike(*lists: list[torch.Tensor]) -> bool:
+    """Whether a fused kernel may have them: the CPU's takes elements as they lie in memory, whatever the strides."""
+    return all(t[0].device.type != "cpu" or len({tensor.stride() for tensor in t}) == 1 for t in zip(*lists))
+
+
 def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Euclidean norms as 0-d tensors, in float32 for half precision."""
     half = [t.dtype in (torch.float16, torch.bfloat16) for t in tensors]
@@ -360,7 +371,7 @@ def _validate(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} ({clamp}) must be two bounds, 0 <= lower <= upper, or None")
     if group["foreach"] and group["fused"]:
         raise ValueError("foreach and fused cannot both be True")
-    if any(getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id") for p in group["params"]):
+    if any(getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id") for p in group["params"]):
         raise ValueError(
             "the parameters are flattened by FSDP1 or DeepSpeed ZeRO: LAMB needs each parameter's norm. Shard with "
             "FSDP2 (fully_shard) instead"

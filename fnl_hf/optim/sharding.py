@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 
-
 # torch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -90,9 +89,12 @@ class RowPieces(NamedTuple):
 
 
 def gather_pieces(requests: Sequence[RowPieces]) -> list[dict[int, torch.Tensor]]:
-    """For each request {head: all its rows (r, n)}, of the straddling heads; one packed all-gather a process group."""
+    """For each request {head: all its rows (r, n)}, of the straddling heads.
+
+    One packed all-gather for each process group and dtype.
+    """
     gathered: list[dict[int, torch.Tensor]] = [{} for _ in requests]
-    for group, indices in _by_group([request.cut.group for request in requests]):
+    for group, indices in _by_group([(request.rows, request.cut) for request in requests]):
         members = [requests[i] for i in indices]
         world, own = members[0].cut.world, members[0].cut.rank
         counts = [[sum(b - a for a, b in m.pieces(k)) for m in members] for k in range(world)]
@@ -122,9 +124,12 @@ def gather_pieces(requests: Sequence[RowPieces]) -> list[dict[int, torch.Tensor]
 
 
 def sum_over_processes(tensors: Sequence[torch.Tensor], cuts: Sequence[Cut | None]) -> list[torch.Tensor]:
-    """Each tensor summed over the processes that share it (None: as it is); one packed all-reduce a process group."""
+    """Each tensor summed over the processes that share it (None: as it is).
+
+    One packed all-reduce for each process group and dtype.
+    """
     summed = list(tensors)
-    for group, indices in _by_group([None if cut is None else cut.group for cut in cuts]):
+    for group, indices in _by_group(zip(tensors, cuts)):
         packed = torch.cat([tensors[i].reshape(-1) for i in indices])
         dist.all_reduce(packed, group=group)
         for i, part in zip(indices, packed.split([tensors[i].numel() for i in indices])):
@@ -132,10 +137,10 @@ def sum_over_processes(tensors: Sequence[torch.Tensor], cuts: Sequence[Cut | Non
     return summed
 
 
-def _by_group(groups: Iterable[Any]) -> list[tuple[Any, list[int]]]:
-    """Positions of each process group, in order of first appearance; None has none."""
-    found: dict[int, tuple[Any, list[int]]] = {}
-    for index, group in enumerate(groups):
-        if group is not None:
-            found.setdefault(id(group), (group, []))[1].append(index)
+def _by_group(members: Iterable[tuple[torch.Tensor, Cut | None]]) -> list[tuple[Any, list[int]]]:
+    """Positions of each process group and dtype, in order of first appearance; what is not cut has none."""
+    found: dict[Any, tuple[Any, list[int]]] = {}
+    for index, (tensor, cut) in enumerate(members):
+        if cut is not None:
+            found.setdefault((id(cut.group), tensor.dtype), (cut.group, []))[1].append(index)
     return list(found.values())

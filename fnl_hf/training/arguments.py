@@ -13,8 +13,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.optim.param_groups import DECAY_MODES
+from fnl_hf.training.optimizers import OPTIMIZERS, parse_optimizer_arguments
 
-OPTIMIZERS = ("adamw",)
 # flag -> smallest value, and the bound that it must stay below
 BOUNDS = {
     "learning_rate": (0.0, float("inf")),
@@ -28,6 +28,7 @@ BOUNDS = {
     "per_device_train_batch_size": (1, float("inf")),
     "per_device_eval_batch_size": (1, float("inf")),
     "gradient_accumulation_steps": (1, float("inf")),
+    "product_norms_steps": (1, float("inf")),
 }
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -37,10 +38,18 @@ class FnlTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the optimizer, its Frobenius decay, and what happens to an output folder in use."""
 
     optimizer: str = field(
-        default="adamw", metadata={"help": "The optimizer, with decoupled Frobenius decay.", "choices": OPTIMIZERS}
+        default="adamw", metadata={"help": "The optimizer, with Frobenius decay.", "choices": list(OPTIMIZERS)}
+    )
+    optim_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of the optimizer: 'momentum=0.9,nesterov=True' (sgd; its momentum is 0.9 by "
+            "default), 'decay=in_trust_ratio' (lamb), 'amsgrad=True' (adamw)."
+        },
     )
     weight_decay: float = field(
-        default=0.01, metadata={"help": "Decoupled weight decay of all matrices but the attention pairs."}
+        default=0.01,
+        metadata={"help": "Weight decay of all matrices but the attention pairs."},
     )
     frobenius_decay: float | None = field(
         default=None, metadata={"help": "Decay of the attention pairs. Default: equal to --weight_decay."}
@@ -52,6 +61,10 @@ class FnlTrainingArguments(TrainingArguments):
             "factors' own (weight), or not at all. Every other decay is untouched.",
             "choices": DECAY_MODES,
         },
+    )
+    product_norms_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps between logs of the products' norms and other diagnostics. Default: --logging_steps."},
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -75,7 +88,8 @@ class FnlTrainingArguments(TrainingArguments):
         super().__post_init__()
         default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
         if self.optim != default_optim:
-            raise ValueError(f"--optim ({self.optim}) is not used here: set --optimizer, one of {OPTIMIZERS}")
+            raise ValueError(f"--optim ({self.optim}) is not used here: set --optimizer, one of {list(OPTIMIZERS)}")
+        parse_optimizer_arguments(self.optimizer, self.optim_args)
         if self.label_smoothing_factor != 0.0:
             raise ValueError(f"--label_smoothing_factor ({self.label_smoothing_factor}) must be 0: it is not supported")
         self.remove_unused_columns = False  # our datasets have none, and return whole batches

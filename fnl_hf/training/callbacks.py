@@ -1,50 +1,63 @@
-"""While a model trains: the norms of its products, a progress bar that stays readable, new masks in each epoch."""
+"""While a model trains: diagnostics of its products, a progress bar that stays readable, new masks in each epoch."""
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
-from fnl_hf.factorization import product_norms
-from fnl_hf.modeling_fnl_bert import factor_pairs
+from fnl_hf.diagnostics import diagnose_products
+from fnl_hf.products import find_products
 
 NORM_PREFIX = "norms/"
 
 
-@torch.no_grad()
-def factor_pair_norms(model: torch.nn.Module) -> dict[str, float]:
-    """{"norms/layer_0/qk_frobenius": ...}: the norms of :func:`fnl_hf.product_norms` for every product of the model.
+def logged_diagnostics(model: torch.nn.Module, lr: float) -> dict[str, float]:
+    """{"norms/<kind>/<product>/<diagnostic>": ...}: :func:`fnl_hf.diagnose_products` of every product of the model.
 
-    All norms come to the host in one transfer.
+    All figures come to the host in one transfer.
     """
-    names, values = [], []
-    for index, pair in enumerate(factor_pairs(model)):
-        u, v = pair.factors()
-        for norm, value in product_norms(u.float(), v.float()).items():
-            names.append(f"{NORM_PREFIX}layer_{index // 2}/{pair.kind}_{norm}")
-            values.append(value)
-    return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
+    products = find_products(model)
+    kinds = {product.name: product.kind for product in products}
+    figures = {
+        f"{NORM_PREFIX}{kinds[name]}/{name}/{key}": value
+        for name, values in diagnose_products(products, lr).items()
+        for key, value in values.items()
+    }
+    return dict(zip(figures, torch.stack(list(figures.values())).tolist())) if figures else {}
 
 
 class ProductNormsCallback(TrainerCallback):
-    """Logs the norms of all products through the Trainer's trackers, at each logging step.
+    """Logs the diagnostics of all products through the Trainer's trackers.
 
     Args:
         trainer: the Trainer it is added to (``trainer.add_callback(ProductNormsCallback(trainer))``).
+        every: optimizer steps between two logs; None for Trainer's own logging steps.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, every: int | None = None):
+        self.trainer, self.every = trainer, every
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self.trainer.log(factor_pair_norms(model))
+            self._log(control, **kwargs)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        # DefaultFlowCallback comes first and has decided whether this step, or this epoch, is logged.
-        if control.should_log:
-            self.trainer.log(factor_pair_norms(model))
-            control.should_log = True  # logging cleared it; the loss of this step is still to come
+    def on_step_end(self, args, state, control, **kwargs):
+        # DefaultFlowCallback comes first and has decided whether this step is logged.
+        if control.should_log if self.every is None else state.global_step % self.every == 0:
+            self._log(control, **kwargs)
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.every is None and control.should_log:
+            self._log(control, **kwargs)
+
+    def _log(self, control, model=None, optimizer=None, **kwargs):
+        should_log = control.should_log
+        self.trainer.log(logged_diagnostics(model, _learning_rate(optimizer)))
+        control.should_log = should_log  # logging clears it; the loss of this step is still to come
+
+
+def _learning_rate(optimizer) -> float:
+    """That of the first group of products, or of the first group."""
+    groups = sorted(optimizer.param_groups, key=lambda group: group.get("product") is None)
+    return float(groups[0]["lr"])
 
 
 class EpochCallback(TrainerCallback):
@@ -57,7 +70,7 @@ class EpochCallback(TrainerCallback):
 
 
 class ReadableProgressCallback(ProgressCallback):
-    """Trainer's progress bar without the lines of norms, which are for plots and trackers."""
+    """Trainer's progress bar without the diagnostics, which are for plots and trackers."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not any(name.startswith(NORM_PREFIX) for name in logs):
@@ -68,5 +81,5 @@ def add_fnl_callbacks(trainer) -> None:
     """Give a Trainer the callbacks above."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ReadableProgressCallback)
-    trainer.add_callback(ProductNormsCallback(trainer))
+    trainer.add_callback(ProductNormsCallback(trainer, trainer.args.product_norms_steps))
     trainer.add_callback(EpochCallback)

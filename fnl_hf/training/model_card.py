@@ -83,6 +83,7 @@ def write_model_card(
 def model_facts(model, args, data: str) -> dict[str, Any]:
     """The rows that describe architecture, data and optimizer."""
     config = model.config
+    options = f" ({args.optim_args})" if args.optim_args else ""
     embedding_size = getattr(config, "mha_embedding_size", config.hidden_size)
     return {
         "architecture": f"{type(model).__name__}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
@@ -90,7 +91,7 @@ def model_facts(model, args, data: str) -> dict[str, Any]:
         "attention embedding dimension E": f"{embedding_size} ({embedding_size / config.hidden_size:.0%} of d)",
         "parameters": f"{model.num_parameters():,}",
         "data": Path(data).name if Path(data).is_file() else data,  # not where it lies on this machine
-        "optimizer": f"{args.optimizer}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
+        "optimizer": f"{args.optimizer}{options}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
         "decay of the attention pairs": args.decay_mode
         if args.decay_mode == "none"
         else f"{args.decay_mode}, λ = {args.weight_decay if args.frobenius_decay is None else args.frobenius_decay}",

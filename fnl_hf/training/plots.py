@@ -1,5 +1,6 @@
 """Training curves from a Trainer's log history."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ from matplotlib import pyplot as plt
 
 from fnl_hf.training.callbacks import NORM_PREFIX
 
-NORM_TITLES = {"frobenius": "Frobenius norm", "nuclear": "nuclear norm; dashed: ½(‖U‖²+‖V‖²)"}
-KIND_TITLES = {"qk": "$QK^T$", "vo": "$VO^T$"}
+# diagnostic -> title, whether the axis is logarithmic
+PANELS = {
+    "frobenius": ("Frobenius norm", False),
+    "nuclear": ("nuclear norm; dashed: its bound", False),
+    "effective_step": ("effective step η/‖W‖²", True),
+    "non_orthogonality": ("non-orthogonality of the factors", False),
+}
+KIND_TITLES = {"qk": "$QK^T$", "vo": "$VO^T$", "linear": "$UV^T$", "uv": "$UV^T$", "deep": "$UMV^T$"}
+MOST_LABELS = 12
 
 
 def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -20,34 +28,59 @@ def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list
     return [step for step, _ in entries], [value for _, value in entries]
 
 
+def logged_products(log_history: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Names of the products whose diagnostics were logged, in the model's order, by kind."""
+    found: dict[str, list[str]] = {}
+    for key in (key for entry in log_history for key in entry if key.startswith(NORM_PREFIX)):
+        kind, name = key.removeprefix(NORM_PREFIX).split("/")[:2]
+        if name not in found.setdefault(kind, []):
+            found[kind].append(name)
+    return found
+
+
 def plot_training(log_history: list[dict[str, Any]], file: str | Path, unigram_entropy: float | None = None) -> None:
-    """Write a PNG: loss and, for each kind of product, the norms per layer, over the steps."""
-    figure = plt.figure(figsize=(14, 7.5), layout="constrained")
-    grid = figure.add_gridspec(2, 3)
-    _plot_loss(figure.add_subplot(grid[:, 0]), log_history, unigram_entropy)
-    layers = 1 + max(
-        (int(key.split("/")[1].split("_")[1]) for entry in log_history for key in entry if key.startswith(NORM_PREFIX)),
-        default=-1,
-    )
-    colors = plt.get_cmap("viridis")
-    for row, kind in enumerate(KIND_TITLES):
-        for column, norm in enumerate(NORM_TITLES):
-            axes = figure.add_subplot(grid[row, column + 1])
-            for layer in range(layers):
-                color = colors(0.9 * layer / max(1, layers - 1))
-                stem = f"{NORM_PREFIX}layer_{layer}/{kind}"
-                axes.plot(*series(log_history, f"{stem}_{norm}"), color=color, label=f"layer {layer}")
-                if norm == "nuclear":
-                    axes.plot(*series(log_history, f"{stem}_bound"), color=color, linestyle="--")
-            axes.set_title(f"{KIND_TITLES[kind]}: {NORM_TITLES[norm]}", fontsize=10)
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-            if 0 < layers <= 12 and (row, column) == (0, 0):
-                axes.legend(fontsize=8)
-            if row == 1:
+    """Write a PNG: the loss and, for each kind of product, its diagnostics over the steps, one curve a product."""
+    kinds = logged_products(log_history)
+    figure = plt.figure(figsize=(6 + 3.6 * len(PANELS) * bool(kinds), 3.8 * max(1, len(kinds))), layout="constrained")
+    grid = figure.add_gridspec(max(1, len(kinds)), 3 + 2 * len(PANELS) * bool(kinds))
+    _plot_loss(figure.add_subplot(grid[:, :3]), log_history, unigram_entropy)
+    for row, (kind, names) in enumerate(kinds.items()):
+        for column, panel in enumerate(PANELS):
+            axes = figure.add_subplot(grid[row, 3 + 2 * column : 5 + 2 * column])
+            plot_products(axes, log_history, kind, names, panel)
+            if row == len(kinds) - 1:
                 axes.set_xlabel("step")
-    figure.savefig(file, dpi=110)
+            if (row, column) == (0, 0) and len(names) <= MOST_LABELS:
+                axes.legend(fontsize=8)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def plot_products(axes, log_history: list[dict[str, Any]], kind: str, names: list[str], panel: str) -> None:
+    """One diagnostic (a key of ``PANELS``) of products of one kind over training; the nuclear norm with its bound.
+
+    "nuclear" is figure 2 of the article on Khodak et al.: under weight decay on the factors the bound is tight.
+    """
+    colors = plt.get_cmap("viridis")
+    title, logarithmic = PANELS[panel]
+    for index, name in enumerate(names):
+        color = colors(0.9 * index / max(1, len(names) - 1))
+        stem = f"{NORM_PREFIX}{kind}/{name}"
+        axes.plot(*series(log_history, f"{stem}/{panel}"), color=color, label=_label(name))
+        if panel == "nuclear":
+            axes.plot(*series(log_history, f"{stem}/bound"), color=color, linestyle="--")
+    axes.set_title(f"{KIND_TITLES.get(kind, kind)}: {title}", fontsize=10)
+    if logarithmic:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+
+
+def _label(name: str) -> str:
+    """ "layer 3" for attention's products, otherwise the product's name."""
+    layer = re.search(r"\blayer\.(\d+)\.attention\b", name)
+    return f"layer {layer[1]}" if layer else name
 
 
 def _plot_loss(axes, log_history, unigram_entropy):

@@ -24,6 +24,7 @@ CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
 # What, beside the scripts' own arguments, makes two runs different ones.
 TRAINING_ARGUMENTS = (
     "optimizer",
+    "optim_args",
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",

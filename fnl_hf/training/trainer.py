@@ -8,24 +8,11 @@ import torch
 from transformers import Trainer
 
 from fnl_hf.errors import UserInputError
-from fnl_hf.optim import FrobeniusAdamW, frobenius_param_groups
 from fnl_hf.training.callbacks import add_fnl_callbacks
+from fnl_hf.training.optimizers import build_optimizer
 
 # The label arguments of BERT's heads; each loss is a mean over the entries of one of them.
 LABEL_NAMES = ("labels", "next_sentence_label", "start_positions", "end_positions")
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-
-
-def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that ``FnlTrainingArguments`` describe, for any model with BERT attention."""
-    groups = frobenius_param_groups(model, args.weight_decay, args.frobenius_decay, args.decay_mode)
-    return FrobeniusAdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=args.device.type in FUSED_DEVICES,
-    )
 
 
 def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
@@ -34,6 +21,12 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
         trainer = trainer_class(**kwargs)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserInputError(str(error)) from error
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1):
+        raise UserInputError(
+            "DeepSpeed and FSDP1 flatten parameters, so that products cannot be told from them: use FSDP2 "
+            "(fsdp_version: 2 in Accelerate's configuration)"
+        )
     add_fnl_callbacks(trainer)
     return trainer
 

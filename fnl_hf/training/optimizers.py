@@ -1,0 +1,73 @@
+"""The optimizer that the command line describes."""
+
+import ast
+import inspect
+from typing import Any
+
+import torch
+
+from fnl_hf.errors import UserInputError
+from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups
+
+OPTIMIZERS = {"adamw": FrobeniusAdamW, "lamb": FrobeniusLamb, "sgd": FrobeniusSGD}
+# Whose constructors take what ours pass on; what the command line sets elsewhere is not an argument of the optimizer's.
+SIGNATURES = {
+    "adamw": (torch.optim.AdamW,),
+    "lamb": (Lamb, FrobeniusLamb),
+    "sgd": (torch.optim.SGD, FrobeniusSGD),
+}
+SET_ELSEWHERE = ("self", "params", "lr", "betas", "eps", "weight_decay", "frobenius_decay", "max_grad_norm", "kwargs")
+PREFERRED: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lamb": {"max_grad_norm": None}}
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``FnlTrainingArguments`` describe, for any model with products.
+
+    LAMB's own clipping is off: Trainer clips at ``--max_grad_norm``, whatever the optimizer.
+    """
+    groups = frobenius_param_groups(model, args.weight_decay, args.frobenius_decay, args.decay_mode)
+    options: dict[str, Any] = {"lr": args.learning_rate}
+    if args.optimizer != "sgd":
+        options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    own = parse_optimizer_arguments(args.optimizer, args.optim_args)
+    if not own.get("foreach"):
+        options["fused"] = args.device.type in FUSED_DEVICES
+    own = PREFERRED.get(args.optimizer, {}) | own
+    try:
+        return OPTIMIZERS[args.optimizer](groups, **options | own)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserInputError(f"--optimizer {args.optimizer} --optim_args {args.optim_args}: {error}") from error
+
+
+def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any]:
+    """ "momentum=0.9,nesterov=True" as keyword arguments; values are Python literals, anything else is a string.
+
+    Raises:
+        UserInputError: no ``name=value``, or a name that the optimizer does not have.
+    """
+    known = {name for owner in SIGNATURES[optimizer] for name in inspect.signature(owner).parameters}
+    known -= set(SET_ELSEWHERE)
+    parsed: dict[str, Any] = {}
+    for name, separator, value in (part.partition("=") for part in _split(text or "")):
+        if not separator or name not in known:
+            raise UserInputError(
+                f"--optim_args {text}: {name!r} is not an argument of {optimizer}: name=value of {sorted(known)}"
+            )
+        try:
+            parsed[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[name] = value
+    return parsed
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of brackets: "trust_clamp=(0,10),decay=decoupled"."""
+    parts, depth = [""], 0
+    for character in text.replace(" ", ""):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part]
