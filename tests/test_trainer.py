@@ -1,6 +1,8 @@
 """Losses are means over the whole global batch, however it is cut."""
 
 import copy
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from torch import nn
 from transformers import BertConfig, Trainer, TrainerCallback, TrainingArguments
 
 import fnl_hf
-from fnl_hf import FnlBertConfig, FrobeniusAdamW, frobenius_param_groups
+from fnl_hf import FnlBertConfig, FrobeniusAdamW, UserInputError, frobenius_param_groups
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.training.arguments import FnlTrainingArguments
-from fnl_hf.training.trainer import FnlTrainer
+from fnl_hf.training.trainer import FnlTrainer, build_trainer
 
 LENGTH = 11
 
@@ -162,3 +164,15 @@ def test_one_line_gives_a_stock_trainer_the_same_optimizer(tmp_path, dimensions)
     theirs.train()
     for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters()):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("deepspeed, version, refused", [(True, None, True), (False, 1, True), (False, 2, False)])
+def test_sharding_that_flattens_parameters_is_refused(deepspeed, version, refused):
+    plugin = None if version is None else SimpleNamespace(fsdp_version=version)
+    trainer = MagicMock(is_deepspeed_enabled=deepspeed)
+    trainer.accelerator.state = SimpleNamespace(fsdp_plugin=plugin)
+    if refused:
+        with pytest.raises(UserInputError, match="DeepSpeed and FSDP1 flatten parameters.*use FSDP2"):
+            build_trainer(lambda: trainer)
+    else:
+        assert build_trainer(lambda: trainer) is trainer

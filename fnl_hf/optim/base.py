@@ -8,8 +8,8 @@ import torch
 from fnl_hf.optim.frobenius import Decay, add_frobenius_gradients_, products_of, validate_product_group
 from fnl_hf.optim.sharding import local
 
-# A group's entries: kind of product (None: ordinary parameters), products per pair of weights, λ.
-PRODUCT_ENTRIES = ("product", "num_heads", "frobenius_decay")
+# A group's entries: kind of product (None: ordinary parameters), products per pair of weights, λ, and SGD's own.
+PRODUCT_ENTRIES = ("product", "num_heads", "frobenius_decay", "decoupled")
 
 
 class ProductGroups(torch.optim.Optimizer):
@@ -36,7 +36,8 @@ class ProductGroups(torch.optim.Optimizer):
         param_group.setdefault("num_heads", 1)
         param_group.setdefault("frobenius_decay", self.defaults["frobenius_decay"] if is_product else 0.0)
         if is_product:
-            param_group["params"] = params = list(param_group["params"])
+            params = param_group["params"]
+            param_group["params"] = params = [params] if isinstance(params, torch.Tensor) else list(params)
             self._refuse_factors_twice(params, _name(param_group, len(self.param_groups)))
         super().add_param_group(param_group)
         try:
@@ -60,15 +61,14 @@ class ProductGroups(torch.optim.Optimizer):
         """As torch's. A state without products, such as ``torch.optim.AdamW``'s, keeps the products of this optimizer.
 
         Raises:
-            ValueError: the saved groups' kinds of product differ from those here.
+            ValueError: the saved groups' kinds of product or numbers of heads differ from those here.
         """
-        before = [{name: group[name] for name in PRODUCT_ENTRIES} for group in self.param_groups]
+        before = [{name: group[name] for name in PRODUCT_ENTRIES if name in group} for group in self.param_groups]
         for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
-            kinds = saved.get("product", group["product"]), group["product"]
-            if kinds[0] != kinds[1]:
-                raise ValueError(
-                    f"{_name(group, index)} holds products of kind {kinds[1]!r}, the state to be loaded {kinds[0]!r}"
-                )
+            for name in ("product", "num_heads"):
+                here, there = group[name], saved.get(name, group[name])
+                if here != there:
+                    raise ValueError(f"{_name(group, index)} has {name} {here!r}, the state to be loaded {there!r}")
         super().load_state_dict(state_dict)
         for group, entries in zip(self.param_groups, before):
             for name, value in entries.items():
@@ -89,10 +89,12 @@ class ProductGroups(torch.optim.Optimizer):
 
     def _decayed_groups(self) -> list[dict[str, Any]]:
         """The groups of products with λ > 0; refuses parameters that were flattened after construction."""
-        groups = [g for g in self.param_groups if g["product"] is not None and g["frobenius_decay"] != 0.0]
-        for index, group in enumerate(groups):
-            if any(parameter.dim() < 2 for parameter in group["params"]):
-                validate_product_group(group, _name(group, index))
+        groups = []
+        for index, group in enumerate(self.param_groups):
+            if group["product"] is not None and group["frobenius_decay"] != 0.0:
+                if any(parameter.dim() < 2 for parameter in group["params"]):
+                    validate_product_group(group, _name(group, index))
+                groups.append(group)
         return groups
 
     def _base_step(self) -> None:

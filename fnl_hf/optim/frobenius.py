@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fnl_hf.factorization import RANK_DIMS, validate_product
-from fnl_hf.optim.local_factors import LocalFactor, LocalProduct
+from fnl_hf.optim.local_factors import ALL, LocalFactor, LocalProduct
 from fnl_hf.optim.sharding import gather_pieces, sum_over_processes
 
 # On an accelerator kernel launches dominate: factors of equal shape are stacked, up to this many bytes of copies at a
@@ -189,7 +189,8 @@ def _add_gradients_(product: LocalProduct, scratch: dict[Any, torch.Tensor]) -> 
             continue
         in_place = out.data_ptr() == factor.weight.data_ptr()
         for block, target in zip(factor.blocks, factor.targets(out)):
-            rows, base = operator[block.heads, block.rows], block.base
+            base = block.base
+            rows = operator if block.heads is ALL else operator[block.heads, block.rows]
             if half is not None and index == 1:
                 base = half
             elif in_place and block.is_view and target.dim() == 3:  # a matmul must not read what it writes

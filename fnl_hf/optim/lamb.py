@@ -101,6 +101,10 @@ class Lamb(torch.optim.Optimizer):
         # Not in the group: FSDP2 replaces parameters, ZeRO and FSDP1 flatten them, and only the latter must not pass.
         self.__dict__.setdefault("_dims", {})[len(self.param_groups) - 1] = [p.dim() for p in group["params"]]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy: its groups came without ``add_param_group``
+        self.__dict__.setdefault("_dims", dict(enumerate([p.dim() for p in g["params"]] for g in self.param_groups)))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the closure if given, clipping, then LAMB's update."""

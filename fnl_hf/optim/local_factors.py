@@ -11,6 +11,8 @@ import torch
 from fnl_hf.factorization import head_rows
 from fnl_hf.optim.sharding import RowPieces, cut_of, local, split_heads
 
+ALL = slice(None)
+
 
 class Block(NamedTuple):
     """Rows ``rows`` of each of the heads ``heads``: those ``start`` to ``stop`` of the rows that lie here."""
@@ -41,8 +43,9 @@ class LocalFactor:
         self.whole: torch.Tensor | None = None  # all rows of all heads, where they are known
         self.copy: torch.Tensor | None = None  # of the only block's base, where one was made already
         if not self.cut_in_rank:
-            base = head_rows(self.weight, num_heads, rank_dim).flatten(2)
-            self.blocks = [Block(slice(0, num_heads), slice(0, self.rank), 0, num_heads * self.rank, base, True)]
+            base = head_rows(self.weight, num_heads, rank_dim)
+            base = base if base.dim() == 3 else base.flatten(2)
+            self.blocks = [Block(ALL, ALL, 0, num_heads * self.rank, base, True)]
             self.whole = base if self.cut is None else None
 
     def request(self) -> RowPieces:
@@ -58,7 +61,7 @@ class LocalFactor:
         if first < last:
             begin, end = first * self.rank - start, last * self.rank - start
             base = request.rows[begin:end].unflatten(0, (last - first, self.rank))
-            self.blocks.append(Block(slice(first, last), slice(0, self.rank), begin, end, base, True))
+            self.blocks.append(Block(slice(first, last), ALL, begin, end, base, True))
         for a, b in request.pieces(request.cut.rank):
             head, base = a // self.rank, gathered[a // self.rank][None]
             rows = slice(a - head * self.rank, b - head * self.rank)
@@ -73,7 +76,7 @@ class LocalFactor:
             return torch.bmm(base, base.mT)
         grams = self.weight.new_zeros(self.num_heads, self.rank, self.rank)
         for block in self.blocks:
-            if not partial or block.rows.start == 0:
+            if not partial or not block.rows.start:
                 grams[block.heads] = block.base @ block.base.mT
         return grams
 

@@ -48,11 +48,6 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         self.defaults.setdefault("decoupled", getattr(self, "_decoupled", False))
         super().add_param_group(param_group)
 
-    def __setstate__(self, state) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # states of plain SGD have no such entry
-            group.setdefault("decoupled", self.defaults["decoupled"])
-
     def _decay_and_step(self) -> None:
         groups = self._decayed_groups()
         decoupled_decay_([group for group in groups if group["decoupled"]], getattr(self, "found_inf", None))

@@ -71,7 +71,7 @@ def plot_products(axes, log_history: list[dict[str, Any]], kind: str, names: lis
             axes.plot(*series(log_history, f"{stem}/bound"), color=color, linestyle="--")
     axes.set_title(f"{KIND_TITLES.get(kind, kind)}: {title}", fontsize=10)
     if logarithmic:
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")  # a rate of 0, before warm-up and at the end
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
