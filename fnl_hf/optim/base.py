@@ -95,6 +95,11 @@ class ProductGroups(torch.optim.Optimizer):
                 if any(parameter.dim() < 2 for parameter in group["params"]):
                     validate_product_group(group, _name(group, index))
                 groups.append(group)
+        if self.defaults["frobenius_decay"] and all(group["product"] is None for group in self.param_groups):
+            raise ValueError(
+                f"frobenius_decay ({self.defaults['frobenius_decay']}) has nothing to decay: no parameter group holds "
+                "products. Make the groups with frobenius_param_groups(model, ...)"
+            )
         return groups
 
     def _base_step(self) -> None:

@@ -77,6 +77,9 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
         )
     for index, factors in enumerate(products_of(group)):
         validate_product(factors.weights, kind, factors.num_heads, f"{where}, product {index} ({kind})")
+        kinds = [f"{weight.dtype} on {weight.device}" for weight in factors.weights]
+        if len(set(kinds)) > 1:
+            raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(kinds)}")
         for weight in factors.weights:
             if weight.dtype not in (torch.float32, torch.float64):
                 raise ValueError(

@@ -345,8 +345,10 @@ def _trust_ratio(group: dict[str, Any], weight_norm: torch.Tensor, update_norm: 
     if group["weight_norm_clamp"] is not None:
         low, high = group["weight_norm_clamp"]
         phi = phi.clamp(low, high)
-    ratio = torch.where((weight_norm > 0) & (update_norm > 0), phi / update_norm, 1.0)
-    return ratio if group["trust_clamp"] is None else ratio.clamp(*group["trust_clamp"])
+    ratio = phi / update_norm
+    if group["trust_clamp"] is not None:
+        ratio = ratio.clamp(*group["trust_clamp"])
+    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
 
 
 def _apply(bucket: _Bucket, ratios: list[torch.Tensor | None]) -> None:
@@ -371,7 +373,8 @@ def _validate(group: dict[str, Any]) -> None:
         raise ValueError(f"decay must be one of {DECAYS}, got {group['decay']!r}")
     for name in ("weight_norm_clamp", "trust_clamp"):
         clamp = group[name]
-        if clamp is not None and not (len(clamp) == 2 and 0.0 <= clamp[0] <= clamp[1]):
+        bounds = clamp if isinstance(clamp, tuple | list) else ()
+        if clamp is not None and not (len(bounds) == 2 and 0.0 <= bounds[0] <= bounds[1]):
             raise ValueError(f"{name} ({clamp}) must be two bounds, 0 <= lower <= upper, or None")
     if group["foreach"] and group["fused"]:
         raise ValueError("foreach and fused cannot both be True")
