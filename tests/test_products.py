@@ -271,8 +271,8 @@ def refusals():
         ({"params": pair[0]}, "multiple of 2 parameters, got 1: a factor is missing"),
         ({"params": [*pair, *other], "product": "deep"}, "'deep' have 3 factors each, .* got 4: a factor is missing"),
         (
-            {"params": [pair[0], double]},
-            r"product 0 \(qk\): its factors differ, torch.float32 on cpu and torch.float64",
+            {"params": [pair[0], single]},
+            r"product 0 \(qk\): its factors differ, torch.float64 on cpu and torch.float32",
         ),
         ({"params": half[0]}, r"product 0 \(qk\) has dtype torch.bfloat16: .*float32"),
         ({"params": half[1]}, r"product 0 \(qk\) has dtype torch.float16: .*float32"),
