@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fnl_hf import RANK_DIMS, FrobeniusAdamW, FrobeniusSGD
 from fnl_hf.optim import frobenius
+from fnl_hf.optim.local_factors import LocalProduct
 
 # The product of one head, whose ranks are the slice r, from the stored weights.
 DENSE = {
@@ -205,7 +206,9 @@ def test_chunks_hold_one_product_on_a_cpu_and_are_bounded_in_bytes_elsewhere(mon
     def decays(device, sizes, moves=True):
         for n in sizes:
             pair = tuple(torch.empty(2, n, device=device) for _ in range(2))
-            yield frobenius.Decay(frobenius.Factors("qk", 1, pair), pair if moves else (None, None), 1.0)
+            product = LocalProduct(pair, (0, 0), 1)
+            product.moving = [moves, moves]
+            yield product
 
     def lengths(*args, **kwargs):
         return [len(chunk) for chunk in frobenius._chunks(list(decays(*args, **kwargs)))]

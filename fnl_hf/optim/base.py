@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from fnl_hf.optim.frobenius import Decay, add_frobenius_gradients_, products_of, validate_product_group
+from fnl_hf.factorization import RANK_DIMS
+from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of, validate_product_group
+from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.sharding import local
 
 # A group's entries: kind of product (None: ordinary parameters), products per pair of weights, λ, and SGD's own.
@@ -84,8 +86,12 @@ class ProductGroups(torch.optim.Optimizer):
         return loss
 
     def _decay_and_step(self) -> None:
-        decoupled_decay_(self._decayed_groups(), getattr(self, "found_inf", None))
+        decoupled_decay_(self._decayed_groups(), getattr(self, "found_inf", None), self._cache)
         self._base_step()
+
+    @property
+    def _cache(self) -> "Cache":
+        return self.__dict__.setdefault("_local_products", {})  # not part of a pickle or copy
 
     def _decayed_groups(self) -> list[dict[str, Any]]:
         """The groups of products with λ > 0; refuses parameters that were flattened after construction."""
@@ -111,34 +117,53 @@ class ProductGroups(torch.optim.Optimizer):
             step()
 
 
-def decoupled_decay_(groups: Sequence[dict[str, Any]], found_inf: torch.Tensor | None) -> None:
+Cache = dict[int, LocalProduct]
+
+
+def decoupled_decay_(
+    groups: Sequence[dict[str, Any]], found_inf: torch.Tensor | None = None, cache: Cache | None = None
+) -> None:
     """U ← U − ηλ U VᵀV and so on for all factors with a gradient in groups of products, at each group's ``lr``.
 
     ``found_inf`` is set under fp16 loss scaling with a fused kernel, which skips the step when it is 1: no decay then,
     and no host synchronization to learn it.
     """
-    decays: list[Decay] = []
+    products: list[LocalProduct] = []
     for group in groups:
         scale = -group["lr"] * group["frobenius_decay"]
         if found_inf is not None:
             scale = scale * (1.0 - found_inf.reshape(()))
-        decays += group_decays(group, scale)
-    add_frobenius_gradients_(decays)
+        products += aimed_products(group, scale, cache=cache)
+    add_frobenius_gradients_(products)
 
 
-def group_decays(
+def aimed_products(
     group: dict[str, Any],
     scale: float | torch.Tensor,
-    target: Callable[[torch.Tensor], Any] = lambda weight: weight,
-) -> list[Decay]:
-    """The decays of a group's products, each factor's gradient going to its ``target``, by default the factor itself.
+    target: Callable[[torch.Tensor], Any] | None = None,
+    cache: Cache | None = None,
+) -> list[LocalProduct]:
+    """A group's products; each factor's gradient times ``scale`` goes to its ``target``, by default the factor itself.
 
-    What has no gradient takes no part in a step, as with weight decay; frozen factors are not moved.
+    What has no gradient takes no part in a step, as with weight decay; frozen factors are not moved. ``cache`` keeps
+    the views of unsharded factors from one step to the next, as long as they are of the same memory.
     """
-    return [
-        Decay(product, [local(target(w)) if moves(w) else None for w in product.weights], scale)
-        for product in products_of(group)
-    ]
+    cache = {} if cache is None else cache
+    layout = RANK_DIMS[group["product"]], group["num_heads"]
+    products = []
+    for weights in products_of(group):
+        product = cache.get(id(weights[0]))
+        if product is None or not product.is_still(weights, *layout):
+            product = LocalProduct(weights, *layout)
+            if product.lasts:
+                cache[id(weights[0])] = product
+        product.scale, product.moving = scale, [moves(weight) for weight in weights]
+        if target is not None:
+            product.outs = [local(target(w)) if moving else None for w, moving in zip(weights, product.moving)]
+        else:
+            product.outs = None
+        products.append(product)
+    return products
 
 
 def moves(weight: torch.Tensor) -> bool:

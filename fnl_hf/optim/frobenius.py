@@ -17,7 +17,7 @@ Shapes here are rank first: an outer factor is (H, r, n), Fᵀ of the formulas, 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -28,26 +28,6 @@ from fnl_hf.optim.sharding import gather_pieces, sum_over_processes
 # On an accelerator kernel launches dominate: factors of equal shape are stacked, up to this many bytes of copies at a
 # time. On a CPU the caches do: one product at a time.
 STACK_BYTES = 16 * 2**20
-
-
-class Factors(NamedTuple):
-    """The parameters of one product in an optimizer."""
-
-    kind: str
-    num_heads: int
-    weights: tuple[torch.Tensor, ...]
-
-
-class Decay(NamedTuple):
-    """out += scale · gradient of ½‖W‖²_F of one product, for each of its factors.
-
-    ``outs`` are tensors like the factors' local parts: the local parts themselves (decoupled decay) or others
-    (gradients); None for a factor that does not move. ``scale`` is a number or a 0-d tensor.
-    """
-
-    factors: Factors
-    outs: Sequence[torch.Tensor | None]
-    scale: float | torch.Tensor
 
 
 def validate_product_group(group: dict[str, Any], where: str = "parameter group") -> None:
@@ -75,12 +55,12 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
             f"{where}: products of kind {kind!r} have {size} factors each, so the group must hold a multiple of {size} "
             f"parameters, got {len(params)}: a factor is missing, or FSDP1 or DeepSpeed ZeRO flattened the parameters"
         )
-    for index, factors in enumerate(products_of(group)):
-        validate_product(factors.weights, kind, factors.num_heads, f"{where}, product {index} ({kind})")
-        kinds = [f"{weight.dtype} on {weight.device}" for weight in factors.weights]
+    for index, weights in enumerate(products_of(group)):
+        validate_product(tuple(weights), kind, group["num_heads"], f"{where}, product {index} ({kind})")
+        kinds = [f"{weight.dtype} on {weight.device}" for weight in weights]
         if len(set(kinds)) > 1:
             raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(kinds)}")
-        for weight in factors.weights:
+        for weight in weights:
             if weight.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"{where}, product {index} ({kind}) has dtype {weight.dtype}: Frobenius decay changes a weight by "
@@ -89,22 +69,21 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
                 )
 
 
-def products_of(group: dict[str, Any]) -> list[Factors]:
-    """The products of a parameter group."""
-    size = len(RANK_DIMS[group["product"]])
-    params = group["params"]
-    return [
-        Factors(group["product"], group["num_heads"], tuple(params[i : i + size])) for i in range(0, len(params), size)
-    ]
+def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:
+    """The factors of each product of a parameter group."""
+    size, params = len(RANK_DIMS[group["product"]]), group["params"]
+    return [params[i : i + size] for i in range(0, len(params), size)]
 
 
 @torch.no_grad()
-def add_frobenius_gradients_(decays: Sequence[Decay]) -> None:
-    """Carry out all decays of a step. DTensors are worked on where they lie: every process of their mesh must call this
-    with the same products, and one all-gather and one all-reduce serve them all.
+def add_frobenius_gradients_(products: Sequence[LocalProduct]) -> None:
+    """Add to each product's targets what :class:`LocalProduct` says, and forget the targets.
+
+    Sharded factors are worked on where they lie: every process of their mesh must call this with the same products, and
+    one all-gather and one all-reduce serve them all.
     """
     scratch: dict[Any, torch.Tensor] = {}
-    for chunk in _chunks(decays):
+    for chunk in _chunks(products):
         if chunk[0].sharded:
             _take_sharded_grams(chunk)
         elif len(chunk) > 1:
@@ -113,6 +92,7 @@ def add_frobenius_gradients_(decays: Sequence[Decay]) -> None:
             chunk[0].grams = [end.gram() for end in chunk[0].ends]
         for product in chunk:
             _add_gradients_(product, scratch)
+            product.grams, product.outs = (), None
 
 
 def frobenius_operators(
@@ -130,22 +110,21 @@ def frobenius_operators(
     return (half @ middle.mT, left, middle.mT @ left @ middle), half
 
 
-def _chunks(decays: Sequence[Decay]) -> Iterator[list[LocalProduct]]:
+def _chunks(products: Sequence[LocalProduct]) -> Iterator[list[LocalProduct]]:
     """Products whose Gram matrices are taken together: all sharded ones, the others by device and size."""
     sharded: list[LocalProduct] = []
     stack: list[LocalProduct] = []
-    for (kind, num_heads, weights), outs, scale in decays:
-        current = LocalProduct(weights, RANK_DIMS[kind], num_heads, outs, scale)
-        if current.sharded:  # even if nothing moves: all processes must take part in the collectives
-            sharded.append(current)
-        elif any(out is not None for out in outs):
-            if weights[0].device.type == "cpu":
-                yield [current]
+    for product in products:
+        if product.sharded:  # even if nothing moves: all processes must take part in the collectives
+            sharded.append(product)
+        elif any(product.moving):
+            if product.factors[0].weight.device.type == "cpu":
+                yield [product]
                 continue
-            if stack and sum(p.nbytes for p in [*stack, current]) > STACK_BYTES:
+            if stack and sum(p.nbytes for p in [*stack, product]) > STACK_BYTES:
                 yield stack
                 stack = []
-            stack.append(current)
+            stack.append(product)
     yield from (chunk for chunk in (stack, sharded) if chunk)
 
 
@@ -181,32 +160,31 @@ def _take_sharded_grams(chunk: list[LocalProduct]) -> None:
 
 def _add_gradients_(product: LocalProduct, scratch: dict[Any, torch.Tensor]) -> None:
     operators, half = frobenius_operators(product.grams, product.middle)
-    alpha = 1.0
-    if isinstance(product.scale, torch.Tensor):
-        scale = product.scale.to(operators[0])
-        operators = tuple(operator * scale for operator in operators)
-    else:
-        alpha = product.scale
-    for index, (factor, operator, out) in enumerate(zip(product.factors, operators, product.outs)):
-        if out is None:
+    alpha: Any = product.scale
+    if isinstance(alpha, torch.Tensor):
+        scale = alpha.to(operators[0])
+        operators, alpha = tuple(operator * scale for operator in operators), 1.0
+    for index, (factor, operator) in enumerate(zip(product.factors, operators)):
+        if not product.moving[index]:
             continue
-        in_place = out.data_ptr() == factor.weight.data_ptr()
-        for block, target in zip(factor.blocks, factor.targets(out)):
-            base = block.base
+        out = None if product.outs is None else product.outs[index]
+        for block, target in zip(factor.blocks, factor.own_targets() if out is None else factor.targets(out)):
             rows = operator if block.heads is ALL else operator[block.heads, block.rows]
-            if half is not None and index == 1:
-                base = half
-            elif in_place and block.is_view and target.dim() == 3:  # a matmul must not read what it writes
-                base = factor.copy if factor.copy is not None else _copy(base, scratch)
-            if target.dim() == 3:
-                target.baddbmm_(rows, base, alpha=alpha)
-            else:  # an outer size spread over several dimensions
+            base = block.base if half is None or index != 1 else half
+            if target.dim() > 3:  # an outer size spread over several dimensions
                 target.add_((rows @ base).view(target.shape), alpha=alpha)
+            elif factor.copy is not None:
+                target.baddbmm_(rows, factor.copy, alpha=alpha)
+            elif out is not None or base is half:
+                target.baddbmm_(rows, base, alpha=alpha)
+            else:  # a matmul must not write what it reads
+                target.add_(torch.bmm(rows, base, out=_like(target, scratch)), alpha=alpha)
+        factor.copy = None
 
 
-def _copy(tensor: torch.Tensor, scratch: dict[Any, torch.Tensor]) -> torch.Tensor:
-    """A copy with the same strides, in memory used again for the next tensor like it: it stays in the caches."""
+def _like(tensor: torch.Tensor, scratch: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """Memory with the same strides, used again for the next tensor like it: it stays in the caches."""
     key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     if key not in scratch:
         scratch[key] = torch.empty_like(tensor)
-    return scratch[key].copy_(tensor)
+    return scratch[key]

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.optim.adam import adam
 
-from fnl_hf.optim.base import ProductGroups, group_decays
-from fnl_hf.optim.frobenius import Decay, add_frobenius_gradients_, products_of
+from fnl_hf.optim.base import ProductGroups, aimed_products
+from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of
+from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.sharding import cut_of, local, sum_over_processes
 
 DECAYS = ("decoupled", "in_trust_ratio")
@@ -258,18 +259,18 @@ class FrobeniusLamb(ProductGroups, Lamb):
         return [group for group in super()._decayed_groups() if group["decay"] == "decoupled"]
 
     def _units(self, group: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
-        return super()._units(group) if group["product"] is None else [p.weights for p in products_of(group)]
+        return super()._units(group) if group["product"] is None else [tuple(weights) for weights in products_of(group)]
 
     def _decay_products(self, buckets: list["_Bucket"]) -> None:
-        decays: list[Decay] = []
+        products: list[LocalProduct] = []
         for bucket in buckets:
             group = bucket.group
             if group["product"] is None or group["frobenius_decay"] == 0.0 or group["decay"] == "decoupled":
                 continue
             updates = dict(zip(bucket.parameters, bucket.updates))
             part = group | {"params": [p for unit in bucket.units for p in unit]}
-            decays += group_decays(part, -group["frobenius_decay"], updates.__getitem__)
-        add_frobenius_gradients_(decays)
+            products += aimed_products(part, -group["frobenius_decay"], updates.__getitem__, self._cache)
+        add_frobenius_gradients_(products)
 
 
 class _Bucket:

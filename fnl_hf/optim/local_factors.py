@@ -3,7 +3,7 @@
 Shapes are rank first: (H, r, n) for H heads of rank r and an outer size n. An unsharded factor is a single block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ class Block(NamedTuple):
     start: int
     stop: int
     base: torch.Tensor  # (h, r, n): all r rows of these heads
-    is_view: bool  # of the weight; rows gathered from other processes are not
+    is_view: bool  # of the weight; a copy if gathered from other processes, or if n is spread over several dimensions
 
 
 class LocalFactor:
@@ -42,10 +42,11 @@ class LocalFactor:
         self.blocks: list[Block] = []
         self.whole: torch.Tensor | None = None  # all rows of all heads, where they are known
         self.copy: torch.Tensor | None = None  # of the only block's base, where one was made already
+        self._own_targets: list[torch.Tensor] | None = None
         if not self.cut_in_rank:
-            base = head_rows(self.weight, num_heads, rank_dim)
-            base = base if base.dim() == 3 else base.flatten(2)
-            self.blocks = [Block(ALL, ALL, 0, num_heads * self.rank, base, True)]
+            view = head_rows(self.weight, num_heads, rank_dim)
+            base = view if view.dim() == 3 else view.flatten(2)
+            self.blocks = [Block(ALL, ALL, 0, num_heads * self.rank, base, base.data_ptr() == view.data_ptr())]
             self.whole = base if self.cut is None else None
 
     def request(self) -> RowPieces:
@@ -80,27 +81,32 @@ class LocalFactor:
                 grams[block.heads] = block.base @ block.base.mT
         return grams
 
-    def targets(self, out: torch.Tensor) -> Iterator[torch.Tensor]:
+    def own_targets(self) -> list[torch.Tensor]:
+        """:meth:`targets` in the weight itself."""
+        if self._own_targets is None:
+            self._own_targets = self.targets(self.weight)
+        return self._own_targets
+
+    def targets(self, out: torch.Tensor) -> list[torch.Tensor]:
         """For each block the view (h, rows, ...) of ``out``, a tensor like the local weight, that it stands for."""
         if not self.cut_in_rank:
-            yield head_rows(out, self.num_heads, self.rank_dim)
-            return
+            return [head_rows(out, self.num_heads, self.rank_dim)]
         rows = out.movedim(self.rank_dim, 0)
-        for block in self.blocks:
-            yield rows[block.start : block.stop].unflatten(0, (block.heads.stop - block.heads.start, -1))
+        return [
+            rows[block.start : block.stop].unflatten(0, (block.heads.stop - block.heads.start, -1))
+            for block in self.blocks
+        ]
 
 
 class LocalProduct:
-    """One product as far as it lies here; ``outs`` and ``scale`` as in :class:`~fnl_hf.optim.frobenius.Decay`."""
+    """One product as far as it lies here, and what is to be added to what: for each of its factors that is ``moving``
 
-    def __init__(
-        self,
-        weights: Sequence[torch.Tensor],
-        rank_dims: Sequence[int],
-        num_heads: int,
-        outs: Sequence[torch.Tensor | None],
-        scale: float | torch.Tensor,
-    ):
+        out += scale · gradient of ½‖W‖²_F,
+
+    where ``outs`` are tensors like the factors' local parts, or None for these themselves (decoupled decay).
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], rank_dims: Sequence[int], num_heads: int):
         inner = range(1, len(weights) - 1)
         self.factors = [
             LocalFactor(weight, num_heads, dim, everywhere=i in inner)
@@ -111,12 +117,25 @@ class LocalProduct:
                 f"the middle factor of shape {tuple(weights[1].shape)} is sharded along dimension 1: it must be "
                 "sharded along dimension 0, as fully_shard does, or replicated"
             )
-        self.outs, self.scale = outs, scale
         self.ends = (self.factors[0], self.factors[-1])
         self.sharded = any(factor.cut is not None for factor in self.factors)
         # Two factors cut alike along their rank: a Gram matrix is needed only where its rows are.
         self.grams_stay = not inner and all(end.cut_in_rank for end in self.ends) and self._cut_alike()
         self.grams: Sequence[torch.Tensor] = ()
+        self.moving = [True] * len(weights)
+        self.outs: Sequence[torch.Tensor | None] | None = None
+        self.scale: float | torch.Tensor = 1.0
+        blocks = [block for factor in self.factors for block in factor.blocks]
+        self.lasts = not self.sharded and all(block.is_view for block in blocks)
+        self._made_for = self._identity(weights, rank_dims, num_heads) if self.lasts else None
+
+    @staticmethod
+    def _identity(weights, rank_dims, num_heads):
+        return [(w.data_ptr(), w.shape, w.stride()) for w in weights], rank_dims, num_heads
+
+    def is_still(self, weights: Sequence[torch.Tensor], rank_dims: Sequence[int], num_heads: int) -> bool:
+        """Whether this, made in an earlier step, would be made the same now: its views are of the same memory."""
+        return self.lasts and self._made_for == self._identity(weights, rank_dims, num_heads)
 
     def _cut_alike(self) -> bool:
         left, right = (end.cut for end in self.ends)

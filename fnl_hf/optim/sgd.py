@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-from fnl_hf.optim.base import ProductGroups, decoupled_decay_, group_decays, moves
-from fnl_hf.optim.frobenius import Decay, add_frobenius_gradients_
+from fnl_hf.optim.base import ProductGroups, aimed_products, decoupled_decay_, moves
+from fnl_hf.optim.frobenius import add_frobenius_gradients_
+from fnl_hf.optim.local_factors import LocalProduct
 
 
 class FrobeniusSGD(ProductGroups, torch.optim.SGD):
@@ -50,7 +51,8 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
 
     def _decay_and_step(self) -> None:
         groups = self._decayed_groups()
-        decoupled_decay_([group for group in groups if group["decoupled"]], getattr(self, "found_inf", None))
+        decoupled = [group for group in groups if group["decoupled"]]
+        decoupled_decay_(decoupled, getattr(self, "found_inf", None), self._cache)
         with self._decay_in_gradients([group for group in groups if not group["decoupled"]]):
             self._base_step()
 
@@ -60,7 +62,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         # A fused kernel divides the gradients by ``grad_scale`` (fp16 loss scaling) and negates them to maximize.
         grad_scale = getattr(self, "grad_scale", None)
         saved = {weight: weight.grad for group in groups for weight in group["params"] if moves(weight)}
-        decays: list[Decay] = []
+        products: list[LocalProduct] = []
         try:
             for weight in saved:
                 weight.grad = saved[weight].clone()
@@ -68,8 +70,8 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
                 scale = -group["frobenius_decay"] if group["maximize"] else group["frobenius_decay"]
                 if grad_scale is not None:
                     scale = scale * grad_scale.reshape(())
-                decays += group_decays(group, scale, lambda weight: weight.grad)
-            add_frobenius_gradients_(decays)
+                products += aimed_products(group, scale, lambda weight: weight.grad, self._cache)
+            add_frobenius_gradients_(products)
             yield
         finally:
             for weight, gradient in saved.items():
