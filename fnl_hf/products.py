@@ -19,15 +19,23 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
         kind: how the factors are stored, a key of :data:`fnl_hf.RANK_DIMS`.
         weight_names: the factors' names in ``module``, from left to right.
         num_heads: into how many products the rank splits evenly.
-        name: the product's own name in ``module``; by default that of the module alone.
+        name: the product's own name in ``module``, needed when it has several; by default that of the module alone.
 
     Raises:
-        ValueError: an unknown kind, a missing parameter or shapes that do not match.
+        ValueError: an unknown kind, a missing parameter, shapes that do not match, or a name that is taken.
     """
     weights = _weights(module, weight_names, f"a product of {type(module).__name__}")
     validate_product(weights, kind, num_heads, f"product ({', '.join(weight_names)})")
     registered = module.__dict__.setdefault(_ATTRIBUTE, [])
-    registered.append((kind, tuple(weight_names), num_heads, name))
+    entry = (kind, tuple(weight_names), num_heads, name)
+    if entry in registered:
+        return
+    if any(name == other for *_, other in registered):
+        raise ValueError(
+            f"{type(module).__name__} has a product named {name!r} already: give product ({', '.join(weight_names)}) "
+            "another name"
+        )
+    registered.append(entry)
 
 
 def find_products(model: nn.Module) -> list[Product]:

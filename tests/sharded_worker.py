@@ -193,7 +193,7 @@ def differences(model, other):
 
 
 def difference(model, other):
-    return max(differences(model, other).values())
+    return torch.tensor(list(differences(model, other).values())).max().item()  # NaN if any is
 
 
 def sharding_errors(model, names=FEWER, idle=(), **kwargs):
@@ -315,6 +315,16 @@ def attention_cut(name, folder):
     cut = shard(copy.deepcopy(model), along=along)
     calls = collectives(cut, optimizer_of(cut, "lamb"))
     return {"differences": sharding_errors(model, along=along), "calls": calls}
+
+
+@check_each("uv", "deep")
+def rank_cut(kind, folder):
+    """Outer factors that hold their rank in dimension 1, cut along it: both, or the left one of three."""
+    if kind == "uv":
+        model, along = product("uv", (7, 6), (5, 6), num_heads=2), {"weight": 1}
+    else:
+        model, along = product("deep", (7, 6), (6, 4), (4, 5)), {"0.weight": 1}
+    return sharding_errors(seeded(model), along=along)
 
 
 @check_each("rows", "rank", "kernel")

@@ -177,6 +177,22 @@ def test_stacked_products_are_decayed_alike(name, tensor_lr, monkeypatch):
     assert sizes == [9]
 
 
+def test_a_stack_is_forgotten_after_the_step(monkeypatch):
+    """A frozen factor's copy in the stack must not come back when it has moved meanwhile."""
+    sizes = stack_on_the_cpu(monkeypatch)
+    first, second = draw_weights([(6, 5), (6, 7)], seed=1), draw_weights([(6, 5), (6, 7)], seed=2)
+    first[0].requires_grad_(False)
+    group = {"params": [*first, *second], "product": "qk", "num_heads": 2, "frobenius_decay": 0.3}
+    set_zero_gradients(group["params"])
+    optimizer = FrobeniusSGD([group], lr=0.1, decoupled=True)
+    optimizer.step()
+    first[0].requires_grad_(True).data.mul_(2.0)
+    for weight in second:
+        weight.grad = None
+    check_step([group | {"lr": 0.1}], optimizer.step)
+    assert sizes == [2, 1]
+
+
 def conv_pair(memory_format, dtype=torch.float64):
     """A k×1 convolution after a 1×k one: c_in 5, r 2, c_out 7, k 3."""
     pair = [w.detach().to(memory_format=memory_format) for w in draw_weights([(7, 2, 3, 1), (2, 5, 1, 3)], dtype)]
@@ -228,7 +244,7 @@ def test_the_learning_rate_may_be_a_tensor(name, shape):
 
 
 @pytest.mark.parametrize("name", ["adamw fused", "sgd", "sgd decoupled"])
-@pytest.mark.parametrize("found", [0.0, 1.0])
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
 def test_an_overflow_under_loss_scaling_skips_the_decay(name, found):
     """``found_inf`` and ``grad_scale`` as torch.amp.GradScaler sets them for a kernel that looks at them itself."""
     params = draw_weights(SHAPES["linear"](5, 7, 2, 0), torch.float32)

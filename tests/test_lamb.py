@@ -381,6 +381,17 @@ def test_a_bad_norm_is_refused(value):
         Lamb([parameter([[3, 4]])], max_grad_norm=value)
 
 
+def test_a_state_of_adamw_continues_under_lamb():
+    weight = parameter([[3, 4]], [[1, -1]])
+    adamw = torch.optim.AdamW([weight], lr=0.1)
+    adamw.step()
+    for optimizer in (Lamb([weight], trust_clamp=(0.0, 2.0)), FrobeniusLamb([weight], trust_clamp=(0.0, 2.0))):
+        optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
+        optimizer.step()
+        assert optimizer.state[weight]["step"].item() == 2
+        assert optimizer.param_groups[0]["trust_clamp"] == (0.0, 2.0) and optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_groups_can_be_added_after_a_refused_one_and_to_a_copy():
     """The check for flattened parameters knows the dimensions of each group; they must stay in step with the groups."""
     optimizer = FrobeniusLamb([parameter([[3, 4]], [[1, 1]])], max_grad_norm=5.0)

@@ -83,8 +83,11 @@ def test_a_copy_registers_for_itself():
     block = Block()
     twin = copy.deepcopy(block)
     twin.extra = nn.Linear(3, 4)
-    register_product(twin, "linear", "extra.weight", "readout.weight")
+    register_product(twin, "linear", "extra.weight", "readout.weight", name="extra")
+    register_product(twin, "linear", "extra.weight", "readout.weight", name="extra")  # once more, as notebooks do
     assert (len(find_products(twin)), len(find_products(block))) == (3, 2)
+    with pytest.raises(ValueError, match=r"Block has a product named 'triple' already: give product \(extra.weight"):
+        register_product(twin, "uv", "extra.weight", "m.weight", name="triple")
 
 
 @pytest.mark.parametrize(
@@ -274,8 +277,8 @@ def refusals():
             {"params": [pair[0], single]},
             r"product 0 \(qk\): its factors differ, torch.float64 on cpu and torch.float32",
         ),
-        ({"params": half[0]}, r"product 0 \(qk\) has dtype torch.bfloat16: .*float32"),
-        ({"params": half[1]}, r"product 0 \(qk\) has dtype torch.float16: .*float32"),
+        ({"params": half[0], "frobenius_decay": 0.1}, r"product 0 \(qk\) has dtype torch.bfloat16: .*float32"),
+        ({"params": half[1], "frobenius_decay": 0.1}, r"product 0 \(qk\) has dtype torch.float16: .*float32"),
         ({"params": [*pair, pair[0], other[1]]}, r"parameter 2, of shape \(6, 5\), is already in parameter group 1"),
         ({"params": [other[0], other[0]]}, r"parameter 1, of shape \(6, 5\), is already in parameter group 1"),
         ({"params": [w.detach().view(-1) for w in pair]}, r"matrices, got shapes \[\(30,\), \(42,\)\]. FSDP1"),
@@ -308,6 +311,37 @@ def test_a_decay_without_products_is_refused(optimizer_class):
         optimizer.step()
     optimizer.add_param_group(pair_group())
     optimizer.step()
+
+
+@OPTIMIZERS
+def test_factors_are_decayed_once(optimizer_class):
+    """A group made by hand has no decay of its own from the constructor's default beside the Frobenius decay."""
+    optimizer = optimizer_class([pair_group(), triple_group() | {"weight_decay": 0.2}], lr=0.1, frobenius_decay=0.3,
+                                weight_decay=0.1)  # fmt: skip
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.2]
+    control = optimizer_class([pair_group()], lr=0.1, weight_decay=0.1)
+    assert control.param_groups[0]["weight_decay"] == 0.1, "without Frobenius decay it is a group like any other"
+
+
+@OPTIMIZERS
+def test_products_dealt_out_to_processes_are_refused(optimizer_class):
+    """As torch's ZeroRedundancyOptimizer does, parameter by parameter: shapes may fit and the products be wrong."""
+    model = BertForMaskedLM(BertConfig(vocab_size=11, hidden_size=6, num_attention_heads=2, num_hidden_layers=2,
+                                       intermediate_size=5, max_position_embeddings=7))  # fmt: skip
+    groups = frobenius_param_groups(model, 0.1)
+    groups[0]["params"] = groups[0]["params"][::2]
+    with pytest.raises(ValueError, match="'qk': .* here of 2 products, got 2: .*ZeroRedundancyOptimizer"):
+        optimizer_class(groups, lr=0.1)
+
+
+def test_half_precision_is_fine_without_frobenius_decay():
+    half = draw_weights([(6, 5), (6, 7)], torch.bfloat16)
+    optimizer = FrobeniusAdamW([pair_group() | {"params": half}])
+    set_gradients(half)
+    optimizer.step()
+    optimizer.param_groups[0]["frobenius_decay"] = 0.1
+    with pytest.raises(ValueError, match="torch.bfloat16: .*float32"):
+        optimizer.step()
 
 
 @OPTIMIZERS

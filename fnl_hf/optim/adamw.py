@@ -19,12 +19,13 @@ class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
             ``product`` (a key of :data:`fnl_hf.RANK_DIMS`), ``num_heads`` and its parameters as
             [left₀, right₀, left₁, right₁, ...].
         lr: η.
-        frobenius_decay: λ, the default of groups of products; >= 0.
-        **kwargs: everything that ``torch.optim.AdamW`` takes.
+        frobenius_decay: λ of groups of products that have none of their own; >= 0. Groups from
+            ``frobenius_param_groups`` have.
+        *args, **kwargs: everything that ``torch.optim.AdamW`` takes.
 
     Raises:
         ValueError: λ < 0, λ on a group without products, factors that do not match, or factors in half precision.
     """
 
-    def __init__(self, params, lr: float | torch.Tensor = 1e-3, *, frobenius_decay: float = 0.0, **kwargs):
-        super().__init__(params, lr, frobenius_decay=frobenius_decay, **kwargs)
+    def __init__(self, params, lr: float | torch.Tensor = 1e-3, *args, frobenius_decay: float = 0.0, **kwargs):
+        super().__init__(params, lr, *args, frobenius_decay=frobenius_decay, **kwargs)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from fnl_hf.factorization import RANK_DIMS
-from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of, validate_product_group
+from fnl_hf.optim.frobenius import DECAYED_DTYPES, add_frobenius_gradients_, products_of, validate_product_group
 from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.sharding import local
 
 # A group's entries: kind of product (None: ordinary parameters), products per pair of weights, λ, and SGD's own.
-PRODUCT_ENTRIES = ("product", "num_heads", "frobenius_decay", "decoupled")
+PRODUCT_ENTRIES = ("product", "num_heads", "num_products", "frobenius_decay", "decoupled")
 
 
 class ProductGroups(torch.optim.Optimizer):
@@ -37,6 +37,8 @@ class ProductGroups(torch.optim.Optimizer):
         is_product = param_group.setdefault("product", None) is not None
         param_group.setdefault("num_heads", 1)
         param_group.setdefault("frobenius_decay", self.defaults["frobenius_decay"] if is_product else 0.0)
+        if param_group["frobenius_decay"] != 0.0:
+            param_group.setdefault("weight_decay", 0.0)  # not the base class's default: factors are decayed once
         if is_product:
             params = param_group["params"]
             param_group["params"] = params = [params] if isinstance(params, torch.Tensor) else list(params)
@@ -91,14 +93,18 @@ class ProductGroups(torch.optim.Optimizer):
 
     @property
     def _cache(self) -> "Cache":
-        return self.__dict__.setdefault("_local_products", {})  # not part of a pickle or copy
+        """Views of the factors, kept from step to step; no part of a pickle or copy."""
+        cache = self.__dict__.setdefault("_local_products", {})
+        if len(cache) > sum(len(group["params"]) for group in self.param_groups):
+            cache.clear()  # of parameters that were here once
+        return cache
 
     def _decayed_groups(self) -> list[dict[str, Any]]:
         """The groups of products with λ > 0; refuses parameters that were flattened after construction."""
         groups = []
         for index, group in enumerate(self.param_groups):
             if group["product"] is not None and group["frobenius_decay"] != 0.0:
-                if any(parameter.dim() < 2 for parameter in group["params"]):
+                if any(p.dim() < 2 or p.dtype not in DECAYED_DTYPES for p in group["params"]):
                     validate_product_group(group, _name(group, index))
                 groups.append(group)
         if self.defaults["frobenius_decay"] and all(group["product"] is None for group in self.param_groups):
@@ -130,9 +136,9 @@ def decoupled_decay_(
     """
     products: list[LocalProduct] = []
     for group in groups:
-        scale = -group["lr"] * group["frobenius_decay"]
-        if found_inf is not None:
-            scale = scale * (1.0 - found_inf.reshape(()))
+        scale = -rate_of(group) * group["frobenius_decay"]
+        if found_inf is not None:  # the number of devices with an overflow
+            scale = (found_inf.reshape(()) == 0) * torch.as_tensor(scale).to(found_inf.device)
         products += aimed_products(group, scale, cache=cache)
     add_frobenius_gradients_(products)
 
@@ -152,6 +158,8 @@ def aimed_products(
     layout = RANK_DIMS[group["product"]], group["num_heads"]
     products = []
     for weights in products_of(group):
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(weights[0].device, non_blocking=True)
         product = cache.get(id(weights[0]))
         if product is None or not product.is_still(weights, *layout):
             product = LocalProduct(weights, *layout)
@@ -164,6 +172,11 @@ def aimed_products(
             product.outs = None
         products.append(product)
     return products
+
+
+def rate_of(group: dict[str, Any]) -> float | torch.Tensor:
+    """A group's learning rate, a number or a 0-d tensor."""
+    return group["lr"].reshape(()) if isinstance(group["lr"], torch.Tensor) else group["lr"]
 
 
 def moves(weight: torch.Tensor) -> bool:

@@ -28,6 +28,7 @@ from fnl_hf.optim.sharding import gather_pieces, sum_over_processes
 # On an accelerator kernel launches dominate: factors of equal shape are stacked, up to this many bytes of copies at a
 # time. On a CPU the caches do: one product at a time.
 STACK_BYTES = 16 * 2**20
+DECAYED_DTYPES = (torch.float32, torch.float64)
 
 
 def validate_product_group(group: dict[str, Any], where: str = "parameter group") -> None:
@@ -50,10 +51,11 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
     if kind not in RANK_DIMS:
         raise ValueError(f"{where}: product must be one of {sorted(RANK_DIMS)} or None, got {kind!r}")
     size = len(RANK_DIMS[kind])
-    if len(params) % size != 0:
+    if len(params) != size * group.get("num_products", len(params) // size):
         raise ValueError(
             f"{where}: products of kind {kind!r} have {size} factors each, so the group must hold a multiple of {size} "
-            f"parameters, got {len(params)}: a factor is missing, or FSDP1 or DeepSpeed ZeRO flattened the parameters"
+            f"parameters{_expected(group)}, got {len(params)}: a factor is missing, or FSDP1, DeepSpeed ZeRO or "
+            "ZeroRedundancyOptimizer flattened the parameters or dealt them out"
         )
     for index, weights in enumerate(products_of(group)):
         validate_product(tuple(weights), kind, group["num_heads"], f"{where}, product {index} ({kind})")
@@ -61,12 +63,16 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
         if len(set(kinds)) > 1:
             raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(kinds)}")
         for weight in weights:
-            if weight.dtype not in (torch.float32, torch.float64):
+            if decay != 0.0 and weight.dtype not in DECAYED_DTYPES:
                 raise ValueError(
                     f"{where}, product {index} ({kind}) has dtype {weight.dtype}: Frobenius decay changes a weight by "
                     "about 3e-7 of its value per step, which is lost in half precision. Keep the parameters in float32 "
                     "(or float64) and use autocast"
                 )
+
+
+def _expected(group: dict[str, Any]) -> str:
+    return f", here of {group['num_products']} products" if "num_products" in group else ""
 
 
 def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:
@@ -92,7 +98,7 @@ def add_frobenius_gradients_(products: Sequence[LocalProduct]) -> None:
             chunk[0].grams = [end.gram() for end in chunk[0].ends]
         for product in chunk:
             _add_gradients_(product, scratch)
-            product.grams, product.outs = (), None
+            product.forget()
 
 
 def frobenius_operators(
@@ -111,7 +117,7 @@ def frobenius_operators(
 
 
 def _chunks(products: Sequence[LocalProduct]) -> Iterator[list[LocalProduct]]:
-    """Products whose Gram matrices are taken together: all sharded ones, the others by device and size."""
+    """Products whose Gram matrices are taken together: all sharded ones, the others up to some size."""
     sharded: list[LocalProduct] = []
     stack: list[LocalProduct] = []
     for product in products:
@@ -162,7 +168,7 @@ def _add_gradients_(product: LocalProduct, scratch: dict[Any, torch.Tensor]) -> 
     operators, half = frobenius_operators(product.grams, product.middle)
     alpha: Any = product.scale
     if isinstance(alpha, torch.Tensor):
-        scale = alpha.to(operators[0])
+        scale = alpha.to(operators[0].dtype)
         operators, alpha = tuple(operator * scale for operator in operators), 1.0
     for index, (factor, operator) in enumerate(zip(product.factors, operators)):
         if not product.moving[index]:
@@ -179,7 +185,6 @@ def _add_gradients_(product: LocalProduct, scratch: dict[Any, torch.Tensor]) -> 
                 target.baddbmm_(rows, base, alpha=alpha)
             else:  # a matmul must not write what it reads
                 target.add_(torch.bmm(rows, base, out=_like(target, scratch)), alpha=alpha)
-        factor.copy = None
 
 
 def _like(tensor: torch.Tensor, scratch: dict[Any, torch.Tensor]) -> torch.Tensor:

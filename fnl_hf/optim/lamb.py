@@ -5,13 +5,15 @@ decay and the clipping are here. Parameters are worked on in buckets, so that th
 in memory together, unless they are sharded: then all norms are summed over the processes in one all-reduce.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-from fnl_hf.optim.base import ProductGroups, aimed_products
+from fnl_hf.optim.base import ProductGroups, aimed_products, rate_of
 from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of
 from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.sharding import cut_of, local, sum_over_processes
@@ -99,12 +101,14 @@ class Lamb(torch.optim.Optimizer):
         if group["fused"] is None:
             supported = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
             group["fused"] = supported and not group["foreach"]
-        # Not in the group: FSDP2 replaces parameters, ZeRO and FSDP1 flatten them, and only the latter must not pass.
-        self.__dict__.setdefault("_dims", {})[len(self.param_groups) - 1] = [p.dim() for p in group["params"]]
+        group["has_matrices"] = any(p.dim() >= 2 for p in group["params"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy: its groups came without ``add_param_group``
-        self.__dict__.setdefault("_dims", dict(enumerate([p.dim() for p in g["params"]] for g in self.param_groups)))
+        super().__setstate__(state)
+        for group in self.param_groups:  # states of torch's Adam have fewer entries
+            for name in ("decay", "bias_correction", "weight_norm_clamp", "trust_clamp"):
+                group.setdefault(name, self.defaults[name])
+            group.setdefault("has_matrices", any(p.dim() >= 2 for p in group["params"]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,7 +117,7 @@ class Lamb(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_flattened()
+        self._refuse_unsupported()
         grad_scale = self._clip_scale()
         for buckets in self._batches():
             for bucket in buckets:
@@ -125,11 +129,12 @@ class Lamb(torch.optim.Optimizer):
                 _apply(bucket, ratios)
         return loss
 
-    def _refuse_flattened(self) -> None:
-        known = self.__dict__.get("_dims", {})  # by position: a group may have been refused, or come with a pickle
-        for index, group in enumerate(self.param_groups):
-            dims = [p.dim() for p in group["params"]]
-            if known.get(index, dims) != dims:
+    def _refuse_unsupported(self) -> None:
+        """Sparse gradients; parameters that were flattened after the optimizer was made."""
+        for group in self.param_groups:
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                raise RuntimeError("Lamb does not support sparse gradients")
+            if group["has_matrices"] and all(p.dim() < 2 for p in group["params"]):
                 raise ValueError(
                     "the parameters were reshaped after the optimizer was made, as FSDP1 and DeepSpeed ZeRO do: LAMB "
                     "needs each parameter's norm. Shard with FSDP2 (fully_shard) instead"
@@ -139,13 +144,15 @@ class Lamb(torch.optim.Optimizer):
         """What all gradients are divided by, a 0-d tensor >= 1, or None without clipping."""
         max_norm = self.defaults["max_grad_norm"]
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(p.grad.is_sparse for p in weights):
-            raise RuntimeError("Lamb does not support sparse gradients")
         if max_norm is None or not weights:
             return None
-        squares = [norm.square() for norm in _norms([local(p.grad) for p in weights])]
-        squares = sum_over_processes(squares, [cut_of(p) for p in weights])
-        norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+        norms = [norm.to(weights[0].device) for norm in _norms([local(p.grad) for p in weights])]
+        cuts = [cut_of(p) for p in weights]
+        if any(cuts):
+            squares = sum_over_processes(torch.stack(norms).square().unbind(), cuts)
+            norm = torch.stack(squares).sum().sqrt()
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(norms))
         return ((norm + 1e-6) / max_norm).clamp(min=1.0)
 
     def _units(self, group: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
@@ -159,7 +166,7 @@ class Lamb(torch.optim.Optimizer):
             whole: list[tuple[torch.Tensor, ...]] = []
             cut: list[tuple[torch.Tensor, ...]] = []
             for unit in self._units(group):
-                (cut if any(cut_of(p) is not None for p in unit) else whole).append(unit)
+                (cut if any(isinstance(p, DTensor) for p in unit) else whole).append(unit)
             for units in _split(whole):
                 yield [_Bucket(group, units)]
             if cut:
@@ -180,7 +187,8 @@ class Lamb(torch.optim.Optimizer):
         fused = group["fused"] and _laid_out_alike(bucket.updates, grads, exp_avgs, exp_avg_sqs)
         # A fused kernel takes a float32 scale only; it is float64 as soon as one gradient is.
         if grad_scale is not None and grads and not (fused and grad_scale.dtype == torch.float32):
-            torch._foreach_div_(grads, grad_scale.to(grads[0].device))
+            for device in {grad.device for grad in grads}:
+                torch._foreach_div_([grad for grad in grads if grad.device == device], grad_scale.to(device))
             grad_scale = None
         steps = [state["step"] for state in states]
         if not group["bias_correction"] and steps:
@@ -236,7 +244,7 @@ class FrobeniusLamb(ProductGroups, Lamb):
     Args:
         params: parameter groups, as :func:`fnl_hf.frobenius_param_groups` makes them.
         lr: η.
-        frobenius_decay: λ, the default of groups of products; >= 0.
+        frobenius_decay: λ of groups of products that have none of their own; >= 0.
         decay: where all decay, of products and of other matrices, is applied; a group may have its own.
         **kwargs: everything that :class:`Lamb` takes.
 
@@ -256,6 +264,7 @@ class FrobeniusLamb(ProductGroups, Lamb):
         super().__init__(params, lr, frobenius_decay=frobenius_decay, decay=decay, **kwargs)
 
     def _decayed_groups(self) -> list[dict[str, Any]]:
+        self._refuse_unsupported()  # before anything is decayed
         return [group for group in super()._decayed_groups() if group["decay"] == "decoupled"]
 
     def _units(self, group: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
@@ -283,6 +292,7 @@ class _Bucket:
         self.group, self.units = group, units
         self.parameters = [p for unit in units for p in unit if p.grad is not None]
         self.weights = [local(p) for p in self.parameters]
+        self.matrices = [i for i, p in enumerate(self.parameters) if p.dim() >= 2]
         self.updates: list[torch.Tensor] = []
 
 
@@ -304,19 +314,22 @@ def _split(units: list[tuple[torch.Tensor, ...]]) -> Iterator[list[tuple[torch.T
 def _decay(bucket: _Bucket) -> None:
     """Ordinary decay: decoupled at once, or as −λw in the updates, from which Adam's direction is then subtracted."""
     group, decay = bucket.group, bucket.group["weight_decay"]
-    matrices = [weight for weight in bucket.weights if weight.dim() >= 2]
-    inside = decay if group["decay"] == "in_trust_ratio" else 0.0
-    if inside == 0.0 and decay != 0.0 and matrices:
-        torch._foreach_mul_(matrices, 1 - group["lr"] * decay)
-    bucket.updates = [
-        weight * -inside if inside != 0.0 and weight.dim() >= 2 else torch.zeros_like(weight)
-        for weight in bucket.weights
-    ]
+    matrices = [bucket.weights[i] for i in bucket.matrices]
+    inside = decay != 0.0 and group["decay"] == "in_trust_ratio" and bool(matrices)
+    if decay != 0.0 and not inside and matrices:
+        torch._foreach_mul_(matrices, 1 - rate_of(group) * decay)
+    bucket.updates = [torch.empty_like(weight) for weight in bucket.weights]
+    if inside:
+        for i, update in zip(bucket.matrices, torch._foreach_mul(matrices, -decay)):
+            bucket.updates[i] = update
+    zero = [update for i, update in enumerate(bucket.updates) if not (inside and i in set(bucket.matrices))]
+    if zero:
+        torch._foreach_zero_(zero)
 
 
 def _laid_out_alike(*lists: list[torch.Tensor]) -> bool:
-    """Whether a fused kernel may have them: the CPU's takes elements as they lie in memory, whatever the strides."""
-    return all(t[0].device.type != "cpu" or len({tensor.stride() for tensor in t}) == 1 for t in zip(*lists))
+    """Whether a fused kernel may have them: one takes elements as they lie in memory, whatever the strides."""
+    return all(len({tensor.stride() for tensor in tensors}) == 1 for tensors in zip(*lists))
 
 
 def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -327,18 +340,24 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.linalg.vector_norm(t, dtype=torch.float32 if h else None) for t, h in zip(tensors, half)]
 
 
-def _trust_ratios(buckets: list[_Bucket]) -> Iterator[list[torch.Tensor | None]]:
-    """φ(‖w‖)/‖u‖ of each parameter, None for vectors; one all-reduce for all that is sharded."""
-    matrices = [(b, i) for b in buckets for i, w in enumerate(b.parameters) if w.dim() >= 2]
-    norms = _norms([b.weights[i] for b, i in matrices]) + _norms([b.updates[i] for b, i in matrices])
-    cuts = [cut_of(b.parameters[i]) for b, i in matrices] * 2
-    if any(cut is not None for cut in cuts):
-        norms = [square.sqrt() for square in sum_over_processes([norm.square() for norm in norms], cuts)]
-    ratios = iter(
-        [_trust_ratio(b.group, w, u) for (b, _), w, u in zip(matrices, norms[: len(matrices)], norms[len(matrices) :])]
-    )
+def _trust_ratios(buckets: list[_Bucket]) -> Iterator[torch.Tensor]:
+    """φ(‖w‖)/‖u‖ of each bucket's matrices, one 1-d tensor a bucket; one all-reduce for all that is sharded."""
+    filled = [bucket for bucket in buckets if bucket.matrices]
+    weights = [bucket.weights[i] for bucket in filled for i in bucket.matrices]
+    updates = [bucket.updates[i] for bucket in filled for i in bucket.matrices]
+    cuts = [cut_of(bucket.parameters[i]) for bucket in filled for i in bucket.matrices]
+    norms = _norms(weights) + _norms(updates)
+    if any(cuts):
+        squares = sum_over_processes([norm.square() for norm in norms], cuts * 2)
+        norms = [square.sqrt() for square in squares]
+    weight_norms, update_norms = iter(norms[: len(weights)]), iter(norms[len(weights) :])
     for bucket in buckets:
-        yield [next(ratios) if p.dim() >= 2 else None for p in bucket.parameters]
+        count = len(bucket.matrices)
+        if count == 0:
+            yield torch.empty(0)
+            continue
+        stacked = [torch.stack(list(itertools.islice(norms, count))) for norms in (weight_norms, update_norms)]
+        yield _trust_ratio(bucket.group, *stacked)
 
 
 def _trust_ratio(group: dict[str, Any], weight_norm: torch.Tensor, update_norm: torch.Tensor) -> torch.Tensor:
@@ -352,16 +371,18 @@ def _trust_ratio(group: dict[str, Any], weight_norm: torch.Tensor, update_norm: 
     return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
 
 
-def _apply(bucket: _Bucket, ratios: list[torch.Tensor | None]) -> None:
+def _apply(bucket: _Bucket, ratios: torch.Tensor) -> None:
     """w ← w − η · ratio · u; ``updates`` hold −u."""
-    lr = bucket.group["lr"]
-    vectors = [(w, u) for w, u, ratio in zip(bucket.weights, bucket.updates, ratios) if ratio is None]
-    for weight, update, ratio in zip(bucket.weights, bucket.updates, ratios):
-        if ratio is not None:
-            weight.addcmul_(update, (ratio * lr).to(weight.dtype))
+    lr = rate_of(bucket.group)
+    if bucket.matrices:
+        factors = (ratios * lr).to(bucket.weights[bucket.matrices[0]].dtype)
+        for i, factor in zip(bucket.matrices, factors.unbind()):
+            bucket.weights[i].addcmul_(bucket.updates[i], factor)
+    vectors = [i for i, weight in enumerate(bucket.weights) if weight.dim() < 2]
     if vectors:
-        torch._foreach_mul_([u for _, u in vectors], lr)
-        torch._foreach_add_([w for w, _ in vectors], [u for _, u in vectors])
+        updates = [bucket.updates[i] for i in vectors]
+        torch._foreach_mul_(updates, lr)
+        torch._foreach_add_([bucket.weights[i] for i in vectors], updates)
 
 
 def _validate(group: dict[str, Any]) -> None:

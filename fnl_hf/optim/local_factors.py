@@ -137,6 +137,12 @@ class LocalProduct:
         """Whether this, made in an earlier step, would be made the same now: its views are of the same memory."""
         return self.lasts and self._made_for == self._identity(weights, rank_dims, num_heads)
 
+    def forget(self) -> None:
+        """Drop what belongs to one step."""
+        self.grams, self.outs = (), None
+        for factor in self.factors:
+            factor.copy = None
+
     def _cut_alike(self) -> bool:
         left, right = (end.cut for end in self.ends)
         return left is not None and right is not None and left[1:] == right[1:]

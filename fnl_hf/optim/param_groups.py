@@ -91,6 +91,7 @@ def _product_group(name: str, products: list[Product], decay: float, decay_mode:
         "params": [weight for product in products for weight in product.weights],
         "product": products[0].kind,
         "num_heads": products[0].num_heads,
+        "num_products": len(products),
         "frobenius_decay": decay if decay_mode == "frobenius" else 0.0,
         "weight_decay": decay if decay_mode == "weight" else 0.0,
     }

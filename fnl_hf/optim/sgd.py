@@ -24,9 +24,9 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
     Args:
         params: parameter groups, as :func:`fnl_hf.frobenius_param_groups` makes them.
         lr: η.
-        frobenius_decay: λ, the default of groups of products; >= 0.
+        frobenius_decay: λ of groups of products that have none of their own; >= 0.
         decoupled: decay outside gradient and momentum; a group may have its own.
-        **kwargs: everything that ``torch.optim.SGD`` takes: momentum, nesterov, dampening, weight_decay, fused, ...
+        *args, **kwargs: everything that ``torch.optim.SGD`` takes: momentum, nesterov, weight_decay, ...
 
     Raises:
         ValueError: λ < 0, λ on a group without products, factors that do not match, or factors in half precision.
@@ -36,13 +36,13 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         self,
         params,
         lr: float | torch.Tensor = 1e-3,
-        *,
+        *args,
         frobenius_decay: float = 0.0,
         decoupled: bool = False,
         **kwargs,
     ):
         self._decoupled = decoupled
-        super().__init__(params, lr, frobenius_decay=frobenius_decay, **kwargs)
+        super().__init__(params, lr, *args, frobenius_decay=frobenius_decay, **kwargs)
 
     def add_param_group(self, param_group) -> None:
         """As in the base class; ``decoupled`` is one of the group's entries."""

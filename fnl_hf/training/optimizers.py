@@ -8,6 +8,7 @@ import torch
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups
+from fnl_hf.optim.lamb import DECAYS, FUSED_DEVICES
 
 OPTIMIZERS = {"adamw": FrobeniusAdamW, "lamb": FrobeniusLamb, "sgd": FrobeniusSGD}
 # Whose constructors take what ours pass on; what the command line sets elsewhere is not an argument of the optimizer's.
@@ -18,7 +19,7 @@ SIGNATURES = {
 }
 SET_ELSEWHERE = ("self", "params", "lr", "betas", "eps", "weight_decay", "frobenius_decay", "max_grad_norm", "kwargs")
 PREFERRED: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lamb": {"max_grad_norm": None}}
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+WORDS = {"true": "True", "false": "False", "none": "None"} | {decay: repr(decay) for decay in DECAYS}
 
 
 def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -41,10 +42,10 @@ def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any]:
-    """ "momentum=0.9,nesterov=True" as keyword arguments; values are Python literals, anything else is a string.
+    """ "momentum=0.9,nesterov=true" as keyword arguments; values are numbers, booleans, tuples or LAMB's decays.
 
     Raises:
-        UserInputError: no ``name=value``, or a name that the optimizer does not have.
+        UserInputError: no ``name=value``, a name that the optimizer does not have, or another value.
     """
     known = {name for owner in SIGNATURES[optimizer] for name in inspect.signature(owner).parameters}
     known -= set(SET_ELSEWHERE)
@@ -55,9 +56,9 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
                 f"--optim_args {text}: {name!r} is not an argument of {optimizer}: name=value of {sorted(known)}"
             )
         try:
-            parsed[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed[name] = value
+            parsed[name] = ast.literal_eval(WORDS.get(value.lower(), value))
+        except (ValueError, SyntaxError) as error:
+            raise UserInputError(f"--optim_args {text}: {name} ({value}) must be a number, true or false") from error
     return parsed
 
 
