@@ -5,6 +5,7 @@ tests/sharded_worker.py computes figures once for each number of processes; the 
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -33,15 +34,14 @@ def figures(request, tmp_path_factory):
         folder.mkdir(exist_ok=True)
         if not (folder / f"{request.param - 1}.json").exists():
             launch("tests/sharded_worker.py", folder, processes=request.param)
-    ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(request.param)]
+    return partial(read_figures, folder, request.param)
 
-    def of(check):
-        found = [results[check] for results in ranks]
-        failed = [process["traceback"] for process in found if "traceback" in process]
-        assert not failed, "\n".join(failed)
-        return found
 
-    return of
+def read_figures(folder, processes, check):
+    found = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))[check] for rank in range(processes)]
+    failed = [process["traceback"] for process in found if "traceback" in process]
+    assert not failed, "\n".join(failed)
+    return found
 
 
 def cases(check):
@@ -111,6 +111,12 @@ def test_convolutions_may_be_cut_along_any_dimension(figures, case):
 @for_each("hybrid")
 def test_hybrid_sharding_equals_unsharded(figures, case):
     for process in figures(f"hybrid[{case}]"):
+        assert_small(process)
+
+
+def test_two_replicas_of_two_shards_equal_unsharded(tmp_path):
+    launch("tests/sharded_worker.py", tmp_path, processes=4)
+    for process in read_figures(tmp_path, 4, "four_processes"):
         assert_small(process)
 
 

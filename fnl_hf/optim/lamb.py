@@ -318,13 +318,12 @@ def _decay(bucket: _Bucket) -> None:
     inside = decay != 0.0 and group["decay"] == "in_trust_ratio" and bool(matrices)
     if decay != 0.0 and not inside and matrices:
         torch._foreach_mul_(matrices, 1 - rate_of(group) * decay)
-    bucket.updates = [torch.empty_like(weight) for weight in bucket.weights]
-    if inside:
-        for i, update in zip(bucket.matrices, torch._foreach_mul(matrices, -decay)):
-            bucket.updates[i] = update
-    zero = [update for i, update in enumerate(bucket.updates) if not (inside and i in set(bucket.matrices))]
-    if zero:
-        torch._foreach_zero_(zero)
+    started = dict(zip(bucket.matrices, torch._foreach_mul(matrices, -decay))) if inside else {}
+    zeros = {i: torch.empty_like(weight) for i, weight in enumerate(bucket.weights) if i not in started}
+    if zeros:
+        torch._foreach_zero_(list(zeros.values()))
+    started |= zeros
+    bucket.updates = [started[i] for i in range(len(bucket.weights))]
 
 
 def _laid_out_alike(*lists: list[torch.Tensor]) -> bool:
