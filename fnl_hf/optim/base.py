@@ -138,7 +138,9 @@ def decoupled_decay_(
     for group in groups:
         scale = -rate_of(group) * group["frobenius_decay"]
         if found_inf is not None:  # the number of devices with an overflow
-            scale = (found_inf.reshape(()) == 0) * torch.as_tensor(scale).to(found_inf.device)
+            if isinstance(scale, torch.Tensor):
+                scale = scale.to(found_inf.device, non_blocking=True)
+            scale = (found_inf.reshape(()) == 0) * scale
         products += aimed_products(group, scale, cache=cache)
     add_frobenius_gradients_(products)
 
