@@ -297,12 +297,13 @@ class _Bucket:
 
 
 def _split(units: list[tuple[torch.Tensor, ...]]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """Consecutive units in lists of at most as many bytes as suit their device, or of one unit."""
+    """Consecutive units of one device in lists of at most as many bytes as suit it, or of one unit."""
     bucket: list[tuple[torch.Tensor, ...]] = []
     size = 0
     for unit in units:
-        nbytes = sum(p.nbytes for p in unit)
-        if bucket and size + nbytes > BUCKET_BYTES.get(unit[0].device.type, DEFAULT_BUCKET_BYTES):
+        nbytes, device = sum(p.nbytes for p in unit), unit[0].device
+        full = size + nbytes > BUCKET_BYTES.get(device.type, DEFAULT_BUCKET_BYTES)
+        if bucket and (full or device != bucket[0][0].device):
             yield bucket
             bucket, size = [], 0
         bucket.append(unit)
