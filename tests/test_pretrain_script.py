@@ -76,7 +76,7 @@ def test_a_killed_run_resumes_to_the_same_weights(pretrained, corpus, tmp_path):
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"torn")
     resumed = launch("run_pretrain.py", *arguments)
-    assert "checkpoint-11 is not complete: passing it over" in resumed.stderr
+    assert "checkpoint-11 is passed over: trainer_state.json is missing" in resumed.stderr
     assert_same_weights(folder, pretrained)
     before = (folder / "all_results.json").stat().st_mtime_ns
     for changed in (["--resume_from_checkpoint", folder / "checkpoint-10"], []):

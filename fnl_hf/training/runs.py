@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from fnl_hf.errors import UserInputError
+from fnl_hf.training.checkpoints import (
+    STAGING_FOLDER,
+    STATE_FILE,
+    checkpoints,
+    fault_of,
+    newest_complete_checkpoint,
+    read_state,
+)
 
-logger = logging.get_logger(__name__)
-
-STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "all_results.json"
 STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
-CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
 # What, beside the scripts' own arguments, makes two runs different ones.
 TRAINING_ARGUMENTS = (
     "optimizer",
@@ -106,8 +106,9 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
 
 
 def _plan_from_checkpoint(checkpoint: Path, folder: Path, in_use: bool, description: dict[str, Any]) -> RunPlan:
-    if not is_complete(checkpoint):
-        raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there")
+    fault = fault_of(checkpoint)
+    if fault is not None:
+        raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
     if in_use and checkpoint.resolve().parent != folder.resolve():
         raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
     _validate_same_run(checkpoint.parent, description)
@@ -137,48 +138,13 @@ def start_run(args, description: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not args.do_train:
         return
+    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     if args.overwrite_output_dir:
         for old in checkpoints(folder):
             shutil.rmtree(old)
         for name in (RESULTS_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
     (folder / STARTED_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Trainer writes the state last, so a readable one beside the other files means a complete checkpoint."""
-    if read_state(checkpoint) is None or not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
-        return False
-    if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return True
-    try:
-        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, "pt"):  # reads the header and checks the file's length
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def newest_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that can be resumed; torn ones are passed over with a warning."""
-    for checkpoint in checkpoints(folder):
-        if is_complete(checkpoint):
-            return checkpoint
-        logger.warning(f"{checkpoint} is not complete: passing it over")
-    return None
-
-
-def read_state(folder: Path) -> TrainerState | None:
-    """The Trainer's state in a folder, or None if it is missing or torn."""
-    try:
-        return TrainerState.load_from_json(str(folder / STATE_FILE))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def is_finished(folder: Path, args) -> bool:

@@ -1,14 +1,18 @@
 """``transformers.Trainer`` with our optimizers and losses that are means over the whole global batch."""
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.training.callbacks import add_fnl_callbacks
+from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
 from fnl_hf.training.optimizers import build_optimizer
 
 # The label arguments of BERT's heads; each loss is a mean over the entries of one of them.
@@ -48,6 +52,7 @@ class FnlTrainer(Trainer):
     """
 
     def __init__(self, *args, **kwargs):
+        self._staging: Path | None = None  # where a checkpoint is being written
         super().__init__(*args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._model_takes_items = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
@@ -78,6 +83,56 @@ class FnlTrainer(Trainer):
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss = loss * own * processes / items.flatten()[0]
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As Trainer's, but written aside and named when complete, and older ones go only then.
+
+        Raises:
+            UserInputError: the disk is full; what was there before is as it was.
+        """
+        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self._staging = checkpoint.parent / STAGING_FOLDER
+        staged = self._staging / checkpoint.name
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(checkpoint)
+            if self.args.should_save:
+                self._publish(staged, checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_disk_full(error):
+                raise
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise UserInputError(
+                f"{checkpoint} could not be written: the disk is full ({error}). The checkpoints written before it are "
+                "as they were: make room and go on with --resume_from_checkpoint auto"
+            ) from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _publish(self, staged: Path, checkpoint: Path) -> None:
+        self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
+        publish(staged, checkpoint)
+        staged.parent.rmdir()
+        rotate_checkpoints(
+            output_dir=str(checkpoint.parent),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, *args, **kwargs) -> None:
         """As Trainer's, but its ``training_args.bin``, which is pushed too, never holds the Hub token."""
