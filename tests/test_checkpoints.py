@@ -11,7 +11,7 @@ from fnl_hf import UserInputError
 from fnl_hf.training.checkpoints import CHECKSUMS_FILE, STAGING_FOLDER, fault_of, newest_complete_checkpoint, publish
 from fnl_hf.training.trainer import FnlTrainer
 
-from .conftest import assert_same_weights, pretraining
+from .conftest import assert_same_weights, launch, pretraining
 
 
 def run(corpus, folder, **flags):
@@ -26,14 +26,18 @@ def whole(corpus, tmp_path_factory):
     return folder
 
 
+def copy_before_its_end(whole, folder):
+    shutil.copytree(whole, folder)
+    for name in ("all_results.json", "model.safetensors", "trainer_state.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "checkpoint-12")
+    return folder
+
+
 @pytest.fixture
 def copied(whole, tmp_path):
     """A copy of the run as it was before its end."""
-    shutil.copytree(whole, tmp_path / "out")
-    for name in ("all_results.json", "model.safetensors", "trainer_state.json"):
-        (tmp_path / "out" / name).unlink()
-    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
-    return tmp_path / "out"
+    return copy_before_its_end(whole, tmp_path / "out")
 
 
 def at_step_10(monkeypatch, error):
@@ -81,9 +85,7 @@ def test_a_death_within_a_save_leaves_the_older_checkpoint(whole, corpus, tmp_pa
 )
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(corpus, tmp_path, monkeypatch, error):
     at_step_10(monkeypatch, error)
-    with pytest.raises(
-        UserInputError, match="checkpoint-10 could not be written: the disk is full .*it are as"
-    ):
+    with pytest.raises(UserInputError, match="checkpoint-10 could not be written: the disk is full .*it are as"):
         run(corpus, tmp_path / "out")
     assert names(tmp_path / "out") == ["checkpoint-5"] and fault_of(tmp_path / "out" / "checkpoint-5") is None
 
@@ -112,6 +114,23 @@ def test_a_tampered_checkpoint_is_passed_over_and_written_anew(whole, copied, co
     run(corpus, copied, resume_from_checkpoint="auto")
     assert_same_weights(whole, copied)
     assert fault_of(copied / "checkpoint-10") is None and names(copied) == names(whole)
+
+
+def test_two_processes_write_one_checkpoint_and_resume_to_the_same_weights(corpus, tmp_path):
+    """Each process has its own random state, and all of them are in the list of what belongs to the checkpoint."""
+    flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    launch("run_pretrain.py", *pretraining(corpus, tmp_path / "whole", **flags), processes=2)
+    assert names(tmp_path / "whole") == ["checkpoint-10", "checkpoint-12", "checkpoint-5"]
+    listed = json.loads((tmp_path / "whole" / "checkpoint-10" / CHECKSUMS_FILE).read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed.keys()
+    out = copy_before_its_end(tmp_path / "whole", tmp_path / "out")
+    (out / "checkpoint-10" / "rng_state_1.pth").write_bytes(b"torn")
+    started = json.loads((out / "run_arguments.json").read_text())
+    arguments = pretraining(corpus, out, resume_from_checkpoint="auto", **flags)
+    resumed = launch("run_pretrain.py", *arguments, processes=2)
+    assert "checkpoint-10 is passed over: rng_state_1.pth is not what was written" in resumed.stderr
+    assert json.loads((out / "run_arguments.json").read_text()) == started
+    assert_same_weights(tmp_path / "whole", out)
 
 
 def test_faults_are_named(copied, tmp_path):
