@@ -78,7 +78,7 @@ def publish(staged: Path, checkpoint: Path) -> None:
         replaced = staged.with_name(f"replaced-{checkpoint.name}")
         checkpoint.rename(replaced)
         staged.rename(checkpoint)
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     else:
         staged.rename(checkpoint)
     _sync(checkpoint.parent)

@@ -120,7 +120,7 @@ class FnlTrainer(Trainer):
     def _publish(self, staged: Path, checkpoint: Path) -> None:
         self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
         publish(staged, checkpoint)
-        staged.parent.rmdir()
+        shutil.rmtree(staged.parent, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(checkpoint.parent),
             save_total_limit=self.args.save_total_limit,
