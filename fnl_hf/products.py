@@ -65,11 +65,13 @@ def find_products(model: nn.Module) -> list[Product]:
 
 
 def _weights(module, weight_names, where) -> tuple[nn.Parameter, ...]:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    weights = []
     for name in weight_names:
-        if name not in parameters:
-            raise ValueError(f"{where}: {type(module).__name__} has no parameter {name!r}")
-    return tuple(parameters[name] for name in weight_names)
+        try:
+            weights.append(module.get_parameter(name))
+        except AttributeError as error:
+            raise ValueError(f"{where}: {type(module).__name__} has no parameter {name!r}") from error
+    return tuple(weights)
 
 
 __all__ = ["RANK_DIMS", "find_products", "register_product"]

@@ -288,6 +288,7 @@ def other_architecture(tmp_path_factory):
         ({"preset": "huge"}, "argument --preset: invalid choice: 'huge'"),
         ({"optim": "adafactor"}, r"--optim \(.*ADAFACTOR.*|--optim \(adafactor\) is not used here: set --optimizer"),
         ({"optim_args": "momentum=0.9"}, "--optim_args momentum=0.9: 'momentum' is not an argument of adamw"),
+        ({"optimizer": "sgd", "optim_args": "args=3"}, "'args' is not an argument of sgd: name=value of"),
         ({"optim_args": "amsgrad"}, "'amsgrad' is not an argument of adamw: name=value of"),
         ({"optimizer": "lamb", "optim_args": "decay=often"}, r"--optim_args decay=often: decay \(often\) must be"),
         ({"optimizer": "sgd", "optim_args": "nesterov=true,momentum=0"}, "Nesterov momentum requires"),

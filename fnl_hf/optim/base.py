@@ -80,10 +80,7 @@ class ProductGroups(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the closure if given, then the decay and the base class's step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         self._decay_and_step()
         return loss
 
@@ -174,6 +171,14 @@ def aimed_products(
             product.outs = None
         products.append(product)
     return products
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The closure's loss, with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def rate_of(group: dict[str, Any]) -> float | torch.Tensor:

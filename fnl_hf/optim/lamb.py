@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-from fnl_hf.optim.base import ProductGroups, aimed_products, rate_of
+from fnl_hf.optim.base import ProductGroups, aimed_products, evaluated, rate_of
 from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of
 from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.sharding import cut_of, local, sum_over_processes
@@ -113,10 +113,7 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the closure if given, clipping, then LAMB's update."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         self._refuse_unsupported()
         grad_scale = self._clip_scale()
         for buckets in self._batches():
@@ -237,9 +234,9 @@ class FrobeniusLamb(ProductGroups, Lamb):
 
     ``decay="in_trust_ratio"``: as in LAMB itself, u = m̂/(√v̂ + ε) + λ U VᵀV, and + λw for all other matrices.
 
-    The second is scaled by the trust ratio φ(‖w‖)/‖u‖, whose median over BERT's attention matrices is about 0.03: the
-    decay adds up to Σ_t η_t λ in the first case and to Σ_t η_t λ·ratio_t in the second. At equal λ the decoupled form
-    is some 30 times as strong, so it needs a λ of its own.
+    The second is scaled by the trust ratio φ(‖w‖)/‖u‖: the decay adds up to Σ_t η_t λ in the first case and to
+    Σ_t η_t λ·ratio_t in the second. An entry of u is about 1 in size, one of BERT's attention matrices a few
+    hundredths, and so is the ratio: at equal λ the decoupled form is that much stronger and needs a λ of its own.
 
     Args:
         params: parameter groups, as :func:`fnl_hf.frobenius_param_groups` makes them.

@@ -111,10 +111,10 @@ def gather_pieces(requests: Sequence[RowPieces]) -> list[dict[int, torch.Tensor]
         _all_gather(received, sent, group=group)
         received = received.view(world, width)
         offsets = [0] * world
-        for index, (request, member) in zip(indices, enumerate(members)):
+        for position, (index, member) in enumerate(zip(indices, members)):
             size, chunks = member.rows.shape[1], []
             for k in range(world):
-                count = counts[k][request] * size
+                count = counts[k][position] * size
                 chunks.append(received[k, offsets[k] : offsets[k] + count])
                 offsets[k] += count
             heads = sorted({a // member.rank for k in range(world) for a, _ in member.pieces(k)})

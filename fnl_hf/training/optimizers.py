@@ -17,7 +17,8 @@ SIGNATURES = {
     "lamb": (Lamb, FrobeniusLamb),
     "sgd": (torch.optim.SGD, FrobeniusSGD),
 }
-SET_ELSEWHERE = ("self", "params", "lr", "betas", "eps", "weight_decay", "frobenius_decay", "max_grad_norm", "kwargs")
+SET_ELSEWHERE = ("self", "params", "lr", "betas", "eps", "weight_decay", "frobenius_decay", "max_grad_norm")
+VARIADIC = ("args", "kwargs")
 PREFERRED: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lamb": {"max_grad_norm": None}}
 WORDS = {"true": "True", "false": "False", "none": "None"} | {decay: repr(decay) for decay in DECAYS}
 
@@ -48,7 +49,7 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
         UserInputError: no ``name=value``, a name that the optimizer does not have, or another value.
     """
     known = {name for owner in SIGNATURES[optimizer] for name in inspect.signature(owner).parameters}
-    known -= set(SET_ELSEWHERE)
+    known -= {*SET_ELSEWHERE, *VARIADIC}
     parsed: dict[str, Any] = {}
     for name, separator, value in (part.partition("=") for part in _split(text or "")):
         if not separator or name not in known:
