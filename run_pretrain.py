@@ -82,14 +82,18 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "txt (a document a line), json, jsonl, csv or parquet, compressed or not."}
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files: txt (a document a line), json, jsonl, csv or parquet, compressed or not."},
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Held-out text, likewise."})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Held-out text, likewise."})
     validation_split_percentage: float = field(
         default=5.0, metadata={"help": "Documents to hold out when there is no validation split or file."}
     )
     text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
+    strict: bool = field(
+        default=False, metadata={"help": "Refuse broken records of the corpus instead of leaving them out."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; documents are packed to it."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask, anew in each epoch."})
@@ -97,7 +101,7 @@ class DataArguments:
     attend_within_documents: bool = field(
         default=False, metadata={"help": "Documents that share a sequence do not see each other."}
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that read and tokenize."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first sequences, to try out."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
 
@@ -144,7 +148,8 @@ def save_results(trainer, args, data_args, metrics):
     if args.do_train and trainer.is_world_process_zero():
         held_out = metrics.get("eval", {})
         plot_training(trainer.state.log_history, Path(args.output_dir) / PLOT_FILE, held_out.get("unigram_entropy"))
-        source = data_args.dataset_name or data_args.train_file or "embedded corpus"
+        files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
+        source = data_args.dataset_name or ", ".join(files) or "embedded corpus"
         write_model_card(
             args.output_dir,
             title=Path(args.output_dir).resolve().name,
@@ -180,6 +185,8 @@ def prepare(model_args, data_args, args, plan):
             data_args.validation_split_percentage,
             data_args.text_column_name,
             data_args.cache_dir,
+            data_args.strict,
+            data_args.preprocessing_num_workers,
         )
         tokenizer = get_tokenizer(model_args, corpus, plan)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
