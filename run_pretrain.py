@@ -27,8 +27,9 @@ from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
 from fnl_hf.training.model_card import model_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
 from fnl_hf.training.plots import plot_training
+from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
-from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
+from fnl_hf.training.trainer import build_trainer, train_and_save
 
 logger = logging.get_logger("fnl_hf.run_pretrain")
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -209,7 +210,7 @@ def run(argv):
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
     trainer = build_trainer(
-        FnlTrainer,
+        PretrainingTrainer,
         model=model,
         args=args,
         train_dataset=train_dataset,
