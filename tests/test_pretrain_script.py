@@ -45,7 +45,10 @@ def test_pretraining_leaves_a_complete_folder(pretrained):
         for e in norms
         for k in ("qk", "vo")
     )
-    assert [entry["step"] for entry in history if "loss" in entry] == [3, 6, 9, 12]
+    logged = [entry for entry in history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [3, 6, 9, 12]
+    speed = {"tokens_per_second", "mfu", "data_wait", "peak_memory_gb"}
+    assert all(speed <= entry.keys() for entry in logged) and {f"train_{name}" for name in speed} <= results.keys()
 
 
 def test_pipelines_work(pretrained, tmp_path):
@@ -108,6 +111,7 @@ def test_processes_and_accumulation_give_the_same_model(corpus, tmp_path):
     for name in ("parts", "ranks"):
         assert_same_weights(tmp_path / "whole", tmp_path / name, atol=1e-5, rtol=0)
     results = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("whole", "parts", "ranks")]
+    assert all(r["train_tokens_per_second"] > 0 and 0 < r["train_mfu"] < 1 for r in results)
     for key in ("train_loss", "eval_loss"):
         assert [r[key] for r in results] == pytest.approx([results[0][key]] * 3, abs=1e-4)
 
