@@ -31,7 +31,7 @@ def test_pretraining_leaves_a_complete_folder(pretrained):
     assert type(model) is FnlBertForMaskedLM
     assert model.config.attention_embedding_size == 16 and model.config.attention_init == "spectral"
     assert len(transformers.AutoTokenizer.from_pretrained(pretrained)) == model.config.vocab_size <= 60
-    with open(pretrained / "training_curves.png", "rb") as plot:
+    with open(pretrained / "training_report.png", "rb") as plot:
         assert plot.read(8) == b"\x89PNG\r\n\x1a\n"
     card = (pretrained / "README.md").read_text()
     assert "library_name: transformers" in card and "16 (50% of d)" in card and "eval_loss" in card
