@@ -26,7 +26,7 @@ from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run
 from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
 from fnl_hf.training.model_card import model_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
-from fnl_hf.training.plots import plot_training
+from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
 from fnl_hf.training.trainer import build_trainer, train_and_save
@@ -36,7 +36,6 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 # The attention kernels, and how each is told which tokens belong to one document.
 ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varlen"}
-PLOT_FILE = "training_curves.png"
 
 
 @dataclass
@@ -145,10 +144,10 @@ def get_datasets(model_args, data_args, corpus, tokenizer, seed):
 
 
 def save_results(trainer, args, data_args, metrics):
-    """Plot and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
+    """Report and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
     if args.do_train and trainer.is_world_process_zero():
         held_out = metrics.get("eval", {})
-        plot_training(trainer.state.log_history, Path(args.output_dir) / PLOT_FILE, held_out.get("unigram_entropy"))
+        plot_report(trainer.state.log_history, Path(args.output_dir) / REPORT_FILE, held_out.get("unigram_entropy"))
         files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
         source = data_args.dataset_name or ", ".join(files) or "embedded corpus"
         write_model_card(
@@ -160,7 +159,7 @@ def save_results(trainer, args, data_args, metrics):
             facts=model_facts(trainer.model, args, source),
             metrics=held_out,
             tags=["fill-mask"],
-            plot=PLOT_FILE,
+            plot=REPORT_FILE,
         )
     for split, values in metrics.items():
         trainer.log_metrics(split, values)

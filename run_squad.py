@@ -19,6 +19,7 @@ from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.model_card import model_facts, write_model_card
 from fnl_hf.training.models import build_question_answering_model
+from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
 from fnl_hf.training.squad_trainer import AnswerOptions, SquadTrainer, write_answers
 from fnl_hf.training.trainer import build_trainer, train_and_save
@@ -109,8 +110,9 @@ def load_examples(data_args, split):
 
 
 def save_results(trainer, args, data_args, metrics):
-    """The card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
+    """Report and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
     if args.do_train and trainer.is_world_process_zero():
+        plot_report(trainer.state.log_history, Path(args.output_dir) / REPORT_FILE)
         write_model_card(
             args.output_dir,
             title=f"{Path(args.output_dir).resolve().name} (question answering)",
@@ -122,6 +124,7 @@ def save_results(trainer, args, data_args, metrics):
             ),
             metrics=metrics.get("eval", {}),
             tags=["question-answering"],
+            plot=REPORT_FILE,
         )
     for split, values in metrics.items():
         trainer.log_metrics(split, values)

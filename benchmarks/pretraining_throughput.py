@@ -3,8 +3,8 @@
 
     .venv/bin/python benchmarks/pretraining_throughput.py --repeats 5
 
-Both sides train models of the same dimensions on the same packed sequences with the same batch, dropout and learning rate,
-each in a process of its own, in turns. The third side is ours with E halved. Rates are of the median step of all turns.
+Both sides train models of the same dimensions on the same packed sequences with the same batch, dropout and learning
+rate, each in a process of its own, in turns. The third side is ours with E halved. Rates are of the median step.
 """
 
 import argparse
@@ -24,8 +24,7 @@ from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageMod
 
 from fnl_hf import FnlBertConfig
 from fnl_hf.data.corpus import embedded_corpus
-from fnl_hf.data.packing import pack_documents
-from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer
+from fnl_hf.data.tokenizer import load_tokenizer, pack_documents, train_tokenizer
 from fnl_hf.training.flops import training_flops
 from fnl_hf.training.models import preset_config
 
@@ -66,10 +65,10 @@ def common(args, model, folder):
     values = {
         "output_dir": folder / "out", "max_steps": args.steps + WARM_UP + 1, "learning_rate": 1e-4, "logging_steps": 10,
         "per_device_train_batch_size": args.batch_size or (GPU_BATCHES if args.cuda else BATCHES)[model],
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 1, "bf16": args.cuda, "tf32": args.cuda,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 1, "bf16": args.cuda,
         "dataloader_num_workers": 4 if args.cuda else 0, "torch_compile": args.compile,
     }  # fmt: skip
-    return values if args.cuda else {name: value for name, value in values.items() if name != "tf32"}
+    return values | ({"tf32": True} if args.cuda else {})
 
 
 def run_stock(args, model, folder):

@@ -6,7 +6,7 @@ from torch import nn
 
 from fnl_hf import FnlBertConfig, FnlBertModel, diagnose_products, find_products, product_norms, register_product
 from fnl_hf.diagnostics import non_orthogonality
-from fnl_hf.training.plots import logged_products, plot_training
+from fnl_hf.training.plots import logged_products, plot_report, plt
 
 
 @pytest.fixture
@@ -66,12 +66,27 @@ def test_spectral_initialization_is_orthogonal_and_the_normal_one_is_not(dimensi
             assert low <= values["non_orthogonality"].item() <= high
 
 
-def test_plot_has_a_panel_for_each_kind_and_diagnostic(tmp_path):
-    stems = ["norms/qk/bert.encoder.layer.0.attention.qk", "norms/deep/triple"]
+def test_report_has_a_panel_for_each_kind_and_diagnostic(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    layers = [f"norms/qk/bert.encoder.layer.{layer}.attention.qk" for layer in range(24)]
     keys = ("frobenius", "nuclear", "bound", "effective_step", "non_orthogonality")
+    stems = [*layers, "norms/deep/triple"]
     history = [{"step": step} | {f"{s}/{key}": 1.0 + step for s in stems for key in keys} for step in (0, 5)]
-    history += [{"step": 5, "loss": 3.0}, {"step": 5, "eval_loss": 2.0}]
-    assert logged_products(history) == {"qk": ["bert.encoder.layer.0.attention.qk"], "deep": ["triple"]}
-    plot_training(history, tmp_path / "all.png", unigram_entropy=2.5)
-    plot_training(history[2:], tmp_path / "loss.png")
-    assert (tmp_path / "all.png").stat().st_size > 2 * (tmp_path / "loss.png").stat().st_size > 5000
+    history += [{"step": 5, "loss": 3.0, "grad_norm": 2.0, "learning_rate": 0.1, "tokens_per_second": 7e5},
+                {"step": 5, "eval_loss": 2.0}, {"step": 7, "loss": 9.0, "spikes": 1, "skipped_steps": 0}]  # fmt: skip
+    found = logged_products(history)
+    assert list(found) == ["qk", "deep"] and len(found["qk"]) == 24 and found["deep"] == ["triple"]
+    plot_report(history, tmp_path / "all.png", unigram_entropy=2.5)
+    plot_report([], tmp_path / "none.png")
+    whole, empty = figures
+    assert len(whole.axes) == 5 + 2 * 4 and len(empty.axes) == 5  # optimizer and throughput have two axes each
+    loss = whole.axes[0]
+    curves = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata())) for line in loss.lines}
+    assert curves["training"] == [(5, 3.0), (7, 9.0)] and curves["held out"] == [(5, 2.0)]
+    assert [step for step, _ in curves["spikes"]] == [7] and "skipped steps" not in curves
+    legends = [axes.get_legend() for axes in whole.axes if axes.get_title().endswith("Frobenius norm")]
+    layers, triple = ([text.get_text() for text in legend.get_texts()] for legend in legends)
+    assert layers == ["layer 0", "layer 4", "layer 8", "layer 12", "layer 16", "layer 20", "layer 23"]
+    assert triple == ["triple"]
+    assert (tmp_path / "all.png").stat().st_size > 2 * (tmp_path / "none.png").stat().st_size > 5000

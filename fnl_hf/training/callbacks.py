@@ -8,6 +8,7 @@ from fnl_hf.products import find_products
 from fnl_hf.training.sampling import sampler_of
 
 NORM_PREFIX = "norms/"
+NOT_PRINTED = ("grad_norm", "data_wait", "peak_memory_gb", "epoch")  # beside the loss: for plots and trackers
 
 
 def logged_diagnostics(model: torch.nn.Module, lr: float) -> dict[str, float]:
@@ -29,7 +30,7 @@ class ProductNormsCallback(TrainerCallback):
     """Logs the diagnostics of all products through the Trainer's trackers.
 
     Args:
-        trainer: the Trainer it is added to (``trainer.add_callback(ProductNormsCallback(trainer))``).
+        trainer: the FnlTrainer it is added to (``trainer.add_callback(ProductNormsCallback(trainer))``).
         every: optimizer steps between two logs; None for Trainer's own logging steps.
     """
 
@@ -51,7 +52,8 @@ class ProductNormsCallback(TrainerCallback):
 
     def _log(self, control, model=None, optimizer=None, **kwargs):
         should_log = control.should_log
-        self.trainer.log(logged_diagnostics(model, _learning_rate(optimizer)))
+        with self.trainer.throughput.paused():
+            self.trainer.log(logged_diagnostics(model, _learning_rate(optimizer)))
         control.should_log = should_log  # logging clears it; the loss of this step is still to come
 
 
@@ -73,11 +75,16 @@ class EpochCallback(TrainerCallback):
 
 
 class ReadableProgressCallback(ProgressCallback):
-    """Trainer's progress bar without the diagnostics, which are for plots and trackers."""
+    """Trainer's progress bar with the rate of the last log, without what is for plots and trackers alone."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not any(name.startswith(NORM_PREFIX) for name in logs):
-            super().on_log(args, state, control, logs=logs, **kwargs)
+        if any(name.startswith(NORM_PREFIX) for name in logs):
+            return
+        if "loss" in logs:
+            logs = {name: value for name, value in logs.items() if name not in NOT_PRINTED}
+        if "tokens_per_second" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix_str(f"{logs['tokens_per_second']:,.0f} tokens/s")
+        super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 def add_fnl_callbacks(trainer) -> None:

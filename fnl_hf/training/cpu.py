@@ -26,11 +26,12 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD_BYTES))
-    return all([mallopt(parameter, value) for parameter, value in settings])
+    return all(mallopt(parameter, value) for parameter, value in settings)
 
 
-def warn_of_idle_cores(processes: int) -> None:
+def warn_of_idle_cores() -> None:
     """Say so if the processes of this machine leave cores idle; ``accelerate launch`` gives each one thread."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     if threads * processes < cores:

@@ -75,7 +75,7 @@ def write_model_card(
         note=NOTE if factorized else "",
         remote=", trust_remote_code=True" if factorized else "",
         method=METHOD if factorized else "",
-        plot=f"\n![training curves]({plot})\n" if plot else "",
+        plot=f"\n![training report]({plot})\n" if plot else "",
     )
     ModelCard(card).save(Path(folder) / "README.md")
 

@@ -15,7 +15,9 @@ from fnl_hf.training.callbacks import add_fnl_callbacks
 from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.optimizers import build_optimizer
+from fnl_hf.training.throughput import ThroughputMeter
 
+MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The label arguments of BERT's heads; each loss is a mean over the entries of one of them.
 LABEL_NAMES = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
@@ -35,7 +37,7 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
     add_fnl_callbacks(trainer)
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
-        warn_of_idle_cores(trainer.accelerator.state.num_processes)
+        warn_of_idle_cores()
     return trainer
 
 
@@ -52,7 +54,8 @@ class FnlTrainer(Trainer):
     """Trainer for ``FnlTrainingArguments`` and any BERT-like model, ours or stock.
 
     Under gradient accumulation and on several processes each loss is the mean over all items of the global batch
-    (masked tokens, sentence pairs, questions), not a mean of the micro-batches' means.
+    (masked tokens, sentence pairs, questions), not a mean of the micro-batches' means. Logs of the loss and the
+    training metrics say how fast it trains: :class:`ThroughputMeter`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -61,11 +64,33 @@ class FnlTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._model_takes_items = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
         self.model_accepts_loss_kwargs = True
+        dtype = MATMUL_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
+        devices = max(1, self.args.n_gpu)
+        self.throughput = ThroughputMeter(unwrapped, self.args.device, devices, dtype, self.accelerator.gather)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.args, model or self.model)
         return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        return super().get_batch_samples(self.throughput.batches(epoch_iterator), *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if not (self.control.should_log or self.control.should_save or self.control.should_evaluate):
+            return
+        with self.throughput.paused():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """As Trainer's; with the loss come the figures since the last such log, with the metrics those of the run."""
+        if "loss" in logs:
+            logs.update(self.throughput.close_window())
+        if "train_loss" in logs:
+            logs.update(self.throughput.close_run())
+        super().log(logs, start_time)
+        if "train_mfu" in logs:  # trackers take only numbers
+            logs["train_mfu_peak"] = self.throughput.peak()
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Items per label argument; Trainer itself knows only ``labels`` and counts them over all processes."""
