@@ -74,6 +74,13 @@ class FnlTrainingArguments(TrainingArguments):
             "start when there is none, end at once when the run is finished."
         },
     )
+    optimizer_state_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "A run's folder: start from the optimizer state of its newest checkpoint, with this run's own "
+            "learning rate, schedule and decay."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output folder that is in use; its checkpoints are deleted."}
     )
@@ -117,8 +124,8 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
         UserInputError: an unreadable file, an unknown flag or key, or a value of the wrong kind.
     """
     argv = list(argv)
-    if argv and not argv[0].startswith("-"):
-        argv = config_file_arguments(argv[0]) + argv[1:]
+    if argv and is_config_file(argv[0]):
+        argv = as_arguments(read_config(argv[0])) + argv[1:]
     parser = _Parser(dataclass_types, allow_abbrev=False)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -140,8 +147,13 @@ def run_script(run: Callable[[Sequence[str]], None]) -> None:
         sys.exit(2)
 
 
-def config_file_arguments(file: str) -> list[str]:
-    """The entries of a YAML or JSON mapping as a command line, so that they pass the same checks."""
+def is_config_file(word: str) -> bool:
+    """Whether the first word of a command line is meant as a config file."""
+    return not word.startswith("-")
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """The entries of a YAML or JSON mapping of flags to values."""
     path = Path(file)
     if path.suffix.lower() not in CONFIG_SUFFIXES:
         raise UserInputError(f"{file}: the first argument is a flag or a config file ({', '.join(CONFIG_SUFFIXES)})")
@@ -151,6 +163,11 @@ def config_file_arguments(file: str) -> list[str]:
         raise UserInputError(f"{file}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserInputError(f"{file}: must hold a mapping of flags to values, holds {type(config).__name__}")
+    return config
+
+
+def as_arguments(config: dict[str, Any]) -> list[str]:
+    """Entries of a config file as a command line, so that they pass the same checks."""
     arguments = []
     for key, value in config.items():
         if value is None:

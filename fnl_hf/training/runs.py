@@ -21,6 +21,7 @@ from fnl_hf.training.checkpoints import (
 
 RESULTS_FILE = "all_results.json"
 STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
+PHASE_PREFIX = "phase-"  # folders of earlier phases, in that of the last
 # What, beside the scripts' own arguments, makes two runs different ones.
 TRAINING_ARGUMENTS = (
     "optimizer",
@@ -85,7 +86,7 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
         raise UserInputError(f"--output_dir {folder} is a file")
     if resume is not None and args.overwrite_output_dir:
         raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
-    in_use = folder.is_dir() and any(folder.iterdir())
+    in_use = folder.is_dir() and any(not path.name.startswith(PHASE_PREFIX) for path in folder.iterdir())
     if resume not in (None, "auto"):
         return _plan_from_checkpoint(Path(resume), folder, in_use, description)
     if not in_use or args.overwrite_output_dir:
