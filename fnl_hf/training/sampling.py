@@ -1,6 +1,7 @@
 """The order of the training data, the same however a run is split over processes and whenever it is resumed."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
@@ -55,7 +56,7 @@ class EpochSampler(Sampler[int]):
 
 def sampler_of(dataloader: DataLoader) -> Sampler | None:
     """The sampler below the batch samplers that Accelerate wraps around it to share or skip batches."""
-    batches = dataloader.batch_sampler
+    batches: Any = dataloader.batch_sampler
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
     return getattr(batches, "sampler", None)
