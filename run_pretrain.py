@@ -6,6 +6,7 @@ accelerate launch run_pretrain.py config.yaml --seed 1   # flags override the fi
 accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from fnl_hf.training.model_card import model_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
 from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
-from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
+from fnl_hf.training.runs import DATA_FINGERPRINT, describe_run, plan_run, start_run, validate_data, validate_resume
 from fnl_hf.training.trainer import build_trainer, train_and_save
 
 logger = logging.get_logger("fnl_hf.run_pretrain")
@@ -143,6 +144,15 @@ def get_datasets(model_args, data_args, corpus, tokenizer, seed):
     )
 
 
+def data_fingerprint(*datasets):
+    """Of all token ids in their order; it does not change with paths, caches or versions."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        for rows in dataset.sequences.iter(1000):
+            digest.update(rows["input_ids"].tobytes())
+    return digest.hexdigest()[:16]
+
+
 def save_results(trainer, args, data_args, metrics):
     """Report and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
     if args.do_train and trainer.is_world_process_zero():
@@ -205,6 +215,8 @@ def run(argv):
         return
     set_seed(args.seed)
     tokenizer, config, train_dataset, eval_dataset, entropy = prepare(model_args, data_args, args, plan)
+    description[DATA_FINGERPRINT] = data_fingerprint(train_dataset, eval_dataset)
+    validate_data(plan, description[DATA_FINGERPRINT])
     model = build_pretraining_model(model_args, config)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)

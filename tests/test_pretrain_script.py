@@ -287,7 +287,7 @@ def other_architecture(tmp_path_factory):
         ({"per_device_train_batch_size": 0}, r"--per_device_train_batch_size \(0\) must be at least 1"),
         ({"max_eval_samples": 0}, r"--max_eval_samples \(0\) must be at least 1"),
         ({"preprocessing_num_workers": 0}, r"--preprocessing_num_workers \(0\) must be at least 1"),
-        ({"train_sampling_strategy": "group_by_length"}, r"--train_sampling_strategy \(group_by_length\) must be"),
+        ({"train_sampling_strategy": "group_by_length"}, r"\(group_by_length\) must be one of .*random"),
         ({"max_train_samples": 23, "gradient_accumulation_steps": 3}, "are 23 sequences, fewer than .* batch of 24 "),
         ({"report_to": "no_such_tracker"}, "no_such_tracker"),
         ({"do_predict": "true"}, "pretraining has nothing to predict"),

@@ -84,6 +84,13 @@ class FnlTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output folder that is in use; its checkpoints are deleted."}
     )
+    allow_other_world_size: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a run go on with another number of processes, at the same sample position. Its global batch "
+            "must stay: change --gradient_accumulation_steps the other way."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses from the logs. Synchronizes in every step."}
     )

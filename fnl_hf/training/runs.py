@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ TRAINING_ARGUMENTS = (
     "decay_mode",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "world_size",
     "seed",
     "data_seed",
     "train_sampling_strategy",
@@ -45,6 +47,9 @@ TRAINING_ARGUMENTS = (
     "fp16",
 )
 NO_DIFFERENCE = ("cache_dir", "preprocessing_num_workers")
+# How a global batch is split into micro-batches; on the same global batch a run can go on with another split.
+SPLIT = ("world_size", "gradient_accumulation_steps")
+DATA_FINGERPRINT = "data_fingerprint"
 # What must agree between a checkpoint and the model it is to continue.
 ARCHITECTURE = (
     "model_type",
@@ -61,10 +66,14 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to do with the output folder: continue from ``checkpoint``, start (None), or nothing (``finished``)."""
+    """What to do with the output folder: continue from ``checkpoint``, start (None), or nothing (``finished``).
+
+    ``continued`` is the folder of the run that goes on, also from its beginning; None for a new one.
+    """
 
     checkpoint: str | None = None
     finished: bool = False
+    continued: Path | None = None
 
 
 def describe_run(args, *script_arguments) -> dict[str, Any]:
@@ -88,7 +97,7 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
         raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
     in_use = folder.is_dir() and any(not path.name.startswith(PHASE_PREFIX) for path in folder.iterdir())
     if resume not in (None, "auto"):
-        return _plan_from_checkpoint(Path(resume), folder, in_use, description)
+        return _plan_from_checkpoint(Path(resume), folder, in_use, description, args.allow_other_world_size)
     if not in_use or args.overwrite_output_dir:
         return RunPlan()
     if resume is None or not args.do_train:
@@ -96,7 +105,7 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
             f"--output_dir {folder} is not empty: choose another, continue its training with --resume_from_checkpoint "
             "auto, or replace it with --overwrite_output_dir true"
         )
-    _validate_same_run(folder, description)
+    _validate_same_run(folder, description, args.allow_other_world_size)
     if is_finished(folder, args):
         return RunPlan(finished=True)
     checkpoint = newest_complete_checkpoint(folder)
@@ -105,33 +114,77 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
             f"--output_dir {folder} is not empty and holds no run to resume: choose another, or replace it with "
             "--overwrite_output_dir true"
         )
-    return RunPlan(checkpoint=None if checkpoint is None else str(checkpoint))
+    return RunPlan(checkpoint=None if checkpoint is None else str(checkpoint), continued=folder)
 
 
-def _plan_from_checkpoint(checkpoint: Path, folder: Path, in_use: bool, description: dict[str, Any]) -> RunPlan:
+def _plan_from_checkpoint(
+    checkpoint: Path, folder: Path, in_use: bool, description: dict[str, Any], allow_other_world_size: bool
+) -> RunPlan:
     fault = fault_of(checkpoint)
     if fault is not None:
         raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
     if in_use and checkpoint.resolve().parent != folder.resolve():
         raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
-    _validate_same_run(checkpoint.parent, description)
-    return RunPlan(checkpoint=str(checkpoint))
+    _validate_same_run(checkpoint.parent, description, allow_other_world_size)
+    return RunPlan(checkpoint=str(checkpoint), continued=checkpoint.parent)
 
 
-def _validate_same_run(folder: Path, description: dict[str, Any]) -> None:
+def read_started(folder: Path) -> dict[str, Any]:
+    """How the run in a folder was described when it was started or last continued; {} if it was not."""
     try:
-        started = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
+        return json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return
-    differences = [
-        f"{name} is {started[name]} there and {value} here"
-        for name, value in description.items()
-        if name in started and started[name] != value
-    ]
-    if differences:
+        return {}
+
+
+def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_world_size: bool) -> None:
+    started = read_started(folder)
+    different = {name for name, value in description.items() if name in started and started[name] != value}
+    if "world_size" in different and different <= {*SPLIT}:
+        _validate_split(folder, started, description, allow_other_world_size)
+    elif different:
+        differences = [f"{name} is {started[name]} there and {description[name]} here" for name in sorted(different)]
         raise UserInputError(
             f"{folder} holds another run: {'; '.join(differences)}. Choose another --output_dir, or replace it with "
             "--overwrite_output_dir true"
+        )
+
+
+def _validate_split(folder: Path, started: dict[str, Any], here: dict[str, Any], allowed: bool) -> None:
+    """Refuse another number of processes unless it is allowed and the global batch is the same."""
+    batch, processes = here["per_device_train_batch_size"], here["world_size"]
+    micro_batches = started["world_size"] * started["gradient_accumulation_steps"]
+    if allowed and processes * here["gradient_accumulation_steps"] == micro_batches:
+        return
+    was = (
+        f"the run in {folder} was started on {started['world_size']} process(es) x "
+        f"{started['gradient_accumulation_steps']} accumulation step(s) x {batch} sequences, here are {processes} x "
+        f"{here['gradient_accumulation_steps']} x {batch}"
+    )
+    accumulation, rest = divmod(micro_batches, processes)
+    if rest:
+        raise UserInputError(
+            f"{was}: {processes} processes cannot share its global batch of {micro_batches * batch} sequences. Their "
+            f"number must divide {micro_batches}"
+        )
+    raise UserInputError(
+        f"{was}: go on at the same sample position with --allow_other_world_size true "
+        f"--gradient_accumulation_steps {accumulation}"
+    )
+
+
+def validate_data(plan: RunPlan, fingerprint: str) -> None:
+    """Compare the data that were prepared with those that the run was started on.
+
+    Raises:
+        UserInputError: the run that is continued has other data.
+    """
+    started = {} if plan.continued is None else read_started(plan.continued)
+    there = started.get(DATA_FINGERPRINT, fingerprint)
+    if there != fingerprint:
+        raise UserInputError(
+            f"{plan.continued} holds a run on other data: their fingerprint is {there} there and {fingerprint} here. "
+            "Bring the old files back to go on, or choose another --output_dir"
         )
 
 
@@ -147,7 +200,9 @@ def start_run(args, description: dict[str, Any]) -> None:
             shutil.rmtree(old)
         for name in (RESULTS_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
-    (folder / STARTED_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    written = folder / f"{STARTED_FILE}.new"
+    written.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    os.replace(written, folder / STARTED_FILE)  # a torn one would let any other run go on
 
 
 def is_finished(folder: Path, args) -> bool:

@@ -1,13 +1,17 @@
 """``transformers.Trainer`` with our optimizers and losses that are means over the whole global batch."""
 
 import inspect
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fnl_hf.errors import UserInputError
@@ -113,6 +117,31 @@ class FnlTrainer(Trainer):
         loss = loss * own * processes / items.flatten()[0]
         return (loss, outputs) if return_outputs else loss
 
+    def _init_training_state(self, *args):
+        """As Trainer's, but logging, evaluation and saving follow the command line, not the checkpoint's."""
+        with _silenced("transformers.trainer_utils"):  # it would warn of the difference and keep the old ones
+            position = super()._init_training_state(*args)
+        self.state.compute_steps(self.args, self.state.max_steps)
+        return position
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """As Trainer's, but a tied weight, which is saved once, is not missing."""
+        model: Any = self.model
+        names = dict(model.named_parameters(remove_duplicate=False))
+        loaded = {id(parameter) for name, parameter in names.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(names.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def _load_rng_state(self, checkpoint) -> None:
+        """As Trainer's, but a process that the checkpoint does not know starts from a state that is its own."""
+        several = self.args.world_size > 1
+        file = f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth"
+        if checkpoint is None or Path(checkpoint, file).is_file():
+            super()._load_rng_state(checkpoint)
+        else:
+            entropy = [self.args.seed, self.state.global_step, self.args.process_index]
+            set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
     def _save_checkpoint(self, model, trial) -> None:
         """As Trainer's, but written aside and named when complete, and older ones go only then.
 
@@ -175,6 +204,16 @@ class FnlTrainer(Trainer):
         """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
         if not Path(self.args.output_dir, "README.md").is_file():
             super().create_model_card(*args, **kwargs)
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _labels_of(batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:

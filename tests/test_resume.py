@@ -1,0 +1,141 @@
+"""What a resumed run must have in common with the one that was started, and what it may change."""
+
+import json
+import os
+import random
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import run_pretrain
+from fnl_hf import UserInputError
+from fnl_hf.training.runs import RunPlan, plan_run, validate_data
+from fnl_hf.training.trainer import FnlTrainer
+
+from .conftest import SENTENCES, TINY, assert_same_weights, launch, pretraining
+
+# Adam's ε keeps rounding noise of gradients that are zero in theory (key biases) from becoming whole steps.
+FLAGS = {
+    "config_overrides": TINY + ",hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0", "adam_epsilon": 1e-3,
+    "per_device_train_batch_size": 4, "max_train_samples": 61, "do_train": "true", "save_steps": 0.25,
+}  # fmt: skip
+
+
+def run(corpus, folder, **flags):
+    run_pretrain.run([str(word) for word in pretraining(corpus, folder, **FLAGS | flags)])
+
+
+def go_on(corpus, folder, **flags):
+    run(corpus, folder, resume_from_checkpoint="auto", **flags)
+
+
+def before_its_end(whole, folder, newest):
+    """A copy of a finished run as it was after its checkpoint ``newest``."""
+    shutil.copytree(whole, folder)
+    (folder / "all_results.json").unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > newest:
+            shutil.rmtree(checkpoint)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(corpus, tmp_path_factory):
+    """Twelve steps of 2 processes x 4 sequences, seven steps an epoch."""
+    folder = tmp_path_factory.mktemp("resume") / "two"
+    launch("run_pretrain.py", *pretraining(corpus, folder, **FLAGS), processes=2)
+    return folder
+
+
+@pytest.mark.parametrize("newest", [6, 9])  # in the first epoch and in the second
+def test_a_run_of_two_processes_goes_on_with_one(of_two_processes, corpus, tmp_path, newest, caplog):
+    out = before_its_end(of_two_processes, tmp_path / "out", newest)
+    started = r"was started on 2 process\(es\) x 1 accumulation step\(s\) x 4 sequences, here are 1 x"
+    remedy = "same sample position with --allow_other_world_size true --gradient_accumulation_steps 2"
+    with pytest.raises(UserInputError, match=f"{started} 2 x 4: go on at the {remedy}"):
+        go_on(corpus, out, gradient_accumulation_steps=2)
+    with pytest.raises(UserInputError, match=f"{started} 1 x 4: go on at the {remedy}"):
+        go_on(corpus, out, allow_other_world_size="true")
+    with pytest.raises(UserInputError, match="holds another run: .*per_device_train_batch_size is 4 there and 8 here"):
+        go_on(corpus, out, allow_other_world_size="true", per_device_train_batch_size=8)
+    go_on(corpus, out, allow_other_world_size="true", gradient_accumulation_steps=2)
+    assert_same_weights(of_two_processes, out, atol=1e-5, rtol=0)
+    assert not [record for record in caplog.records if record.name.startswith("transformers.trainer")]
+    now = json.loads((out / "run_arguments.json").read_text())
+    assert now["world_size"] == 1 and now["gradient_accumulation_steps"] == 2
+
+
+@pytest.mark.parametrize("there, here, remedy", [
+    ((3, 2), 5, "5 processes cannot share its global batch of 42 sequences. Their number must divide 6"),
+    ((3, 2), 2, "--gradient_accumulation_steps 3"),
+    ((1, 6), 3, "--gradient_accumulation_steps 2"),
+])  # fmt: skip
+def test_the_accumulation_that_keeps_the_global_batch_is_named(tmp_path, there, here, remedy):
+    started = {"world_size": there[0], "gradient_accumulation_steps": there[1], "per_device_train_batch_size": 7}
+    (tmp_path / "run_arguments.json").write_text(json.dumps(started))
+    for allowed in (False, True):
+        args = SimpleNamespace(
+            output_dir=tmp_path, resume_from_checkpoint="auto", overwrite_output_dir=False, do_train=True,
+            allow_other_world_size=allowed,
+        )  # fmt: skip
+        with pytest.raises(UserInputError, match=remedy):
+            plan_run(args, started | {"world_size": here})
+
+
+@pytest.fixture(scope="module")
+def of_one_process(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume") / "one"
+    run(corpus, folder)
+    return folder
+
+
+def test_other_data_are_refused(of_one_process, corpus, tmp_path):
+    """The file of the same name has one word changed; the tokenizer is the checkpoint's."""
+    out = before_its_end(of_one_process, tmp_path / "out", 9)
+    changed = corpus.parent / "changed.txt"
+    changed.write_text("\n".join(["the quick brown fox jumps over the big cat", *(SENTENCES * 4)[1:]]))
+    original = corpus.read_bytes()
+    before = json.loads((out / "run_arguments.json").read_text())
+    try:
+        os.replace(changed, corpus)
+        with pytest.raises(UserInputError, match=f"other data: their fingerprint is {before['data_fingerprint']} ther"):
+            go_on(corpus, out)
+        with pytest.raises(UserInputError, match="Bring the old files back"):
+            run(corpus, out, resume_from_checkpoint=out / "checkpoint-6")
+    finally:
+        corpus.write_bytes(original)
+    assert json.loads((out / "run_arguments.json").read_text()) == before
+    go_on(corpus, out)
+    assert_same_weights(of_one_process, out)
+
+
+def test_a_run_of_an_earlier_version_has_no_fingerprint_and_goes_on(tmp_path):
+    (tmp_path / "run_arguments.json").write_text("{}")
+    validate_data(RunPlan(continued=tmp_path), "3f")
+    validate_data(RunPlan(), "3f")
+
+
+def test_a_process_that_the_checkpoint_does_not_know_has_a_random_state_of_its_own(of_one_process, corpus, tmp_path):
+    def draws(seed, step, process):
+        trainer = FnlTrainer.__new__(FnlTrainer)
+        trainer.args = SimpleNamespace(seed=seed, world_size=3, process_index=process)
+        trainer.state = SimpleNamespace(global_step=step)
+        trainer._load_rng_state(str(of_one_process / "checkpoint-6"))
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert draws(7, 6, 1) == draws(7, 6, 1)
+    different = [draws(7, 6, 1), draws(8, 6, 1), draws(7, 9, 1), draws(7, 6, 2)]
+    assert all(len(set(column)) == len(different) for column in zip(*different))
+
+
+def test_logging_and_saving_follow_the_command_line(of_one_process, corpus, tmp_path, caplog):
+    out = before_its_end(of_one_process, tmp_path / "out", 6)
+    go_on(corpus, out, save_steps=4, logging_steps=2)
+    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (3, 6, 8, 12)}
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [3, 6, 8, 10, 12]
+    assert not [record for record in caplog.records if "do not match" in record.message]
+    assert_same_weights(of_one_process, out)
