@@ -16,13 +16,8 @@ from transformers.utils import logging
 from fnl_hf import UserInputError
 from fnl_hf.data.corpus import first_rows, load_corpus
 from fnl_hf.data.masking import MaskedLMDataset, MaskingTransform, collate_batch
-from fnl_hf.data.tokenizer import (
-    load_tokenizer,
-    pack_documents,
-    train_tokenizer,
-    unigram_entropy,
-    validate_mlm_tokenizer,
-)
+from fnl_hf.data.packing import pack_documents, unigram_entropy
+from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
 from fnl_hf.training.model_card import model_facts, write_model_card
@@ -124,7 +119,9 @@ def get_tokenizer(model_args, corpus, plan):
 def get_datasets(model_args, data_args, corpus, tokenizer, seed):
     """Packed sequences with dynamic masks for training, with fixed ones for evaluation; and the unigram entropy."""
     packed = {
-        split: pack_documents(documents, tokenizer, data_args.max_seq_length, data_args.preprocessing_num_workers)
+        split: pack_documents(
+            documents, tokenizer, data_args.max_seq_length, data_args.preprocessing_num_workers, data_args.cache_dir
+        )
         for split, documents in corpus.items()
     }
     packed["train"] = first_rows(packed["train"], "max_train_samples", data_args.max_train_samples)

@@ -9,14 +9,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from fnl_hf import UserInputError
 from fnl_hf.data.corpus import embedded_corpus, load_corpus, load_text_files
-from fnl_hf.data.tokenizer import pack_documents, train_tokenizer, unigram_entropy
+from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "größer, weiter: 東京!"] * 7
@@ -120,33 +119,7 @@ def test_bad_corpus_arguments_are_refused(tmp_path):
         load_corpus(train_file=one, validation_split_percentage=0.0, cache_dir=str(tmp_path))
 
 
-# ---- packing ----
-
-
-def test_packing_keeps_every_token_in_order(documents, tokenizer):
-    packed = pack_documents(documents, tokenizer, 13)
-    rows = np.array(packed["input_ids"][:])
-    assert packed.column_names == ["input_ids"] and rows.shape[1] == 13
-    assert (rows[:, 0] == tokenizer.cls_token_id).all() and (rows[:, -1] == tokenizer.sep_token_id).all()
-    stream = []
-    for text in TEXTS:
-        stream += tokenizer.encode(text, add_special_tokens=False) + [tokenizer.sep_token_id]
-    assert rows[:, 1:-1].ravel().tolist() == stream[: len(rows) * 11]
-    assert len(stream) - len(rows) * 11 < 11, "less than one sequence is dropped"
-    assert tokenizer.unk_token_id not in stream[:20]
-
-
-def test_bad_lengths_are_refused(documents, tokenizer):
-    with pytest.raises(UserInputError, match="shorter than one sequence of --max_seq_length 5000"):
-        pack_documents(documents, tokenizer, 5000)
-    with pytest.raises(UserInputError, match=r"--max_seq_length \(2\) must be at least 3"):
-        pack_documents(documents, tokenizer, 2)
-
-
-def test_unigram_entropy_by_hand():
-    rows = Dataset.from_dict({"input_ids": [[2, 5, 5, 7, 3], [2, 5, 9, 7, 3]]})  # 5: 3/6, 7: 2/6, 9: 1/6
-    expected = -(1 / 2 * math.log(1 / 2) + 1 / 3 * math.log(1 / 3) + 1 / 6 * math.log(1 / 6))
-    assert unigram_entropy(rows, special_ids=[0, 1, 2, 3, 4]) == pytest.approx(expected, rel=1e-12)
+# ---- tokenizers ----
 
 
 def test_tokenizer_training_is_reproducible_in_other_processes(documents, tokenizer, tmp_path):

@@ -85,4 +85,6 @@ def cached_dataset(
         if isinstance(error.__cause__, OSError):
             raise UserInputError(f"--cache_dir {builder.cache_dir}: cannot be written: {error.__cause__}") from error
         raise
+    if builder.info.splits["train"].num_examples == 0:  # ``datasets`` cannot read what has no rows
+        return Dataset.from_dict({column: [] for column in features}, features=features)
     return builder.as_dataset(split="train")
