@@ -6,7 +6,6 @@ accelerate launch run_pretrain.py config.yaml --seed 1   # flags override the fi
 accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,14 +13,15 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from fnl_hf import UserInputError
-from fnl_hf.data.corpus import first_rows, load_corpus
-from fnl_hf.data.masking import MaskedLMDataset, MaskingTransform, collate_batch
-from fnl_hf.data.packing import pack_documents, unigram_entropy
+from fnl_hf.data.corpus import load_corpus
+from fnl_hf.data.masking import collate_batch
+from fnl_hf.data.pretraining import ATTENTION_KERNELS, prepare_data
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
 from fnl_hf.training.model_card import model_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
+from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of
 from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.runs import DATA_FINGERPRINT, describe_run, plan_run, start_run, validate_data, validate_resume
@@ -30,8 +30,6 @@ from fnl_hf.training.trainer import build_trainer, train_and_save
 logger = logging.get_logger("fnl_hf.run_pretrain")
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
-# The attention kernels, and how each is told which tokens belong to one document.
-ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varlen"}
 
 
 @dataclass
@@ -116,40 +114,6 @@ def get_tokenizer(model_args, corpus, plan):
     return tokenizer
 
 
-def get_datasets(model_args, data_args, corpus, tokenizer, seed):
-    """Packed sequences with dynamic masks for training, with fixed ones for evaluation; and the unigram entropy."""
-    packed = {
-        split: pack_documents(
-            documents, tokenizer, data_args.max_seq_length, data_args.preprocessing_num_workers, data_args.cache_dir
-        )
-        for split, documents in corpus.items()
-    }
-    packed["train"] = first_rows(packed["train"], "max_train_samples", data_args.max_train_samples)
-    packed["validation"] = first_rows(packed["validation"], "max_eval_samples", data_args.max_eval_samples)
-    entropy = unigram_entropy(packed["validation"], tokenizer.all_special_ids)
-    options = {
-        "whole_word_mask": data_args.whole_word_mask,
-        "sparse": model_args.sparse_prediction,
-        "documents": ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None,
-    }
-    train = MaskingTransform(tokenizer, data_args.mlm_probability, seed, **options)
-    held_out = MaskingTransform(tokenizer, data_args.mlm_probability, seed=0, **options)
-    return (
-        MaskedLMDataset(packed["train"], train),
-        MaskedLMDataset(packed["validation"], held_out, dynamic=False),
-        entropy,
-    )
-
-
-def data_fingerprint(*datasets):
-    """Of all token ids in their order; it does not change with paths, caches or versions."""
-    digest = hashlib.sha256()
-    for dataset in datasets:
-        for rows in dataset.sequences.iter(1000):
-            digest.update(rows["input_ids"].tobytes())
-    return digest.hexdigest()[:16]
-
-
 def save_results(trainer, args, data_args, metrics):
     """Report and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
     if args.do_train and trainer.is_world_process_zero():
@@ -182,7 +146,7 @@ def with_quickstart(argv):
 
 
 def prepare(model_args, data_args, args, plan):
-    """Tokenizer, configuration, the two data sets and the unigram entropy; the main process fills the caches."""
+    """Tokenizer, configuration and data; the main process fills the caches."""
     with args.main_process_first(desc="reading the corpus"):
         corpus = load_corpus(
             data_args.dataset_name,
@@ -197,23 +161,26 @@ def prepare(model_args, data_args, args, plan):
         )
         tokenizer = get_tokenizer(model_args, corpus, plan)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-        return tokenizer, config, *get_datasets(model_args, data_args, corpus, tokenizer, args.seed)
+        return tokenizer, config, prepare_data(model_args, data_args, corpus, tokenizer, args.seed)
 
 
-def run(argv):
-    dataclass_types = (ModelArguments, DataArguments, FnlTrainingArguments)
-    model_args, data_args, args = parse_arguments(dataclass_types, with_quickstart(list(argv)))
+def plan(argv):
+    """The arguments of one phase, what identifies it, and what is to be done."""
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
     description = describe_run(args, model_args, data_args)
-    plan = plan_run(args, description)
+    return model_args, data_args, args, description, plan_run(args, description)
+
+
+def train_phase(model_args, data_args, args, description, plan):
     if plan.finished:
         logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
         return
     set_seed(args.seed)
-    tokenizer, config, train_dataset, eval_dataset, entropy = prepare(model_args, data_args, args, plan)
-    description[DATA_FINGERPRINT] = data_fingerprint(train_dataset, eval_dataset)
-    validate_data(plan, description[DATA_FINGERPRINT])
+    tokenizer, config, data = prepare(model_args, data_args, args, plan)
+    description[DATA_FINGERPRINT] = data.fingerprint
+    validate_data(plan, data.fingerprint)
     model = build_pretraining_model(model_args, config)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
@@ -221,13 +188,15 @@ def run(argv):
         PretrainingTrainer,
         model=model,
         args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
         data_collator=collate_batch,
         processing_class=tokenizer,
         compute_metrics=masked_lm_metrics,
         preprocess_logits_for_metrics=masked_lm_statistics,
     )
+    if args.optimizer_state_from is not None:
+        trainer.add_callback(OptimizerStateCallback(trainer, optimizer_checkpoint(args)))
     if args.should_save:
         start_run(args, description)
 
@@ -235,10 +204,16 @@ def run(argv):
     if args.do_train:
         metrics["train"] = train_and_save(trainer, plan.checkpoint)
     if args.do_eval:
-        metrics["eval"] = trainer.evaluate() | {"unigram_entropy": entropy}
+        metrics["eval"] = trainer.evaluate() | {"unigram_entropy": data.unigram_entropy}
     save_results(trainer, args, data_args, metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def run(argv):
+    # Every phase's command line is checked before the first one takes its time.
+    for phase in [plan(command) for command in phases_of(with_quickstart(list(argv)))]:
+        train_phase(*phase)
 
 
 if __name__ == "__main__":

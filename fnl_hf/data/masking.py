@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fnl_hf.data.packing import Rows
 from fnl_hf.errors import UserInputError
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stay as they are (Devlin et al. 2019)
@@ -199,13 +200,14 @@ class MaskedLMDataset(torch.utils.data.Dataset):
     Use it with :func:`collate_batch` and ``EpochCallback``.
 
     Args:
-        sequences: a dataset with a column "input_ids" of fixed length.
+        sequences: a dataset with a column "input_ids" of fixed length; segment pairs have the columns of
+            :func:`fnl_hf.data.pairs.make_pairs`, too.
         transform: masks them.
         dynamic: False keeps the masks of epoch 0, for evaluation.
     """
 
     def __init__(self, sequences: Dataset, transform: MaskingTransform, dynamic: bool = True):
-        self.sequences = sequences.with_format("numpy")
+        self.rows = {column: Rows(sequences, column) for column in sequences.column_names}
         self.transform = transform
         self.dynamic = dynamic
         # In shared memory, so that workers that outlive an epoch see it change.
@@ -216,10 +218,30 @@ class MaskedLMDataset(torch.utils.data.Dataset):
             self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.rows["input_ids"])
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor | int]:
-        return self.transform(self.sequences[indices]["input_ids"], np.asarray(indices), int(self.epoch))
+        samples = np.asarray(indices)
+        columns = {column: rows[samples] for column, rows in self.rows.items()}
+        inputs = self.transform(columns["input_ids"], samples, int(self.epoch))
+        if len(columns) > 1:
+            inputs |= pair_inputs(**columns)
+        return inputs
+
+
+def pair_inputs(
+    input_ids: np.ndarray, first_length: np.ndarray, length: np.ndarray, next_sentence_label: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """What BERT reads beside the tokens (B, S) of segment pairs [CLS] A [SEP] B [SEP] and padding, from the lengths
+    (B,) of [CLS] A [SEP] and of all, and the labels (B,)."""
+    positions = np.arange(input_ids.shape[1])
+    second = (positions >= first_length[:, None]) & (positions < length[:, None])
+    inputs = {
+        "token_type_ids": second,
+        "attention_mask": positions < length[:, None],
+        "next_sentence_label": next_sentence_label,
+    }
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in inputs.items()}
 
 
 def collate_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

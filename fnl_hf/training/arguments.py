@@ -67,6 +67,13 @@ class FnlTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Steps between logs of the products' norms and other diagnostics. Default: --logging_steps."},
     )
+    global_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences in an optimizer step, of all processes: --gradient_accumulation_steps follows from it, "
+            "so that one recipe fits any number of them."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
@@ -101,6 +108,8 @@ class FnlTrainingArguments(TrainingArguments):
         for name, (smallest, bound) in BOUNDS.items():
             validate_bounds(name, getattr(self, name), smallest, bound)
         super().__post_init__()
+        if self.global_train_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation_for(self.global_train_batch_size)
         default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
         if self.optim != default_optim:
             raise ValueError(f"--optim ({self.optim}) is not used here: set --optimizer, one of {list(OPTIMIZERS)}")
@@ -110,6 +119,22 @@ class FnlTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False  # our datasets have none, and return whole batches
         if self.device.type == "cpu":  # pinned memory would only bring a warning
             self.dataloader_pin_memory = False
+
+
+    def _accumulation_for(self, global_batch: int) -> int:
+        together = self.per_device_train_batch_size * self.world_size
+        steps, rest = divmod(global_batch, together)
+        if rest or steps < 1:
+            raise ValueError(
+                f"--global_train_batch_size ({global_batch}) must be a multiple of {together}: {self.world_size} "
+                f"process(es) x --per_device_train_batch_size ({self.per_device_train_batch_size})"
+            )
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"--global_train_batch_size ({global_batch}) makes {steps} accumulation steps, not the "
+                f"{self.gradient_accumulation_steps} of --gradient_accumulation_steps: give one of them"
+            )
+        return steps
 
 
 def validate_bounds(name: str, value: float | None, smallest: float, bound: float = float("inf")) -> None:

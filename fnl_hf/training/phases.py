@@ -1,7 +1,7 @@
 """Runs in phases: one config file whose ``phases:`` are trained one after the other, each from the one before.
 
-BERT is pretrained on short sequences first and on long ones at the end (Devlin et al. 2019: 128, then 512). Each phase is
-a run of its own, in ``<output_dir>/phase-<n>``, the last in ``<output_dir>``: with its own schedule, checkpoints
+BERT is pretrained on short sequences first and on long ones at the end (Devlin et al. 2019: 128, then 512). Each phase
+is a run of its own, in ``<output_dir>/phase-<n>``, the last in ``<output_dir>``: with its own schedule, checkpoints
 and report, resumed and skipped when finished like any other. The same can be had with two command lines,
 ``--model_name_or_path`` and ``--optimizer_state_from`` naming the first one's folder.
 """
@@ -83,18 +83,19 @@ def _split(flags: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], 
     return vars(found), others
 
 
-def optimizer_checkpoint(folder: str, optimizer: str) -> Path:
-    """The newest complete checkpoint of the run in ``folder``, to start from its optimizer's state.
+def optimizer_checkpoint(args) -> Path:
+    """The newest complete checkpoint of the run in ``--optimizer_state_from``.
 
     Raises:
         UserInputError: there is none, or it is another optimizer's.
     """
+    folder = args.optimizer_state_from
     checkpoint = newest_complete_checkpoint(Path(folder))
     if checkpoint is None:
         raise UserInputError(f"--optimizer_state_from {folder}: no complete checkpoint there")
-    other = read_started(Path(folder)).get("optimizer", optimizer)
-    if other != optimizer:
-        raise UserInputError(f"--optimizer_state_from {folder}: its optimizer is {other}, this one is {optimizer}")
+    other = read_started(Path(folder)).get("optimizer", args.optimizer)
+    if other != args.optimizer:
+        raise UserInputError(f"--optimizer_state_from {folder}: its optimizer is {other}, this one is {args.optimizer}")
     return checkpoint
 
 
