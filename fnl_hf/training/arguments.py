@@ -120,7 +120,6 @@ class FnlTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":  # pinned memory would only bring a warning
             self.dataloader_pin_memory = False
 
-
     def _accumulation_for(self, global_batch: int) -> int:
         together = self.per_device_train_batch_size * self.world_size
         steps, rest = divmod(global_batch, together)
