@@ -24,9 +24,10 @@ from fnl_hf.data.tokenizer import (
 )
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
-from fnl_hf.training.model_card import model_facts, write_model_card
+from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
 from fnl_hf.training.plots import REPORT_FILE, plot_report
+from fnl_hf.training.provenance import read_starts, record_start
 from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
 from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
 
@@ -129,7 +130,8 @@ def save_results(trainer, args, data_args, metrics):
             description="A BERT with factorized attention, pretrained with masked language modelling.",
             auto_class="AutoModelForMaskedLM",
             factorized=True,
-            facts=model_facts(trainer.model, args, source),
+            facts=model_facts(trainer.model, args, source)
+            | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
             metrics=held_out,
             tags=["fill-mask"],
             plot=REPORT_FILE,
@@ -192,6 +194,8 @@ def run(argv):
     )
     if args.should_save:
         start_run(args, description)
+    if args.should_save and args.do_train:
+        record_start(args, plan.checkpoint, argv, description)
 
     metrics = {}
     if args.do_train:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.optim.param_groups import DECAY_MODES
@@ -76,6 +77,10 @@ class FnlTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output folder that is in use; its checkpoints are deleted."}
     )
+    report_to: None | str | list[str] = field(
+        default=None,
+        metadata={"help": "Trackers, 'all' that are installed, or 'none'. Default: tensorboard if installed."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses from the logs. Synchronizes in every step."}
     )
@@ -85,6 +90,8 @@ class FnlTrainingArguments(TrainingArguments):
             self.do_train = self.do_eval = True
         for name, (smallest, bound) in BOUNDS.items():
             validate_bounds(name, getattr(self, name), smallest, bound)
+        if self.report_to is None:
+            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
         default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
         if self.optim != default_optim:
