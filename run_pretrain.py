@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from fnl_hf import UserInputError
 from fnl_hf.data.corpus import first_rows, load_corpus
-from fnl_hf.data.masking import MaskedLMDataset, collate_batch
+from fnl_hf.data.masking import MaskedLMDataset, MaskingTransform, collate_batch
 from fnl_hf.data.tokenizer import (
     load_tokenizer,
     pack_documents,
@@ -27,13 +27,16 @@ from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
 from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
 from fnl_hf.training.plots import REPORT_FILE, plot_report
+from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.provenance import read_starts, record_start
 from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
-from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
+from fnl_hf.training.trainer import build_trainer, train_and_save
 
 logger = logging.get_logger("fnl_hf.run_pretrain")
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
+# The attention kernels, and how each is told which tokens belong to one document.
+ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varlen"}
 
 
 @dataclass
@@ -66,6 +69,12 @@ class ModelArguments:
     sparse_prediction: bool = field(
         default=True, metadata={"help": "Run the prediction head on the masked positions only; the loss is the same."}
     )
+    sparse_last_layer: bool = field(
+        default=True, metadata={"help": "With --sparse_prediction, the last layer too; the predictions are the same."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "The attention kernel.", "choices": list(ATTENTION_KERNELS)}
+    )
 
 
 @dataclass
@@ -74,18 +83,26 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "txt (a document a line), json, jsonl, csv or parquet, compressed or not."}
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files: txt (a document a line), json, jsonl, csv or parquet, compressed or not."},
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Held-out text, likewise."})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Held-out text, likewise."})
     validation_split_percentage: float = field(
         default=5.0, metadata={"help": "Documents to hold out when there is no validation split or file."}
     )
     text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
+    strict: bool = field(
+        default=False, metadata={"help": "Refuse broken records of the corpus instead of leaving them out."}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; documents are packed to it."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask, anew in each epoch."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words, not single WordPiece tokens."})
+    attend_within_documents: bool = field(
+        default=False, metadata={"help": "Documents that share a sequence do not see each other."}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that read and tokenize."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first sequences, to try out."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
 
@@ -104,7 +121,7 @@ def get_tokenizer(model_args, corpus, plan):
     return tokenizer
 
 
-def get_datasets(data_args, corpus, tokenizer, seed):
+def get_datasets(model_args, data_args, corpus, tokenizer, seed):
     """Packed sequences with dynamic masks for training, with fixed ones for evaluation; and the unigram entropy."""
     packed = {
         split: pack_documents(documents, tokenizer, data_args.max_seq_length, data_args.preprocessing_num_workers)
@@ -113,9 +130,18 @@ def get_datasets(data_args, corpus, tokenizer, seed):
     packed["train"] = first_rows(packed["train"], "max_train_samples", data_args.max_train_samples)
     packed["validation"] = first_rows(packed["validation"], "max_eval_samples", data_args.max_eval_samples)
     entropy = unigram_entropy(packed["validation"], tokenizer.all_special_ids)
-    train = MaskedLMDataset(packed["train"], tokenizer, data_args.mlm_probability, seed)
-    held_out = MaskedLMDataset(packed["validation"], tokenizer, data_args.mlm_probability, seed=0, dynamic=False)
-    return train, held_out, entropy
+    options = {
+        "whole_word_mask": data_args.whole_word_mask,
+        "sparse": model_args.sparse_prediction,
+        "documents": ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None,
+    }
+    train = MaskingTransform(tokenizer, data_args.mlm_probability, seed, **options)
+    held_out = MaskingTransform(tokenizer, data_args.mlm_probability, seed=0, **options)
+    return (
+        MaskedLMDataset(packed["train"], train),
+        MaskedLMDataset(packed["validation"], held_out, dynamic=False),
+        entropy,
+    )
 
 
 def save_results(trainer, args, data_args, metrics):
@@ -123,7 +149,8 @@ def save_results(trainer, args, data_args, metrics):
     if args.do_train and trainer.is_world_process_zero():
         held_out = metrics.get("eval", {})
         plot_report(trainer.state.log_history, Path(args.output_dir) / REPORT_FILE, held_out.get("unigram_entropy"))
-        source = data_args.dataset_name or data_args.train_file or "embedded corpus"
+        files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
+        source = data_args.dataset_name or ", ".join(files) or "embedded corpus"
         write_model_card(
             args.output_dir,
             title=Path(args.output_dir).resolve().name,
@@ -160,10 +187,12 @@ def prepare(model_args, data_args, args, plan):
             data_args.validation_split_percentage,
             data_args.text_column_name,
             data_args.cache_dir,
+            data_args.strict,
+            data_args.preprocessing_num_workers,
         )
         tokenizer = get_tokenizer(model_args, corpus, plan)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-        return tokenizer, config, *get_datasets(data_args, corpus, tokenizer, args.seed)
+        return tokenizer, config, *get_datasets(model_args, data_args, corpus, tokenizer, args.seed)
 
 
 def run(argv):
@@ -178,11 +207,11 @@ def run(argv):
         return
     set_seed(args.seed)
     tokenizer, config, train_dataset, eval_dataset, entropy = prepare(model_args, data_args, args, plan)
-    model = build_pretraining_model(model_args.model_name_or_path, config)
+    model = build_pretraining_model(model_args, config)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
     trainer = build_trainer(
-        FnlTrainer,
+        PretrainingTrainer,
         model=model,
         args=args,
         train_dataset=train_dataset,

@@ -19,6 +19,8 @@ class FnlBertConfig(BertConfig):
             split evenly (spectral initialization); needs E <= d.
         sparse_prediction: with labels, run the masked language modelling head on the labelled positions only.
             The loss is the same; ``logits`` then has shape (labelled positions, vocabulary).
+        sparse_last_layer: where the masked positions are given, run the last layer for them alone. The predictions are
+            the same; dropout draws other numbers, and the encoder's last hidden state is of these positions.
 
     Raises:
         StrictDataclassError: E not a positive multiple of ``num_attention_heads``, an unknown ``attention_init``,
@@ -30,6 +32,7 @@ class FnlBertConfig(BertConfig):
     attention_embedding_size: int | None = None
     attention_init: str = "normal"
     sparse_prediction: bool = False
+    sparse_last_layer: bool = False
 
     @property
     def mha_embedding_size(self) -> int:

@@ -2,9 +2,9 @@
 """BERT whose self-attention is 2H factorized layers with an adjustable embedding dimension.
 
 Khodak, Tenenholtz, Mackey and Fusi, "Initialization and Regularization of Factorized Neural Layers", ICLR 2021.
-This file travels with checkpoints: it imports only torch, transformers, and its two neighbours by relative name.
+This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 
-Shapes: B batch, S sequence, V vocabulary, H heads, d hidden size, E attention embedding size, r = E/H.
+Shapes: B batch, S sequence, K masked positions, V vocabulary, d hidden size, E attention embedding size.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
 from transformers.models.bert.modeling_bert import (
-    BertAttention,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
@@ -24,10 +23,10 @@ from transformers.models.bert.modeling_bert import (
     BertForTokenClassification,
     BertModel,
     BertPreTrainedModel,
-    BertSelfAttention,
 )
 from transformers.utils.generic import can_return_tuple
 
+from .attention_fnl_bert import FnlBertLayer, FnlBertSelfAttention, document_mask, factor_pairs, take_positions
 from .configuration_fnl_bert import FnlBertConfig
 from .factorization import Product, spectral_factors
 
@@ -49,44 +48,6 @@ AUTO_MAP = {
 
 # A count of loss terms in the global batch: one tensor, or one per label argument of ``forward``.
 ItemCount = torch.Tensor | int | Mapping[str, torch.Tensor] | None
-
-
-class FnlBertSelfAttention(BertSelfAttention):
-    """Self-attention of width E: query, key and value map d to E, each head has rank r = E/H and scale 1/√r."""
-
-    def __init__(self, config: FnlBertConfig, layer_idx: int | None = None):
-        super().__init__(config, is_causal=False, layer_idx=layer_idx)
-        self.attention_head_size = config.attention_rank
-        self.all_head_size = config.mha_embedding_size
-        self.scaling = self.attention_head_size**-0.5
-        self.query = nn.Linear(config.hidden_size, self.all_head_size)
-        self.key = nn.Linear(config.hidden_size, self.all_head_size)
-        self.value = nn.Linear(config.hidden_size, self.all_head_size)
-
-
-def factor_pairs(model: nn.Module) -> list[Product]:
-    """Every product of the BERT attention layers in ``model``, in layer order, Q Kᵀ before V Oᵀ.
-
-    Works on FNL-BERT and stock BERT models, and on any module that contains one (DistributedDataParallel, a
-    compiled module, a user's own model).
-    """
-    pairs = []
-    for name, module in model.named_modules():
-        if not isinstance(module, BertAttention) or module.is_cross_attention:
-            continue
-        heads = module.self.num_attention_heads
-        stem = f"{name}." if name else ""
-        for kind, left, right in (("qk", "self.query", "self.key"), ("vo", "self.value", "output.dense")):
-            pairs.append(
-                Product(
-                    name=f"{stem}{kind}",
-                    kind=kind,
-                    num_heads=heads,
-                    weights=(module.get_submodule(left).weight, module.get_submodule(right).weight),
-                    weight_names=(f"{stem}{left}.weight", f"{stem}{right}.weight"),
-                )
-            )
-    return pairs
 
 
 class FnlBertPreTrainedModel(BertPreTrainedModel):
@@ -119,11 +80,11 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
     """BERT encoder with factorized attention."""
 
     _auto_class = "AutoModel"
+    _no_split_modules = ["BertEmbeddings", "FnlBertLayer"]
 
     def post_init(self):
-        for index, layer in enumerate(self.encoder.layer):
-            layer.attention.self = FnlBertSelfAttention(self.config, layer_idx=index)
-            layer.attention.output.dense = nn.Linear(self.config.mha_embedding_size, self.config.hidden_size)
+        for index in range(len(self.encoder.layer)):
+            self.encoder.layer[index] = FnlBertLayer(self.config, layer_idx=index)
         super().post_init()
 
     def forward(
@@ -135,14 +96,24 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
         inputs_embeds=None,
         encoder_hidden_states=None,
         past_key_values=None,
+        document_ids=None,
         **kwargs,
     ):
-        """As in transformers, encoder only."""
+        """As in transformers, encoder only.
+
+        Args:
+            document_ids: (B, S); tokens attend to those with the same number only.
+            output_positions: (B, K); ``last_hidden_state`` is (B, K, d), for these positions alone. The pooler reads
+                the first of them.
+        """
         if encoder_hidden_states is not None or past_key_values is not None:
             raise ValueError(
                 "FNL-BERT is an encoder: encoder_hidden_states and past_key_values must be None, because "
                 "cross-attention and the key/value cache are not factorized"
             )
+        if document_ids is not None:
+            implementation = self.config._attn_implementation
+            attention_mask = document_mask(document_ids, attention_mask, implementation, self.dtype)
         return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
 
     def _initialize_weights(self, module, is_custom_code=False):
@@ -261,15 +232,36 @@ class FnlBertForSequenceClassification(_LabelledHead, FnlBertPreTrainedModel, Be
         return total / (labels.numel() if num_items is None else num_items)
 
 
-def _masked_lm_logits(head, hidden, labels, sparse):
-    """Logits (positions, V) and labels (positions,) of the labelled positions if ``sparse``, else (B, S, V), (B, S)."""
-    if labels is not None and sparse:
-        labelled = labels != -100
-        hidden, labels = hidden[labelled], labels[labelled]
-    return head(hidden), labels
+class _MaskedLanguageModel:
+    """What the two heads that predict masked tokens share: which positions they are run on."""
+
+    bert: FnlBertModel
+    config: FnlBertConfig
+
+    def _encode(self, masked_positions, pooled: bool, **inputs):
+        """The encoder's outputs and the hidden states to predict from: (B, S, d), or (B, K, d) at
+        ``masked_positions``. With ``config.sparse_last_layer`` the last layer is run there and, if ``pooled``, on the
+        first token."""
+        if masked_positions is None:
+            outputs = self.bert(return_dict=True, **inputs)
+            return outputs, outputs.last_hidden_state
+        if not self.config.sparse_last_layer:
+            outputs = self.bert(return_dict=True, **inputs)
+            return outputs, take_positions(outputs.last_hidden_state, masked_positions)
+        first = torch.zeros_like(masked_positions[:, :1])
+        positions = torch.cat([first, masked_positions], dim=1) if pooled else masked_positions
+        outputs = self.bert(return_dict=True, output_positions=positions, **inputs)
+        return outputs, outputs.last_hidden_state[:, 1:] if pooled else outputs.last_hidden_state
+
+    def _predict(self, head, hidden, labels, masked_positions):
+        """Logits and labels; without ``masked_positions`` ``config.sparse_prediction`` picks the labelled ones."""
+        if labels is not None and masked_positions is None and self.config.sparse_prediction:
+            labelled = labels != -100
+            hidden, labels = hidden[labelled], labels[labelled]
+        return head(hidden), labels
 
 
-class FnlBertForMaskedLM(FnlBertPreTrainedModel, BertForMaskedLM):
+class FnlBertForMaskedLM(_MaskedLanguageModel, FnlBertPreTrainedModel, BertForMaskedLM):
     """Masked language modelling; the loss is the mean over the masked tokens of the global batch."""
 
     _auto_class = "AutoModelForMaskedLM"
@@ -283,17 +275,20 @@ class FnlBertForMaskedLM(FnlBertPreTrainedModel, BertForMaskedLM):
         position_ids=None,
         inputs_embeds=None,
         labels=None,
+        masked_positions=None,
         num_items_in_batch: ItemCount = None,
         **kwargs,
     ):
         """As in transformers. ``num_items_in_batch`` is the number of masked tokens in the global batch.
 
-        With labels and ``config.sparse_prediction``, ``logits`` is (masked positions, V) instead of (B, S, V).
+        With ``masked_positions`` (B, K), the head is run there only: ``labels`` are (B, K), ``logits`` (B, K, V);
+        label a position -100 to fill a row. With labels (B, S) and ``config.sparse_prediction``, ``logits`` is
+        (masked positions, V): a shape that depends on the data, so that a GPU waits for the host.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
-        logits, labels = _masked_lm_logits(self.cls, outputs.last_hidden_state, labels, self.config.sparse_prediction)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs}
+        outputs, hidden = self._encode(masked_positions, pooled=False, **inputs)
+        logits, labels = self._predict(self.cls, hidden, labels, masked_positions)
         loss = None
         if labels is not None:
             items = items_of(num_items_in_batch, "labels")
@@ -303,7 +298,7 @@ class FnlBertForMaskedLM(FnlBertPreTrainedModel, BertForMaskedLM):
         )
 
 
-class FnlBertForPreTraining(FnlBertPreTrainedModel, BertForPreTraining):
+class FnlBertForPreTraining(_MaskedLanguageModel, FnlBertPreTrainedModel, BertForPreTraining):
     """Masked language modelling and next sentence prediction; each loss is a mean over the global batch."""
 
     _auto_class = "AutoModelForPreTraining"
@@ -318,22 +313,22 @@ class FnlBertForPreTraining(FnlBertPreTrainedModel, BertForPreTraining):
         inputs_embeds=None,
         labels=None,
         next_sentence_label=None,
+        masked_positions=None,
         num_items_in_batch: ItemCount = None,
         **kwargs,
     ):
         """As in transformers, but either target may be left out; the loss is the sum over those given.
+        ``masked_positions`` as in :class:`FnlBertForMaskedLM`.
 
         ``num_items_in_batch`` maps "labels" to the masked tokens and "next_sentence_label" to the sentence pairs
         of the global batch, as ``FnlTrainer`` passes it. From a bare count of masked tokens (``transformers.Trainer``)
         the sentence loss is weighted by the micro-batch's share of them: a weighted mean, not an exact one.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs}
+        outputs, hidden = self._encode(masked_positions, pooled=True, **inputs)
         masked_labels = labels
-        prediction_logits, labels = _masked_lm_logits(
-            self.cls.predictions, outputs.last_hidden_state, labels, self.config.sparse_prediction
-        )
+        prediction_logits, labels = self._predict(self.cls.predictions, hidden, labels, masked_positions)
         sentence_logits = self.cls.seq_relationship(outputs.pooler_output)
 
         losses = []

@@ -16,7 +16,7 @@ from transformers import BertConfig, GPT2Config, pipeline
 import run_pretrain
 from fnl_hf import FnlBertForMaskedLM, UserInputError
 
-from .conftest import ROOT, TINY, assert_same_weights, launch, pretraining, weights
+from .conftest import ROOT, assert_same_weights, launch, pretraining, weights
 
 # ---- pretraining ----
 
@@ -90,30 +90,6 @@ def test_a_killed_run_resumes_to_the_same_weights(pretrained, corpus, tmp_path):
     again = launch("run_pretrain.py", *arguments)
     assert "is finished: nothing to do" in again.stderr
     assert (folder / "all_results.json").stat().st_mtime_ns == before
-
-
-def test_processes_and_accumulation_give_the_same_model(corpus, tmp_path):
-    """1 × 8, 4 × 2 and two processes × 2 × 2 rows in a global batch, without dropout."""
-    overrides = TINY + ",hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
-    # Adam's ε keeps rounding noise of gradients that are zero in theory (key biases) from becoming whole steps.
-    # Three steps an epoch, so that the masks change twice.
-    common = {
-        "config_overrides": overrides,
-        "max_steps": 8,
-        "max_train_samples": 24,
-        "save_strategy": "no",
-        "adam_epsilon": 1e-3,
-    }
-    common["logging_steps"] = 1  # Trainer adds only its own rank's losses since the last log to train_loss
-    for name, batch, accumulation, processes in (("whole", 8, 1, 1), ("parts", 2, 4, 1), ("ranks", 2, 2, 2)):
-        flags = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation} | common
-        launch("run_pretrain.py", *pretraining(corpus, tmp_path / name, **flags), processes=processes)
-    for name in ("parts", "ranks"):
-        assert_same_weights(tmp_path / "whole", tmp_path / name, atol=1e-5, rtol=0)
-    results = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("whole", "parts", "ranks")]
-    assert all(r["train_tokens_per_second"] > 0 and 0 < r["train_mfu"] < 1 for r in results)
-    for key in ("train_loss", "eval_loss"):
-        assert [r[key] for r in results] == pytest.approx([results[0][key]] * 3, abs=1e-4)
 
 
 def run_in_process(arguments, monkeypatch=None):
@@ -311,6 +287,8 @@ def other_architecture(tmp_path_factory):
         ({"per_device_train_batch_size": 0}, r"--per_device_train_batch_size \(0\) must be at least 1"),
         ({"max_eval_samples": 0}, r"--max_eval_samples \(0\) must be at least 1"),
         ({"preprocessing_num_workers": 0}, r"--preprocessing_num_workers \(0\) must be at least 1"),
+        ({"train_sampling_strategy": "group_by_length"}, r"--train_sampling_strategy \(group_by_length\) must be"),
+        ({"max_train_samples": 23, "gradient_accumulation_steps": 3}, "are 23 sequences, fewer than .* batch of 24 "),
         ({"report_to": "no_such_tracker"}, "no_such_tracker"),
         ({"do_predict": "true"}, "pretraining has nothing to predict"),
         ({"resume_from_checkpoint": "/no/such"}, "--resume_from_checkpoint /no/such: no complete checkpoint"),

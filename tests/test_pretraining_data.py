@@ -15,8 +15,7 @@ import torch
 from datasets import Dataset
 
 from fnl_hf import UserInputError
-from fnl_hf.data.corpus import embedded_corpus, load_corpus, load_text_file
-from fnl_hf.data.masking import MaskedLMDataset, hashed_words, mask_tokens
+from fnl_hf.data.corpus import embedded_corpus, load_corpus, load_text_files
 from fnl_hf.data.tokenizer import pack_documents, train_tokenizer, unigram_entropy
 from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
 
@@ -54,17 +53,17 @@ def test_every_file_type_gives_the_same_documents(tmp_path, documents, name):
         documents.to_csv(path)
     else:
         documents.to_parquet(path)
-    assert load_text_file(str(path), cache_dir=str(tmp_path))["text"][:] == TEXTS
+    assert load_text_files([str(path)], cache_dir=str(tmp_path))["text"][:] == TEXTS
 
 
 def test_text_column_and_split(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"body": t, "text": 5}) + "\n" for t in TEXTS), encoding="utf-8")
-    kwargs = {"train_file": str(path), "text_column_name": "body", "cache_dir": str(tmp_path)}
+    kwargs = {"train_file": [str(path)], "text_column_name": "body", "cache_dir": str(tmp_path)}
     corpus = load_corpus(validation_split_percentage=20, **kwargs)
     assert (len(corpus["train"]), len(corpus["validation"])) == (17, 4)
     assert sorted([*corpus["train"]["text"], *corpus["validation"]["text"]]) == sorted(TEXTS)
-    assert load_corpus(validation_file=str(path), **kwargs)["validation"]["text"][:] == TEXTS
+    assert load_corpus(validation_file=[str(path)], **kwargs)["validation"]["text"][:] == TEXTS
 
 
 def test_hub_data_set_from_a_local_folder(tmp_path):
@@ -88,12 +87,11 @@ BAD_FILES = {
     "missing.txt": (None, "no such file"),
     "empty.txt": (b"", "the file is empty"),
     "blank.txt": (b"\n  \n", "no text"),
-    "bytes.txt": (b"fine\nbad \xff byte\n", "not UTF-8 text"),
-    "bytes.jsonl": (b'{"text": "bad \xff"}\n', "not UTF-8 text"),
-    "torn.jsonl": (b'{"text": "a"}\n{"text": \n', "cannot be read as json"),
-    "lacking.jsonl": (b'{"text": "a"}\n{"title": "b"}\n', "1 of 2 records have no 'text', first record 2"),
+    "bytes.jsonl": (b'{"text": "bad \xff"}\n', "no text, all records are broken: not UTF-8"),
+    "torn.json": (b'[{"text": "a"}, {"te', "cannot be read as array: Unterminated string"),
     "column.jsonl": (b'{"title": "b"}\n', r"no column 'text', only \['title'\]: set --text_column_name"),
-    "numbers.csv": (b"text\n1\n2\n", "column 'text' holds int64, not text"),
+    "column.csv": (b"title\nb\n", r"no column 'text', only \['title'\]: set --text_column_name"),
+    "numbers.jsonl": (b'{"text": 1}\n{"text": 2}\n', "no text, all records are broken: 'text' is int, not text"),
     "zip.txt.gz": (b"not gzip", "cannot be read as text"),
     "table.parquet": (b"not parquet", "cannot be read as parquet"),
     "corpus.pdf": (b"%PDF", "unknown file type"),
@@ -106,12 +104,12 @@ def test_bad_files_are_refused(tmp_path, name):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserInputError, match=f"{name}: {message}"):
-        load_text_file(str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        load_text_files([str(tmp_path / name)], cache_dir=str(tmp_path / "cache"))
 
 
 def test_bad_corpus_arguments_are_refused(tmp_path):
     (tmp_path / "one.txt").write_text("a single document\n")
-    one = str(tmp_path / "one.txt")
+    one = [str(tmp_path / "one.txt")]
     with pytest.raises(UserInputError, match="1 documents, too few to hold out"):
         load_corpus(train_file=one, cache_dir=str(tmp_path))
     with pytest.raises(UserInputError, match="not both"):
@@ -167,58 +165,6 @@ def test_tokenizer_training_is_reproducible_in_other_processes(documents, tokeni
         assert json.loads(result.stdout.splitlines()[-1]) == tokenizer.get_vocab()
     assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
     assert tokenizer.tokenize("the lazy dogx") == ["the", "lazy", "dog", "##x"]
-
-
-# ---- masking ----
-
-
-def test_masks_are_a_pure_function_of_seed_epoch_and_sample(documents, tokenizer):
-    def dataset(seed=3):
-        return MaskedLMDataset(pack_documents(documents, tokenizer, 13), tokenizer, 0.15, seed)
-
-    first, second = dataset(), dataset()
-    together = first.__getitems__([4, 0, 2])
-    alone = second[2]
-    assert torch.equal(together["input_ids"][2], alone["input_ids"])
-    assert torch.equal(together["labels"][2], alone["labels"])
-    everything = list(range(len(first)))
-    labels = first.__getitems__(everything)["labels"]
-    first.set_epoch(1)
-    assert not torch.equal(first.__getitems__(everything)["labels"], labels), "another epoch, other masks"
-    assert not torch.equal(dataset(seed=4).__getitems__(everything)["labels"], labels), "another seed, other masks"
-    held_out = MaskedLMDataset(pack_documents(documents, tokenizer, 13), tokenizer, 0.15, 3, dynamic=False)
-    held_out.set_epoch(1)
-    assert torch.equal(held_out.__getitems__(everything)["labels"], labels), "held-out masks stay"
-    first.set_epoch(0)
-    assert torch.equal(first.__getitems__(everything)["labels"], labels)
-
-
-def test_masking_follows_80_10_10_and_spares_special_tokens():
-    vocabulary, count = 1000, 400_000
-    ids = np.random.default_rng(0).integers(0, vocabulary, (count // 100, 100))
-    maskable = np.ones(vocabulary, dtype=bool)
-    maskable[:5] = False
-    words = hashed_words(7, 0, np.arange(len(ids)), 100)
-    inputs, labels = mask_tokens(ids, words, maskable, 0.2, mask_token_id=4)
-    chosen = labels != -100
-    assert not chosen[ids < 5].any()
-    assert np.array_equal(labels[chosen], ids[chosen]) and np.array_equal(inputs[~chosen], ids[~chosen])
-    assert chosen[ids >= 5].mean() == pytest.approx(0.2, abs=0.003)
-    masked, kept = (inputs == 4)[chosen].mean(), (inputs == ids)[chosen].mean()
-    assert masked == pytest.approx(0.8 + 0.1 / vocabulary, abs=0.005)
-    assert kept == pytest.approx(0.1 + 0.1 / vocabulary, abs=0.005)
-    random = inputs[chosen & (inputs != ids) & (inputs != 4)]
-    counts = np.bincount(random, minlength=vocabulary)
-    assert counts.std() / counts.mean() < 0.5, "random tokens come from the whole vocabulary"
-    # Neighbouring positions and samples are independent.
-    assert np.corrcoef(chosen[:, :-1].ravel(), chosen[:, 1:].ravel())[0, 1] == pytest.approx(0, abs=0.01)
-    assert np.corrcoef(chosen[:-1].ravel(), chosen[1:].ravel())[0, 1] == pytest.approx(0, abs=0.01)
-
-
-@pytest.mark.parametrize("probability", [0.0, 1.0, -0.1, float("nan")])
-def test_bad_masking_rates_are_refused(documents, tokenizer, probability):
-    with pytest.raises(UserInputError, match=r"--mlm_probability"):
-        MaskedLMDataset(documents, tokenizer, probability, 0)
 
 
 # ---- held-out metrics ----

@@ -3,19 +3,35 @@
 import ast
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from transformers.utils import logging
 
+from fnl_hf.data.arrow_cache import cached_dataset
+from fnl_hf.data.readers import (
+    LINES,
+    RECORD_FEATURES,
+    Piece,
+    cut_files,
+    found_columns,
+    hash_files,
+    no_column,
+    read_tables,
+)
 from fnl_hf.errors import UserInputError
 
-BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst", ".lz4")
+logger = logging.get_logger(__name__)
+
+RECORDS_VERSION = 1  # raise it when the same files give other records, so that what an older version cached is not used
 # The held-out documents do not depend on the training seed, so that runs with different seeds can be compared.
 SPLIT_SEED = 0
 
@@ -23,32 +39,40 @@ SPLIT_SEED = 0
 def load_corpus(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
-    train_file: str | None = None,
-    validation_file: str | None = None,
+    train_file: Sequence[str] | None = None,
+    validation_file: Sequence[str] | None = None,
     validation_split_percentage: float = 5.0,
     text_column_name: str = "text",
     cache_dir: str | None = None,
+    strict: bool = False,
+    num_proc: int | None = None,
 ) -> DatasetDict:
     """Documents as a ``DatasetDict`` with splits "train" and "validation" and one string column "text".
 
-    Without a dataset name and a file: the embedded corpus. Without a validation split or file,
+    Without a dataset name and files: the embedded corpus. Without a validation split or files,
     ``validation_split_percentage`` of the documents, drawn at random, are held out.
 
+    Args:
+        strict: refuse broken records; otherwise they are left out and counted in a warning.
+        num_proc: processes that read files; the documents do not depend on it.
+
     Raises:
-        UserInputError: a missing, empty or unreadable file, a record without text, too few documents to split.
+        UserInputError: a missing, empty or unreadable file, no text, too few documents to split.
     """
     if dataset_name is not None and train_file is not None:
-        raise UserInputError(f"give --dataset_name ({dataset_name}) or --train_file ({train_file}), not both")
+        raise UserInputError(
+            f"give --dataset_name ({dataset_name}) or --train_file ({', '.join(train_file)}), not both"
+        )
     if validation_file is not None and train_file is None:
-        raise UserInputError(f"--validation_file ({validation_file}) needs --train_file")
+        raise UserInputError(f"--validation_file ({', '.join(validation_file)}) needs --train_file")
     if dataset_name is not None:
-        splits = _load_hub(dataset_name, dataset_config_name, text_column_name, cache_dir)
+        splits = _load_hub(dataset_name, dataset_config_name, text_column_name, cache_dir, strict)
     elif train_file is not None:
         files = {"train": train_file, "validation": validation_file}
         splits = {
-            split: load_text_file(file, text_column_name, cache_dir)
-            for split, file in files.items()
-            if file is not None
+            split: load_text_files(names, text_column_name, cache_dir, strict, num_proc)
+            for split, names in files.items()
+            if names is not None
         }
     else:
         splits = {"train": embedded_corpus()}
@@ -78,11 +102,83 @@ def _hold_out(documents: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
         raise UserInputError(
             f"the corpus has {len(documents)} documents, too few to hold out {percentage}%: give a --validation_file"
         )
-    split = documents.train_test_split(test_size=held_out, seed=SPLIT_SEED)
-    return split["train"], split["test"]
+    chosen = np.zeros(len(documents), dtype=bool)
+    chosen[np.random.default_rng(SPLIT_SEED).permutation(len(documents))[:held_out]] = True
+    # In the order of the corpus, so that it is read from end to end.
+    return documents.select(np.flatnonzero(~chosen)), documents.select(np.flatnonzero(chosen))
 
 
-def _load_hub(name: str, config: str | None, text_column: str, cache_dir: str | None) -> dict[str, Dataset]:
+def load_text_files(
+    files: Sequence[str],
+    text_column: str = "text",
+    cache_dir: str | None = None,
+    strict: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Text, JSON, CSV and Parquet files, compressed or not, as documents with a column "text", in order.
+
+    A line of a text file is a document; blank records are dropped. What has been read once is read from the cache as
+    long as the contents of the files are the same.
+
+    Raises:
+        UserInputError: see :func:`load_corpus`.
+    """
+    pieces = cut_files(files, text_column)
+    where_cut = [(piece.format, piece.file, piece.start, piece.stop) for piece in pieces]
+    fingerprint = Hasher.hash((RECORDS_VERSION, hash_files(files), where_cut, text_column))
+    records = cached_dataset(
+        "documents", read_tables, pieces, {}, RECORD_FEATURES, fingerprint, cache_dir=cache_dir, num_proc=num_proc
+    )
+    owners = records.data.column("file").to_numpy()
+    for index, file in enumerate(files):
+        rows = records.data.slice(*_span(owners, index))
+        _report_faults(file, rows.column("text"), rows.column("fault"), _unit(pieces, index), strict)
+        if rows.column("text").null_count == len(rows):
+            raise _no_text(file, rows.column("fault"), [piece for piece in pieces if piece.file == index])
+    return _with_text(records.select_columns("text"))
+
+
+def _span(owners: np.ndarray, index: int) -> tuple[int, int]:
+    start, stop = np.searchsorted(owners, [index, index + 1])
+    return int(start), int(stop - start)
+
+
+def _unit(pieces: list[Piece], index: int) -> str:
+    return "line" if next((p.format in LINES for p in pieces if p.file == index), False) else "record"
+
+
+def _with_text(documents: Dataset) -> Dataset:
+    valid = documents.data.column("text").is_valid().to_numpy()
+    return documents if valid.all() else documents.select(np.flatnonzero(valid))
+
+
+def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, unit: str, strict: bool) -> None:
+    """Count the broken records in one warning, or refuse them."""
+    broken = np.flatnonzero(faults.is_valid().to_numpy())
+    if len(broken) == 0:
+        return
+    kinds = faults.take(broken).to_pylist()
+    counts = Counter(kinds)
+    listed = ", ".join(
+        f"{count} {kind} (first: {unit} {broken[kinds.index(kind)] + 1})" for kind, count in counts.most_common()
+    )
+    records = len(broken) + len(texts) - texts.null_count
+    message = f"{where}: {len(broken)} of {records} {unit}s are broken"
+    if strict:
+        raise UserInputError(f"{message}: {listed}; --strict refuses them")
+    logger.warning(f"{message} and left out: {listed}; --strict refuses them")
+
+
+def _no_text(file: str, faults: pa.ChunkedArray, pieces: list[Piece]) -> UserInputError:
+    kinds = pc.unique(faults.drop_null()).to_pylist()
+    if pieces and kinds == [f"no {pieces[0].column!r}"] and pieces[0].format in ("json", "array"):
+        columns = found_columns(pieces[0])
+        if pieces[0].column not in columns:
+            return no_column(file, pieces[0].column, columns)
+    return UserInputError(f"{file}: no text" + (f", all records are broken: {', '.join(kinds)}" if kinds else ""))
+
+
+def _load_hub(name: str, config: str | None, column: str, cache_dir: str | None, strict: bool) -> dict[str, Dataset]:
     try:
         loaded = datasets.load_dataset(name, config, cache_dir=cache_dir)
     except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration
@@ -90,44 +186,10 @@ def _load_hub(name: str, config: str | None, text_column: str, cache_dir: str | 
     if "train" not in loaded:
         raise UserInputError(f"--dataset_name {name} has no split 'train', only {sorted(loaded)}")
     return {
-        split: _text_only(loaded[split], text_column, f"--dataset_name {name}, split {split}")
+        split: _text_only(loaded[split], column, f"--dataset_name {name}, split {split}", strict)
         for split in ("train", "validation")
         if split in loaded
     }
-
-
-def load_text_file(file: str, text_column: str = "text", cache_dir: str | None = None) -> Dataset:
-    """One text, JSON, CSV or Parquet file, compressed or not, as documents with a column "text".
-
-    A line of a text file is a document; empty ones are dropped.
-    """
-    path = Path(file)
-    builder = builder_of(path)
-    if not path.is_file():
-        raise UserInputError(f"{file}: no such file")
-    if path.stat().st_size == 0:
-        raise UserInputError(f"{file}: the file is empty")
-    try:
-        documents = datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=cache_dir)
-    except (OSError, ValueError, DatasetGenerationError, EOFError) as error:  # Arrow's and the codecs' errors are these
-        cause = _root_cause(error)
-        if isinstance(cause, UnicodeDecodeError):
-            raise UserInputError(f"{file}: not UTF-8 text: {cause}") from error
-        raise UserInputError(f"{file}: cannot be read as {builder}: {cause}") from error
-    return _text_only(documents, text_column, file, empty_is_none=builder == "csv")
-
-
-def builder_of(path: Path) -> str:
-    """The ``datasets`` builder for a file name, compression suffix aside."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    if not suffixes or suffixes[-1] not in BUILDERS:
-        raise UserInputError(
-            f"{path}: unknown file type, must be one of {', '.join(BUILDERS)}, "
-            f"plain or compressed ({', '.join(COMPRESSIONS)})"
-        )
-    return BUILDERS[suffixes[-1]]
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -138,28 +200,24 @@ def _root_cause(error: BaseException) -> BaseException:
     return seen
 
 
-def _text_only(documents: Dataset, text_column: str, where: str, empty_is_none: bool = False) -> Dataset:
+def _text_only(documents: Dataset, text_column: str, where: str, strict: bool) -> Dataset:
     if text_column not in documents.column_names:
-        raise UserInputError(
-            f"{where}: no column {text_column!r}, only {documents.column_names}: set --text_column_name"
-        )
+        raise no_column(where, text_column, documents.column_names)
     documents = documents.select_columns(text_column)
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
     dtype = getattr(documents.features["text"], "dtype", None)
     if dtype not in ("string", "large_string"):
         raise UserInputError(f"{where}: column {text_column!r} holds {dtype or documents.features['text']}, not text")
-    missing = np.flatnonzero(documents.data.column("text").is_null().to_numpy())
-    if len(missing) and not empty_is_none:
-        raise UserInputError(
-            f"{where}: {len(missing)} of {len(documents)} records have no {text_column!r}, "
-            f"first record {missing[0] + 1}"
-        )
+    texts = documents.data.column("text")
     try:
-        for chunk in documents.data.column("text").chunks:  # Arrow's JSON reader takes any bytes for text
+        for chunk in texts.chunks:  # Arrow's JSON reader takes any bytes for text
             chunk.validate(full=True)
     except pa.ArrowInvalid as error:
         raise UserInputError(f"{where}: not UTF-8 text: {error}") from error
+    fault = pa.array([f"no {text_column!r}"])
+    faults = fault.take(pa.array(np.zeros(len(texts), dtype=np.int8), mask=texts.is_valid().to_numpy()))
+    _report_faults(where, texts, pa.chunked_array([faults]), "record", strict)
     documents = documents.filter(_has_text, batched=True)
     if len(documents) == 0:
         raise UserInputError(f"{where}: no text")

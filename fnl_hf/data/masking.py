@@ -2,6 +2,11 @@
 
 Masks drawn from a global generator depend on workers, processes and the moment of a resume. Here each token's draw is
 a hash of (seed, epoch, sample, position), so that a mask is the same wherever and whenever it is made.
+
+Every sequence has the same number of masked positions, its share of the tokens rounded (Devlin et al. 2019 do so, too):
+the heads then have one shape in every step, as compiled models need it.
+
+Shapes: B sequences, S tokens, K masked positions, V vocabulary.
 """
 
 import numpy as np
@@ -12,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from fnl_hf.errors import UserInputError
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stay as they are (Devlin et al. 2019)
+IGNORED = -100  # what cross-entropy leaves out
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_POSITION = np.uint64(0xFFFF)  # the bits of a key that hold it
+_LAST = np.uint64(2**64 - 1)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -30,28 +38,159 @@ def hashed_words(seed: int, epoch: int, samples: np.ndarray, length: int) -> np.
         return _mix(rows[:, None] + np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN)
 
 
-def mask_tokens(
-    input_ids: np.ndarray, words: np.ndarray, maskable: np.ndarray, mlm_probability: float, mask_token_id: int
+def masked_count(length: int, mlm_probability: float) -> int:
+    """K, the positions to predict in a sequence of ``length`` tokens: at least one."""
+    return max(1, round(length * mlm_probability))
+
+
+def choose_positions(
+    words: np.ndarray, maskable: np.ndarray, mlm_probability: float, word_starts: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """80% [MASK], 10% a random token, 10% unchanged, of a share ``mlm_probability`` of the tokens that may be masked.
+    """The positions to mask: of each row's maskable tokens the share ``mlm_probability``, rounded, drawn at random.
 
     Args:
-        input_ids: (B, S) token ids.
-        words: (B, S) random 64-bit words; disjoint bits of one word decide the three questions.
-        maskable: (V,) which ids may be chosen.
+        words: (B, S) random 64-bit words.
+        maskable: (B, S) which tokens may be chosen.
+        word_starts: (B, S) where the word of each token begins, to mask whole words: they are taken in random order
+            while they fit into the row's share. A first word that does not fit is masked in part.
 
     Returns:
-        inputs and labels, (B, S) int64; labels are -100 where nothing is to be predicted.
+        positions (B, K), ascending, and which of them are meant (B, K); the others fill the row and are 0.
     """
-    ids = input_ids.astype(np.int64)
-    choice = (words >> np.uint64(40)).astype(np.float64) / 2**24
-    kind = ((words >> np.uint64(24)) & np.uint64(0xFFFF)).astype(np.float64) / 2**16
-    chosen = (choice < mlm_probability) & maskable[ids]
-    labels = np.where(chosen, ids, -100)
-    random_ids = ((words & np.uint64(0xFFFFFF)) * np.uint64(len(maskable)) >> np.uint64(24)).astype(np.int64)
-    inputs = np.where(chosen & (kind < MASK_SHARE), mask_token_id, ids)
-    inputs = np.where(chosen & (kind >= MASK_SHARE) & (kind < MASK_SHARE + RANDOM_SHARE), random_ids, inputs)
-    return inputs, labels
+    length = words.shape[1]
+    draws = words if word_starts is None else np.take_along_axis(words, word_starts, axis=1)
+    # The position in the low bits: no two keys are equal, the tokens of a word stay together, and the keys in order
+    # are the positions in order.
+    keys = np.where(maskable, (draws & ~_POSITION) | np.arange(length, dtype=np.uint64), _LAST)
+    most = masked_count(length, mlm_probability)
+    if most + 1 < length:
+        keys = np.partition(keys, most, axis=1)[:, : most + 1]
+    order = (np.sort(keys, axis=1) & _POSITION).astype(np.int64)
+    available = maskable.sum(axis=1)
+    wanted = np.minimum(np.maximum(np.rint(available * mlm_probability).astype(np.int64), 1), available)
+    if word_starts is not None:
+        starts = np.take_along_axis(word_starts, np.minimum(order, length - 1), axis=1)
+        starts = np.pad(starts, ((0, 0), (0, most + 1 - starts.shape[1])), constant_values=-1)
+        wanted = _whole_words(starts, wanted, available)
+    meant = np.arange(most) < wanted[:, None]
+    positions = np.sort(np.where(meant, order[:, :most], length), axis=1)
+    meant = positions < length
+    return np.where(meant, positions, 0), meant
+
+
+def _whole_words(starts: np.ndarray, wanted: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """How many of the tokens in random order (their words' starts: (B, K + 1)) make whole words within ``wanted``."""
+    count = np.arange(1, starts.shape[1])
+    word_ends = (starts[:, 1:] != starts[:, :-1]) | (count == available[:, None])
+    fitting = np.where(word_ends & (count <= wanted[:, None]), count, 0).max(axis=1)
+    return np.where(fitting > 0, fitting, wanted)
+
+
+def corrupt(
+    input_ids: np.ndarray, positions: np.ndarray, meant: np.ndarray, words: np.ndarray, vocab_size: int, mask_id: int
+) -> np.ndarray:
+    """A copy of ``input_ids`` (B, S) with [MASK] at 80% of the positions, a random token at 10%; 10% stay.
+
+    Args:
+        positions, meant: (B, K), from :func:`choose_positions`.
+        words: (B, S), those that chose the positions: bits that hardly matter there decide here.
+    """
+    rows, columns = np.nonzero(meant)
+    columns = positions[rows, columns]
+    drawn = words[rows, columns]
+    kind = ((drawn >> np.uint64(24)) & np.uint64(0xFFFF)).astype(np.float64) / 2**16
+    random_ids = ((drawn & np.uint64(0xFFFFFF)) * np.uint64(vocab_size) >> np.uint64(24)).astype(np.int64)
+    new = np.where(kind < MASK_SHARE + RANDOM_SHARE, random_ids, input_ids[rows, columns])
+    corrupted = input_ids.copy()
+    corrupted[rows, columns] = np.where(kind < MASK_SHARE, mask_id, new)
+    return corrupted
+
+
+def continuation_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """(V,) which tokens go on with a word: WordPiece's "##".
+
+    Raises:
+        UserInputError: the tokenizer has none, so that it is not WordPiece.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    continues = np.array([piece is not None and piece.startswith("##") for piece in pieces])
+    if not continues.any():
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise UserInputError(f"--whole_word_mask needs a WordPiece tokenizer: that of {name} has no piece '##...'")
+    return continues
+
+
+class MaskingTransform:
+    """From rows of token ids to the inputs of a masked language model, as torch tensors.
+
+    Args:
+        mlm_probability: share of the tokens to predict, above 0 and below 1.
+        seed: masks are a function of (seed, epoch, sample index, position).
+        whole_word_mask: choose words of WordPiece, not single tokens.
+        sparse: give ``masked_positions`` and labels (B, K) instead of labels (B, S).
+        documents: keep attention within documents: "mask" gives ``document_ids`` and ``position_ids`` that begin
+            anew in each, "varlen" the latter and the ``cu_seq_lens`` that FlashAttention takes. A document ends with
+            [SEP]. None: attention across documents.
+
+    Raises:
+        UserInputError: a probability out of bounds, or whole words without WordPiece.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mlm_probability: float,
+        seed: int,
+        whole_word_mask: bool = False,
+        sparse: bool = True,
+        documents: str | None = None,
+    ):
+        if not 0.0 < mlm_probability < 1.0:
+            raise UserInputError(f"--mlm_probability ({mlm_probability}) must be above 0 and below 1")
+        self.mlm_probability, self.seed, self.sparse, self.documents = mlm_probability, seed, sparse, documents
+        self.mask_token_id, self.sep_token_id = tokenizer.mask_token_id, tokenizer.sep_token_id
+        self.maskable = np.ones(len(tokenizer), dtype=bool)
+        self.maskable[tokenizer.all_special_ids] = False
+        self.continues = continuation_ids(tokenizer) if whole_word_mask else None
+
+    def __call__(self, input_ids: np.ndarray, samples: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor | int]:
+        """Inputs of the model for rows (B, S) of token ids with these sample indices (B,)."""
+        ids = input_ids.astype(np.int64)
+        words = hashed_words(self.seed, epoch, samples, ids.shape[1])
+        starts = None if self.continues is None else _word_starts(self.continues[ids])
+        positions, meant = choose_positions(words, self.maskable[ids], self.mlm_probability, starts)
+        labels = np.where(meant, np.take_along_axis(ids, positions, axis=1), IGNORED)
+        inputs: dict[str, np.ndarray | int]
+        inputs = {"input_ids": corrupt(ids, positions, meant, words, len(self.maskable), self.mask_token_id)}
+        if self.sparse:
+            inputs |= {"labels": labels, "masked_positions": positions}
+        else:
+            everywhere = np.full_like(ids, IGNORED)
+            everywhere[np.nonzero(meant)[0], positions[meant]] = labels[meant]
+            inputs["labels"] = everywhere
+        if self.documents is not None:
+            inputs |= document_inputs(ids == self.sep_token_id, varlen=self.documents == "varlen")
+        return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in inputs.items()}
+
+
+def _word_starts(continues: np.ndarray) -> np.ndarray:
+    """(B, S) the position at which the word of each token begins."""
+    positions = np.arange(continues.shape[1])
+    return np.maximum.accumulate(np.where(continues, 0, positions), axis=1)
+
+
+def document_inputs(ends: np.ndarray, varlen: bool) -> dict[str, np.ndarray | int]:
+    """What keeps attention within documents, from where they end (B, S): see :class:`MaskingTransform`."""
+    begins = np.ones_like(ends)
+    begins[:, 1:] = ends[:, :-1]
+    positions = np.arange(ends.shape[1])
+    position_ids = positions - np.maximum.accumulate(np.where(begins, positions, 0), axis=1)
+    if not varlen:
+        return {"position_ids": position_ids, "document_ids": np.cumsum(begins, axis=1)}
+    bounds = np.append(np.flatnonzero(begins), ends.size).astype(np.int32)
+    longest = int(np.diff(bounds).max())
+    lengths: dict[str, np.ndarray | int] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    return {"position_ids": position_ids, **lengths, "max_length_q": longest, "max_length_k": longest}
 
 
 class MaskedLMDataset(torch.utils.data.Dataset):
@@ -61,28 +200,14 @@ class MaskedLMDataset(torch.utils.data.Dataset):
 
     Args:
         sequences: a dataset with a column "input_ids" of fixed length.
-        mlm_probability: share of the tokens to predict, above 0 and below 1.
-        seed: masks are a function of (seed, epoch, sample index, position).
+        transform: masks them.
         dynamic: False keeps the masks of epoch 0, for evaluation.
     """
 
-    def __init__(
-        self,
-        sequences: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        mlm_probability: float,
-        seed: int,
-        dynamic: bool = True,
-    ):
-        if not 0.0 < mlm_probability < 1.0:
-            raise UserInputError(f"--mlm_probability ({mlm_probability}) must be above 0 and below 1")
+    def __init__(self, sequences: Dataset, transform: MaskingTransform, dynamic: bool = True):
         self.sequences = sequences.with_format("numpy")
-        self.mlm_probability = mlm_probability
-        self.seed = seed
+        self.transform = transform
         self.dynamic = dynamic
-        self.mask_token_id = tokenizer.mask_token_id
-        self.maskable = np.ones(len(tokenizer), dtype=bool)
-        self.maskable[tokenizer.all_special_ids] = False
         # In shared memory, so that workers that outlive an epoch see it change.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -93,14 +218,8 @@ class MaskedLMDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        ids = self.sequences[indices]["input_ids"]
-        words = hashed_words(self.seed, int(self.epoch), np.asarray(indices), ids.shape[1])
-        inputs, labels = mask_tokens(ids, words, self.maskable, self.mlm_probability, self.mask_token_id)
-        return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor | int]:
+        return self.transform(self.sequences[indices]["input_ids"], np.asarray(indices), int(self.epoch))
 
 
 def collate_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ BOUNDS = {
     "adam_epsilon": (0.0, float("inf")),
     "max_grad_norm": (0.0, float("inf")),
     "seed": (0, 2**32),
+    "data_seed": (0, 2**32),
     "per_device_train_batch_size": (1, float("inf")),
     "per_device_eval_batch_size": (1, float("inf")),
     "gradient_accumulation_steps": (1, float("inf")),

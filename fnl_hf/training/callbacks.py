@@ -8,6 +8,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from fnl_hf.diagnostics import diagnose_products
 from fnl_hf.products import find_products
+from fnl_hf.training.sampling import sampler_of
 
 NORM_PREFIX = "norms/"
 NOT_PRINTED = ("grad_norm", "data_wait", "peak_memory_gb", "epoch")  # beside the loss: for plots and trackers
@@ -67,12 +68,14 @@ def _learning_rate(optimizer) -> float:
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training data its epoch. On several processes Accelerate stops at the sampler and does not."""
+    """Tells the training data and their sampler the epoch. On several processes Accelerate does not reach the data,
+    nor, in an epoch that is resumed in its middle, the sampler."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        set_epoch = getattr(train_dataloader.dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(int(state.epoch + 1e-6))
+        for part in (train_dataloader.dataset, sampler_of(train_dataloader)):
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(int(state.epoch + 1e-6))
 
 
 class ReadableProgressCallback(ProgressCallback):

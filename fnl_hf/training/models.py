@@ -87,7 +87,8 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
     for key in ("attention_embedding_size", "attention_init"):
         if getattr(model_args, key) is not None:
             entries[key] = getattr(model_args, key)
-    entries |= {"sparse_prediction": model_args.sparse_prediction, "pad_token_id": tokenizer.pad_token_id}
+    sparse_last_layer = model_args.sparse_prediction and model_args.sparse_last_layer
+    entries |= {"sparse_last_layer": sparse_last_layer, "pad_token_id": tokenizer.pad_token_id}
     config = make_config(entries)
     _validate_sizes(config, tokenizer, max_seq_length, config.max_position_embeddings)
     return config
@@ -109,12 +110,16 @@ def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
     return make_config(config.to_dict())
 
 
-def build_pretraining_model(name_or_path: str | None, config: FnlBertConfig) -> FnlBertForMaskedLM:
+def build_pretraining_model(model_args, config: FnlBertConfig) -> FnlBertForMaskedLM:
     """A new model, or one that goes on from a checkpoint of the same shapes; in float32."""
+    name_or_path = model_args.model_name_or_path
     with _as_user_input(name_or_path or "this configuration"):
         if name_or_path is None:
+            config._attn_implementation = model_args.attn_implementation
             return FnlBertForMaskedLM(config)
-        return FnlBertForMaskedLM.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+        return FnlBertForMaskedLM.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, attn_implementation=model_args.attn_implementation
+        )
 
 
 def build_question_answering_model(

@@ -38,6 +38,8 @@ TRAINING_ARGUMENTS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "seed",
+    "data_seed",
+    "train_sampling_strategy",
     "bf16",
     "fp16",
 )

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from fnl_hf.errors import UserInputError
 from fnl_hf.training.callbacks import add_fnl_callbacks
 from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
+from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.optimizers import build_optimizer
 from fnl_hf.training.provenance import copy_provenance
 from fnl_hf.training.throughput import ThroughputMeter
@@ -35,6 +36,9 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
             "(fsdp_version: 2 in Accelerate's configuration)"
         )
     add_fnl_callbacks(trainer)
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
+        warn_of_idle_cores()
     return trainer
 
 

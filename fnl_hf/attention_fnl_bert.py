@@ -1,0 +1,136 @@
+# Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
+"""The layers of FNL-BERT: factorized attention, within documents if asked, for the wanted positions alone if asked.
+
+This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
+
+Shapes: B batch, S sequence, K wanted positions, H heads, d hidden size, E attention embedding size, r = E/H.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertLayer,
+    BertSelfAttention,
+    eager_attention_forward,
+)
+
+from .configuration_fnl_bert import FnlBertConfig
+from .factorization import Product
+
+
+class FnlBertSelfAttention(BertSelfAttention):
+    """Self-attention of width E: query, key and value map d to E, each head has rank r = E/H and scale 1/√r."""
+
+    def __init__(self, config: FnlBertConfig, layer_idx: int | None = None):
+        super().__init__(config, is_causal=False, layer_idx=layer_idx)
+        self.attention_head_size = config.attention_rank
+        self.all_head_size = config.mha_embedding_size
+        self.scaling = self.attention_head_size**-0.5
+        self.query = nn.Linear(config.hidden_size, self.all_head_size)
+        self.key = nn.Linear(config.hidden_size, self.all_head_size)
+        self.value = nn.Linear(config.hidden_size, self.all_head_size)
+
+    def attend_from(self, rows, hidden_states, attention_mask, **kwargs):
+        """Attention of ``rows`` (B, K, d) to all ``hidden_states`` (B, S, d): (B, K, E)."""
+        query, key, value = (
+            projection(states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
+            for projection, states in ((self.query, rows), (self.key, hidden_states), (self.value, hidden_states))
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kwargs |= {"dropout": self.dropout.p if self.training else 0.0, "scaling": self.scaling}
+        context, _ = attend(self, query, key, value, attention_mask, **kwargs)
+        return context.flatten(2)
+
+
+class FnlBertLayer(BertLayer):
+    """A layer of BERT with factorized attention; the last one can leave out positions that nothing is read from."""
+
+    def __init__(self, config: FnlBertConfig, layer_idx: int):
+        super().__init__(config, layer_idx=layer_idx)
+        self.attention.self = FnlBertSelfAttention(config, layer_idx=layer_idx)
+        self.attention.output.dense = nn.Linear(config.mha_embedding_size, config.hidden_size)
+        self.is_last = layer_idx == config.num_hidden_layers - 1
+
+    def forward(self, hidden_states, attention_mask=None, *args, output_positions=None, **kwargs):
+        """As in transformers. The last layer returns (B, K, d) for ``output_positions`` (B, K): the same values as at
+        these positions of its (B, S, d), of which keys and values are still computed everywhere."""
+        if output_positions is None or not self.is_last:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        rows = take_positions(hidden_states, output_positions)
+        if attention_mask is not None:
+            attention_mask = mask_rows(attention_mask, output_positions)
+        for name in ("encoder_attention_mask", "past_key_values"):  # an encoder has none
+            kwargs.pop(name, None)
+        context = self.attention.self.attend_from(rows, hidden_states, attention_mask, **kwargs)
+        return self.feed_forward_chunk(self.attention.output(context, rows))
+
+
+def take_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, K, d): the rows of ``states`` (B, S, d) at ``positions`` (B, K). No host synchronization."""
+    starts = torch.arange(states.shape[0], device=states.device)[:, None] * states.shape[1]
+    flat = states.flatten(0, 1).index_select(0, (positions + starts).flatten())
+    return flat.unflatten(0, positions.shape)
+
+
+def mask_rows(attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, 1, K, S): the rows of a mask (B, 1, S, S) that ``positions`` (B, K) see; one row for all stays as it is.
+
+    Raises:
+        ValueError: a mask of the 2D kind that FlashAttention takes, which knows no positions.
+    """
+    if attention_mask.dim() != 4:
+        raise ValueError("sparse_last_layer with FlashAttention takes no padding: pack the sequences, or use sdpa")
+    if attention_mask.shape[2] == 1:
+        return attention_mask
+    index = positions[:, None, :, None].expand(-1, -1, -1, attention_mask.shape[3])
+    return attention_mask.expand(len(positions), -1, -1, -1).gather(2, index)
+
+
+def document_mask(
+    document_ids: torch.Tensor, attention_mask: torch.Tensor | None, implementation: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """(B, 1, S, S) mask under which a token attends to the tokens of its own document.
+
+    Args:
+        document_ids: (B, S), equal for the tokens of one document.
+        attention_mask: (B, S) padding mask, or None.
+        implementation: "sdpa" takes a boolean mask, "eager" one of ``dtype`` that is added to the scores.
+
+    Raises:
+        ValueError: another implementation. FlashAttention takes documents as ``cu_seq_lens``.
+    """
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(f"document_ids need attention 'sdpa' or 'eager', not {implementation!r}")
+    allowed = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    if attention_mask is not None:
+        allowed = allowed & attention_mask[:, None, None, :].bool()
+    if implementation == "sdpa":
+        return allowed
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def factor_pairs(model: nn.Module) -> list[Product]:
+    """Every product of the BERT attention layers in ``model``, in layer order, Q Kᵀ before V Oᵀ.
+
+    Works on FNL-BERT and stock BERT models, and on any module that contains one (DistributedDataParallel, a
+    compiled module, a user's own model).
+    """
+    pairs = []
+    for name, module in model.named_modules():
+        if not isinstance(module, BertAttention) or module.is_cross_attention:
+            continue
+        heads = module.self.num_attention_heads
+        stem = f"{name}." if name else ""
+        for kind, left, right in (("qk", "self.query", "self.key"), ("vo", "self.value", "output.dense")):
+            pairs.append(
+                Product(
+                    name=f"{stem}{kind}",
+                    kind=kind,
+                    num_heads=heads,
+                    weights=(module.get_submodule(left).weight, module.get_submodule(right).weight),
+                    weight_names=(f"{stem}{left}.weight", f"{stem}{right}.weight"),
+                )
+            )
+    return pairs

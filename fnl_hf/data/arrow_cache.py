@@ -1,0 +1,88 @@
+"""Data sets that are made once, in parallel, as memory-mapped Arrow, and reused by later runs."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, Features, SplitGenerator
+from datasets.exceptions import DatasetGenerationError
+
+from fnl_hf.errors import UserInputError
+
+
+class _Refused(DatasetGenerationError):
+    """A UserInputError on its way through ``datasets``, which wraps every other error and, between processes, loses
+    what it wraps."""
+
+
+@dataclass
+class TablesConfig(datasets.BuilderConfig):
+    make_tables: Callable[..., Iterable[pa.Table]] | None = None
+    pieces: list = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Tables(datasets.ArrowBasedBuilder):
+    """``Dataset.from_generator`` for functions that yield Arrow tables."""
+
+    BUILDER_CONFIG_CLASS = TablesConfig
+
+    def _info(self):
+        return datasets.DatasetInfo()
+
+    def _split_generators(self, dl_manager):
+        # ``datasets`` shares the one list among the processes, in contiguous parts, and keeps their order.
+        return [SplitGenerator(name=str(datasets.Split.TRAIN), gen_kwargs={"pieces": self.config.pieces})]
+
+    def _generate_tables(self, pieces):
+        try:
+            yield from enumerate(self.config.make_tables(list(pieces), **self.config.arguments))
+        except UserInputError as error:
+            raise _Refused(str(error)) from error
+
+
+def cached_dataset(
+    name: str,
+    make_tables: Callable[..., Iterable[pa.Table]],
+    pieces: list,
+    arguments: dict[str, Any],
+    features: Features,
+    fingerprint: str,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+    rows_per_batch: int = 1000,
+) -> Dataset:
+    """The rows of ``make_tables(pieces, **arguments)``, from the cache if it holds them.
+
+    The cache is ``datasets``' own: two runs started at once wait for each other, and what a killed run has written is
+    written anew.
+
+    Args:
+        pieces: the work, shared among ``num_proc`` processes; the rows must not depend on how it is shared.
+        fingerprint: decides alone whether the cache holds these rows, so it must cover all that they depend on.
+        rows_per_batch: rows in a record batch of the Arrow file.
+
+    Raises:
+        UserInputError: one raised by ``make_tables``, or the cache cannot be written.
+    """
+    builder = Tables(
+        cache_dir=cache_dir,
+        dataset_name=name,
+        config_id=fingerprint,
+        features=features,
+        writer_batch_size=rows_per_batch,
+        make_tables=make_tables,
+        pieces=pieces,
+        arguments=arguments,
+    )
+    try:
+        builder.download_and_prepare(num_proc=min(num_proc or 1, max(len(pieces), 1)))
+    except _Refused as error:
+        raise UserInputError(str(error)) from error
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserInputError(f"--cache_dir {builder.cache_dir}: cannot be written: {error.__cause__}") from error
+        raise
+    return builder.as_dataset(split="train")

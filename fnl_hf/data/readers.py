@@ -1,0 +1,335 @@
+"""Local files as records, read tolerantly: a broken record is a fault to be counted, not the end of the run."""
+
+import codecs
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from datasets import Features, Value
+from fsspec.compression import compr
+
+from fnl_hf.errors import UserInputError
+
+FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}  # fsspec's names
+LINES = ("text", "json")
+PIECE_BYTES = 2**26
+TABLE_ROWS, TABLE_CHARACTERS = 2**14, 2**24
+# ``text`` is None in a blank record and in a broken one; only the latter has a fault. Rows are the file's records or
+# lines, all of them, so that a row's position tells the user where to look.
+RECORD_FEATURES = Features({"text": Value("large_string"), "fault": Value("string"), "file": Value("int32")})
+
+Record = tuple[str | None, str | None]  # text, fault
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that is read on its own.
+
+    Attributes:
+        format: "text", "json" (objects a line), "array" (one JSON array), "csv" or "parquet".
+        file: the position of the file among those that are read together.
+        start, stop: bytes of a file of lines (the lines that begin there), row groups of a Parquet file; all of the
+            file where ``stop`` is None.
+    """
+
+    path: str
+    format: str
+    column: str
+    file: int
+    start: int = 0
+    stop: int | None = None
+
+
+def format_of(path: Path) -> str:
+    """The format by a file's name, compression suffix aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in FORMATS:
+        raise UserInputError(
+            f"{path}: unknown file type, must be one of {', '.join(FORMATS)}, "
+            f"plain or compressed ({', '.join(COMPRESSIONS)})"
+        )
+    return FORMATS[suffixes[-1]]
+
+
+def cut_files(files: Sequence[str], column: str = "text", piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """The pieces of some files, in order.
+
+    Raises:
+        UserInputError: a file is missing, empty, of unknown type, given twice, unreadable, or without the column.
+    """
+    resolved = [Path(file).resolve() for file in files]
+    for file, path in zip(files, resolved):
+        if resolved.count(path) > 1:
+            raise UserInputError(f"{file}: the file is given twice")
+    return [piece for index, file in enumerate(files) for piece in _cut_file(file, column, index, piece_bytes)]
+
+
+def _cut_file(file: str, column: str, index: int, piece_bytes: int) -> list[Piece]:
+    path = Path(file)
+    kind = format_of(path)
+    if not path.is_file():
+        raise UserInputError(f"{file}: no such file")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserInputError(f"{file}: the file is empty")
+    plain = path.suffix.lower() not in COMPRESSIONS
+    if kind == "parquet":
+        with _open_parquet(file) as table:
+            _check_parquet_column(file, table.schema_arrow, column)
+            groups = table.num_row_groups
+        bounds = [(i, i + 1) for i in range(groups)] if plain else [(0, groups)]
+        return [Piece(file, kind, column, index, *bound) for bound in bounds]
+    if kind == "json" and ".json" in [suffix.lower() for suffix in path.suffixes] and _starts_array(file):
+        kind = "array"
+    if kind in LINES and plain:
+        starts = range(0, size, piece_bytes)
+        return [Piece(file, kind, column, index, start, min(start + piece_bytes, size)) for start in starts]
+    return [Piece(file, kind, column, index)]
+
+
+def hash_files(files: Sequence[str]) -> list[str]:
+    """A checksum of the contents of each file."""
+    digests = []
+    for file in files:
+        digest = xxhash.xxh3_128()
+        with _readable(file, "a file"), open(file, "rb") as stream:
+            while block := stream.read(2**22):
+                digest.update(block)
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def read_records(piece: Piece) -> Iterator[Record]:
+    """The records of a piece as (text, fault).
+
+    Raises:
+        UserInputError: the file is torn or not of its type; what has been read by then is right.
+    """
+    readers = {"text": _texts, "json": _objects, "array": _array, "csv": _cells, "parquet": _values}
+    with _readable(piece.path, piece.format):
+        yield from readers[piece.format](piece)
+
+
+def read_tables(pieces: Sequence[Piece]) -> Iterator[pa.Table]:
+    """The records of some pieces as tables of :data:`RECORD_FEATURES`."""
+    for piece in pieces:
+        rows: list[Record] = []
+        characters = 0
+        for record in read_records(piece):
+            rows.append(record)
+            characters += len(record[0] or "")
+            if len(rows) == TABLE_ROWS or characters >= TABLE_CHARACTERS:
+                yield _table(rows, piece.file)
+                rows, characters = [], 0
+        if rows:
+            yield _table(rows, piece.file)
+
+
+def read_documents(pieces: Sequence[Piece]) -> Iterator[dict[str, str | None]]:
+    """The records of some pieces as ``datasets`` takes them from a generator; blank ones are left out."""
+    for piece in pieces:
+        for text, fault in read_records(piece):
+            if text is not None or fault is not None:
+                yield {"text": text, "fault": fault}
+
+
+def found_columns(piece: Piece, records: int = 100) -> list[str]:
+    """The columns that the first lines of a file of JSON objects, or of an array of them, have."""
+    columns: dict[str, None] = {}
+    with _readable(piece.path, piece.format):
+        values = _load_array(piece) if piece.format == "array" else _parsed_lines(piece)
+        for value, _ in zip(values, range(records)):
+            columns |= dict.fromkeys(value if isinstance(value, dict) else ())
+    return list(columns)
+
+
+def _table(rows: list[Record], file: int) -> pa.Table:
+    columns = [*map(list, zip(*rows)), [file] * len(rows)]
+    return pa.table(columns, schema=RECORD_FEATURES.arrow_schema)
+
+
+@contextlib.contextmanager
+def _readable(file: str, kind: str) -> Iterator[None]:
+    """Whatever goes wrong within is the file's fault: each codec has its own classes of errors."""
+    try:
+        yield
+    except UserInputError:
+        raise
+    except Exception as error:
+        raise UserInputError(f"{file}: cannot be read as {kind}: {error or type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def _open(file: str) -> Iterator[BinaryIO]:
+    codec = COMPRESSIONS.get(Path(file).suffix.lower())
+    if codec is not None and codec not in compr:
+        package = {"zstd": "zstandard"}.get(codec, codec)
+        raise UserInputError(f"{file}: reading it needs the package {package}: pip install {package}")
+    with open(file, "rb") as plain:
+        if codec is None:
+            yield plain
+        else:
+            with compr[codec](plain, mode="rb") as stream:
+                yield stream
+
+
+def _lines(piece: Piece) -> Iterator[bytes]:
+    with _open(piece.path) as stream:
+        position = 0
+        if piece.start:
+            stream.seek(piece.start - 1)  # a line that begins right at ``start`` is ours
+            position = piece.start - 1 + len(stream.readline())
+        while (piece.stop is None or position < piece.stop) and (line := stream.readline()):
+            yield line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
+            position += len(line)
+
+
+def _checked(value: Any, column: str) -> Record:
+    if value is None:
+        return None, f"no {column!r}"
+    if not isinstance(value, str):
+        return None, f"{column!r} is {type(value).__name__}, not text"
+    if not value or value.isspace():
+        return None, None
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a pair, "\ud800"
+        return None, "not Unicode"
+    return value, None
+
+
+def _field(value: Any, column: str) -> Record:
+    return _checked(value.get(column), column) if isinstance(value, dict) else (None, "not an object")
+
+
+def _texts(piece: Piece) -> Iterator[Record]:
+    for line in _lines(piece):
+        try:
+            yield _checked(line.decode().rstrip("\r\n"), piece.column)
+        except UnicodeDecodeError:
+            yield None, "not UTF-8"
+
+
+def _objects(piece: Piece) -> Iterator[Record]:
+    for value in _parsed_lines(piece):
+        if isinstance(value, _Broken):
+            yield None, value.fault
+        else:
+            yield _field(value, piece.column)
+
+
+@dataclass(frozen=True)
+class _Broken:
+    fault: str | None
+
+
+def _parsed_lines(piece: Piece) -> Iterator[Any]:
+    for line in _lines(piece):
+        try:
+            yield json.loads(line.decode()) if line.strip() else _Broken(None)
+        except UnicodeDecodeError:
+            yield _Broken("not UTF-8")
+        except (ValueError, RecursionError):
+            yield _Broken("not JSON")
+
+
+def _starts_array(file: str) -> bool:
+    with _readable(file, "json"), _open(file) as stream:
+        while (block := stream.read(2**12).removeprefix(codecs.BOM_UTF8)) and not block.strip():
+            pass
+        return block.lstrip().startswith(b"[")
+
+
+def _load_array(piece: Piece) -> list:
+    with _open(piece.path) as stream:
+        return json.loads(stream.read().decode("utf-8-sig"))
+
+
+def _array(piece: Piece) -> Iterator[Record]:
+    for value in _load_array(piece):
+        yield _field(value, piece.column)
+
+
+def _cells(piece: Piece) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the longest cell; the default is 128 KB
+    with (
+        _open(piece.path) as stream,
+        # What is not UTF-8 becomes lone surrogates, which mark the cell without losing the place in the file.
+        io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
+    ):
+        rows = csv.reader(text, strict=True)
+        header = next(rows)
+        if piece.column not in header:
+            raise no_column(piece.path, piece.column, header)
+        position = header.index(piece.column)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error:
+                yield None, "not CSV"
+                continue
+            yield _cell(row, position, len(header), piece.column)
+
+
+def _cell(row: list[str], position: int, columns: int, column: str) -> Record:
+    if not row:
+        return None, None
+    if len(row) > columns:
+        return None, "more cells than columns"
+    text, fault = _checked(row[position] if position < len(row) else None, column)
+    return text, "not UTF-8" if fault == "not Unicode" else fault
+
+
+def _open_parquet(file: str) -> pq.ParquetFile:
+    plain = Path(file).suffix.lower() not in COMPRESSIONS
+    with _readable(file, "parquet"):
+        if plain:
+            return pq.ParquetFile(file)
+        with _open(file) as stream:
+            return pq.ParquetFile(pa.BufferReader(stream.read()))
+
+
+def _check_parquet_column(file: str, schema: pa.Schema, column: str) -> None:
+    if column not in schema.names:
+        raise no_column(file, column, schema.names)
+    dtype = schema.field(column).type
+    dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+    if dtype not in (pa.string(), pa.large_string(), pa.null()):
+        raise UserInputError(f"{file}: column {column!r} holds {dtype}, not text")
+
+
+def _values(piece: Piece) -> Iterator[Record]:
+    with _open_parquet(piece.path) as table:
+        groups = list(range(piece.start, table.num_row_groups if piece.stop is None else piece.stop))
+        for batch in table.iter_batches(batch_size=2**10, row_groups=groups, columns=[piece.column]):
+            values = batch.column(0).cast(pa.large_string())
+            try:
+                texts = values.to_pylist()
+            except UnicodeDecodeError:
+                texts = [_decoded(value) for value in values.cast(pa.large_binary()).to_pylist()]
+            for text in texts:
+                yield (None, "not UTF-8") if isinstance(text, bytes) else _checked(text, piece.column)
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def no_column(where: str, column: str, columns: Sequence[str]) -> UserInputError:
+    return UserInputError(f"{where}: no column {column!r}, only {list(columns)}: set --text_column_name")

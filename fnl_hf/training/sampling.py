@@ -1,0 +1,62 @@
+"""The order of the training data, the same however a run is split over processes and whenever it is resumed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Sampler
+
+from fnl_hf.errors import UserInputError
+
+_BLOCK = 2**16  # indices that are Python integers at a time: an epoch of a large corpus would be gigabytes of them
+
+
+class EpochSampler(Sampler[int]):
+    """Each epoch's order is a permutation that is a function of (seed, epoch) alone, cut to whole global batches.
+
+    So each epoch has the same optimizer steps, and a step the same global batch, whatever part of it is processes,
+    accumulation and per-device batch. The cut leaves out other samples in each epoch, unless the order is sequential.
+
+    Args:
+        length: samples in the dataset.
+        global_batch: samples in one optimizer step, of all processes and accumulation steps together.
+        seed: >= 0.
+        shuffle: False for the dataset's own order.
+
+    Raises:
+        UserInputError: fewer samples than one global batch.
+    """
+
+    def __init__(self, length: int, global_batch: int, seed: int, shuffle: bool = True):
+        if length < global_batch:
+            raise UserInputError(
+                f"the training data are {length} sequences, fewer than one global batch of {global_batch} "
+                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps)"
+            )
+        self.length = length
+        self.used = length - length % global_batch
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.used
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.shuffle:
+            yield from range(self.used)
+            return
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)[: self.used]
+        for start in range(0, self.used, _BLOCK):
+            yield from order[start : start + _BLOCK].tolist()
+
+
+def sampler_of(dataloader: DataLoader) -> Sampler | None:
+    """The sampler below the batch samplers that Accelerate wraps around it to share or skip batches."""
+    batches: Any = dataloader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", None)

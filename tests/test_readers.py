@@ -1,0 +1,186 @@
+"""Reading files: faults, pieces, torn files, and what the cache serves."""
+
+import csv
+import gzip
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fnl_hf import UserInputError
+from fnl_hf.data import corpus as corpus_module
+from fnl_hf.data import readers
+from fnl_hf.data.corpus import load_corpus, load_text_files
+from fnl_hf.data.readers import cut_files, read_documents, read_records
+
+
+def load(path, tmp_path, **kwargs):
+    return load_text_files([str(path)], cache_dir=str(tmp_path / "cache"), **kwargs)["text"][:]
+
+
+@pytest.fixture
+def warnings_of(monkeypatch):
+    messages = []
+    monkeypatch.setattr(corpus_module.logger, "warning", messages.append)
+    return messages
+
+
+RECORDS = [
+    (b'{"text": "good"}', "good", None),
+    (b"", None, None),
+    (b'{"text": " \\u2003 "}', None, None),
+    (b'{"text": "torn', None, "not JSON"),
+    (b'{"text": 5}', None, "'text' is int, not text"),
+    (b'{"text": ["a"]}', None, "'text' is list, not text"),
+    (b'{"title": "none"}', None, "no 'text'"),
+    (b'{"text": null}', None, "no 'text'"),
+    (b'["text"]', None, "not an object"),
+    (b'{"text": "\xff"}', None, "not UTF-8"),
+    (b'{"text": "\\ud800"}', None, "not Unicode"),
+    (b"[" * 100_000, None, "not JSON"),
+    (b'{"text": "' + b"9" * 200_000 + b'"}', "9" * 200_000, None),
+    (b'{"text": "\\u6771\\n\\u4eac", "more": {}}\r', "東\n京", None),
+]
+
+
+def test_faults_of_json_lines(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(line for line, _, _ in RECORDS))
+    [piece] = cut_files([str(path)])
+    assert list(read_records(piece)) == [(text, fault) for _, text, fault in RECORDS]
+    assert [r["fault"] for r in read_documents([piece])] == [f for _, t, f in RECORDS if t or f]
+
+
+def test_faults_of_csv(tmp_path):
+    path = tmp_path / "corpus.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfid,text\n1,"two\nlines"\n2\n3,\n4,a,b\n5,\xff\n\n6,"x"y\n7,' + b"z" * 200_000 + b"\n"
+    )
+    [piece] = cut_files([str(path)])
+    assert list(read_records(piece)) == [
+        ("two\nlines", None), (None, "no 'text'"), (None, None), (None, "more cells than columns"), (None, "not UTF-8"),
+        (None, None), (None, "not CSV"), ("z" * 200_000, None),
+    ]  # fmt: skip
+
+
+def test_faults_of_parquet(tmp_path):
+    path = tmp_path / "corpus.parquet"
+    offsets, data = pa.py_buffer(pa.array([0, 1, 2, 2, 2], pa.int32()).buffers()[1]), pa.py_buffer(b"a\xff")
+    broken = pa.Array.from_buffers(pa.string(), 4, [pa.py_buffer(bytes([0b0111])), offsets, data])
+    pq.write_table(pa.table({"text": broken}), path, row_group_size=3)
+    pieces = cut_files([str(path)])
+    assert [list(read_records(piece)) for piece in pieces] == [
+        [("a", None), (None, "not UTF-8"), (None, None)],
+        [(None, "no 'text'")],
+    ]
+    (tmp_path / "packed.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
+    [piece] = cut_files([str(tmp_path / "packed.parquet.gz")])
+    assert list(read_records(piece)) == [r for piece in pieces for r in read_records(piece)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["", "a", "bc", "größer", "\u2028x", "d\x0ce\x85f"]), min_size=1), st.integers(1, 9))
+def test_pieces_of_any_size_hold_each_line_once(tmp_path, lines, piece_bytes):
+    """Bytes decide where a piece ends, lines which piece has them; only a newline ends a line."""
+    path = tmp_path / "corpus.txt"
+    path.write_bytes("\n".join([*lines, "end"]).encode())
+    pieces = cut_files([str(path)], piece_bytes=piece_bytes)
+    assert [text for piece in pieces for text, _ in read_records(piece)] == [line or None for line in lines] + ["end"]
+
+
+def test_broken_records_are_counted_or_refused(tmp_path, warnings_of):
+    """Also when the cache serves them, across pieces, and in the file where they are."""
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.jsonl"
+    good.write_text("one\n\ntwo\n")
+    lines = [json.dumps({"text": str(i)}) for i in range(30)]
+    lines[7:9], lines[21] = ["{", "null"], '{"texts": "x"}'
+    lines.insert(3, "")
+    bad.write_text("\n".join(lines))
+    for _ in range(2):
+        texts = load_text_files([str(good), str(bad)], cache_dir=str(tmp_path / "cache"))["text"][:]
+        assert texts == ["one", "two"] + [str(i) for i in range(30) if i not in (7, 8, 21)]
+        assert warnings_of.pop() == (
+            f"{bad}: 3 of 30 lines are broken and left out: 1 not JSON (first: line 9), 1 not an object "
+            "(first: line 10), 1 no 'text' (first: line 23); --strict refuses them"
+        )
+        assert not warnings_of
+    with pytest.raises(UserInputError, match=f"{bad}: 3 of 30 lines are broken: 1 not JSON .*--strict refuses them"):
+        load(bad, tmp_path, strict=True)
+    assert load(good, tmp_path, strict=True) == ["one", "two"]
+
+
+def test_broken_records_of_the_hub_are_counted_or_refused(tmp_path, warnings_of):
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"text": ["a", None, " ", "b", None]}).to_parquet(tmp_path / "data" / "train.parquet")
+    arguments = {"dataset_name": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache")}
+    corpus = load_corpus(validation_split_percentage=50, **arguments)
+    assert sorted([*corpus["train"]["text"], *corpus["validation"]["text"]]) == ["a", "b"]
+    assert "split train: 2 of 5 records are broken and left out: 2 no 'text' (first: record 2)" in warnings_of[0]
+    with pytest.raises(UserInputError, match="split train: 2 of 5 records are broken: 2 no 'text'"):
+        load_corpus(strict=True, **arguments)
+
+
+def test_a_torn_compressed_file_is_refused_whole(tmp_path):
+    path = tmp_path / "corpus.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(10_000)))
+    path.write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "other.txt").write_text("other\n")
+    for num_proc in (1, 2):  # an error must find its way out of another process too
+        with pytest.raises(UserInputError, match="corpus.jsonl.gz: cannot be read as json: Compressed file ended"):
+            load_text_files([str(path), str(tmp_path / "other.txt")], cache_dir=str(tmp_path / "c"), num_proc=num_proc)
+    path.write_bytes(whole)
+    assert len(load(path, tmp_path)) == 10_000, "a failed reading leaves nothing behind"
+
+
+def test_a_codec_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(readers.compr, "zstd", raising=False)
+    (tmp_path / "corpus.txt.zst").write_bytes(b"x")
+    with pytest.raises(UserInputError, match="corpus.txt.zst: reading it needs the package zstandard"):
+        load(tmp_path / "corpus.txt.zst", tmp_path)
+
+
+def test_a_changed_file_is_never_served_stale(tmp_path, monkeypatch):
+    path = tmp_path / "corpus.txt"
+    path.write_text("one\n")
+    before = path.stat()
+    assert load(path, tmp_path) == ["one"]
+    path.write_text("two\n")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert load(path, tmp_path) == ["two"]
+    (tmp_path / "moved").mkdir()
+    moved = path.rename(tmp_path / "moved" / "corpus.txt")
+    monkeypatch.setattr(readers, "_lines", None)
+    assert load(moved, tmp_path) == ["two"], "from the cache: the contents are the same"
+
+
+def test_documents_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers.cut_files, "__defaults__", ("text", 100))
+    path = tmp_path / "corpus.txt"
+    lines = [f"line {i} " + "x" * (i % 17) for i in range(70)]
+    path.write_text("\n".join(lines))
+    assert len(cut_files([str(path)])) > 5
+    for num_proc in (1, 2):
+        found = load_text_files([str(path)], cache_dir=str(tmp_path / str(num_proc)), num_proc=num_proc)
+        assert found["text"][:] == lines
+
+
+def test_several_files_keep_their_order_and_none_is_given_twice(tmp_path):
+    names = [str(tmp_path / name) for name in ("b.txt", "a.jsonl", "c.csv")]
+    (tmp_path / "b.txt").write_text("1\n2\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "3"}\n')
+    with open(names[2], "w", newline="") as file:
+        csv.writer(file).writerows([["text"], ["4"], ["5"]])
+    arguments = {"cache_dir": str(tmp_path / "cache")}
+    assert load_text_files(names, **arguments)["text"][:] == list("12345")
+    assert load_text_files(names[::-1], **arguments)["text"][:] == list("45312")
+    corpus = load_corpus(train_file=names[:2], validation_file=names[2:], **arguments)
+    assert {split: corpus[split]["text"][:] for split in corpus} == {"train": list("123"), "validation": list("45")}
+    os.symlink(names[0], tmp_path / "link.txt")
+    with pytest.raises(UserInputError, match="b.txt: the file is given twice"):
+        load_text_files([*names, str(tmp_path / "link.txt")])
