@@ -61,7 +61,7 @@ def test_every_start_is_saved_with_the_model_and_its_checkpoints(corpus, tmp_pat
     assert (first["resumed_from"], second["resumed_from"]) == (None, "checkpoint-2")
     for start in (first, second):
         assert start["world_size"] == 1 and start["versions"] == provenance()["versions"]
-        assert start["arguments"]["max_seq_length"] == 16 and start["arguments"]["train_file"] == "~/corpus.txt"
+        assert start["arguments"]["max_seq_length"] == 16 and start["arguments"]["train_file"] == ["~/corpus.txt"]
         assert start["training_arguments"]["learning_rate"] == 0.01
         assert start["command"][:4] == ["--train_file", "~/corpus.txt", "--output_dir", str(folder)]
     hidden = first["command"].index("--hub_token") + 1

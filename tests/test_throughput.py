@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertForQuestionAnswering, ElectraForMaskedLM
 
-from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FnlBertForQuestionAnswering, FnlBertForTokenClassification
+from fnl_hf import (
+    FnlBertConfig,
+    FnlBertForMaskedLM,
+    FnlBertForPreTraining,
+    FnlBertForQuestionAnswering,
+    FnlBertForTokenClassification,
+)
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.training import callbacks, throughput
 from fnl_hf.training.arguments import FnlTrainingArguments
@@ -177,7 +183,9 @@ def test_processes_add_up_and_the_slowest_counts(clock):
     "model_class, entries, target, positions",
     [
         (FnlBertForMaskedLM, {"sparse_prediction": True}, "labels", LABELLED),
-        (FnlBertForMaskedLM, {"sparse_prediction": True}, "label_positions", 7),
+        (FnlBertForMaskedLM, {"sparse_prediction": True}, "masked_positions", (7, None)),
+        (FnlBertForMaskedLM, {"sparse_prediction": True, "sparse_last_layer": True}, "masked_positions", (7, 7)),
+        (FnlBertForPreTraining, {"sparse_prediction": True, "sparse_last_layer": True}, "masked_positions", (7, 8)),
         (FnlBertForMaskedLM, {}, "labels", LENGTH),
         (BertForMaskedLM, {}, "labels", LENGTH),
         (BertForQuestionAnswering, {}, "start_positions", 0),
@@ -191,7 +199,7 @@ def test_flops_of_each_head(clock, model_class, entries, target, positions):
     ids = torch.ones(ROWS, LENGTH, dtype=torch.long)
     columns = {
         "labels": {"labels": torch.where(torch.arange(LENGTH).expand(ROWS, -1) < LABELLED, ids, -100)},
-        "label_positions": {"labels": torch.ones(ROWS, 7), "label_positions": torch.ones(ROWS, 7)},
+        "masked_positions": {"labels": torch.ones(ROWS, 7), "masked_positions": torch.ones(ROWS, 7)},
         "start_positions": {"start_positions": torch.ones(ROWS)},
     }[target]
     own = meter(model)
@@ -202,7 +210,8 @@ def test_flops_of_each_head(clock, model_class, entries, target, positions):
     if positions is None:
         assert "mfu" not in figures
     else:
-        flops = ROWS * training_flops(model.config, LENGTH, positions)
+        predicted, last_layer = positions if isinstance(positions, tuple) else (positions, None)
+        flops = ROWS * training_flops(model.config, LENGTH, predicted, last_layer)
         assert figures["mfu"] == pytest.approx(flops / (8.0 * PEAK))
 
 
