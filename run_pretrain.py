@@ -19,11 +19,12 @@ from fnl_hf.data.pretraining import ATTENTION_KERNELS, prepare_data
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
-from fnl_hf.training.model_card import model_facts, write_model_card
+from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
 from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of
 from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
+from fnl_hf.training.provenance import read_starts, record_start
 from fnl_hf.training.runs import DATA_FINGERPRINT, describe_run, plan_run, start_run, validate_data, validate_resume
 from fnl_hf.training.trainer import build_trainer, train_and_save
 
@@ -127,7 +128,8 @@ def save_results(trainer, args, data_args, metrics):
             description="A BERT with factorized attention, pretrained with masked language modelling.",
             auto_class="AutoModelForMaskedLM",
             factorized=True,
-            facts=model_facts(trainer.model, args, source),
+            facts=model_facts(trainer.model, args, source)
+            | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
             metrics=held_out,
             tags=["fill-mask"],
             plot=REPORT_FILE,
@@ -165,15 +167,15 @@ def prepare(model_args, data_args, args, plan):
 
 
 def plan(argv):
-    """The arguments of one phase, what identifies it, and what is to be done."""
+    """The arguments of one phase, its command line and description, and what is to be done."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
     description = describe_run(args, model_args, data_args)
-    return model_args, data_args, args, description, plan_run(args, description)
+    return model_args, data_args, args, argv, description, plan_run(args, description)
 
 
-def train_phase(model_args, data_args, args, description, plan):
+def train_phase(model_args, data_args, args, argv, description, plan):
     if plan.finished:
         logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
         return
@@ -199,6 +201,8 @@ def train_phase(model_args, data_args, args, description, plan):
         trainer.add_callback(OptimizerStateCallback(trainer, optimizer_checkpoint(args)))
     if args.should_save:
         start_run(args, description)
+    if args.should_save and args.do_train:
+        record_start(args, plan.checkpoint, argv, description)
 
     metrics = {}
     if args.do_train:

@@ -17,9 +17,10 @@ from fnl_hf.data.corpus import first_rows
 from fnl_hf.data.squad import FeatureMaker, load_sample, load_squad_hub, read_squad_file
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
-from fnl_hf.training.model_card import model_facts, write_model_card
+from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import build_question_answering_model
 from fnl_hf.training.plots import REPORT_FILE, plot_report
+from fnl_hf.training.provenance import read_starts, record_start
 from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
 from fnl_hf.training.squad_trainer import AnswerOptions, SquadTrainer, write_answers
 from fnl_hf.training.trainer import build_trainer, train_and_save
@@ -113,15 +114,15 @@ def save_results(trainer, args, data_args, metrics):
     """Report and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
     if args.do_train and trainer.is_world_process_zero():
         plot_report(trainer.state.log_history, Path(args.output_dir) / REPORT_FILE)
+        source = data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf"
         write_model_card(
             args.output_dir,
             title=f"{Path(args.output_dir).resolve().name} (question answering)",
             description="Fine-tuned for extractive question answering.",
             auto_class="AutoModelForQuestionAnswering",
             factorized=isinstance(trainer.model, FnlBertForQuestionAnswering),
-            facts=model_facts(
-                trainer.model, args, data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf"
-            ),
+            facts=model_facts(trainer.model, args, source)
+            | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
             metrics=metrics.get("eval", {}),
             tags=["question-answering"],
             plot=REPORT_FILE,
@@ -184,6 +185,8 @@ def run(argv):
     trainer = make_trainer(model, tokenizer, data_args, args, data)
     if args.should_save:
         start_run(args, description)
+    if args.should_save and args.do_train:
+        record_start(args, plan.checkpoint, argv, description)
 
     metrics = {}
     if args.do_train:

@@ -7,27 +7,47 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM
 
-from fnl_hf import FnlBertConfig, FnlBertForMaskedLM
+from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FnlBertForPreTraining
 from fnl_hf.training import flops
 from fnl_hf.training.flops import data_sheet_peak, device_peak_flops, training_flops
 
 
-@pytest.mark.parametrize("embedding_size", [None, 42, 15, 54])
-def test_flops_are_those_that_pytorch_counts(dimensions, embedding_size):
-    sequences, length, predicted = 5, 11, 3
-    if embedding_size is None:
-        model = BertForMaskedLM(BertConfig(**dimensions, attn_implementation="eager"))
-    else:
-        config = FnlBertConfig(**dimensions, attention_embedding_size=embedding_size, sparse_prediction=True)
-        config._attn_implementation = "eager"
-        model = FnlBertForMaskedLM(config)
+def counted(model, **inputs):
+    """What PyTorch's counter sees in a forward and a backward pass with eager attention."""
+    model.config._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    return counter.get_total_flops()
+
+
+def tokens_and_labels(sequences, length, predicted):
     ids = torch.randint(5, 53, (sequences, length))
     labels = torch.full_like(ids, -100)
     labels[:, :predicted] = ids[:, :predicted]
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, labels=labels).loss.backward()
-    positions = length if embedding_size is None else predicted  # the stock head predicts everywhere
-    assert counter.get_total_flops() == sequences * training_flops(model.config, length, positions)
+    return ids, labels
+
+
+@pytest.mark.parametrize("embedding_size", [None, 42, 15, 54])
+def test_flops_are_those_that_pytorch_counts(dimensions, embedding_size):
+    ids, labels = tokens_and_labels(5, 11, 3)
+    if embedding_size is None:
+        model = BertForMaskedLM(BertConfig(**dimensions))
+    else:
+        config = FnlBertConfig(**dimensions, attention_embedding_size=embedding_size, sparse_prediction=True)
+        model = FnlBertForMaskedLM(config)
+    positions = 11 if embedding_size is None else 3  # the stock head predicts everywhere
+    assert counted(model, input_ids=ids, labels=labels) == 5 * training_flops(model.config, 11, positions)
+
+
+def test_flops_of_a_sparse_last_layer(dimensions):
+    """FnlBertForPreTraining runs it for the first token too, and its pooler (d·d) and NSP head (2·d) there."""
+    ids, labels = tokens_and_labels(5, 11, 3)
+    inputs = {"input_ids": ids, "labels": labels[:, :3], "masked_positions": torch.arange(3).expand(5, -1)}
+    config = FnlBertConfig(**dimensions, attention_embedding_size=15, sparse_prediction=True, sparse_last_layer=True)
+    assert counted(FnlBertForMaskedLM(config), **inputs) == 5 * training_flops(config, 11, 3, 3)
+    inputs["next_sentence_label"] = torch.ones(5, dtype=torch.long)
+    both = counted(FnlBertForPreTraining(config), **inputs)
+    assert both == 5 * (training_flops(config, 11, 3, 4) + 6 * 42 * (42 + 2))
 
 
 def test_flops_of_bert_base_by_hand():

@@ -44,21 +44,10 @@ def test_command_lines_of_phases_by_hand(tmp_path):
         "preset: tiny\nseed: 3\noutput_dir: out\nphases:\n- {max_steps: 7}\n- {max_steps: 5, optimizer_state: reset}\n"
         "- {seed: 4}\n"
     )
-    first, second, third = phases_of([str(path), "--preset", "mini", "--output_dir=a/b", "--bf16", "true"])
-    assert first == [
-        "--preset",
-        "tiny",
-        "--seed",
-        "3",
-        "--max_steps",
-        "7",
-        "--output_dir",
-        "a/b/phase-1",
-        "--preset",
-        "mini",
-        "--bf16",
-        "true",
-    ]
+    flags = ["--preset", "mini", "--output_dir=a/b", "--bf16", "true"]
+    first, second, third = phases_of([str(path), *flags])
+    start = "--preset tiny --seed 3 --max_steps 7 --output_dir a/b/phase-1 --preset mini --bf16 true"
+    assert first == start.split()
     start = "--seed 3 --max_steps 5 --output_dir a/b/phase-2 --model_name_or_path a/b/phase-1 --bf16 true"
     assert second == start.split()
     start = "--seed 4 --output_dir a/b --model_name_or_path a/b/phase-2 --optimizer_state_from a/b/phase-2 --bf16 true"
@@ -88,7 +77,7 @@ def test_phases_are_the_same_as_command_lines(corpus, tmp_path):
     assert (steps["carried"]["step"], steps["reset"]["step"]) == (12, 5)
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
-    assert rates[0] == pytest.approx(2e-3 * 2 / 3), "the schedule is the phase's own: two steps after warm-up"
+    assert rates[0] == pytest.approx(2e-3), "the schedule is the phase's own: at its third step, after warm-up"
     position = "bert.embeddings.position_embeddings.weight"
     before, after = weights(out / "phase-1")[position], weights(out)[position]
     assert before.shape == after.shape == (512, 32)

@@ -6,9 +6,15 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertForQuestionAnswering, ElectraForMaskedLM
 
-from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FnlBertForQuestionAnswering, FnlBertForTokenClassification
+from fnl_hf import (
+    FnlBertConfig,
+    FnlBertForMaskedLM,
+    FnlBertForPreTraining,
+    FnlBertForQuestionAnswering,
+    FnlBertForTokenClassification,
+)
 from fnl_hf.data.masking import collate_batch
-from fnl_hf.training import throughput
+from fnl_hf.training import callbacks, throughput
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.callbacks import ReadableProgressCallback
 from fnl_hf.training.flops import training_flops
@@ -17,7 +23,7 @@ from fnl_hf.training.trainer import FnlTrainer, build_trainer
 
 from .conftest import DIMENSIONS
 
-FETCH, STEP, EVALUATE, SAVE = 2.0, 5.0, 1000.0, 10000.0
+FETCH, STEP, EVALUATE, SAVE, DIAGNOSE = 2.0, 5.0, 1000.0, 10000.0, 300.0
 ROWS, LENGTH, LABELLED = 3, 11, 4
 PEAK = 1e6
 
@@ -37,6 +43,7 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(throughput, "time", clock)
     monkeypatch.setattr(throughput, "device_peak_flops", lambda device, dtype: (PEAK, "by hand"))
+    monkeypatch.setattr(callbacks, "logged_diagnostics", diagnose)
     return clock
 
 
@@ -73,6 +80,11 @@ class TimedTrainer(FnlTrainer):
         return super()._save_checkpoint(*args, **kwargs)
 
 
+def diagnose(model, lr):
+    model.clock.now += DIAGNOSE
+    return {}
+
+
 def train(clock, folder, checkpoint=None, **arguments):
     """Log entries and metrics of a run of six steps, with evaluations and checkpoints every two."""
     arguments = {
@@ -80,6 +92,7 @@ def train(clock, folder, checkpoint=None, **arguments):
         "per_device_train_batch_size": ROWS, "disable_tqdm": True, "report_to": "none", "product_norms_steps": 3,
     } | arguments  # fmt: skip
     model = FnlBertForMaskedLM(FnlBertConfig(**DIMENSIONS, sparse_prediction=True))
+    model.clock = clock
     held_out = Rows(Clock())  # what evaluation fetches is in EVALUATE
     trainer = build_trainer(
         TimedTrainer,
@@ -170,7 +183,9 @@ def test_processes_add_up_and_the_slowest_counts(clock):
     "model_class, entries, target, positions",
     [
         (FnlBertForMaskedLM, {"sparse_prediction": True}, "labels", LABELLED),
-        (FnlBertForMaskedLM, {"sparse_prediction": True}, "label_positions", 7),
+        (FnlBertForMaskedLM, {"sparse_prediction": True}, "masked_positions", (7, None)),
+        (FnlBertForMaskedLM, {"sparse_prediction": True, "sparse_last_layer": True}, "masked_positions", (7, 7)),
+        (FnlBertForPreTraining, {"sparse_prediction": True, "sparse_last_layer": True}, "masked_positions", (7, 8)),
         (FnlBertForMaskedLM, {}, "labels", LENGTH),
         (BertForMaskedLM, {}, "labels", LENGTH),
         (BertForQuestionAnswering, {}, "start_positions", 0),
@@ -184,7 +199,7 @@ def test_flops_of_each_head(clock, model_class, entries, target, positions):
     ids = torch.ones(ROWS, LENGTH, dtype=torch.long)
     columns = {
         "labels": {"labels": torch.where(torch.arange(LENGTH).expand(ROWS, -1) < LABELLED, ids, -100)},
-        "label_positions": {"labels": torch.ones(ROWS, 7), "label_positions": torch.ones(ROWS, 7)},
+        "masked_positions": {"labels": torch.ones(ROWS, 7), "masked_positions": torch.ones(ROWS, 7)},
         "start_positions": {"start_positions": torch.ones(ROWS)},
     }[target]
     own = meter(model)
@@ -195,7 +210,8 @@ def test_flops_of_each_head(clock, model_class, entries, target, positions):
     if positions is None:
         assert "mfu" not in figures
     else:
-        flops = ROWS * training_flops(model.config, LENGTH, positions)
+        predicted, last_layer = positions if isinstance(positions, tuple) else (positions, None)
+        flops = ROWS * training_flops(model.config, LENGTH, predicted, last_layer)
         assert figures["mfu"] == pytest.approx(flops / (8.0 * PEAK))
 
 

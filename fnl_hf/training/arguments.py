@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.optim.param_groups import DECAY_MODES
@@ -98,6 +99,10 @@ class FnlTrainingArguments(TrainingArguments):
             "must stay: change --gradient_accumulation_steps the other way."
         },
     )
+    report_to: None | str | list[str] = field(
+        default=None,
+        metadata={"help": "Trackers, 'all' that are installed, or 'none'. Default: tensorboard if installed."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses from the logs. Synchronizes in every step."}
     )
@@ -107,6 +112,8 @@ class FnlTrainingArguments(TrainingArguments):
             self.do_train = self.do_eval = True
         for name, (smallest, bound) in BOUNDS.items():
             validate_bounds(name, getattr(self, name), smallest, bound)
+        if self.report_to is None:
+            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
         if self.global_train_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.global_train_batch_size)

@@ -1,5 +1,8 @@
 """While a model trains: diagnostics of its products, a progress bar that stays readable, new masks in each epoch."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
@@ -30,12 +33,13 @@ class ProductNormsCallback(TrainerCallback):
     """Logs the diagnostics of all products through the Trainer's trackers.
 
     Args:
-        trainer: the FnlTrainer it is added to (``trainer.add_callback(ProductNormsCallback(trainer))``).
+        trainer: the Trainer it is added to (``trainer.add_callback(ProductNormsCallback(trainer))``).
         every: optimizer steps between two logs; None for Trainer's own logging steps.
+        paused: a context in which the diagnostics do not count as training time.
     """
 
-    def __init__(self, trainer, every: int | None = None):
-        self.trainer, self.every = trainer, every
+    def __init__(self, trainer, every: int | None = None, paused: Callable[[], AbstractContextManager] = nullcontext):
+        self.trainer, self.every, self.paused = trainer, every, paused
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -52,7 +56,7 @@ class ProductNormsCallback(TrainerCallback):
 
     def _log(self, control, model=None, optimizer=None, **kwargs):
         should_log = control.should_log
-        with self.trainer.throughput.paused():
+        with self.paused():
             self.trainer.log(logged_diagnostics(model, _learning_rate(optimizer)))
         control.should_log = should_log  # logging clears it; the loss of this step is still to come
 
@@ -91,5 +95,5 @@ def add_fnl_callbacks(trainer) -> None:
     """Give a Trainer the callbacks above."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ReadableProgressCallback)
-    trainer.add_callback(ProductNormsCallback(trainer, trainer.args.product_norms_steps))
+    trainer.add_callback(ProductNormsCallback(trainer, trainer.args.product_norms_steps, trainer.throughput.paused))
     trainer.add_callback(EpochCallback)

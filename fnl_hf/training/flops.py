@@ -38,22 +38,30 @@ DATA_SHEETS = {
 }
 
 
-def training_flops(config: BertConfig, sequence_length: int, predicted_positions: int) -> int:
+def training_flops(
+    config: BertConfig, sequence_length: int, predicted_positions: int, last_layer_positions: int | None = None
+) -> int:
     """FLOPs of the matrix multiplications of one sequence's forward and backward pass; the latter is twice the former.
 
     With S = ``sequence_length``, of layers of hidden size d, attention embedding size E and feed-forward size i:
     query, key, value and output 8·S·d·E, scores and mixing 4·S²·E, feed-forward 4·S·d·i; of the masked language
-    modelling head 2·d·(d + V) for each of ``predicted_positions``. The same for stock BERT, where E = d. Whole
-    S × S attention is counted, whatever is masked out of it; recomputed activations are not.
+    modelling head 2·d·(d + V) for each of ``predicted_positions``. The same for stock BERT, where E = d. A last layer
+    that is run for ``last_layer_positions`` alone (``sparse_last_layer``) has keys and values everywhere, all else
+    there. Whole S × S attention is counted, whatever is masked out of it; recomputed activations are not.
     """
     hidden_size = config.hidden_size
     embedding_size = getattr(config, "mha_embedding_size", hidden_size)
-    projections = 8 * sequence_length * hidden_size * embedding_size
-    attention = 4 * sequence_length**2 * embedding_size
-    feed_forward = 4 * sequence_length * hidden_size * config.intermediate_size
-    encoder = config.num_hidden_layers * (projections + attention + feed_forward)
+
+    def layer(positions: int) -> int:
+        keys_and_values = 4 * sequence_length * hidden_size * embedding_size
+        queries_and_outputs = 4 * positions * hidden_size * embedding_size
+        attention = 4 * positions * sequence_length * embedding_size
+        feed_forward = 4 * positions * hidden_size * config.intermediate_size
+        return keys_and_values + queries_and_outputs + attention + feed_forward
+
+    last = layer(sequence_length if last_layer_positions is None else last_layer_positions)
     head = 2 * predicted_positions * hidden_size * (hidden_size + config.vocab_size)
-    return 3 * (encoder + head)
+    return 3 * ((config.num_hidden_layers - 1) * layer(sequence_length) + last + head)
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -80,6 +80,28 @@ def write_model_card(
     ModelCard(card).save(Path(folder) / "README.md")
 
 
+def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
+    """The rows that describe software, data and speed: from ``provenance.json``'s last start and training metrics."""
+    versions = start["versions"]
+    names = ("fnl_hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "python")
+    facts = {"versions": ", ".join(f"{name} {versions[name]}" for name in names)}
+    for key, name in (("git_revision", "git revision"), ("data_fingerprint", "data fingerprint")):
+        if start[key] is not None:
+            facts[name] = start[key]
+    devices = ", ".join(sorted(set(start["devices"])))
+    facts["trained on"] = f"{start['world_size']} process{'es' * (start['world_size'] > 1)}, {devices}"
+    if "train_tokens_per_second" in metrics:
+        facts["throughput"] = (
+            f"{metrics['train_tokens_per_second']:,.0f} non-padding tokens/s, waiting for data "
+            f"{metrics['train_data_wait']:.1%} of the time"
+        )
+    if "train_mfu" in metrics:
+        facts["model FLOPs utilisation"] = f"{metrics['train_mfu']:.1%} of {metrics['train_mfu_peak']}"
+    if "train_peak_memory_gb" in metrics:
+        facts["peak memory"] = f"{metrics['train_peak_memory_gb']:.2f} GB a process"
+    return facts
+
+
 def model_facts(model, args, data: str) -> dict[str, Any]:
     """The rows that describe architecture, data and optimizer."""
     config = model.config

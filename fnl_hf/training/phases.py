@@ -41,7 +41,7 @@ def phases_of(argv: Sequence[str]) -> list[list[str]]:
     phases = config.pop("phases")
     _validate(argv[0], phases)
     given, flags = _split(argv[1:], ("output_dir",))
-    output_dir = given.get("output_dir") or config.pop("output_dir", None)
+    output_dir = given.get("output_dir", config.pop("output_dir", None))
     if output_dir is None:
         raise UserInputError(f"{argv[0]}: phases need --output_dir")
     commands: list[list[str]] = []

@@ -24,15 +24,15 @@ class Window:
     seconds: float = 0.0  # of training
     waited: float = 0.0  # of these, for batches
     tokens: int | torch.Tensor = 0
-    encoder_flops: int = 0
-    predicted: int | torch.Tensor = 0  # positions that the masked language modelling head computed
+    flops: int = 0
+    predicted: int | torch.Tensor = 0  # positions of the masked language modelling head that ``flops`` lacks
 
     def __add__(self, other: "Window") -> "Window":
         return Window(
             self.seconds + other.seconds,
             self.waited + other.waited,
             self.tokens + other.tokens,
-            self.encoder_flops + other.encoder_flops,
+            self.flops + other.flops,
             self.predicted + other.predicted,
         )
 
@@ -60,9 +60,11 @@ class ThroughputMeter:
         dtype: torch.dtype,
         gather: Callable[[torch.Tensor], torch.Tensor],
     ):
-        self.config, self.predicts_tokens = None, False
+        self.config, self.predicts_tokens, self.pools_first_token = None, False, False
         if isinstance(model, BertPreTrainedModel):
-            self.config, self.predicts_tokens = model.config, model.get_output_embeddings() is not None
+            self.config = model.config
+            self.predicts_tokens = model.get_output_embeddings() is not None
+            self.pools_first_token = model.base_model.pooler is not None
         self.device, self.device_count, self.dtype, self.gather = device, device_count, dtype, gather
         self._reset()
 
@@ -140,22 +142,25 @@ class ThroughputMeter:
         else:
             self._window.tokens += ids.numel()
         if self.config is not None:
-            length = ids.shape[-1]
-            self._window.encoder_flops += ids.numel() // length * training_flops(self.config, length, 0)
-            self._window.predicted += self._predicted_positions(batch, ids.numel())
+            self._count_flops(batch, ids.numel() // ids.shape[-1], ids.shape[-1])
 
-    def _predicted_positions(self, batch: Mapping[str, torch.Tensor], positions: int) -> int | torch.Tensor:
-        labels = batch.get("labels")
-        if labels is None or not self.predicts_tokens:
-            return 0
-        if "label_positions" in batch:
-            return labels.numel()
-        return labels.ne(-100).sum() if getattr(self.config, "sparse_prediction", False) else positions
+    def _count_flops(self, batch: Mapping[str, torch.Tensor], sequences: int, length: int) -> None:
+        predicted, last_layer_positions = 0, None
+        if self.predicts_tokens and "labels" in batch:
+            if "masked_positions" in batch:
+                predicted = batch["masked_positions"].shape[1]
+                if getattr(self.config, "sparse_last_layer", False):
+                    last_layer_positions = predicted + self.pools_first_token
+            elif getattr(self.config, "sparse_prediction", False):
+                self._window.predicted += batch["labels"].ne(-100).sum()
+            else:
+                predicted = length
+        self._window.flops += sequences * training_flops(self.config, length, predicted, last_layer_positions)
 
     def _figures(self, window: Window) -> dict[str, float]:
         head_flops = 0 if self.config is None else training_flops(self.config, 0, int(window.predicted))
         peak = 0.0 if self.config is None else self.device_count * device_peak_flops(self.device, self.dtype)[0]
-        own = [int(window.tokens), window.encoder_flops + head_flops, window.seconds, window.waited, peak]
+        own = [int(window.tokens), window.flops + head_flops, window.seconds, window.waited, peak]
         rows = self.gather(torch.tensor([[float(value) for value in own]], device=self.device))
         tokens, flops, seconds, waited, peaks = rows.cpu().unbind(dim=1)
         if not seconds.min() > 0.0:

@@ -19,6 +19,7 @@ from fnl_hf.training.callbacks import add_fnl_callbacks
 from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.optimizers import build_optimizer
+from fnl_hf.training.provenance import copy_provenance
 from fnl_hf.training.throughput import ThroughputMeter
 
 MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,13 +193,16 @@ class FnlTrainer(Trainer):
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save(self, *args, **kwargs) -> None:
-        """As Trainer's, but its ``training_args.bin``, which is pushed too, never holds the Hub token."""
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As Trainer's, with the record of the run's starts; ``training_args.bin``, which is pushed too, never holds
+        the Hub token."""
         token, self.args.hub_token = self.args.hub_token, None
         try:
-            super()._save(*args, **kwargs)
+            super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+        if self.args.should_save:
+            copy_provenance(self.args.output_dir, output_dir or self.args.output_dir)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
