@@ -22,7 +22,7 @@ FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".p
 COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}  # fsspec's names
 LINES = ("text", "json")
 PIECE_BYTES = 2**26
-TABLE_ROWS, TABLE_CHARACTERS = 2**14, 2**24
+TABLE_ROWS, TABLE_CHARACTERS = 2**14, 2**22
 # ``text`` is None in a blank record and in a broken one; only the latter has a fault. Rows are the file's records or
 # lines, all of them, so that a row's position tells the user where to look.
 RECORD_FEATURES = Features({"text": Value("large_string"), "fault": Value("string"), "file": Value("int32")})
