@@ -195,7 +195,8 @@ def _lines(piece: Piece) -> Iterator[bytes]:
             position += len(line)
 
 
-def _checked(value: Any, column: str) -> Record:
+def check_text(value: Any, column: str) -> Record:
+    """The text of a record's value, or its fault; neither where it is blank."""
     if value is None:
         return None, f"no {column!r}"
     if not isinstance(value, str):
@@ -210,13 +211,13 @@ def _checked(value: Any, column: str) -> Record:
 
 
 def _field(value: Any, column: str) -> Record:
-    return _checked(value.get(column), column) if isinstance(value, dict) else (None, "not an object")
+    return check_text(value.get(column), column) if isinstance(value, dict) else (None, "not an object")
 
 
 def _texts(piece: Piece) -> Iterator[Record]:
     for line in _lines(piece):
         try:
-            yield _checked(line.decode().rstrip("\r\n"), piece.column)
+            yield check_text(line.decode().rstrip("\r\n"), piece.column)
         except UnicodeDecodeError:
             yield None, "not UTF-8"
 
@@ -289,7 +290,7 @@ def _cell(row: list[str], position: int, columns: int, column: str) -> Record:
         return None, None
     if len(row) > columns:
         return None, "more cells than columns"
-    text, fault = _checked(row[position] if position < len(row) else None, column)
+    text, fault = check_text(row[position] if position < len(row) else None, column)
     return text, "not UTF-8" if fault == "not Unicode" else fault
 
 
@@ -321,7 +322,7 @@ def _values(piece: Piece) -> Iterator[Record]:
             except UnicodeDecodeError:
                 texts = [_decoded(value) for value in values.cast(pa.large_binary()).to_pylist()]
             for text in texts:
-                yield (None, "not UTF-8") if isinstance(text, bytes) else _checked(text, piece.column)
+                yield (None, "not UTF-8") if isinstance(text, bytes) else check_text(text, piece.column)
 
 
 def _decoded(value: bytes | None) -> str | bytes | None:
