@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
@@ -25,6 +25,7 @@ from fnl_hf.data.readers import (
     found_columns,
     hash_files,
     no_column,
+    read_documents,
     read_tables,
 )
 from fnl_hf.errors import UserInputError
@@ -79,6 +80,34 @@ def load_corpus(
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(splits["train"], validation_split_percentage)
     return DatasetDict(splits)
+
+
+def stream_corpus(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    files: Sequence[str] | None = None,
+    text_column_name: str = "text",
+    split: str = "train",
+) -> tuple[IterableDataset, str]:
+    """A corpus that is read as it is used, from the Hub or from files, and the name of its column of text.
+
+    Raises:
+        UserInputError: no source, one that cannot be opened, or one without the column.
+    """
+    if (dataset_name is None) == (files is None):
+        raise UserInputError("--streaming needs one of --dataset_name and --train_file")
+    if files is not None:
+        pieces = cut_files(files, text_column_name)
+        if not pieces:
+            raise UserInputError(f"{', '.join(files)}: no text")
+        return IterableDataset.from_generator(read_documents, gen_kwargs={"pieces": pieces}), "text"
+    try:
+        stream = datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=True)
+    except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration or split
+        raise UserInputError(f"--dataset_name {dataset_name}: {_root_cause(error)}") from error
+    if stream.column_names is not None and text_column_name not in stream.column_names:
+        raise no_column(f"--dataset_name {dataset_name}", text_column_name, stream.column_names)
+    return stream, text_column_name
 
 
 def first_rows(dataset: Dataset, flag: str, count: int | None) -> Dataset:
