@@ -3,7 +3,6 @@
 import ast
 import sysconfig
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -183,16 +182,15 @@ def _with_text(documents: Dataset) -> Dataset:
 
 def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, unit: str, strict: bool) -> None:
     """Count the broken records in one warning, or refuse them."""
-    broken = np.flatnonzero(faults.is_valid().to_numpy())
-    if len(broken) == 0:
+    broken = len(faults) - faults.null_count
+    if broken == 0:
         return
-    kinds = faults.take(broken).to_pylist()
-    counts = Counter(kinds)
+    counts = {found["values"]: found["counts"] for found in pc.value_counts(faults.drop_null()).to_pylist()}
     listed = ", ".join(
-        f"{count} {kind} (first: {unit} {broken[kinds.index(kind)] + 1})" for kind, count in counts.most_common()
+        f"{counts[kind]} {kind} (first: {unit} {pc.index(faults, kind).as_py() + 1})"
+        for kind in sorted(counts, key=lambda kind: -counts[kind])
     )
-    records = len(broken) + len(texts) - texts.null_count
-    message = f"{where}: {len(broken)} of {records} {unit}s are broken"
+    message = f"{where}: {broken} of {broken + len(texts) - texts.null_count} {unit}s are broken"
     if strict:
         raise UserInputError(f"{message}: {listed}; --strict refuses them")
     logger.warning(f"{message} and left out: {listed}; --strict refuses them")
