@@ -181,6 +181,20 @@ def test_half_precision_checkpoints_go_on_in_float32(pretrained, corpus, tmp_pat
         run_in_process(pretraining(corpus, tmp_path / "other", attention_embedding_size=8, **flags))
 
 
+def test_several_files_and_broken_records(corpus, tmp_path):
+    """The files' names are in the card; a broken record is left out, or refused when asked."""
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"text": "the red fox"}\ntorn\n')
+    flags = {"max_steps": 1, "save_strategy": "no", "preprocessing_num_workers": 2}
+    arguments = pretraining(corpus, tmp_path / "out", **flags)
+    at = arguments.index(str(corpus)) + 1
+    arguments[at:at] = [str(more)]
+    with pytest.raises(UserInputError, match="more.jsonl: 1 of 2 lines are broken: 1 not JSON .first: line 2."):
+        run_in_process([*arguments, "--strict"])
+    run_in_process(arguments)
+    assert "| data | corpus.txt, more.jsonl |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_quickstart_is_the_recipe_of_the_embedded_corpus_alone():
     assert run_pretrain.with_quickstart([])[0].endswith("quickstart.yaml")
     assert run_pretrain.with_quickstart(["--preset", "mini"])[0].endswith("quickstart.yaml")

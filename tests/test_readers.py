@@ -1,6 +1,7 @@
 """Reading files: faults, pieces, torn files, and what the cache serves."""
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -135,6 +136,19 @@ def test_a_torn_compressed_file_is_refused_whole(tmp_path):
             load_text_files([str(path), str(tmp_path / "other.txt")], cache_dir=str(tmp_path / "c"), num_proc=num_proc)
     path.write_bytes(whole)
     assert len(load(path, tmp_path)) == 10_000, "a failed reading leaves nothing behind"
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "corpus.txt"
+    path.write_text("one\ntwo\n")
+    with monkeypatch.context() as patch:
+        error = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr("datasets.arrow_writer.ArrowWriter.write_table", lambda *args: (_ for _ in ()).throw(error))
+        with pytest.raises(
+            UserInputError, match=r"--cache_dir .*cache.*: cannot be written: .*No space left on device"
+        ):
+            load(path, tmp_path)
+    assert load(path, tmp_path) == ["one", "two"]
 
 
 def test_a_codec_that_is_not_installed_is_named(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import ast
 import sysconfig
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
@@ -25,6 +24,7 @@ from fnl_hf.data.readers import (
     found_columns,
     hash_files,
     no_column,
+    read_documents,
     read_tables,
 )
 from fnl_hf.errors import UserInputError
@@ -79,6 +79,34 @@ def load_corpus(
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(splits["train"], validation_split_percentage)
     return DatasetDict(splits)
+
+
+def stream_corpus(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    files: Sequence[str] | None = None,
+    text_column_name: str = "text",
+    split: str = "train",
+) -> tuple[IterableDataset, str]:
+    """A corpus that is read as it is used, from the Hub or from files, and the name of its column of text.
+
+    Raises:
+        UserInputError: no source, one that cannot be opened, or one without the column.
+    """
+    if (dataset_name is None) == (files is None):
+        raise UserInputError("--streaming needs one of --dataset_name and --train_file")
+    if files is not None:
+        pieces = cut_files(files, text_column_name)
+        if not pieces:
+            raise UserInputError(f"{', '.join(files)}: no text")
+        return IterableDataset.from_generator(read_documents, gen_kwargs={"pieces": pieces}), "text"
+    try:
+        stream = datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=True)
+    except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration or split
+        raise UserInputError(f"--dataset_name {dataset_name}: {_root_cause(error)}") from error
+    if stream.column_names is not None and text_column_name not in stream.column_names:
+        raise no_column(f"--dataset_name {dataset_name}", text_column_name, stream.column_names)
+    return stream, text_column_name
 
 
 def first_rows(dataset: Dataset, flag: str, count: int | None) -> Dataset:
@@ -154,16 +182,15 @@ def _with_text(documents: Dataset) -> Dataset:
 
 def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, unit: str, strict: bool) -> None:
     """Count the broken records in one warning, or refuse them."""
-    broken = np.flatnonzero(faults.is_valid().to_numpy())
-    if len(broken) == 0:
+    broken = len(faults) - faults.null_count
+    if broken == 0:
         return
-    kinds = faults.take(broken).to_pylist()
-    counts = Counter(kinds)
+    counts = {found["values"]: found["counts"] for found in pc.value_counts(faults.drop_null()).to_pylist()}
     listed = ", ".join(
-        f"{count} {kind} (first: {unit} {broken[kinds.index(kind)] + 1})" for kind, count in counts.most_common()
+        f"{counts[kind]} {kind} (first: {unit} {pc.index(faults, kind).as_py() + 1})"
+        for kind in sorted(counts, key=lambda kind: -counts[kind])
     )
-    records = len(broken) + len(texts) - texts.null_count
-    message = f"{where}: {len(broken)} of {records} {unit}s are broken"
+    message = f"{where}: {broken} of {broken + len(texts) - texts.null_count} {unit}s are broken"
     if strict:
         raise UserInputError(f"{message}: {listed}; --strict refuses them")
     logger.warning(f"{message} and left out: {listed}; --strict refuses them")

@@ -22,7 +22,7 @@ FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".p
 COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}  # fsspec's names
 LINES = ("text", "json")
 PIECE_BYTES = 2**26
-TABLE_ROWS, TABLE_CHARACTERS = 2**14, 2**24
+TABLE_ROWS, TABLE_CHARACTERS = 2**14, 2**22
 # ``text`` is None in a blank record and in a broken one; only the latter has a fault. Rows are the file's records or
 # lines, all of them, so that a row's position tells the user where to look.
 RECORD_FEATURES = Features({"text": Value("large_string"), "fault": Value("string"), "file": Value("int32")})
@@ -195,7 +195,8 @@ def _lines(piece: Piece) -> Iterator[bytes]:
             position += len(line)
 
 
-def _checked(value: Any, column: str) -> Record:
+def check_text(value: Any, column: str) -> Record:
+    """The text of a record's value, or its fault; neither where it is blank."""
     if value is None:
         return None, f"no {column!r}"
     if not isinstance(value, str):
@@ -210,13 +211,13 @@ def _checked(value: Any, column: str) -> Record:
 
 
 def _field(value: Any, column: str) -> Record:
-    return _checked(value.get(column), column) if isinstance(value, dict) else (None, "not an object")
+    return check_text(value.get(column), column) if isinstance(value, dict) else (None, "not an object")
 
 
 def _texts(piece: Piece) -> Iterator[Record]:
     for line in _lines(piece):
         try:
-            yield _checked(line.decode().rstrip("\r\n"), piece.column)
+            yield check_text(line.decode().rstrip("\r\n"), piece.column)
         except UnicodeDecodeError:
             yield None, "not UTF-8"
 
@@ -289,7 +290,7 @@ def _cell(row: list[str], position: int, columns: int, column: str) -> Record:
         return None, None
     if len(row) > columns:
         return None, "more cells than columns"
-    text, fault = _checked(row[position] if position < len(row) else None, column)
+    text, fault = check_text(row[position] if position < len(row) else None, column)
     return text, "not UTF-8" if fault == "not Unicode" else fault
 
 
@@ -321,7 +322,7 @@ def _values(piece: Piece) -> Iterator[Record]:
             except UnicodeDecodeError:
                 texts = [_decoded(value) for value in values.cast(pa.large_binary()).to_pylist()]
             for text in texts:
-                yield (None, "not UTF-8") if isinstance(text, bytes) else _checked(text, piece.column)
+                yield (None, "not UTF-8") if isinstance(text, bytes) else check_text(text, piece.column)
 
 
 def _decoded(value: bytes | None) -> str | bytes | None:
