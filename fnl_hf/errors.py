@@ -1,4 +1,6 @@
-"""Errors that a user can mend."""
+"""Errors that a user can mend, and the end that a scheduler asks for."""
+
+EX_TEMPFAIL = 75  # of sysexits.h: a temporary failure, the caller is invited to try again
 
 
 class UserInputError(ValueError):
@@ -7,3 +9,21 @@ class UserInputError(ValueError):
     The message names the thing, the bound and the value; the scripts print it as one line, without a traceback, and
     exit with status 2.
     """
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps of a run had a loss or gradient that is not finite; the scripts exit with status 3.
+
+    The message names the step, the count, its bound and the newest complete checkpoint.
+    """
+
+
+class Preempted(SystemExit):
+    """A run was stopped by SIGTERM and can go on; the process ends with status ``EX_TEMPFAIL``.
+
+    As ``SystemExit``, so that no handler of errors takes it for one.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(EX_TEMPFAIL)
+        self.message = message

@@ -116,14 +116,15 @@ class Lamb(torch.optim.Optimizer):
         loss = evaluated(closure)
         self._refuse_unsupported()
         grad_scale = self._clip_scale()
+        found_inf = getattr(self, "found_inf", None)  # as torch's fused kernels have it: a step that is not to happen
         for buckets in self._batches():
             for bucket in buckets:
-                _decay(bucket)
+                _decay(bucket, _rate(bucket, found_inf))
             self._decay_products(buckets)
             for bucket in buckets:
-                self._adam(bucket, grad_scale)
+                self._adam(bucket, grad_scale, found_inf)
             for bucket, ratios in zip(buckets, _trust_ratios(buckets)):
-                _apply(bucket, ratios)
+                _apply(bucket, ratios, _rate(bucket, found_inf))
         return loss
 
     def _refuse_unsupported(self) -> None:
@@ -174,7 +175,7 @@ class Lamb(torch.optim.Optimizer):
     def _decay_products(self, buckets: list["_Bucket"]) -> None:
         """Decay of products inside the trust ratio; there are none here."""
 
-    def _adam(self, bucket: "_Bucket", grad_scale: torch.Tensor | None) -> None:
+    def _adam(self, bucket: "_Bucket", grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
         """Subtract Adam's direction from the updates."""
         group = bucket.group
         states = [self._state_of(p, group) for p in bucket.parameters]
@@ -188,8 +189,12 @@ class Lamb(torch.optim.Optimizer):
                 torch._foreach_div_([grad for grad in grads if grad.device == device], grad_scale.to(device))
             grad_scale = None
         steps = [state["step"] for state in states]
+        if found_inf is not None and not fused:
+            if found_inf.item():  # only fused kernels look for themselves
+                return
+            found_inf = None
         if not group["bias_correction"] and steps:
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
             steps = [torch.full_like(step, MANY_STEPS) for step in steps]
         beta1, beta2 = group["betas"]
         adam(
@@ -202,6 +207,7 @@ class Lamb(torch.optim.Optimizer):
             foreach=group["foreach"],
             fused=fused,
             grad_scale=grad_scale,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -309,13 +315,19 @@ def _split(units: list[tuple[torch.Tensor, ...]]) -> Iterator[list[tuple[torch.T
         yield bucket
 
 
-def _decay(bucket: _Bucket) -> None:
+def _rate(bucket: _Bucket, found_inf: torch.Tensor | None) -> float | torch.Tensor:
+    """The group's learning rate, or 0 in a step that is not to happen."""
+    lr = rate_of(bucket.group)
+    return lr if found_inf is None else (found_inf == 0) * lr
+
+
+def _decay(bucket: _Bucket, lr: float | torch.Tensor) -> None:
     """Ordinary decay: decoupled at once, or as −λw in the updates, from which Adam's direction is then subtracted."""
     group, decay = bucket.group, bucket.group["weight_decay"]
     matrices = [bucket.weights[i] for i in bucket.matrices]
     inside = decay != 0.0 and group["decay"] == "in_trust_ratio" and bool(matrices)
     if decay != 0.0 and not inside and matrices:
-        torch._foreach_mul_(matrices, 1 - rate_of(group) * decay)
+        torch._foreach_mul_(matrices, 1 - lr * decay)
     started = dict(zip(bucket.matrices, torch._foreach_mul(matrices, -decay))) if inside else {}
     zeros = {i: torch.empty_like(weight) for i, weight in enumerate(bucket.weights) if i not in started}
     if zeros:
@@ -368,9 +380,8 @@ def _trust_ratio(group: dict[str, Any], weight_norm: torch.Tensor, update_norm: 
     return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
 
 
-def _apply(bucket: _Bucket, ratios: torch.Tensor) -> None:
+def _apply(bucket: _Bucket, ratios: torch.Tensor, lr: float | torch.Tensor) -> None:
     """w ← w − η · ratio · u; ``updates`` hold −u."""
-    lr = rate_of(bucket.group)
     if bucket.matrices:
         factors = (ratios * lr).to(bucket.weights[bucket.matrices[0]].dtype)
         for i, factor in zip(bucket.matrices, factors.unbind()):

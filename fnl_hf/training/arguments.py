@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import Preempted, TrainingDiverged, UserInputError
 from fnl_hf.optim.param_groups import DECAY_MODES
 from fnl_hf.training.optimizers import OPTIMIZERS, parse_optimizer_arguments
 
@@ -31,6 +34,7 @@ BOUNDS = {
     "per_device_eval_batch_size": (1, float("inf")),
     "gradient_accumulation_steps": (1, float("inf")),
     "product_norms_steps": (1, float("inf")),
+    "max_skipped_steps": (0, float("inf")),
 }
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -102,6 +106,20 @@ class FnlTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(
         default=None,
         metadata={"help": "Trackers, 'all' that are installed, or 'none'. Default: tensorboard if installed."},
+    )
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "A step whose loss or gradient is not finite is skipped; more than so many end the run, with exit "
+            "status 3."
+        },
+    )
+    enable_jit_checkpoint: bool = field(
+        default=True,
+        metadata={
+            "help": "On SIGTERM save a checkpoint on all processes together and end with exit status 75, so that a "
+            "scheduler can start the same command again."
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses from the logs. Synchronizes in every step."}
@@ -177,12 +195,45 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
 
 
 def run_script(run: Callable[[Sequence[str]], None]) -> None:
-    """``main`` of a script: its command line, and bad input as one line and exit status 2."""
+    """``main`` of a script: its command line, and each end that is foreseen as one line and an exit status.
+
+    2 is bad input; 3 too many losses that are not finite; 75 (``EX_TEMPFAIL``) a stop by SIGTERM, in training after a
+    checkpoint, elsewhere at once.
+    ``torchrun`` and ``accelerate launch`` turn every status into 1.
+    """
+    script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _stop_at_once)
     try:
         run(sys.argv[1:])
+        _leave_processes()
     except UserInputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except TrainingDiverged as error:
+        _print_once(f"{script}: error: {error}")
+        sys.exit(3)
+    except Preempted as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _print_once(f"{script}: {stop.message}")
+        _leave_processes()
+        raise
+
+
+def _print_once(message: str) -> None:
+    """What all processes have to say is said by the first."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr)
+
+
+def _leave_processes() -> None:
+    """gloo's threads would outlive the interpreter's end now and then, and turn its exit status into SIGABRT's."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _stop_at_once(signum: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may pass it on once more
+    raise Preempted("stopped by SIGTERM: the same command with --resume_from_checkpoint auto goes on")
 
 
 def is_config_file(word: str) -> bool:

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from safetensors import SafetensorError
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import Preempted, UserInputError
 from fnl_hf.training.callbacks import add_fnl_callbacks
 from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
+from fnl_hf.training.guard import LossGuard, nan_unless_finite
 from fnl_hf.training.optimizers import build_optimizer
+from fnl_hf.training.preemption import PreemptionCallback, ignore_sigterm, sigterm_handled_by
 from fnl_hf.training.provenance import copy_provenance
 from fnl_hf.training.throughput import ThroughputMeter
 
@@ -63,15 +66,50 @@ class FnlTrainer(Trainer):
     training metrics say how fast it trains: :class:`ThroughputMeter`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, model=None, args=None, **kwargs):
         self._staging: Path | None = None  # where a checkpoint is being written
-        super().__init__(*args, **kwargs)
+        self.preemption = PreemptionCallback()
+        with _without_jit_checkpoint(args):
+            super().__init__(model, args, **kwargs)
+        if self.args.enable_jit_checkpoint:
+            self.add_callback(self.preemption)
+        self.guard = LossGuard(self)
+        self.add_callback(self.guard)
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._model_takes_items = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
         self.model_accepts_loss_kwargs = True
         dtype = MATMUL_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
         devices = max(1, self.args.n_gpu)
         self.throughput = ThroughputMeter(unwrapped, self.args.device, devices, dtype, self.accelerator.gather)
+
+    def train(self, *args, **kwargs):
+        """As Trainer's.
+
+        Raises:
+            Preempted: SIGTERM, and ``enable_jit_checkpoint``; the checkpoint is written.
+        """
+        if not self.args.enable_jit_checkpoint:
+            return super().train(*args, **kwargs)
+        self.preemption.reset()
+        with sigterm_handled_by(self.preemption.request):
+            return super().train(*args, **kwargs)
+
+    def _finalize_training(self, *args):
+        if not self.preemption.stopping:
+            return super()._finalize_training(*args)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        step = self.state.global_step
+        raise Preempted(
+            f"stopped by SIGTERM after step {step} of {self.state.max_steps}, saved in "
+            f"{Path(self._get_output_dir(None), f'{PREFIX_CHECKPOINT_DIR}-{step}')}: the same command with "
+            "--resume_from_checkpoint auto goes on"
+        )
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        for part in {loader, getattr(loader, "base_dataloader", loader)}:  # Accelerate's is a wrapper
+            part.worker_init_fn = partial(ignore_sigterm, part.worker_init_fn)
+        return loader
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -107,16 +145,27 @@ class FnlTrainer(Trainer):
         return counts or None
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
-        if self._model_takes_items or num_items_in_batch is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self._loss_and_outputs(model, inputs, num_items_in_batch)
+        if loss.requires_grad:
+            loss = nan_unless_finite(loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
+        if self._model_takes_items or items is None:
+            return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         # A stock head returns the mean over its micro-batch: turn it into this one's part of the global mean.
-        name, items = next(iter(num_items_in_batch.items()))
+        name, count = next(iter(items.items()))
         own = _labels_of(inputs, name).ne(-100).sum()
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss = loss * own * processes / items.flatten()[0]
-        return (loss, outputs) if return_outputs else loss
+        return loss * own * processes / count.flatten()[0], outputs
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As Trainer's, which calls it when the gradients of a step are complete and clipped."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.examine(grad_norm)
+        return grad_norm
 
     def _init_training_state(self, *args):
         """As Trainer's, but logging, evaluation and saving follow the command line, not the checkpoint's."""
@@ -149,6 +198,7 @@ class FnlTrainer(Trainer):
         Raises:
             UserInputError: the disk is full; what was there before is as it was.
         """
+        self.guard.count()
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self._staging = checkpoint.parent / STAGING_FOLDER
         staged = self._staging / checkpoint.name
@@ -208,6 +258,19 @@ class FnlTrainer(Trainer):
         """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
         if not Path(self.args.output_dir, "README.md").is_file():
             super().create_model_card(*args, **kwargs)
+
+
+@contextmanager
+def _without_jit_checkpoint(args) -> Iterator[None]:
+    """Trainer's own handler of SIGTERM is of one process, waits, and marks the folder that it has not yet written."""
+    enabled = getattr(args, "enable_jit_checkpoint", False)
+    if enabled:
+        args.enable_jit_checkpoint = False
+    try:
+        yield
+    finally:
+        if enabled:
+            args.enable_jit_checkpoint = True
 
 
 @contextmanager

@@ -1,0 +1,134 @@
+"""A non-finite loss or gradient never reaches the weights: its step is skipped and counted. Spikes are reported."""
+
+import math
+import statistics
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from fnl_hf.errors import TrainingDiverged
+from fnl_hf.optim import Lamb
+from fnl_hf.training.checkpoints import newest_complete_checkpoint
+
+logger = logging.get_logger(__name__)
+
+SKIPPED, SPIKES = "skipped_steps", "spikes"  # entries of the log: how many there were in the run so far
+SPIKE_FACTORS = {"loss": 2.0, "grad_norm": 10.0}  # times the running median of the last logged values
+MEDIAN_OF, MEDIAN_FROM = 20, 5  # at most and at least so many of them
+
+
+def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss itself, or NaN with a NaN gradient if it is not finite.
+
+    An infinite loss can have a finite gradient. Gradients are what all processes share, so that they agree on a step.
+    """
+    factor = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+    return loss * factor.to(loss.dtype)
+
+
+class LossGuard(TrainerCallback):
+    """Skips the optimizer's part of a step whose gradient norm, that of all processes, is not finite.
+
+    Weights, moments and the optimizer's step counts stay as they are; learning rate and data go on. On an accelerator
+    nothing waits for the norm: the optimizer's kernels skip by themselves, and the count is read where logs are
+    written and checkpoints saved. With fp16, the loss scaler skips steps as it always does and nothing is done here.
+
+    Raises:
+        TrainingDiverged: more than ``args.max_skipped_steps`` steps of the run were skipped.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.active = self.trainer.accelerator.scaler is None
+        self.optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is a wrapper
+        self.waits = args.device.type == "cpu" or not _heeds_found_inf(self.optimizer)
+        self.skipped = next((row[SKIPPED] for row in reversed(state.log_history) if SKIPPED in row), 0)
+        self.not_counted = torch.zeros((), device=args.device)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.loss_before = self.trainer._tr_loss.clone()
+
+    def examine(self, norm: torch.Tensor) -> None:
+        """Decide on the step whose gradients have this norm, before the optimizer's step."""
+        if not self.active:
+            return
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        bad = ~torch.isfinite(norm)
+        loss = self.trainer._tr_loss  # summed up for the log, where one NaN would stay for ever
+        loss.copy_(torch.where(bad, self.loss_before, loss))
+        self.not_counted += bad
+        # The first step makes the optimizer's state: torch's fused SGD makes it of unset memory when it is skipped.
+        if self.waits or not self.optimizer.state:
+            if bad:
+                self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.optimizer.found_inf = bad.float()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if hasattr(self.optimizer, "found_inf"):
+            del self.optimizer.found_inf
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.waits or control.should_log:
+            self.count()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.count()
+
+    def count(self) -> None:
+        """Add up and log the steps skipped since the last count; waits for the device."""
+        trainer, state, bound = self.trainer, self.trainer.state, self.trainer.args.max_skipped_steps
+        new = int(self.not_counted.item())
+        if new == 0:
+            return
+        self.not_counted.zero_()
+        self.skipped += new
+        trainer._globalstep_last_logged += new  # the logged loss is a mean over the other steps
+        if trainer.is_world_process_zero():
+            logger.warning(
+                f"{new} step(s) up to {state.global_step} skipped: loss or gradient is not finite. That makes "
+                f"{self.skipped}, the bound is {bound}"
+            )
+        should_log = trainer.control.should_log
+        trainer.log({SKIPPED: self.skipped})
+        trainer.control.should_log = should_log  # logging clears it
+        if self.skipped > bound:
+            newest = newest_complete_checkpoint(Path(trainer.args.output_dir))
+            raise TrainingDiverged(
+                f"step {state.global_step}: {self.skipped} steps had a loss or gradient that is not finite, more than "
+                f"--max_skipped_steps ({bound}). "
+                + (f"The newest complete checkpoint is {newest}" if newest else "There is no complete checkpoint yet")
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        found = [spike for name in SPIKE_FACTORS if (spike := _spike(state.log_history, name))]
+        if found:
+            if self.trainer.is_world_process_zero():
+                logger.warning(f"step {state.global_step}: spike: {'; '.join(found)}")
+            before = next((row[SPIKES] for row in reversed(state.log_history) if SPIKES in row), 0)
+            self.trainer.log({SPIKES: before + 1})
+
+
+def _spike(history: list[dict[str, float]], name: str) -> str | None:
+    """What is wrong with the newest value of that name, if anything."""
+    values = (row[name] for row in reversed(history) if math.isfinite(row.get(name, math.nan)))
+    newest = history[-1].get(name, math.nan)
+    past = list(islice(values, 1, 1 + MEDIAN_OF)) if math.isfinite(newest) else []
+    usual = statistics.median(past) if len(past) >= MEDIAN_FROM else math.inf
+    if newest > SPIKE_FACTORS[name] * usual:
+        return f"{name} {newest:.4g} is above {SPIKE_FACTORS[name]:g} times its running median {usual:.4g}"
+    return None
+
+
+def _heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` leaves everything as it is where ``optimizer.found_inf`` is 1, without asking the host."""
+    return isinstance(optimizer, Lamb) or getattr(optimizer, "_step_supports_amp_scaling", False)

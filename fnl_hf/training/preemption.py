@@ -1,0 +1,73 @@
+"""SIGTERM, as schedulers send it before they take a machine away: save, and end with a status that says "try again"."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+AGREEMENT_STEPS = 10  # between two questions to all processes on an accelerator, where reading the answer synchronizes
+
+
+@contextmanager
+def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within the context SIGTERM calls ``handler``. Outside of the main thread Python allows none: nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
+    """A ``worker_init_fn``: a scheduler signals the workers too, and the checkpoint needs them for its last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
+
+
+class PreemptionCallback(TrainerCallback):
+    """Stops training with a checkpoint at the end of a step when one process was asked to, on all of them together.
+
+    A step that is the last one anyway ends training as always.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.requested = False
+        self.stopping = False
+
+    def request(self, signum: int, frame: Any) -> None:
+        """The signal's handler; a second signal, also during the save, changes nothing."""
+        self.requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not control.should_training_stop and self._is_requested(args, state):
+            self.stopping = control.should_training_stop = control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Trainer ends the epoch here, complete or not."""
+        if not self.stopping:
+            return
+        if float(state.epoch).is_integer():
+            control.should_save = True  # what the epoch's end logs and evaluates belongs to the checkpoint
+        else:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def _is_requested(self, args, state) -> bool:
+        """Whether any process was asked, the same answer on all of them."""
+        if args.world_size == 1:
+            return self.requested
+        if args.device.type != "cpu" and state.global_step % AGREEMENT_STEPS:
+            return False
+        requested = torch.tensor(self.requested, dtype=torch.int32, device=args.device)
+        torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX)
+        return bool(requested.item())
