@@ -15,10 +15,16 @@ from transformers.utils import logging
 from fnl_hf import UserInputError
 from fnl_hf.data.corpus import load_corpus
 from fnl_hf.data.masking import collate_batch
-from fnl_hf.data.pretraining import ATTENTION_KERNELS, prepare_data
+from fnl_hf.data.pretraining import (
+    ATTENTION_KERNELS,
+    OBJECTIVES,
+    prepare_data,
+    prepare_stream,
+    validate_objective,
+)
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
-from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
+from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import PRESETS, build_pretraining_config, build_pretraining_model
 from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of
@@ -30,6 +36,7 @@ from fnl_hf.training.trainer import build_trainer, train_and_save
 
 logger = logging.get_logger("fnl_hf.run_pretrain")
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
@@ -91,24 +98,52 @@ class DataArguments:
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; documents are packed to it."})
+    objective: str = field(
+        default="mlm",
+        metadata={
+            "help": "Masked language modelling on packed text, or also next sentence prediction on pairs of segments.",
+            "choices": list(OBJECTIVES),
+        },
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask, anew in each epoch."})
     whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words, not single WordPiece tokens."})
     attend_within_documents: bool = field(
         default=False, metadata={"help": "Documents that share a sequence do not see each other."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and tokenize the corpus as it is used: for one too large to keep."},
+    )
+    streaming_shards: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shards that a stream is cut into; they decide its order, whatever the number of processes. "
+            "Default: processes x dataloader workers."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=8192, metadata={"help": "Sequences of a stream's shard to shuffle at a time."}
+    )
+    streaming_validation_documents: int = field(
+        default=1000, metadata={"help": "First documents of a stream to hold out, without a --validation_file."}
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that read and tokenize."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first sequences, to try out."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
 
     def __post_init__(self):
-        validate_bounds("preprocessing_num_workers", self.preprocessing_num_workers, 1)
+        for name in ("preprocessing_num_workers", "shuffle_buffer_size", "streaming_validation_documents"):
+            validate_bounds(name, getattr(self, name), 1)
+        validate_objective(self)
 
 
-def get_tokenizer(model_args, corpus, plan):
+def get_tokenizer(model_args, plan, corpus=None):
     """The named tokenizer, the checkpoint's, or one trained on the corpus; the same again when a run is resumed."""
     source = plan.checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
     if source is not None:
         tokenizer = load_tokenizer(source)
+    elif corpus is None:
+        raise UserInputError("--streaming needs --tokenizer_name: a tokenizer cannot be trained on a stream")
     else:
         tokenizer = train_tokenizer(corpus["train"], model_args.vocab_size, model_max_length=512)
     validate_mlm_tokenizer(tokenizer)
@@ -126,7 +161,7 @@ def save_results(trainer, args, data_args, metrics):
             args.output_dir,
             title=Path(args.output_dir).resolve().name,
             description="A BERT with factorized attention, pretrained with masked language modelling.",
-            auto_class="AutoModelForMaskedLM",
+            auto_class=AUTO_CLASSES[data_args.objective],
             factorized=True,
             facts=model_facts(trainer.model, args, source)
             | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
@@ -150,6 +185,10 @@ def with_quickstart(argv):
 def prepare(model_args, data_args, args, plan):
     """Tokenizer, configuration and data; the main process fills the caches."""
     with args.main_process_first(desc="reading the corpus"):
+        if data_args.streaming:
+            tokenizer = get_tokenizer(model_args, plan)
+            config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
+            return tokenizer, config, prepare_stream(model_args, data_args, args, tokenizer, plan.checkpoint)
         corpus = load_corpus(
             data_args.dataset_name,
             data_args.dataset_config_name,
@@ -161,9 +200,9 @@ def prepare(model_args, data_args, args, plan):
             data_args.strict,
             data_args.preprocessing_num_workers,
         )
-        tokenizer = get_tokenizer(model_args, corpus, plan)
+        tokenizer = get_tokenizer(model_args, plan, corpus)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-        return tokenizer, config, prepare_data(model_args, data_args, corpus, tokenizer, args.seed)
+        return tokenizer, config, prepare_data(model_args, data_args, args, corpus, tokenizer)
 
 
 def plan(argv):
@@ -183,7 +222,7 @@ def train_phase(model_args, data_args, args, argv, description, plan):
     tokenizer, config, data = prepare(model_args, data_args, args, plan)
     description[DATA_FINGERPRINT] = data.fingerprint
     validate_data(plan, data.fingerprint)
-    model = build_pretraining_model(model_args, config)
+    model = build_pretraining_model(model_args, config, data_args.objective)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
     trainer = build_trainer(
@@ -194,8 +233,8 @@ def train_phase(model_args, data_args, args, argv, description, plan):
         eval_dataset=data.held_out,
         data_collator=collate_batch,
         processing_class=tokenizer,
-        compute_metrics=masked_lm_metrics,
-        preprocess_logits_for_metrics=masked_lm_statistics,
+        compute_metrics=pretraining_metrics,
+        preprocess_logits_for_metrics=pretraining_statistics,
     )
     if args.optimizer_state_from is not None:
         trainer.add_callback(OptimizerStateCallback(trainer, optimizer_checkpoint(args)))

@@ -16,7 +16,7 @@ from datasets import Dataset
 from fnl_hf import UserInputError
 from fnl_hf.data.corpus import embedded_corpus, load_corpus, load_text_files
 from fnl_hf.data.tokenizer import train_tokenizer
-from fnl_hf.training.metrics import masked_lm_metrics, masked_lm_statistics
+from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "größer, weiter: 東京!"] * 7
 
@@ -144,18 +144,32 @@ def test_tokenizer_training_is_reproducible_in_other_processes(documents, tokeni
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-def test_held_out_metrics_weigh_tokens_not_batches(sparse):
+@pytest.mark.parametrize("pairs", [True, False])
+def test_held_out_metrics_weigh_tokens_not_batches(sparse, pairs):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 7, generator=generator)
     labels = torch.full((3, 5), -100)
     labels[0, 1], labels[2, 0], labels[2, 3] = 4, 6, 0
-    given = logits[labels != -100] if sparse else logits
-    statistics = masked_lm_statistics(given, labels)
     chosen = [(0, 1, 4), (2, 0, 6), (2, 3, 0)]
     losses = [-torch.log_softmax(logits[i, j].double(), 0)[t].item() for i, j, t in chosen]
+    correct = sum(logits[i, j].argmax().item() == t for i, j, t in chosen)
+    if sparse:  # at the positions 1, 0 and 3, of which some only fill a row
+        positions = torch.tensor([[1, 0], [0, 0], [0, 3]])
+        logits = logits[torch.arange(3)[:, None], positions]
+        labels = torch.tensor([[4, -100], [-100, -100], [6, 0]])
+    sentence_logits = torch.tensor([[2.0, 1.0], [0.0, 0.5], [1.0, -1.0]])
+    given = ((logits, sentence_logits), (labels, torch.tensor([0, 1, 1]))) if pairs else (logits, labels)
+    statistics = pretraining_statistics(*given)
     assert statistics[:, 0].tolist() == [1, 0, 2]
     assert statistics[:, 1].tolist() == pytest.approx([losses[0], 0, losses[1] + losses[2]], rel=1e-5)
-    metrics = masked_lm_metrics(SimpleNamespace(predictions=statistics.numpy()))
-    assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
-    assert metrics["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
-    assert metrics["accuracy"] == pytest.approx(sum(logits[i, j].argmax().item() == t for i, j, t in chosen) / 3)
+    metrics = pretraining_metrics(SimpleNamespace(predictions=statistics.numpy()))
+    mlm_loss = sum(losses) / 3
+    assert metrics["perplexity"] == pytest.approx(math.exp(mlm_loss), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx(correct / 3)
+    if not pairs:
+        assert metrics["loss"] == pytest.approx(mlm_loss, rel=1e-5) and "nsp_loss" not in metrics
+        return
+    nsp_loss = (math.log1p(math.exp(-1)) + math.log1p(math.exp(-0.5)) + math.log1p(math.exp(2))) / 3
+    assert metrics["nsp_loss"] == pytest.approx(nsp_loss, rel=1e-6)
+    assert metrics["nsp_accuracy"] == pytest.approx(2 / 3) and metrics["mlm_loss"] == pytest.approx(mlm_loss, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(mlm_loss + nsp_loss, rel=1e-5)

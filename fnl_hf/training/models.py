@@ -15,7 +15,7 @@ from transformers import (
 
 from fnl_hf.configuration_fnl_bert import FnlBertConfig
 from fnl_hf.errors import UserInputError
-from fnl_hf.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForQuestionAnswering
+from fnl_hf.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
 PRESETS = {
@@ -26,6 +26,7 @@ PRESETS = {
     "large": (24, 1024, 16),
 }
 
+PRETRAINING_CLASSES: dict[str, type[PreTrainedModel]] = {"mlm": FnlBertForMaskedLM, "mlm_nsp": FnlBertForPreTraining}
 
 # Entries of a saved configuration that say where it came from, not what it is.
 NOT_ENTRIES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
@@ -88,7 +89,9 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
         if getattr(model_args, key) is not None:
             entries[key] = getattr(model_args, key)
     sparse_last_layer = model_args.sparse_prediction and model_args.sparse_last_layer
-    entries |= {"sparse_last_layer": sparse_last_layer, "pad_token_id": tokenizer.pad_token_id}
+    # The data say which positions are masked, so that the saved model's outputs have the stock model's shapes.
+    entries |= {"sparse_prediction": False, "sparse_last_layer": sparse_last_layer}
+    entries["pad_token_id"] = tokenizer.pad_token_id
     config = make_config(entries)
     _validate_sizes(config, tokenizer, max_seq_length, config.max_position_embeddings)
     return config
@@ -110,14 +113,15 @@ def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
     return make_config(config.to_dict())
 
 
-def build_pretraining_model(model_args, config: FnlBertConfig) -> FnlBertForMaskedLM:
+def build_pretraining_model(model_args, config: FnlBertConfig, objective: str) -> PreTrainedModel:
     """A new model, or one that goes on from a checkpoint of the same shapes; in float32."""
+    model_class = PRETRAINING_CLASSES[objective]
     name_or_path = model_args.model_name_or_path
     with _as_user_input(name_or_path or "this configuration"):
         if name_or_path is None:
             config._attn_implementation = model_args.attn_implementation
-            return FnlBertForMaskedLM(config)
-        return FnlBertForMaskedLM.from_pretrained(
+            return model_class(config)
+        return model_class.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, attn_implementation=model_args.attn_implementation
         )
 

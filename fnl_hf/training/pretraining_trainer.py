@@ -1,16 +1,34 @@
-"""Pretraining: the data's order does not depend on the number of processes."""
+"""Pretraining: the data's order does not depend on the number of processes, and streams go on where they stood."""
 
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
+from fnl_hf.data.pretraining import STREAM_STATE
+from fnl_hf.data.streaming import StreamingDataset
 from fnl_hf.errors import UserInputError
+from fnl_hf.training.preemption import ignore_sigterm
 from fnl_hf.training.sampling import EpochSampler
 from fnl_hf.training.trainer import FnlTrainer
 
 SAMPLING_STRATEGIES = ("random", "sequential")
 
 
+class StreamProgressCallback(TrainerCallback):
+    """A stream has no epochs that a Trainer could know: the share of the steps stands for them in the logs."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps
+
+
 class PretrainingTrainer(FnlTrainer):
     """FnlTrainer whose epochs consist of whole global batches, the same ones however they are split.
+
+    The training data may be a ``StreamingDataset``: its state is saved in each checkpoint.
 
     Raises:
         UserInputError: another ``train_sampling_strategy`` than random or sequential, or fewer sequences to train on
@@ -22,6 +40,10 @@ class PretrainingTrainer(FnlTrainer):
         strategy = self.args.train_sampling_strategy
         if strategy not in SAMPLING_STRATEGIES:
             raise UserInputError(f"--train_sampling_strategy ({strategy}) must be one of {SAMPLING_STRATEGIES}")
+        self.stream = self.train_dataset if isinstance(self.train_dataset, StreamingDataset) else None
+        if self.stream is not None:
+            self.args.ignore_data_skip = True  # it begins where its state says
+            self.add_callback(StreamProgressCallback)
         if self.args.do_train:
             self._get_train_sampler()  # refuses too few sequences before anything is written
 
@@ -33,3 +55,33 @@ class PretrainingTrainer(FnlTrainer):
         global_batch = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
         return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; a stream knows its process and makes whole micro-batches, so that Accelerate has no part."""
+        if self.stream is None:
+            return super().get_train_dataloader()
+        args = self.args
+        return DataLoader(
+            self.stream,
+            batch_size=None,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(ignore_sigterm, None),
+            # Not the global one, whose state was restored before and from which dropout draws.
+            generator=torch.Generator(),
+        )
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        samples, items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
+        if self.stream is not None:
+            for batch in samples:
+                self.stream.state.take(batch.pop("cursor"), self.args.world_size)
+        return samples, items
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream is not None:
+            file = Path(output_dir, STREAM_STATE.format(self.args.process_index))
+            file.write_text(self.stream.state.to_json() + "\n", encoding="utf-8")
