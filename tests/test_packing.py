@@ -1,10 +1,9 @@
 """Packing: every token once, whatever the text, the number of processes and the cache."""
 
 import math
+import multiprocessing
 import pickle
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,10 +13,9 @@ from hypothesis import strategies as st
 
 from fnl_hf import UserInputError
 from fnl_hf.data import arrow_cache, packing
+from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.packing import Rows, cut_text, data_fingerprint, pack_documents, plain_backend, unigram_entropy
 from fnl_hf.data.tokenizer import train_tokenizer
-
-from .conftest import ROOT
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "größer, weiter: 東京!"] * 7
 
@@ -87,20 +85,23 @@ def test_the_cache_serves_the_same_input_and_nothing_else(documents, tokenizer, 
         assert data_fingerprint(again) == data_fingerprint(first)
 
 
+def _fingerprint_of(file, tokenizer, cache, results):
+    packed = pack_documents(load_text_files([file], cache_dir=cache), tokenizer, 13, cache_dir=cache)
+    results.put(data_fingerprint(packed))
+
+
 def test_two_runs_started_at_once_share_one_cache(documents, tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    code = (
-        "import sys; from fnl_hf.data.corpus import load_text_files; from fnl_hf.data.tokenizer import load_tokenizer;"
-        "from fnl_hf.data.packing import pack_documents, data_fingerprint; t = load_tokenizer(sys.argv[2]);"
-        "d = load_text_files([sys.argv[1]], cache_dir=sys.argv[3]);"
-        "print(data_fingerprint(pack_documents(d, t, 13, cache_dir=sys.argv[3])))"
-    )
-    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("corpus.txt", "tokenizer", "cache"))]
-    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [run.communicate()[0].split()[-1] for run in runs]
-    expected = data_fingerprint(pack_documents(documents, tokenizer, 13, cache_dir=str(tmp_path / "own")))
-    assert printed == [expected, expected]
+    fork = multiprocessing.get_context("fork")
+    results, arguments = fork.Queue(), (str(tmp_path / "corpus.txt"), tokenizer, str(tmp_path / "cache"))
+    runs = [fork.Process(target=_fingerprint_of, args=(*arguments, results)) for _ in range(3)]
+    for run in runs:
+        run.start()
+    found = [results.get(timeout=60) for _ in runs]
+    for run in runs:
+        run.join()
+    assert set(found) == {data_fingerprint(pack_documents(documents, tokenizer, 13, cache_dir=str(tmp_path / "own")))}
+    assert len(list((tmp_path / "cache" / "packed").iterdir())) == 1
 
 
 ANY_TEXT = st.lists(

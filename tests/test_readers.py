@@ -196,5 +196,5 @@ def test_several_files_keep_their_order_and_none_is_given_twice(tmp_path):
     corpus = load_corpus(train_file=names[:2], validation_file=names[2:], **arguments)
     assert {split: corpus[split]["text"][:] for split in corpus} == {"train": list("123"), "validation": list("45")}
     os.symlink(names[0], tmp_path / "link.txt")
-    with pytest.raises(UserInputError, match="b.txt: the file is given twice"):
+    with pytest.raises(UserInputError, match="link.txt: the file is given twice"):
         load_text_files([*names, str(tmp_path / "link.txt")])

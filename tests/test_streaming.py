@@ -275,14 +275,18 @@ def test_bad_streams_are_refused(make, tokenizer, monkeypatch):
     with pytest.raises(UserInputError, match=r"multiple of 8: 2 processes x --dataloader_num_workers \(4"):
         next(as_worker(iter(make(world_size=2)), 0, 4))
     stream = Dataset.from_dict({"text": ["one", "", "two"]}).to_iterable_dataset()
-    with pytest.raises(UserInputError, match="shard 1 of 3 of the stream has 0 documents"):
+    with pytest.raises(UserInputError, match="shard 1 of 3 of the stream has 0 documents, 0 of them .* and 0 broken"):
         next(iter(StreamingDataset(stream, tokenizer, LENGTH, SIZE, 3, BUFFER, 0, rank=1, world_size=3)))
     with pytest.raises(UserInputError, match="shard 0 of 1 of the stream has 2 documents, 2 of them to be held out"):
         next(iter(StreamingDataset(stream, tokenizer, LENGTH, SIZE, 1, BUFFER, 0, hold_out=2)))
-    with pytest.raises(UserInputError, match="has a broken record: not JSON; --strict refuses it"):
+    with pytest.raises(
+        UserInputError, match="shard 0 of 4 of the stream: 1 broken records, the last: not JSON; --strict"
+    ):
         run(make, 40, strict=True)
     messages = []
     monkeypatch.setattr(streaming.logger, "warning", messages.append)
     run(make, 200)
-    assert sum("broken record: not JSON; such records are left out" in message for message in messages) == 1
+    assert [message for message in messages if "broken" in message] == [
+        "shard 0 of 4 of the stream: 1 broken records, the last: not JSON; they are left out, --strict refuses them"
+    ]
     assert messages.count("The stream begins again: epoch 1") == 1

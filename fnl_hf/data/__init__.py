@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, masking; SQuAD features and answers."""
+"""Corpora, tokenizers, packed rows and pairs, streams, masking; SQuAD features and answers."""

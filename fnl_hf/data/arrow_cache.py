@@ -22,6 +22,11 @@ class TablesConfig(datasets.BuilderConfig):
     make_tables: Callable[..., Iterable[pa.Table]] | None = None
     pieces: list = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def create_config_id(self, config_kwargs, custom_features=None):
+        """The name of the folder in the cache."""
+        return self.fingerprint
 
 
 class Tables(datasets.ArrowBasedBuilder):
@@ -70,12 +75,12 @@ def cached_dataset(
     builder = Tables(
         cache_dir=cache_dir,
         dataset_name=name,
-        config_id=fingerprint,
         features=features,
         writer_batch_size=rows_per_batch,
         make_tables=make_tables,
         pieces=pieces,
         arguments=arguments,
+        fingerprint=fingerprint,
     )
     try:
         builder.download_and_prepare(num_proc=min(num_proc or 1, max(len(pieces), 1)))

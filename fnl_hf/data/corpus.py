@@ -102,10 +102,11 @@ def stream_corpus(
         return IterableDataset.from_generator(read_documents, gen_kwargs={"pieces": pieces}), "text"
     try:
         stream = datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=True)
+        columns = stream.column_names or list(next(iter(stream), {}))  # not every builder knows them beforehand
     except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration or split
         raise UserInputError(f"--dataset_name {dataset_name}: {_root_cause(error)}") from error
-    if stream.column_names is not None and text_column_name not in stream.column_names:
-        raise no_column(f"--dataset_name {dataset_name}", text_column_name, stream.column_names)
+    if text_column_name not in columns:
+        raise no_column(f"--dataset_name {dataset_name}", text_column_name, columns)
     return stream, text_column_name
 
 

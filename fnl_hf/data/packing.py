@@ -251,8 +251,13 @@ class Rows:
 
     def blocks(self, count: int = 2**12) -> Iterator[np.ndarray]:
         """All rows in order, at most ``count`` at a time."""
-        for start in range(0, len(self), count):
-            yield self[np.arange(start, min(start + count, len(self)))]
+        if self._stored is None:
+            for view in self._views:
+                for start in range(0, len(view), count):
+                    yield view[start : start + count]
+        else:
+            for start in range(0, len(self), count):
+                yield self[np.arange(start, min(start + count, len(self)))]
 
 
 def _view(chunk: pa.Array) -> np.ndarray:

@@ -68,11 +68,15 @@ def cut_files(files: Sequence[str], column: str = "text", piece_bytes: int = PIE
     Raises:
         UserInputError: a file is missing, empty, of unknown type, given twice, unreadable, or without the column.
     """
-    resolved = [Path(file).resolve() for file in files]
-    for file, path in zip(files, resolved):
-        if resolved.count(path) > 1:
+    seen: set[Path] = set()
+    pieces: list[Piece] = []
+    for index, file in enumerate(files):
+        path = Path(file).resolve()
+        if path in seen:
             raise UserInputError(f"{file}: the file is given twice")
-    return [piece for index, file in enumerate(files) for piece in _cut_file(file, column, index, piece_bytes)]
+        seen.add(path)
+        pieces += _cut_file(file, column, index, piece_bytes)
+    return pieces
 
 
 def _cut_file(file: str, column: str, index: int, piece_bytes: int) -> list[Piece]:

@@ -146,7 +146,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         buffer_size: rows that are shuffled at a time, rounded up to a multiple of B.
         state: where to begin; its V, B and buffer size must be those given here.
         hold_out: documents at the beginning of each shard that are left out, see :func:`held_out_documents`.
-        strict: refuse broken records; otherwise they are left out, with one warning for each shard.
+        strict: refuse broken records; otherwise they are left out and counted in warnings, shard by shard.
 
     Attributes:
         state: where the run stands. Call ``state.take`` for each micro-batch that was used, and save ``state`` of every
@@ -252,18 +252,18 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     def _documents(self, cursor: Cursor) -> Iterator[tuple[str, dict | None, int]]:
         """A shard's documents over and over, each with the source's state before it and the epoch."""
         shard, source, epoch = cursor.shard, cursor.source, cursor.epoch
-        warned = False
+        where = f"shard {shard} of {self.state.shards} of the stream"
         while True:
             stream = split_dataset_by_node(self.stream, rank=shard, world_size=self.state.shards)
-            left_out, count = self.hold_out if source is None else 0, 0
+            left_out, count, broken = self.hold_out if source is None else 0, 0, 0
             if source is not None:
                 stream.load_state_dict(source)
             before = source
             for record in records(stream):
                 text, fault = _text_of(record, self.text_column)
-                if fault is not None and (self.strict or not warned):
-                    warned = True
-                    _report(f"shard {shard} of {self.state.shards}", fault, self.strict)
+                if fault is not None:
+                    broken += 1
+                    self._report(f"{where}: {broken} broken records, the last: {fault}", broken, epoch)
                 if text is not None:
                     count += 1
                     if count > left_out:
@@ -271,12 +271,18 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                 before = stream.state_dict()
             if source is None and count <= left_out:
                 raise UserInputError(
-                    f"shard {shard} of {self.state.shards} of the stream has {count} documents, {left_out} of them to "
-                    "be held out: lower --streaming_shards"
+                    f"{where} has {count} documents, {left_out} of them to be held out, and {broken} broken records: "
+                    "lower --streaming_shards"
                 )
             source, epoch = None, epoch + 1
             if shard == 0:
                 logger.warning(f"The stream begins again: epoch {epoch}")
+
+    def _report(self, message: str, broken: int, epoch: int) -> None:
+        if self.strict:
+            raise UserInputError(f"{message}; --strict refuses them")
+        if epoch == 0 and broken & (broken - 1) == 0:  # at 1, 2, 4, 8: a shard may be too long to wait for its end
+            logger.warning(f"{message}; they are left out, --strict refuses them")
 
 
 def held_out_documents(stream: IterableDataset, shards: int, count: int, text_column: str = "text") -> list[str]:
@@ -291,7 +297,8 @@ def held_out_documents(stream: IterableDataset, shards: int, count: int, text_co
 
 def records(stream: IterableDataset) -> Iterator[dict[str, Any]]:
     """All records of a stream, also in a worker of a DataLoader, where ``datasets`` would give a part of them."""
-    fsspec.asyn.reset_lock()  # a lock of the parent process, which its threads do not release here
+    if get_worker_info() is not None:
+        fsspec.asyn.reset_lock()  # held by threads of the parent process, which are not here to release it
     iterator = iter(stream)
     with _no_worker():  # ``datasets`` asks when the first record is fetched
         first = next(iterator, None)
@@ -313,9 +320,3 @@ def _no_worker() -> Iterator[None]:
 def _text_of(record: dict[str, Any], column: str) -> tuple[str | None, str | None]:
     fault = record.get("fault")
     return (None, fault) if fault is not None else check_text(record.get(column), column)
-
-
-def _report(where: str, fault: str, strict: bool) -> None:
-    if strict:
-        raise UserInputError(f"{where} of the stream has a broken record: {fault}; --strict refuses it")
-    logger.warning(f"{where} of the stream has a broken record: {fault}; such records are left out")
