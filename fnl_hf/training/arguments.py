@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,9 @@ class FnlTrainingArguments(TrainingArguments):
             self.do_train = self.do_eval = True
         for name, (smallest, bound) in BOUNDS.items():
             validate_bounds(name, getattr(self, name), smallest, bound)
+        given = self.accelerator_config is not None
         super().__post_init__()
+        accelerator_config: Any = self.accelerator_config
         default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
         if self.optim != default_optim:
             raise ValueError(f"--optim ({self.optim}) is not used here: set --optimizer, one of {list(OPTIMIZERS)}")
@@ -121,6 +124,8 @@ class FnlTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False  # our datasets have none, and return whole batches
         if self.device.type == "cpu":  # pinned memory would only bring a warning
             self.dataloader_pin_memory = False
+        elif not given:  # else the host waits for each batch to be copied
+            accelerator_config.non_blocking = self.dataloader_pin_memory
 
 
 def validate_bounds(name: str, value: float | None, smallest: float, bound: float = float("inf")) -> None:
@@ -188,9 +193,14 @@ def _print_once(message: str) -> None:
 
 
 def _leave_processes() -> None:
-    """gloo's threads would outlive the interpreter's end now and then, and turn its exit status into SIGABRT's."""
+    """End the work of several processes before the interpreter ends.
+
+    A thread of gloo's that has just finished the last collective frees its tensors, for which it needs the interpreter:
+    one that is ending makes it abort the process, after all work is done.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.1)  # lets it have the interpreter
 
 
 def _stop_at_once(signum: int, frame: Any) -> None:
