@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/chaos.py --kills 20 --seed 1
 
 Every time, the same command with ``--resume_from_checkpoint auto`` goes on. Half of the kills wait for a save to begin.
-Prints where each kill fell and whether the final weights are equal to the last bit; exit status 1 if they are not.
+Flags of run_pretrain.py may follow; without them it is a tiny model on the embedded corpus. Prints where each kill fell
+and whether the final weights are equal to the last bit; exit status 1 if they are not.
 """
 
 import argparse
@@ -30,9 +31,9 @@ FLAGS = {
 }  # fmt: skip
 
 
-def start(folder):
+def start(folder, further):
     flags = [word for key, value in FLAGS.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, str(ROOT / "run_pretrain.py"), *flags, "--output_dir", str(folder)]
+    command = [sys.executable, str(ROOT / "run_pretrain.py"), *flags, *further, "--output_dir", str(folder)]
     log = open(folder.parent / f"{folder.name}.log", "ab")  # noqa: SIM115  the process keeps it
     return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
@@ -49,9 +50,9 @@ def wait_for(process, condition, limit):
         time.sleep(0.0005)
 
 
-def kill_once(folder, generator, during_save):
+def kill_once(folder, further, generator, during_save):
     """Start or go on, let the run make some progress, and kill it; None if it ended first."""
-    process, before = start(folder), newest(folder)
+    process, before = start(folder, further), newest(folder)
     wait_for(process, lambda: newest(folder) >= before + 20 * generator.randint(1, 2), 120)
     if during_save:
         wait_for(process, (folder / ".incomplete").exists, 60)
@@ -67,25 +68,24 @@ def kill_once(folder, generator, during_save):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output_dir", default="output/chaos")
-    args = parser.parse_args()
+    args, further = parser.parse_known_args()
     folder, generator = Path(args.output_dir).absolute(), random.Random(args.seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if start(folder / "alone").wait():
-        sys.exit(f"the run that is left alone failed: see {folder}/alone.log")
-    killed = []
+    alone, killed = start(folder / "alone", further), []
     while len(killed) < args.kills:
-        where = kill_once(folder / "killed", generator, during_save=len(killed) % 2 == 1)
+        where = kill_once(folder / "killed", further, generator, during_save=len(killed) % 2 == 1)
         if where is None:
             break
         killed.append(where)
         print(f"kill {len(killed)}: {where}", flush=True)
-    if start(folder / "killed").wait():
-        sys.exit(f"the killed run could not be finished: see {folder}/killed.log")
+    for name, process in (("alone", alone), ("killed", start(folder / "killed", further))):
+        if process.wait():
+            sys.exit(f"the run could not be finished: see {folder}/{name}.log")
     first, second = (load_file(folder / name / "model.safetensors") for name in ("alone", "killed"))
     equal = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     saves = sum("during a save" in where for where in killed)

@@ -166,6 +166,17 @@ def test_one_line_gives_a_stock_trainer_the_same_optimizer(tmp_path, dimensions)
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    "device, flags, expected",
+    [("cpu", {}, False), ("meta", {}, True), ("meta", {"dataloader_pin_memory": False}, False),
+     ("meta", {"accelerator_config": {"non_blocking": False}}, False)],
+)  # fmt: skip
+def test_batches_are_copied_to_an_accelerator_while_it_works(tmp_path, monkeypatch, device, flags, expected):
+    monkeypatch.setattr(FnlTrainingArguments, "device", torch.device(device))
+    args = FnlTrainingArguments(str(tmp_path), **flags)
+    assert args.accelerator_config.non_blocking == expected
+
+
 @pytest.mark.parametrize("deepspeed, version, refused", [(True, None, True), (False, 1, True), (False, 2, False)])
 def test_sharding_that_flattens_parameters_is_refused(deepspeed, version, refused):
     plugin = None if version is None else SimpleNamespace(fsdp_version=version)

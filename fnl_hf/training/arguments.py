@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,9 @@ class FnlTrainingArguments(TrainingArguments):
             validate_bounds(name, getattr(self, name), smallest, bound)
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
+        given = self.accelerator_config is not None
         super().__post_init__()
+        accelerator_config: Any = self.accelerator_config
         if self.global_train_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.global_train_batch_size)
         default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
@@ -144,6 +147,8 @@ class FnlTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False  # our datasets have none, and return whole batches
         if self.device.type == "cpu":  # pinned memory would only bring a warning
             self.dataloader_pin_memory = False
+        elif not given:  # else the host waits for each batch to be copied
+            accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def _accumulation_for(self, global_batch: int) -> int:
         together = self.per_device_train_batch_size * self.world_size
@@ -226,9 +231,14 @@ def _print_once(message: str) -> None:
 
 
 def _leave_processes() -> None:
-    """gloo's threads would outlive the interpreter's end now and then, and turn its exit status into SIGABRT's."""
+    """End the work of several processes before the interpreter ends.
+
+    A thread of gloo's that has just finished the last collective frees its tensors, for which it needs the interpreter:
+    one that is ending makes it abort the process, after all work is done.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.1)  # lets it have the interpreter
 
 
 def _stop_at_once(signum: int, frame: Any) -> None:
