@@ -24,7 +24,8 @@ from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageMod
 
 from fnl_hf import FnlBertConfig
 from fnl_hf.data.corpus import embedded_corpus
-from fnl_hf.data.tokenizer import load_tokenizer, pack_documents, train_tokenizer
+from fnl_hf.data.packing import pack_documents
+from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer
 from fnl_hf.training.flops import training_flops
 from fnl_hf.training.models import preset_config
 
@@ -145,7 +146,9 @@ def compare(args, model, folder):
         config = FnlBertConfig(**preset_config(model), vocab_size=30522)
         if side.endswith("halved"):
             config.attention_embedding_size = config.hidden_size // 2
-        utilisation = rate / length * training_flops(config, length, round(0.15 * length)) / peak
+        masked = round(0.15 * length)
+        flops = training_flops(config, length, masked, None if side == "stock" else masked)
+        utilisation = rate / length * flops / peak
         spread = f"{batch * length / high:,.0f} to {batch * length / low:,.0f}"
         print(f"| {side} | {rate:,.0f} | {spread} | {rate / rates['stock']:.2f} | {utilisation:.2f} |", flush=True)
     print(f"\nE halved against E = d: {rates['ours, E halved'] / rates['ours']:.2f}")

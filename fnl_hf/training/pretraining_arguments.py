@@ -1,0 +1,104 @@
+"""The flags of ``run_pretrain.py`` beside those of ``FnlTrainingArguments``."""
+
+from dataclasses import dataclass, field
+
+from fnl_hf.data.pretraining import ATTENTION_KERNELS, OBJECTIVES, validate_objective
+from fnl_hf.training.arguments import validate_bounds
+from fnl_hf.training.models import PRESETS
+
+
+@dataclass
+class ModelArguments:
+    """What to train: a preset, a configuration, or a checkpoint to go on from."""
+
+    preset: str | None = field(
+        default=None, metadata={"help": "A size of BERT. Default: tiny.", "choices": list(PRESETS)}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "A configuration: folder, JSON file or Hub name."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Continue from this checkpoint, FNL-BERT or stock BERT: folder or Hub name."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Override preset or configuration: hidden_dropout_prob=0.0,type_vocab_size=1"}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name. Default: that of the checkpoint, or trained on the corpus."},
+    )
+    vocab_size: int = field(
+        default=30522, metadata={"help": "Vocabulary of a tokenizer that is trained on the corpus."}
+    )
+    attention_embedding_size: int | None = field(
+        default=None, metadata={"help": "E, a multiple of the number of heads. Default: the hidden size."}
+    )
+    attention_init: str | None = field(
+        default=None, metadata={"help": "Initialization of the attention products.", "choices": ["normal", "spectral"]}
+    )
+    sparse_prediction: bool = field(
+        default=True, metadata={"help": "Run the prediction head on the masked positions only; the loss is the same."}
+    )
+    sparse_last_layer: bool = field(
+        default=True, metadata={"help": "With --sparse_prediction, the last layer too; the predictions are the same."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "The attention kernel.", "choices": list(ATTENTION_KERNELS)}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What to train on. Without --dataset_name and --train_file: the embedded corpus."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files: txt (a document a line), json, jsonl, csv or parquet, compressed or not."},
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Held-out text, likewise."})
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "Documents to hold out when there is no validation split or file."}
+    )
+    text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
+    strict: bool = field(
+        default=False, metadata={"help": "Refuse broken records of the corpus instead of leaving them out."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; documents are packed to it."})
+    objective: str = field(
+        default="mlm",
+        metadata={
+            "help": "Masked language modelling on packed text, or also next sentence prediction on pairs of segments.",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask, anew in each epoch."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words, not single WordPiece tokens."})
+    attend_within_documents: bool = field(
+        default=False, metadata={"help": "Documents that share a sequence do not see each other."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and tokenize the corpus as it is used: for one too large to keep."},
+    )
+    streaming_shards: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shards that a stream is cut into; they decide its order, whatever the number of processes. "
+            "Default: processes x dataloader workers."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=8192, metadata={"help": "Sequences of a stream's shard to shuffle at a time."}
+    )
+    streaming_validation_documents: int = field(
+        default=1000, metadata={"help": "First documents of a stream to hold out, without a --validation_file."}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that read and tokenize."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first sequences, to try out."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
+
+    def __post_init__(self):
+        for name in ("preprocessing_num_workers", "shuffle_buffer_size", "streaming_validation_documents"):
+            validate_bounds(name, getattr(self, name), 1)
+        validate_objective(self)
