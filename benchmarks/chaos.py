@@ -50,18 +50,25 @@ def wait_for(process, condition, limit):
         time.sleep(0.0005)
 
 
+def is_saving(process, folder):
+    """Whether a save is under way in the run, which stands still from now on."""
+    process.send_signal(signal.SIGSTOP)
+    return (folder / ".incomplete").exists()
+
+
 def kill_once(folder, further, generator, during_save):
     """Start or go on, let the run make some progress, and kill it; None if it ended first."""
     process, before = start(folder, further), newest(folder)
     wait_for(process, lambda: newest(folder) >= before + 20 * generator.randint(1, 2), 120)
-    if during_save:
+    time.sleep(generator.uniform(0, 0.5))
+    saving = is_saving(process, folder)
+    while during_save and not saving and process.poll() is None:
+        process.send_signal(signal.SIGCONT)
         wait_for(process, (folder / ".incomplete").exists, 60)
         time.sleep(generator.uniform(0, 0.01))
-    else:
-        time.sleep(generator.uniform(0, 0.5))
+        saving = is_saving(process, folder)  # it may be over already
     if process.poll() is not None:
         return None
-    saving = (folder / ".incomplete").exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
     return f"after checkpoint {newest(folder)}" + (", during a save" if saving else "")
