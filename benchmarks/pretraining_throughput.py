@@ -77,7 +77,8 @@ def run_stock(args, model, folder):
 
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     entries = preset_config(model) | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    entries |= {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    dropout = args.dropout if args.stock_dropout is None else args.stock_dropout
+    entries |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     Trainer(
         BertForMaskedLM(BertConfig(**entries)),
         TrainingArguments(**common(args, model, folder), optim="adamw_torch_fused", weight_decay=0.01),
@@ -106,6 +107,7 @@ def turn(args, model, side, folder):
     flags = ["--turn", side, "--models", model, "--folder", str(folder), "--steps", str(args.steps)]
     flags += ["--sequence_length", str(args.sequence_length), "--dropout", str(args.dropout)]
     flags += ["--batch_size", str(args.batch_size)] if args.batch_size else []
+    flags += ["--stock_dropout", str(args.stock_dropout)] if args.stock_dropout is not None else []
     flags += ["--compile"] if args.compile else []
     environment = {**os.environ, "STEP_TIMES": str(times), "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, *flags]
@@ -139,7 +141,8 @@ def compare(args, model, folder):
             steps[side] += turn(args, model, side, folder)
     length, peak = args.sequence_length, statistics.median(peaks)
     rates = {side: batch * length / statistics.median(times) for side, times in steps.items()}
-    print(f"\n{model}, batch {batch} x {length}, dropout {args.dropout}; bare matmul {peak / 1e9:.0f} GFLOP/s\n")
+    dropout = f"{args.dropout}" + (f" (stock {args.stock_dropout})" if args.stock_dropout is not None else "")
+    print(f"\n{model}, batch {batch} x {length}, dropout {dropout}; bare matmul {peak / 1e9:.0f} GFLOP/s\n")
     print("| | tokens/s | spread of steps | times stock | model FLOPs / bare matmul |\n|---|---|---|---|---|")
     for side, rate in rates.items():
         low, _, high = statistics.quantiles(steps[side], n=4)
@@ -160,6 +163,7 @@ def main():
     parser.add_argument("--sequence_length", type=int, default=128)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--stock_dropout", type=float, help="of the stock side, if it differs")
     parser.add_argument("--steps", type=int, default=12, help="of each turn, after the warm-up")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))

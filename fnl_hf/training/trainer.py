@@ -78,6 +78,7 @@ class FnlTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._model_takes_items = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
         self.model_accepts_loss_kwargs = True
+        self._parameters = unwrapped.num_parameters(exclude_embeddings=True)
         dtype = MATMUL_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
         devices = max(1, self.args.n_gpu)
         self.throughput = ThroughputMeter(unwrapped, self.args.device, devices, dtype, self.accelerator.gather)
@@ -134,6 +135,10 @@ class FnlTrainer(Trainer):
         super().log(logs, start_time)
         if "train_mfu" in logs:  # trackers take only numbers
             logs["train_mfu_peak"] = self.throughput.peak()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Trainer's, which walks all parameters of the model in every micro-batch."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Items per label argument; Trainer itself knows only ``labels`` and counts them over all processes."""
