@@ -58,6 +58,8 @@ class FnlBertLayer(BertLayer):
         these positions of its (B, S, d), of which keys and values are still computed everywhere."""
         if output_positions is None or not self.is_last:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if kwargs.get("cu_seq_lens_q") is not None:  # as many queries as keys, in FlashAttention's way
+            return take_positions(super().forward(hidden_states, attention_mask, *args, **kwargs), output_positions)
         rows = take_positions(hidden_states, output_positions)
         if attention_mask is not None:
             attention_mask = mask_rows(attention_mask, output_positions)

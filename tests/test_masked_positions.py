@@ -117,10 +117,13 @@ def test_flash_attention_is_given_documents_in_its_own_way(dimensions, batch):
         return query.transpose(1, 2), None
 
     transformers.AttentionInterface.register("varlen", varlen)
-    model = build("ForMaskedLM", dimensions)
+    model = build("ForMaskedLM", dimensions, sparse_last_layer=True)
     model.config._attn_implementation = "varlen"
     lengths = torch.tensor([0, 4, 11, 13], dtype=torch.int32)
-    model(batch["input_ids"], cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=7, max_length_k=7)
+    bounds = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 7, "max_length_k": 7}
+    positions, labels = masked(batch)
+    outputs = model(batch["input_ids"], **bounds, masked_positions=positions, labels=labels)
+    assert outputs.logits.shape == (5, 3, 53) and seen["shape"] == (5, 3, 11, 2), "queries are everywhere"
     assert torch.equal(seen["cu_seq_lens_q"], lengths) and seen["max_length_k"] == 7
     with pytest.raises(ValueError, match="document_ids need attention 'sdpa' or 'eager', not 'varlen'"):
         model(batch["input_ids"], document_ids=torch.zeros_like(batch["input_ids"]))

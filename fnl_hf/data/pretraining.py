@@ -34,12 +34,18 @@ class PretrainingData:
     fingerprint: str
 
 
-def validate_objective(data_args) -> None:
+def validate_choices(data_args) -> None:
     """Raise UserInputError for flags that exclude each other."""
     if data_args.objective != "mlm":
         for name in ("streaming", "attend_within_documents"):
             if getattr(data_args, name):
                 raise UserInputError(f"--objective {data_args.objective} makes pairs of segments: not with --{name}")
+    if data_args.streaming and data_args.max_train_samples is not None:
+        raise UserInputError(
+            f"--max_train_samples ({data_args.max_train_samples}) is not for --streaming: --max_steps is"
+        )
+    if data_args.streaming_shards is not None and not data_args.streaming:
+        raise UserInputError(f"--streaming_shards ({data_args.streaming_shards}) needs --streaming true")
 
 
 def masking_transform(model_args, data_args, tokenizer: PreTrainedTokenizerBase, seed: int) -> MaskingTransform:

@@ -155,7 +155,7 @@ def _as_user_input(name):
     """What transformers raises for a configuration or checkpoint that it cannot build."""
     try:
         yield
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise UserInputError(f"no model of the wanted kind can be built from {name}: {error}") from error
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fnl_hf.data.pretraining import ATTENTION_KERNELS, OBJECTIVES, validate_objective
+from fnl_hf.data.pretraining import ATTENTION_KERNELS, OBJECTIVES, validate_choices
 from fnl_hf.training.arguments import validate_bounds
 from fnl_hf.training.models import PRESETS
 
@@ -101,4 +101,4 @@ class DataArguments:
     def __post_init__(self):
         for name in ("preprocessing_num_workers", "shuffle_buffer_size", "streaming_validation_documents"):
             validate_bounds(name, getattr(self, name), 1)
-        validate_objective(self)
+        validate_choices(self)
