@@ -28,7 +28,7 @@ from datasets.utils import disable_progress_bars
 from transformers.utils import logging
 
 from fnl_hf.data.corpus import embedded_corpus, load_text_files
-from fnl_hf.data.masking import MaskedLMDataset
+from fnl_hf.data.masking import MaskedLMDataset, MaskingTransform
 from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -67,7 +67,7 @@ def compare_packing(documents, tokenizer, args, folder):
 
 def time_masking(documents, tokenizer, args, folder):
     packed = pack_documents(documents, tokenizer, args.max_seq_length, cache_dir=str(folder / "masking"))
-    dataset = MaskedLMDataset(packed, tokenizer, MLM_PROBABILITY, seed=0)
+    dataset = MaskedLMDataset(packed, MaskingTransform(tokenizer, MLM_PROBABILITY, seed=0))
     order = np.random.default_rng(0).permutation(len(dataset))[: len(dataset) // args.batch_size * args.batch_size]
     batches = [batch.tolist() for batch in order.reshape(-1, args.batch_size)]
     seconds = median_seconds(
@@ -98,7 +98,7 @@ def run_pipeline(file, tokenizer_folder, args, folder):
     watcher.start()
     documents = load_text_files([file], cache_dir=folder)
     packed = pack_documents(documents, tokenizer, args.max_seq_length, cache_dir=folder)
-    dataset = MaskedLMDataset(packed, tokenizer, MLM_PROBABILITY, seed=0)
+    dataset = MaskedLMDataset(packed, MaskingTransform(tokenizer, MLM_PROBABILITY, seed=0))
     for start in range(0, len(dataset) - args.batch_size, args.batch_size):
         dataset.__getitems__(list(range(start, start + args.batch_size)))
     done.set()
