@@ -16,10 +16,11 @@ from fnl_hf.training.cpu import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(10**6)
+def step():
+    activations = [torch.ones(10**6) for _ in range(40)]  # 977 pages each
+step()
 before = faults()
-for _ in range(5):
-    torch.ones(10**6)  # 977 pages
+step()
 print(kept, faults() - before)
 """
 
