@@ -15,12 +15,13 @@ from fnl_hf import UserInputError
 from fnl_hf.data.corpus import load_corpus
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.data.pretraining import prepare_data, prepare_stream
+from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model
-from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of
+from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of, validate_phases
 from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
@@ -79,12 +80,12 @@ def with_quickstart(argv):
     return [str(QUICKSTART), *argv]
 
 
-def prepare(model_args, data_args, args, plan):
+def prepare(model_args, data_args, args, plan, longest):
     """Tokenizer, configuration and data; the main process fills the caches."""
     with args.main_process_first(desc="reading the corpus"):
         if data_args.streaming:
             tokenizer = get_tokenizer(model_args, plan)
-            config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
+            config = build_pretraining_config(model_args, tokenizer, longest)
             return tokenizer, config, prepare_stream(model_args, data_args, args, tokenizer, plan.checkpoint)
         corpus = load_corpus(
             data_args.dataset_name,
@@ -98,30 +99,36 @@ def prepare(model_args, data_args, args, plan):
             data_args.preprocessing_num_workers,
         )
         tokenizer = get_tokenizer(model_args, plan, corpus)
-        config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
+        config = build_pretraining_config(model_args, tokenizer, longest)
         return tokenizer, config, prepare_data(model_args, data_args, args, corpus, tokenizer)
 
 
-def plan(argv):
+def plan_phase(argv):
     """The arguments of one phase, its command line and description, and what is to be done."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
     description = describe_run(args, model_args, data_args)
-    return model_args, data_args, args, argv, description, plan_run(args, description)
+    plan = plan_run(args, description)
+    if not plan.finished:
+        for file in [*(data_args.train_file or ()), *(data_args.validation_file or ())]:
+            check_file(file)
+    return model_args, data_args, args, argv, description, plan
 
 
-def train_phase(model_args, data_args, args, argv, description, plan):
+def train_phase(model_args, data_args, args, argv, description, plan, longest):
+    """One phase; ``longest`` is the longest sequence of all phases, which the model must hold from the first."""
     if plan.finished:
         logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
         return
     set_seed(args.seed)
-    tokenizer, config, data = prepare(model_args, data_args, args, plan)
+    tokenizer, config, data = prepare(model_args, data_args, args, plan, longest)
     description[DATA_FINGERPRINT] = data.fingerprint
     validate_data(plan, data.fingerprint)
     model = build_pretraining_model(model_args, config, data_args.objective)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
+    state_from = optimizer_checkpoint(args, model)
     trainer = build_trainer(
         PretrainingTrainer,
         model=model,
@@ -133,8 +140,8 @@ def train_phase(model_args, data_args, args, argv, description, plan):
         compute_metrics=pretraining_metrics,
         preprocess_logits_for_metrics=pretraining_statistics,
     )
-    if args.optimizer_state_from is not None:
-        trainer.add_callback(OptimizerStateCallback(trainer, optimizer_checkpoint(args)))
+    if state_from is not None:
+        trainer.add_callback(OptimizerStateCallback(trainer, state_from))
     if args.should_save:
         start_run(args, description)
     if args.should_save and args.do_train:
@@ -152,8 +159,11 @@ def train_phase(model_args, data_args, args, argv, description, plan):
 
 def run(argv):
     # Every phase's command line is checked before the first one takes its time.
-    for phase in [plan(command) for command in phases_of(with_quickstart(list(argv)))]:
-        train_phase(*phase)
+    phases = [plan_phase(command) for command in phases_of(with_quickstart(list(argv)))]
+    validate_phases([args for _, _, args, *_ in phases])
+    longest = max(data_args.max_seq_length for _, data_args, *_ in phases)
+    for phase in phases:
+        train_phase(*phase, longest)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,14 @@ EX_TEMPFAIL = 75  # of sysexits.h: a temporary failure, the caller is invited to
 class UserInputError(ValueError):
     """A file, flag, configuration or checkpoint that cannot be used.
 
-    The message names the thing, the bound and the value; the scripts print it as one line, without a traceback, and
-    exit with status 2.
+    The message names the thing, the bound and the value; the scripts print it without a traceback and exit with
+    status 2. It is one line, whatever a library's error that it quotes looks like.
     """
+
+    def __init__(self, message: str):
+        # What a DataLoader's worker raises comes with its traceback, which ends in the message.
+        message = message.rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
 
 
 class TrainingDiverged(RuntimeError):

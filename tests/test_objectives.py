@@ -117,7 +117,9 @@ def test_processes_share_a_stream_and_can_change_their_number(stories, tokenizer
 
 def test_held_out_documents_are_not_trained_on(stories, tokenizer, tmp_path):
     """A stream that is nothing but its held-out documents has nothing left."""
-    with pytest.raises(UserInputError, match="has 97 documents, 97 of them to be held out"):
+    with pytest.raises(
+        UserInputError, match="has 97 documents and 0 broken records, and 97 documents are to be held out"
+    ):
         run(stories, tmp_path / "out", **streamed(tokenizer, streaming_validation_documents=97, max_steps=1))
 
 

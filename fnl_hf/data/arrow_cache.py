@@ -72,23 +72,25 @@ def cached_dataset(
     Raises:
         UserInputError: one raised by ``make_tables``, or the cache cannot be written.
     """
-    builder = Tables(
-        cache_dir=cache_dir,
-        dataset_name=name,
-        features=features,
-        writer_batch_size=rows_per_batch,
-        make_tables=make_tables,
-        pieces=pieces,
-        arguments=arguments,
-        fingerprint=fingerprint,
-    )
     try:
+        builder = Tables(
+            cache_dir=cache_dir,
+            dataset_name=name,
+            features=features,
+            writer_batch_size=rows_per_batch,
+            make_tables=make_tables,
+            pieces=pieces,
+            arguments=arguments,
+            fingerprint=fingerprint,
+        )
         builder.download_and_prepare(num_proc=min(num_proc or 1, max(len(pieces), 1)))
     except _Refused as error:
         raise UserInputError(str(error)) from error
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, OSError):
-            raise UserInputError(f"--cache_dir {builder.cache_dir}: cannot be written: {error.__cause__}") from error
+    except (OSError, DatasetGenerationError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError):
+            folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+            raise UserInputError(f"--cache_dir {folder}: cannot be written: {cause}") from error
         raise
     if builder.info.splits["train"].num_examples == 0:  # ``datasets`` cannot read what has no rows
         return Dataset.from_dict({column: [] for column in features}, features=features)

@@ -99,6 +99,10 @@ def stream_corpus(
         pieces = cut_files(files, text_column_name)
         if not pieces:
             raise UserInputError(f"{', '.join(files)}: no text")
+        for piece in pieces:  # a column that is nowhere would be looked for to the stream's end
+            columns = found_columns(piece) if piece.format == "json" and piece.start == 0 else []
+            if columns and piece.column not in columns:
+                raise no_column(piece.path, piece.column, columns)
         return IterableDataset.from_generator(read_documents, gen_kwargs={"pieces": pieces}), "text"
     try:
         stream = datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=True)

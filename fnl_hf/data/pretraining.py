@@ -18,6 +18,7 @@ from fnl_hf.errors import UserInputError
 ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varlen"}
 OBJECTIVES = {"mlm": pack_documents, "mlm_nsp": pair_documents}
 STREAM_STATE = "stream_state_{}.json"  # one for each process, in a checkpoint
+LIMITS = {"max_train_samples": "training data", "max_eval_samples": "held-out data"}
 HEAD_BYTES = 2**20  # of a streamed file, what is read to tell it from another
 
 
@@ -40,6 +41,8 @@ def validate_choices(data_args) -> None:
         for name in ("streaming", "attend_within_documents"):
             if getattr(data_args, name):
                 raise UserInputError(f"--objective {data_args.objective} makes pairs of segments: not with --{name}")
+    if data_args.dataset_config_name is not None and data_args.dataset_name is None:
+        raise UserInputError(f"--dataset_config_name ({data_args.dataset_config_name}) needs --dataset_name")
     if data_args.streaming and data_args.max_train_samples is not None:
         raise UserInputError(
             f"--max_train_samples ({data_args.max_train_samples}) is not for --streaming: --max_steps is"
@@ -63,7 +66,10 @@ def masking_transform(model_args, data_args, tokenizer: PreTrainedTokenizerBase,
 def _rows(data_args, documents: Dataset, tokenizer: PreTrainedTokenizerBase, limit: str) -> Dataset:
     make = OBJECTIVES[data_args.objective]
     workers = data_args.preprocessing_num_workers
-    rows = make(documents, tokenizer, data_args.max_seq_length, workers, data_args.cache_dir)
+    try:
+        rows = make(documents, tokenizer, data_args.max_seq_length, workers, data_args.cache_dir)
+    except UserInputError as error:
+        raise UserInputError(f"{LIMITS[limit]}: {error}") from error
     return first_rows(rows, limit, getattr(data_args, limit))
 
 
@@ -129,9 +135,22 @@ def _workers(args) -> int:
 
 
 def read_stream_state(checkpoint: str | None) -> StreamState | None:
-    """Where a checkpoint's run stood in its stream, put together from the states of all its processes."""
-    files = sorted(Path(checkpoint).glob(STREAM_STATE.format("*"))) if checkpoint else []
-    return merge([StreamState.from_json(file.read_text(encoding="utf-8")) for file in files]) if files else None
+    """Where a checkpoint's run stood in its stream, put together from the states of all its processes.
+
+    Raises:
+        UserInputError: a state is missing or cannot be read.
+    """
+    if checkpoint is None:
+        return None
+    states = []
+    for file in sorted(Path(checkpoint).glob(STREAM_STATE.format("*"))):
+        try:
+            states.append(StreamState.from_json(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserInputError(f"{file} is not the state of a stream: {error}") from error
+    if not states:
+        raise UserInputError(f"checkpoint {checkpoint} has no {STREAM_STATE.format(0)}: where its stream stood is lost")
+    return merge(states)
 
 
 def _stream_fingerprint(source, files: list[str] | None, held_out: Dataset) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,10 @@ def cut_files(files: Sequence[str], column: str = "text", piece_bytes: int = PIE
     Raises:
         UserInputError: a file is missing, empty, of unknown type, given twice, unreadable, or without the column.
     """
-    seen: set[Path] = set()
+    seen: set[str] = set()
     pieces: list[Piece] = []
     for index, file in enumerate(files):
-        path = Path(file).resolve()
+        path = os.path.realpath(file)  # which bears links that go in a circle
         if path in seen:
             raise UserInputError(f"{file}: the file is given twice")
         seen.add(path)
@@ -79,14 +80,25 @@ def cut_files(files: Sequence[str], column: str = "text", piece_bytes: int = PIE
     return pieces
 
 
-def _cut_file(file: str, column: str, index: int, piece_bytes: int) -> list[Piece]:
-    path = Path(file)
-    kind = format_of(path)
-    if not path.is_file():
+def check_file(file: str) -> str:
+    """The format of a file with something in it.
+
+    Raises:
+        UserInputError: it is missing, no file, of unknown type, or empty.
+    """
+    if not os.path.exists(file):
         raise UserInputError(f"{file}: no such file")
-    size = path.stat().st_size
-    if size == 0:
+    kind = format_of(Path(file))
+    if not os.path.isfile(file):
+        raise UserInputError(f"{file}: not a file")
+    if os.path.getsize(file) == 0:
         raise UserInputError(f"{file}: the file is empty")
+    return kind
+
+
+def _cut_file(file: str, column: str, index: int, piece_bytes: int) -> list[Piece]:
+    kind, path = check_file(file), Path(file)
+    size = path.stat().st_size
     plain = path.suffix.lower() not in COMPRESSIONS
     if kind == "parquet":
         with _open_parquet(file) as table:
@@ -94,6 +106,8 @@ def _cut_file(file: str, column: str, index: int, piece_bytes: int) -> list[Piec
             groups = table.num_row_groups
         bounds = [(i, i + 1) for i in range(groups)] if plain else [(0, groups)]
         return [Piece(file, kind, column, index, *bound) for bound in bounds]
+    if _head(file, kind).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserInputError(f"{file}: the text is UTF-16, it must be UTF-8")
     if kind == "json" and ".json" in [suffix.lower() for suffix in path.suffixes] and _starts_array(file):
         kind = "array"
     if kind in LINES and plain:
@@ -249,6 +263,11 @@ def _parsed_lines(piece: Piece) -> Iterator[Any]:
             yield _Broken("not JSON")
 
 
+def _head(file: str, kind: str) -> bytes:
+    with _readable(file, kind), _open(file) as stream:
+        return stream.read(2)
+
+
 def _starts_array(file: str) -> bool:
     with _readable(file, "json"), _open(file) as stream:
         while (block := stream.read(2**12).removeprefix(codecs.BOM_UTF8)) and not block.strip():
@@ -310,6 +329,8 @@ def _open_parquet(file: str) -> pq.ParquetFile:
 def _check_parquet_column(file: str, schema: pa.Schema, column: str) -> None:
     if column not in schema.names:
         raise no_column(file, column, schema.names)
+    if schema.names.count(column) > 1:
+        raise UserInputError(f"{file}: {schema.names.count(column)} columns are named {column!r}")
     dtype = schema.field(column).type
     dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     if dtype not in (pa.string(), pa.large_string(), pa.null()):

@@ -252,7 +252,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     def _documents(self, cursor: Cursor) -> Iterator[tuple[str, dict | None, int]]:
         """A shard's documents over and over, each with the source's state before it and the epoch."""
         shard, source, epoch = cursor.shard, cursor.source, cursor.epoch
-        where = f"shard {shard} of {self.state.shards} of the stream"
+        where = _named(shard, self.state.shards)
         while True:
             stream = split_dataset_by_node(self.stream, rank=shard, world_size=self.state.shards)
             left_out, count, broken = self.hold_out if source is None else 0, 0, 0
@@ -270,10 +270,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                         yield text, before, epoch
                 before = stream.state_dict()
             if source is None and count <= left_out:
-                raise UserInputError(
-                    f"{where} has {count} documents, {left_out} of them to be held out, and {broken} broken records: "
-                    "lower --streaming_shards"
-                )
+                raise _too_few(where, count, broken, left_out)
             source, epoch = None, epoch + 1
             if shard == 0:
                 logger.warning(f"The stream begins again: epoch {epoch}")
@@ -286,13 +283,36 @@ class StreamingDataset(torch.utils.data.IterableDataset):
 
 
 def held_out_documents(stream: IterableDataset, shards: int, count: int, text_column: str = "text") -> list[str]:
-    """The first ``count`` documents of each shard: those that ``StreamingDataset(hold_out=count)`` leaves out."""
-    held = []
+    """The first ``count`` documents of each shard: those that ``StreamingDataset(hold_out=count)`` leaves out.
+
+    Raises:
+        UserInputError: a shard has no others.
+    """
+    held: list[str] = []
     for shard in range(shards):
-        part = split_dataset_by_node(stream, rank=shard, world_size=shards)
-        texts = (_text_of(record, text_column)[0] for record in records(part))
-        held += [text for _, text in zip(range(count), filter(None, texts))]
+        found, broken = [], 0
+        for record in records(split_dataset_by_node(stream, rank=shard, world_size=shards)):
+            text, fault = _text_of(record, text_column)
+            broken += fault is not None
+            if text is not None:
+                found.append(text)
+            if len(found) > count:
+                break
+        else:
+            raise _too_few(_named(shard, shards), len(found), broken, count)
+        held += found[:count]
     return held
+
+
+def _named(shard: int, shards: int) -> str:
+    return f"shard {shard} of {shards} of the stream"
+
+
+def _too_few(where: str, documents: int, broken: int, held_out: int) -> UserInputError:
+    return UserInputError(
+        f"{where} has {documents} documents and {broken} broken records, and {held_out} documents are to be held out: "
+        "lower --streaming_validation_documents or --streaming_shards"
+    )
 
 
 def records(stream: IterableDataset) -> Iterator[dict[str, Any]]:

@@ -49,7 +49,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its files are read without checks
         raise UserInputError(f"no tokenizer in {name_or_path}: {error}") from error
     if not tokenizer.is_fast:
         raise UserInputError(f"the tokenizer of {name_or_path} is a slow one ({type(tokenizer).__name__})")
@@ -57,7 +57,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def validate_mlm_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserInputError unless the tokenizer has the special tokens that masked language modelling needs."""
-    missing = [name for name in ("cls_token", "sep_token", "mask_token") if getattr(tokenizer, name) is None]
+    """Raise UserInputError unless the tokenizer has others than special tokens, and those that are needed."""
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    missing = [token for token in ("cls_token", "sep_token", "mask_token") if getattr(tokenizer, token) is None]
     if missing:
-        raise UserInputError(f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no {missing}")
+        raise UserInputError(f"the tokenizer of {name} has no {missing}")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # Transformers makes one where tokenizer.json is missing
+        raise UserInputError(f"the tokenizer of {name} has no vocabulary, only {len(tokenizer)} special tokens")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -36,7 +37,22 @@ BOUNDS = {
     "gradient_accumulation_steps": (1, float("inf")),
     "product_norms_steps": (1, float("inf")),
     "max_skipped_steps": (0, float("inf")),
+    "warmup_steps": (0.0, float("inf")),
+    "dataloader_num_workers": (0, float("inf")),
+    "eval_accumulation_steps": (1, float("inf")),
+    "neftune_noise_alpha": (0.0, float("inf")),
 }
+POSITIVE = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+# flag of Trainer's that does not work here -> what to use instead
+UNSUPPORTED = {
+    "optim": f"set --optimizer, one of {list(OPTIMIZERS)}",
+    "label_smoothing_factor": "leave it out",
+    "label_names": "leave it out",
+    "use_liger_kernel": "leave it out",
+}
+# flags that name a file, a folder or something on the Hub
+NAMES = ("output_dir", "cache_dir", "train_file", "validation_file", "dataset_name", "tokenizer_name", "config_name",
+         "model_name_or_path", "resume_from_checkpoint", "optimizer_state_from")  # fmt: skip
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -129,8 +145,7 @@ class FnlTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not (self.do_train or self.do_eval or self.do_predict):  # before an eval_strategy sets do_eval
             self.do_train = self.do_eval = True
-        for name, (smallest, bound) in BOUNDS.items():
-            validate_bounds(name, getattr(self, name), smallest, bound)
+        self._validate_flags()
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         given = self.accelerator_config is not None
@@ -138,17 +153,26 @@ class FnlTrainingArguments(TrainingArguments):
         accelerator_config: Any = self.accelerator_config
         if self.global_train_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.global_train_batch_size)
-        default_optim = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
-        if self.optim != default_optim:
-            raise ValueError(f"--optim ({self.optim}) is not used here: set --optimizer, one of {list(OPTIMIZERS)}")
         parse_optimizer_arguments(self.optimizer, self.optim_args)
-        if self.label_smoothing_factor != 0.0:
-            raise ValueError(f"--label_smoothing_factor ({self.label_smoothing_factor}) must be 0: it is not supported")
         self.remove_unused_columns = False  # our datasets have none, and return whole batches
         if self.device.type == "cpu":  # pinned memory would only bring a warning
             self.dataloader_pin_memory = False
         elif not given:  # else the host waits for each batch to be copied
             accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    def _validate_flags(self) -> None:
+        for name, (smallest, bound) in BOUNDS.items():
+            validate_bounds(name, getattr(self, name), smallest, bound)
+        for name in POSITIVE:
+            validate_bounds(name, getattr(self, name), 0, above=True)
+        if self.max_steps != -1:  # Trainer's default, for --num_train_epochs
+            validate_bounds("max_steps", self.max_steps, 1)
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+        for name, instead in UNSUPPORTED.items():
+            if getattr(self, name) != defaults[name]:
+                raise UserInputError(f"--{name} ({getattr(self, name)}) is not supported: {instead}")
+        for name in self._VALID_DICT_FIELDS:
+            _validate_json(name, getattr(self, name))
 
     def _accumulation_for(self, global_batch: int) -> int:
         together = self.per_device_train_batch_size * self.world_size
@@ -166,10 +190,22 @@ class FnlTrainingArguments(TrainingArguments):
         return steps
 
 
-def validate_bounds(name: str, value: float | None, smallest: float, bound: float = float("inf")) -> None:
-    """Raise UserInputError unless ``smallest <= value < bound``; None is a flag that was not given."""
-    if value is not None and not smallest <= value < bound:
-        raise UserInputError(f"--{name} ({value}) must be at least {smallest} and below {bound}")
+def validate_bounds(
+    name: str, value: float | None, smallest: float, bound: float = float("inf"), above: bool = False
+) -> None:
+    """Raise UserInputError unless ``smallest <= value < bound``, with ``above`` not ``smallest`` itself; None is a flag
+    that was not given."""
+    if value is not None and (not smallest <= value < bound or (above and value == smallest)):
+        least = "above" if above else "at least"
+        raise UserInputError(f"--{name} ({value}) must be {least} {smallest} and below {bound}")
+
+
+def _validate_json(name: str, value: Any) -> None:
+    if isinstance(value, str) and value.startswith("{"):  # else it names a file
+        try:
+            json.loads(value)
+        except ValueError as error:
+            raise UserInputError(f"--{name} ({value}) is not JSON: {error}") from error
 
 
 class _Parser(HfArgumentParser):
@@ -187,16 +223,33 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
     argv = list(argv)
     if argv and is_config_file(argv[0]):
         argv = as_arguments(read_config(argv[0])) + argv[1:]
+    for flag, word in zip(["", *argv], argv):
+        if "\0" in word:
+            raise UserInputError(f"{flag} ({word!r}) must not hold a null byte")
     parser = _Parser(dataclass_types, allow_abbrev=False)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UserInputError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # raised by the dataclasses' own checks
+    except (ValueError, TypeError, ImportError, OSError) as error:  # raised by the dataclasses' own checks
         raise UserInputError(str(error)) from error
     if unknown:
-        raise UserInputError(f"unknown argument: {' '.join(unknown)}")
+        raise _left_over(argv, unknown)
+    for name, value in ((name, value) for instance in instances for name, value in vars(instance).items()):
+        if name in NAMES and value is not None and "" in ([value] if isinstance(value, str) else value):
+            raise UserInputError(f"--{name} is empty: leave it out")
     return tuple(instances)
+
+
+def _left_over(argv: list[str], unknown: list[str]) -> UserInputError:
+    """Words that belong to no flag: one that does not exist, or a value too many."""
+    word = unknown[0]
+    if not word.startswith("-"):
+        for index, (before, found) in enumerate(zip(argv, argv[1:])):
+            if found == word and not before.startswith("-"):
+                flag = next(flag for flag in reversed(argv[: index + 1]) if flag.startswith("-"))
+                return UserInputError(f"{flag} takes one value, {word} is one too many")
+    return UserInputError(f"unknown argument: {' '.join(unknown)}")
 
 
 def run_script(run: Callable[[Sequence[str]], None]) -> None:
@@ -251,27 +304,71 @@ def is_config_file(word: str) -> bool:
     return not word.startswith("-")
 
 
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            keys.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_config(file: str) -> dict[str, Any]:
-    """The entries of a YAML or JSON mapping of flags to values."""
+    """The entries of a YAML or JSON mapping of flags to values.
+
+    Raises:
+        UserInputError: a file that cannot be read, or no such mapping.
+    """
     path = Path(file)
     if path.suffix.lower() not in CONFIG_SUFFIXES:
         raise UserInputError(f"{file}: the first argument is a flag or a config file ({', '.join(CONFIG_SUFFIXES)})")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)  # JSON is YAML
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserInputError(f"{file}: cannot be read: {line}{error.problem}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserInputError(f"{file}: cannot be read: {error}") from error
+    return as_flags(file, config)
+
+
+def as_flags(where: str, config: Any) -> dict[str, Any]:
+    """The entries of a mapping of flags to values, "max-steps" and "max_steps" alike.
+
+    Raises:
+        UserInputError: no mapping, or a key that is not a flag's name.
+    """
     if not isinstance(config, dict):
-        raise UserInputError(f"{file}: must hold a mapping of flags to values, holds {type(config).__name__}")
-    return config
+        raise UserInputError(f"{where}: must hold a mapping of flags to values, holds {type(config).__name__}")
+    for key in config:
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][\w-]*", key):
+            raise UserInputError(f"{where}: {key!r} is not the name of a flag")
+    flags = {key.replace("-", "_"): value for key, value in config.items()}
+    if len(flags) < len(config):
+        raise UserInputError(f"{where}: a flag is given twice, with '-' and with '_'")
+    return flags
 
 
 def as_arguments(config: dict[str, Any]) -> list[str]:
-    """Entries of a config file as a command line, so that they pass the same checks."""
+    """Entries of a config file as a command line, so that they pass the same checks.
+
+    Raises:
+        UserInputError: a value that cannot be written on one, or would be another flag.
+    """
     arguments = []
     for key, value in config.items():
         if value is None:
             continue
-        values = value if isinstance(value, list) else [value]
         arguments.append(f"--{key}")
-        arguments += [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+        for entry in value if isinstance(value, list) else [value]:
+            try:
+                word = json.dumps(entry) if isinstance(entry, dict | bool) else str(entry)
+            except (TypeError, ValueError) as error:
+                raise UserInputError(f"--{key}: {error}") from error
+            if re.match(r"-[^\d.]", word):
+                raise UserInputError(f"--{key} ({word}) must not begin like a flag")
+            arguments.append(word)
     return arguments

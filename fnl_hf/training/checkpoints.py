@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,7 @@ def newest_complete_checkpoint(folder: Path) -> Path | None:
 
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None. One without checksums, as stock Trainer writes it, is checked by its
-    files' presence and the header of its weights alone."""
+    files' presence, their ends and the header of its weights alone."""
     missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
@@ -50,6 +51,9 @@ def fault_of(checkpoint: Path) -> str | None:
         return f"{STATE_FILE} cannot be read"
     if (checkpoint / CHECKSUMS_FILE).is_file():
         return _wrong_file(checkpoint)
+    for path in sorted(checkpoint.glob("*.pt*")):
+        if not zipfile.is_zipfile(path):  # what torch.save writes; its directory is at the end
+            return f"{path.name} is torn"
     if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return None
     try:
@@ -62,9 +66,11 @@ def fault_of(checkpoint: Path) -> str | None:
 def read_state(folder: Path) -> TrainerState | None:
     """The Trainer's state in a folder, or None if it is missing or torn."""
     try:
-        return TrainerState.load_from_json(str(folder / STATE_FILE))
+        state = TrainerState.load_from_json(str(folder / STATE_FILE))
     except (OSError, ValueError, TypeError):
         return None
+    numbers = (state.global_step, state.max_steps, state.num_train_epochs, state.train_batch_size)
+    return state if all(isinstance(number, int) for number in numbers) else None
 
 
 def publish(staged: Path, checkpoint: Path) -> None:
@@ -74,7 +80,7 @@ def publish(staged: Path, checkpoint: Path) -> None:
     (staged / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
     for path in [*files, staged / CHECKSUMS_FILE, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         _sync(path)
-    if checkpoint.exists():  # a torn one, or that of a run which is done once more from an earlier checkpoint
+    if os.path.lexists(checkpoint):  # a torn one, or that of a run which is done once more from an earlier checkpoint
         replaced = staged.with_name(f"replaced-{checkpoint.name}")
         checkpoint.rename(replaced)
         staged.rename(checkpoint)
@@ -95,6 +101,9 @@ def is_disk_full(error: BaseException) -> bool:
 def _wrong_file(checkpoint: Path) -> str | None:
     try:
         checksums = json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        unlisted = [name for name in CHECKPOINT_FILES if name not in checksums]
+        if unlisted:
+            return f"{CHECKSUMS_FILE} does not list {unlisted[0]}"
         for name, expected in checksums.items():
             path = checkpoint / name
             if not path.is_file():

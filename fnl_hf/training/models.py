@@ -1,6 +1,7 @@
 """Configurations and models to pretrain: presets, files, checkpoints."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 
 from fnl_hf.configuration_fnl_bert import FnlBertConfig
 from fnl_hf.errors import UserInputError
@@ -28,6 +30,28 @@ PRESETS = {
 
 PRETRAINING_CLASSES: dict[str, type[PreTrainedModel]] = {"mlm": FnlBertForMaskedLM, "mlm_nsp": FnlBertForPreTraining}
 
+# entry -> smallest value, and the bound that it must stay below, beside what the configuration itself asks for
+BOUNDS = {
+    "num_hidden_layers": (1, float("inf")),
+    "intermediate_size": (1, float("inf")),
+    "max_position_embeddings": (1, float("inf")),
+    "type_vocab_size": (1, float("inf")),
+    "hidden_dropout_prob": (0.0, 1.0),
+    "attention_probs_dropout_prob": (0.0, 1.0),
+    "layer_norm_eps": (0.0, float("inf")),
+    "initializer_range": (0.0, float("inf")),
+    "chunk_size_feed_forward": (0, 1),  # the masked positions are no multiple of a chunk
+}
+BUILD_ERRORS = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
 # Entries of a saved configuration that say where it came from, not what it is.
 NOT_ENTRIES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
 
@@ -51,8 +75,8 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserInputError(f"no usable configuration in {name_or_path}: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # read without checks
+        raise UserInputError(f"no usable configuration in {name_or_path}: {_reason(error)}") from error
     if not isinstance(config, BertConfig):
         raise UserInputError(
             f"{name_or_path} is a {config.model_type!r} checkpoint: it must be of model type 'bert' or 'fnl_bert'"
@@ -67,7 +91,12 @@ def make_config(entries: dict) -> FnlBertConfig:
     try:
         return FnlBertConfig(**{name: value for name, value in entries.items() if name not in NOT_ENTRIES})
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserInputError(f"configuration: {error.__cause__ or error}") from error
+        raise UserInputError(f"configuration: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> BaseException:
+    """What a check of the configuration's says, without the name of the check."""
+    return error.__cause__ or error if isinstance(error, StrictDataclassError) else error
 
 
 def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> FnlBertConfig:
@@ -93,8 +122,18 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
     entries |= {"sparse_prediction": False, "sparse_last_layer": sparse_last_layer}
     entries["pad_token_id"] = tokenizer.pad_token_id
     config = make_config(entries)
+    _validate_entries(config)
     _validate_sizes(config, tokenizer, max_seq_length, config.max_position_embeddings)
     return config
+
+
+def _validate_entries(config: FnlBertConfig) -> None:
+    for name, (smallest, bound) in BOUNDS.items():
+        value = getattr(config, name)
+        if not smallest <= value < bound:
+            raise UserInputError(f"configuration: {name} ({value}) must be at least {smallest} and below {bound}")
+    if config.hidden_act not in ACT2FN:
+        raise UserInputError(f"configuration: hidden_act ({config.hidden_act}) is no activation of Transformers'")
 
 
 def _refuse_two_sources(model_args, names):
@@ -116,14 +155,36 @@ def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
 def build_pretraining_model(model_args, config: FnlBertConfig, objective: str) -> PreTrainedModel:
     """A new model, or one that goes on from a checkpoint of the same shapes; in float32."""
     model_class = PRETRAINING_CLASSES[objective]
+    if objective == "mlm_nsp" and config.type_vocab_size < 2:
+        raise UserInputError(f"--objective mlm_nsp needs a type_vocab_size ({config.type_vocab_size}) of at least 2")
     name_or_path = model_args.model_name_or_path
     with _as_user_input(name_or_path or "this configuration"):
         if name_or_path is None:
             config._attn_implementation = model_args.attn_implementation
             return model_class(config)
-        return model_class.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, attn_implementation=model_args.attn_implementation
+        found: Any = model_class.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=model_args.attn_implementation,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    model, loaded = found
+    _validate_loaded(name_or_path, model, loaded)
+    return model
+
+
+def _validate_loaded(name_or_path: str, model: PreTrainedModel, loaded: dict) -> None:
+    """Refuse weights that are not this model's: of other shapes, none at all, or no numbers."""
+    for name, there, here in sorted(loaded["mismatched_keys"]):
+        raise UserInputError(f"{name_or_path}: {name} is {tuple(there)} there and {tuple(here)} here")
+    names = {name for name, _ in model.named_parameters()}
+    if names <= set(loaded["missing_keys"]):
+        raise UserInputError(f"{name_or_path} holds none of the model's weights, {min(names)} and others")
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise UserInputError(f"{name_or_path}: {name} is not finite")
 
 
 def build_question_answering_model(
@@ -155,7 +216,7 @@ def _as_user_input(name):
     """What transformers raises for a configuration or checkpoint that it cannot build."""
     try:
         yield
-    except (OSError, KeyError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+    except BUILD_ERRORS as error:
         raise UserInputError(f"no model of the wanted kind can be built from {name}: {error}") from error
 
 

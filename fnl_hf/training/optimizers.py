@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import get_scheduler
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups
@@ -42,14 +43,27 @@ def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
         raise UserInputError(f"--optimizer {args.optimizer} --optim_args {args.optim_args}: {error}") from error
 
 
+def validate_optimization(args, model: torch.nn.Module) -> None:
+    """Raise UserInputError for an optimizer or a schedule that cannot be built: each is, and thrown away."""
+    optimizer = build_optimizer(args, model)
+    steps = 100
+    try:
+        kwargs = args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, kwargs)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        given = f"--lr_scheduler_type {args.lr_scheduler_type.value} --lr_scheduler_kwargs {kwargs}"
+        raise UserInputError(f"{given}: {error}") from error
+
+
 def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any]:
     """ "momentum=0.9,nesterov=true" as keyword arguments; values are numbers, booleans, tuples or LAMB's decays.
 
     Raises:
         UserInputError: no ``name=value``, a name that the optimizer does not have, or another value.
     """
-    known = {name for owner in SIGNATURES[optimizer] for name in inspect.signature(owner).parameters}
-    known -= {*SET_ELSEWHERE, *VARIADIC}
+    signatures = [inspect.signature(owner).parameters for owner in SIGNATURES[optimizer]]
+    known = {name: parameter.default for signature in signatures for name, parameter in signature.items()}
+    known = {name: default for name, default in known.items() if name not in (*SET_ELSEWHERE, *VARIADIC)}
     parsed: dict[str, Any] = {}
     for name, separator, value in (part.partition("=") for part in _split(text or "")):
         if not separator or name not in known:
@@ -60,7 +74,16 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
             parsed[name] = ast.literal_eval(WORDS.get(value.lower(), value))
         except (ValueError, SyntaxError) as error:
             raise UserInputError(f"--optim_args {text}: {name} ({value}) must be a number, true or false") from error
+        if not _fits(parsed[name], known[name]):
+            raise UserInputError(f"--optim_args {text}: {name} ({value}) must be like its default, {known[name]}")
     return parsed
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is a switch where the default is one, and a number where that is one; torch does not look."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and (default is None or isinstance(default, bool))
+    return isinstance(value, int | float) or not isinstance(default, int | float)
 
 
 def _split(text: str) -> list[str]:

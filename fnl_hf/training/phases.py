@@ -8,15 +8,16 @@ and report, resumed and skipped when finished like any other. The same can be ha
 
 import argparse
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from fnl_hf.errors import UserInputError
-from fnl_hf.training.arguments import as_arguments, is_config_file, read_config
+from fnl_hf.training.arguments import as_arguments, as_flags, is_config_file, read_config
 from fnl_hf.training.checkpoints import newest_complete_checkpoint
-from fnl_hf.training.runs import PHASE_PREFIX, read_started
+from fnl_hf.training.runs import PHASE_PREFIX, read_started, validate_resume
 
 OPTIMIZER_STATES = ("carry", "reset")
 SET_BY_PHASES = ("output_dir", "model_name_or_path", "optimizer_state_from", "phases")
@@ -38,12 +39,11 @@ def phases_of(argv: Sequence[str]) -> list[list[str]]:
     config = read_config(argv[0])
     if "phases" not in config:
         return [list(argv)]
-    phases = config.pop("phases")
-    _validate(argv[0], phases)
+    phases = _validated(argv[0], config.pop("phases"))
     given, flags = _split(argv[1:], ("output_dir",))
     output_dir = given.get("output_dir", config.pop("output_dir", None))
-    if output_dir is None:
-        raise UserInputError(f"{argv[0]}: phases need --output_dir")
+    if not isinstance(output_dir, str):
+        raise UserInputError(f"{argv[0]}: phases need --output_dir ({output_dir}), the name of a folder")
     commands: list[list[str]] = []
     previous = None
     for number, phase in enumerate(phases, start=1):
@@ -62,9 +62,23 @@ def phases_of(argv: Sequence[str]) -> list[list[str]]:
     return commands
 
 
-def _validate(file: str, phases: Any) -> None:
+def validate_phases(runs: Sequence[Any]) -> None:
+    """Raise UserInputError if, by their arguments, a phase cannot carry the optimizer state of the one before."""
+    for before, args in pairwise(runs):
+        if args.optimizer_state_from == before.output_dir:
+            carry = f"optimizer_state: carry from {before.output_dir}"
+            if before.save_strategy == "no":
+                raise UserInputError(f"{carry} needs its checkpoints: not with --save_strategy no")
+            if args.optimizer != before.optimizer:
+                raise UserInputError(
+                    f"{carry}: its --optimizer is {before.optimizer}, that of the next {args.optimizer}"
+                )
+
+
+def _validated(file: str, phases: Any) -> list[dict[str, Any]]:
     if not isinstance(phases, list) or not phases or not all(isinstance(phase, dict) for phase in phases):
         raise UserInputError(f"{file}: phases must be a list of mappings of flags to values")
+    phases = [as_flags(f"{file}: phase {number}", phase) for number, phase in enumerate(phases, start=1)]
     for number, phase in enumerate(phases, start=1):
         taken = [name for name in SET_BY_PHASES if name in phase]
         if taken:
@@ -72,30 +86,41 @@ def _validate(file: str, phases: Any) -> None:
         state = phase.get("optimizer_state", OPTIMIZER_STATES[0])
         if state not in OPTIMIZER_STATES:
             raise UserInputError(f"{file}: phase {number}: optimizer_state ({state}) must be one of {OPTIMIZER_STATES}")
+    return phases
 
 
 def _split(flags: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The values of some flags, and the other flags."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False
+    )
     for name in names:
-        parser.add_argument(f"--{name}")
-    found, others = parser.parse_known_args(flags)
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    try:
+        found, others = parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise UserInputError(str(error)) from error
     return vars(found), others
 
 
-def optimizer_checkpoint(args) -> Path:
-    """The newest complete checkpoint of the run in ``--optimizer_state_from``.
+def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
+    """The newest complete checkpoint of the run in ``--optimizer_state_from``; None without this flag.
 
     Raises:
-        UserInputError: there is none, or it is another optimizer's.
+        UserInputError: there is none, it is another optimizer's or of another model, or it is about to be deleted.
     """
     folder = args.optimizer_state_from
+    if folder is None:
+        return None
+    if args.overwrite_output_dir and Path(folder).resolve() == Path(args.output_dir).resolve():
+        raise UserInputError(f"--optimizer_state_from {folder} is the --output_dir that is to be overwritten")
     checkpoint = newest_complete_checkpoint(Path(folder))
     if checkpoint is None:
         raise UserInputError(f"--optimizer_state_from {folder}: no complete checkpoint there")
     other = read_started(Path(folder)).get("optimizer", args.optimizer)
     if other != args.optimizer:
         raise UserInputError(f"--optimizer_state_from {folder}: its optimizer is {other}, this one is {args.optimizer}")
+    validate_resume(checkpoint, model)
     return checkpoint
 
 

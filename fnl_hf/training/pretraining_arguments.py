@@ -2,9 +2,19 @@
 
 from dataclasses import dataclass, field
 
+from fnl_hf.data.packing import MIN_LENGTH
 from fnl_hf.data.pretraining import ATTENTION_KERNELS, OBJECTIVES, validate_choices
 from fnl_hf.training.arguments import validate_bounds
 from fnl_hf.training.models import PRESETS
+
+COUNTS = (
+    "preprocessing_num_workers",
+    "shuffle_buffer_size",
+    "streaming_validation_documents",
+    "streaming_shards",
+    "max_train_samples",
+    "max_eval_samples",
+)
 
 
 @dataclass
@@ -43,6 +53,9 @@ class ModelArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "The attention kernel.", "choices": list(ATTENTION_KERNELS)}
     )
+
+    def __post_init__(self):
+        validate_bounds("vocab_size", self.vocab_size, 10, 2**24)  # masking draws random tokens from 24 bits
 
 
 @dataclass
@@ -99,6 +112,9 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
 
     def __post_init__(self):
-        for name in ("preprocessing_num_workers", "shuffle_buffer_size", "streaming_validation_documents"):
+        for name in COUNTS:
             validate_bounds(name, getattr(self, name), 1)
+        validate_bounds("max_seq_length", self.max_seq_length, MIN_LENGTH)
+        validate_bounds("mlm_probability", self.mlm_probability, 0, 1, above=True)
+        validate_bounds("validation_split_percentage", self.validation_split_percentage, 0, 100, above=True)
         validate_choices(self)

@@ -18,6 +18,13 @@ from fnl_hf.training.trainer import FnlTrainer
 SAMPLING_STRATEGIES = ("random", "sequential")
 
 
+def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:
+    """The order of the training data that ``args`` describe, for micro-batches of ``batch_size`` a process."""
+    global_batch = batch_size * args.world_size * args.gradient_accumulation_steps
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
+
+
 class StreamProgressCallback(TrainerCallback):
     """A stream has no epochs that a Trainer could know: the share of the steps stands for them in the logs."""
 
@@ -35,26 +42,25 @@ class PretrainingTrainer(FnlTrainer):
             than one global batch.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        strategy = self.args.train_sampling_strategy
-        if strategy not in SAMPLING_STRATEGIES:
-            raise UserInputError(f"--train_sampling_strategy ({strategy}) must be one of {SAMPLING_STRATEGIES}")
+    def __init__(self, model=None, args=None, train_dataset=None, **kwargs):
+        # Trainer's constructor makes the output folder: what is refused is refused before.
+        if args.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            raise UserInputError(
+                f"--train_sampling_strategy ({args.train_sampling_strategy}) must be one of {SAMPLING_STRATEGIES}"
+            )
+        if args.do_train and has_length(train_dataset):
+            epoch_sampler(train_dataset, args, args.train_batch_size)
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.stream = self.train_dataset if isinstance(self.train_dataset, StreamingDataset) else None
         if self.stream is not None:
             self.args.ignore_data_skip = True  # it begins where its state says
             self.add_callback(StreamProgressCallback)
-        if self.args.do_train:
-            self._get_train_sampler()  # refuses too few sequences before anything is written
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
-        args = self.args
-        global_batch = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
+        return epoch_sampler(dataset, self.args, self._train_batch_size)
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; a stream knows its process and makes whole micro-batches, so that Accelerate has no part."""

@@ -91,8 +91,7 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
         UserInputError: the folder is in use, its run has other arguments, or the named checkpoint is not complete.
     """
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise UserInputError(f"--output_dir {folder} is a file")
+    _validate_place(folder)
     if resume is not None and args.overwrite_output_dir:
         raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
     in_use = folder.is_dir() and any(not path.name.startswith(PHASE_PREFIX) for path in folder.iterdir())
@@ -117,6 +116,15 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
     return RunPlan(checkpoint=None if checkpoint is None else str(checkpoint), continued=folder)
 
 
+def _validate_place(folder: Path) -> None:
+    """Raise UserInputError unless ``folder`` is one that can be written, or can be made."""
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(place):
+        raise UserInputError(f"--output_dir {folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserInputError(f"--output_dir {folder}: {place} cannot be written")
+
+
 def _plan_from_checkpoint(
     checkpoint: Path, folder: Path, in_use: bool, description: dict[str, Any], allow_other_world_size: bool
 ) -> RunPlan:
@@ -132,9 +140,10 @@ def _plan_from_checkpoint(
 def read_started(folder: Path) -> dict[str, Any]:
     """How the run in a folder was described when it was started or last continued; {} if it was not."""
     try:
-        return json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
+        started = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return started if isinstance(started, dict) else {}
 
 
 def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_world_size: bool) -> None:
@@ -215,9 +224,12 @@ def is_finished(folder: Path, args) -> bool:
     return state.num_train_epochs >= args.num_train_epochs
 
 
-def validate_resume(checkpoint: str, model: PreTrainedModel) -> None:
+def validate_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
     """Raise UserInputError if the checkpoint holds a model of another class or other shapes than ``model``."""
-    saved = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
+    try:
+        saved = dict(json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserInputError(f"checkpoint {checkpoint}: config.json cannot be read: {error}") from error
     wanted = model.config.to_dict() | {"architectures": [type(model).__name__]}
     differences = [
         f"{name} is {saved.get(name)} there and {wanted.get(name)} here"

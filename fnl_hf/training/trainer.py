@@ -20,7 +20,7 @@ from fnl_hf.training.callbacks import add_fnl_callbacks
 from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
-from fnl_hf.training.optimizers import build_optimizer
+from fnl_hf.training.optimizers import build_optimizer, validate_optimization
 from fnl_hf.training.preemption import PreemptionCallback, ignore_sigterm, sigterm_handled_by
 from fnl_hf.training.provenance import copy_provenance
 from fnl_hf.training.throughput import ThroughputMeter
@@ -31,10 +31,13 @@ LABEL_NAMES = ("labels", "next_sentence_label", "start_positions", "end_position
 
 
 def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
-    """A trainer with our callbacks; what its constructor refuses (trackers, sharding, evaluation) is bad input."""
+    """A trainer with our callbacks; what its constructor refuses (trackers, sharding, evaluation, a folder that cannot
+    be made) is bad input. An optimizer or schedule that cannot be built is refused before a folder is made."""
+    if kwargs["args"].do_train:
+        validate_optimization(kwargs["args"], kwargs["model"])
     try:
         trainer = trainer_class(**kwargs)
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         raise UserInputError(str(error)) from error
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if trainer.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1):
@@ -240,6 +243,15 @@ class FnlTrainer(Trainer):
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            known = ", ".join(name.removeprefix("eval_") for name in metrics)
+            raise UserInputError(
+                f"--metric_for_best_model ({self.args.metric_for_best_model}) must be one of {known}"
+            ) from error
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging or super()._get_output_dir(trial))
