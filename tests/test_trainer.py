@@ -184,6 +184,6 @@ def test_sharding_that_flattens_parameters_is_refused(deepspeed, version, refuse
     trainer.accelerator.state = SimpleNamespace(fsdp_plugin=plugin)
     if refused:
         with pytest.raises(UserInputError, match="DeepSpeed and FSDP1 flatten parameters.*use FSDP2"):
-            build_trainer(lambda: trainer)
+            build_trainer(lambda **kwargs: trainer, args=SimpleNamespace(do_train=False))
     else:
-        assert build_trainer(lambda: trainer) is trainer
+        assert build_trainer(lambda **kwargs: trainer, args=SimpleNamespace(do_train=False)) is trainer

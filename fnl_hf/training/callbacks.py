@@ -56,8 +56,9 @@ class ProductNormsCallback(TrainerCallback):
 
     def _log(self, control, model=None, optimizer=None, **kwargs):
         should_log = control.should_log
+        plain = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)  # whose names are without prefix
         with self.paused():
-            self.trainer.log(logged_diagnostics(model, _learning_rate(optimizer)))
+            self.trainer.log(logged_diagnostics(plain, _learning_rate(optimizer)))
         control.should_log = should_log  # logging clears it; the loss of this step is still to come
 
 

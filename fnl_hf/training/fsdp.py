@@ -31,6 +31,9 @@ class ShardedTrainer(Trainer):
         UserInputError: the wrapping policy puts parameters that are tied into different groups of FSDP2's.
     """
 
+    model: Any
+    lr_scheduler: Any
+
     def _prepare_for_training(self, *args, **kwargs):
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args, **kwargs)
@@ -54,8 +57,7 @@ class ShardedTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         if self.is_fsdp_enabled and not self.accelerator._models:
             # Without training there is no optimizer, and Accelerate shards a model only together with one.
-            model: Any = self.model
-            self.accelerator.prepare_model(model.to(self.args.device), evaluation_mode=True)
+            self.accelerator.prepare_model(self.model.to(self.args.device), evaluation_mode=True)
         return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -71,8 +73,7 @@ class ShardedTrainer(Trainer):
         state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir, OPTIMIZER_NAME))
-            scheduler: Any = self.lr_scheduler
-            torch.save(scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if not self.is_fsdp_enabled:
@@ -93,8 +94,7 @@ class ShardedTrainer(Trainer):
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
         )
         load_whole_optimizer_state(self.optimizer, state)
-        scheduler: Any = self.lr_scheduler
-        scheduler.load_state_dict(schedule)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _whole_model(self) -> torch.nn.Module:
         """The model itself, compiled or not; FSDP2 changes modules in place."""

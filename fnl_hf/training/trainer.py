@@ -82,7 +82,8 @@ class FnlTrainer(ShardedTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._model_takes_items = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
         self.model_accepts_loss_kwargs = True
-        self._parameters = unwrapped.num_parameters(exclude_embeddings=True)
+        count = getattr(unwrapped, "num_parameters", None)
+        self._parameters = count(exclude_embeddings=True) if count else None
         dtype = MATMUL_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
         devices = max(1, self.args.n_gpu)
         self.throughput = ThroughputMeter(unwrapped, self.args.device, devices, dtype, self.accelerator.gather)
@@ -142,6 +143,8 @@ class FnlTrainer(ShardedTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As Trainer's, which walks all parameters of the model in every micro-batch."""
+        if self._parameters is None:
+            return super().floating_point_ops(inputs)
         return 6 * inputs["input_ids"].numel() * self._parameters
 
     def _get_num_items_in_batch(self, batch_samples, device):
