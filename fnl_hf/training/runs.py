@@ -118,6 +118,12 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
 
 def _validate_place(folder: Path) -> None:
     """Raise UserInputError unless ``folder`` is one that can be written, or can be made."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # to be made
+    except OSError as error:
+        raise UserInputError(f"--output_dir {folder}: {error.strerror}") from error
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not os.path.isdir(place):
         raise UserInputError(f"--output_dir {folder}: {place} is not a folder")
