@@ -73,7 +73,13 @@ class FnlBertPreTrainedModel(BertPreTrainedModel):
     def save_pretrained(self, *args, **kwargs):
         """As in transformers; the code is saved beside the weights, for use without fnl_hf."""
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(*args, **kwargs)
+        own = type(self)
+        # FSDP2 puts a class of torch's in front, whose code would be saved.
+        self.__class__ = next(c for c in own.__mro__ if not c.__name__.startswith("FSDP"))
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = own
 
 
 class FnlBertModel(FnlBertPreTrainedModel, BertModel):
@@ -154,6 +160,7 @@ def mean_cross_entropy(logits, labels, num_items: torch.Tensor | int | None = No
     ``num_items`` is the number of such labels in the whole global batch, so that the losses of micro-batches and
     processes add up to the mean over all of it. Without any label the loss is 0, not NaN.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # as autocast does; FSDP2 trains without it
     total = nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     if num_items is None:
         num_items = (labels != ignore_index).sum()

@@ -1,4 +1,4 @@
-"""Small models with products of every kind, and FSDP2 around them, for sharded_worker.py."""
+"""Small models with products of every kind, FSDP2 around them, and how far apart two of them are."""
 
 from collections import OrderedDict
 from types import MappingProxyType
@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from fnl_hf import FnlBertConfig, FnlBertModel, register_product
+from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FnlBertModel, register_product
+from tests.conftest import DIMENSIONS
 
 
 def product(kind, *shapes, num_heads=1):
@@ -35,6 +36,13 @@ def bert(hidden=20, embedding=15):
         attention_embedding_size=embedding,
     )
     return FnlBertModel(config, add_pooling_layer=False)
+
+
+def language_model(**entries):
+    """As it is initialized, the same on all processes; its embeddings are tied."""
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    return FnlBertForMaskedLM(FnlBertConfig(**DIMENSIONS, **dropout, attention_embedding_size=21, **entries))
 
 
 def all_kinds(**modules):
@@ -84,3 +92,18 @@ def shard(model, mesh=None, along=MappingProxyType({}), ignored=()):
         fully_shard(module, **options)
     assert all(isinstance(p, DTensor) for name, p in model.named_parameters() if not name.endswith(tuple(ignored)))
     return model
+
+
+def full(parameter):
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def differences(model, other):
+    """{parameter: norm of the difference over norm}."""
+    pairs = zip(model.named_parameters(), other.parameters())
+    pairs = ((name, full(first), full(second)) for (name, first), second in pairs)
+    return {name: ((first - second).norm() / first.norm()).item() for name, first, second in pairs}
+
+
+def difference(model, other):
+    return torch.tensor(list(differences(model, other).values())).max().item()  # NaN if any is

@@ -4,13 +4,9 @@ test_sharded.py starts it and asserts on the figures: torchrun --nproc_per_node 
 """
 
 import copy
-import json
 import sys
-import time
-import traceback
 from collections import Counter
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -26,19 +22,23 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from fnl_hf import (
-    FnlBertConfig,
-    FnlBertForMaskedLM,
-    FrobeniusAdamW,
-    FrobeniusLamb,
-    FrobeniusSGD,
-    Lamb,
-    find_products,
-    frobenius_param_groups,
-)
+from fnl_hf import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, find_products, frobenius_param_groups
 from fnl_hf.optim import sharding
 from tests.conftest import DIMENSIONS
-from tests.sharded_models import all_kinds, assembled, bert, convolutions, product, seeded, shard
+from tests.sharded_models import (
+    all_kinds,
+    assembled,
+    bert,
+    convolutions,
+    difference,
+    differences,
+    full,
+    language_model,
+    product,
+    seeded,
+    shard,
+)
+from tests.worker_checks import check, check_each, run_checks
 
 STEPS, FEWER_STEPS = 20, 4
 WEIGHT_DECAY, FROBENIUS_DECAY = 0.1, 0.5
@@ -52,23 +52,6 @@ OPTIMIZERS = {
 }
 FEWER = ("sgd", "lamb", "lamb_in_trust_ratio")  # coupled, decoupled and inside the trust ratio
 ENTRIES = ("name", "product", "num_heads", "frobenius_decay", "weight_decay", "lr")
-CHECKS = {}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
-
-def check_each(*names):
-    """A check for each name, "function[name]", with the name as its first argument."""
-
-    def decorate(function):
-        CHECKS.update({f"{function.__name__}[{name}]": partial(function, name) for name in names})
-        return function
-
-    return decorate
-
 
 # Steps
 
@@ -101,21 +84,6 @@ def optimizer_of(model, name, decay=FROBENIUS_DECAY):
 
 def trained(model, name, steps=STEPS, decay=FROBENIUS_DECAY, idle=()):
     return run(model, optimizer_of(model, name, decay), range(steps), idle)
-
-
-def full(parameter):
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
-
-
-def differences(model, other):
-    """{parameter: norm of the difference over norm}."""
-    pairs = zip(model.named_parameters(), other.parameters())
-    pairs = ((name, full(first), full(second)) for (name, first), second in pairs)
-    return {name: ((first - second).norm() / first.norm()).item() for name, first, second in pairs}
-
-
-def difference(model, other):
-    return torch.tensor(list(differences(model, other).values())).max().item()  # NaN if any is
 
 
 def sharding_errors(model, names=FEWER, idle=(), **kwargs):
@@ -310,11 +278,6 @@ def collectives_without_straddling(kind, folder):
 # Data parallel
 
 
-def language_model():
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return seeded(FnlBertForMaskedLM(FnlBertConfig(**DIMENSIONS, **dropout, attention_embedding_size=21)))
-
-
 def fit(model, optimizer, steps=5):
     """Each process has its own data."""
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -328,7 +291,7 @@ def fit(model, optimizer, steps=5):
 @check_each(*OPTIMIZERS, "plain_lamb")
 def data_parallel(name, folder):
     """Replicas under DDP: whether they are equal to the last bit, and which parameters did not move."""
-    model = language_model()
+    model = seeded(language_model())
     start = copy.deepcopy(model)
     replica = DistributedDataParallel(model)
     fit(replica, Lamb(model.parameters(), lr=1e-2) if name == "plain_lamb" else optimizer_of(model, name))
@@ -343,7 +306,7 @@ def data_parallel(name, folder):
 @check
 def backward_through_fsdp2(folder):
     """Gradients as FSDP2 leaves them: it and DDP train alike. SGD, as Adam magnifies rounding in gradients near 0."""
-    model = language_model()
+    model = seeded(language_model())
     replica = DistributedDataParallel(copy.deepcopy(model))
     cut = shard(model)
     fit(replica, optimizer_of(replica.module, "sgd"))
@@ -358,7 +321,7 @@ def backward_through_fsdp2(folder):
 def checkpoint(case, folder):
     """Written sharded and read unsharded ("gathering") or the other way round, then trained on, beside the first."""
     name, direction = case.split("-")
-    first, second = all_kinds(), seeded(all_kinds(), seed=1)
+    first, second = (seeded(all_kinds(model=language_model()), seed) for seed in (0, 1))  # it has tied parameters
     shard(first if direction == "gathering" else second)
     optimizer, other = optimizer_of(first, name), optimizer_of(second, name, decay=0.9)
     run(first, optimizer, range(3))
@@ -421,23 +384,7 @@ def refused_fsdp1(name, folder):
     }
 
 
-def main(folder):
-    # A check that fails on one process leaves the others waiting for it.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results = {}
-    four = dist.get_world_size() == 4
-    for name, function in CHECKS.items():
-        if (name == "four_processes") != four:
-            continue
-        started = time.perf_counter()
-        try:
-            results[name] = function(folder)
-        except Exception:
-            results[name] = {"traceback": traceback.format_exc()}
-        print(f"{name}: {time.perf_counter() - started:.2f} s", flush=True)
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results), encoding="utf-8")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    import tests.sharded_training  # noqa: F401  its checks are run here, too
+
+    run_checks(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The optimizers on 2 and 3 processes, sharded (FSDP2) and replicated (DDP), and what they refuse.
+"""Optimizers and training on 2 and 3 processes, sharded (FSDP2) and replicated (DDP), and what they refuse.
 
 tests/sharded_worker.py computes figures once for each number of processes; the tests here name what they must be.
 """
@@ -16,8 +16,9 @@ from torch import nn
 
 from fnl_hf import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups, register_product
 from fnl_hf.optim.sharding import Cut, split_heads
+from tests import sharded_training, sharded_worker  # noqa: F401  which make the checks
 from tests.conftest import launch
-from tests.sharded_worker import CHECKS
+from tests.worker_checks import CHECKS
 
 TOLERANCE = 1e-6
 NOTICEABLE = 1e-3
@@ -157,7 +158,33 @@ def test_a_distributed_checkpoint_continues_sharded_or_not(figures, case):
     for process in figures(f"checkpoint[{case}]"):
         assert process["difference"] <= TOLERANCE
         assert process["loaded"] == process["saved"]
-        assert {"name": "qk", "product": "qk", "num_heads": 5}.items() <= process["loaded"][0].items()
+        assert {"name": "qk", "product": "qk", "num_heads": 3}.items() <= process["loaded"][0].items()
+
+
+@for_each("training")
+def test_training_sharded_equals_one_process(figures, case):
+    """Twenty steps with accumulation and clipping, the same global batches; the embeddings stay tied."""
+    for process in figures(f"training[{case}]"):
+        assert process["difference"] <= 1e-5 and process["norms"] <= 1e-5
+        assert process["effect"] > 0.1 and process["clipped"] == 20 and process["tied"]
+
+
+@for_each("trainer_checkpoint")
+def test_trainers_checkpoint_continues_sharded_or_not(figures, case):
+    for process in figures(f"trainer_checkpoint[{case}]"):
+        assert process["before"] == 0.0 and process["after"] <= 1e-5
+
+
+@for_each("skipped_step")
+def test_a_sharded_step_can_be_skipped(figures, case):
+    assert all(
+        process == {"weights": True, "state": True, "moved": True} for process in figures(f"skipped_step[{case}]")
+    )
+
+
+def test_a_sharded_model_is_saved_with_the_files_of_a_whole_one(figures):
+    main = figures("saved_model")[0]  # the others write none
+    assert main["equal"] and {"model.safetensors", "modeling_fnl_bert.py"} <= set(main["files"])
 
 
 def test_unsupported_placements_are_refused_by_name(figures):

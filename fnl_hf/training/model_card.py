@@ -108,8 +108,9 @@ def model_facts(model, args, data: str) -> dict[str, Any]:
     options = f" ({args.optim_args})" if args.optim_args else ""
     embedding_size = getattr(config, "mha_embedding_size", config.hidden_size)
     return {
-        "architecture": f"{type(model).__name__}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-        f"{config.num_attention_heads} heads",
+        # Sharded, the model is of a class of FSDP2's.
+        "architecture": f"{config.architectures[0]}, {config.num_hidden_layers} layers, "
+        f"hidden size {config.hidden_size}, {config.num_attention_heads} heads",
         "attention embedding dimension E": f"{embedding_size} ({embedding_size / config.hidden_size:.0%} of d)",
         "parameters": f"{model.num_parameters():,}",
         "data": Path(data).name if Path(data).is_file() else data,  # not where it lies on this machine

@@ -24,17 +24,20 @@ PREFERRED: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lamb": {"max_
 WORDS = {"true": "True", "false": "False", "none": "None"} | {decay: repr(decay) for decay in DECAYS}
 
 
-def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torch.optim.Optimizer:
     """The optimizer that ``FnlTrainingArguments`` describe, for any model with products.
 
-    LAMB's own clipping is off: Trainer clips at ``--max_grad_norm``, whatever the optimizer.
+    LAMB's own clipping is off: Trainer clips at ``--max_grad_norm``, whatever the optimizer. ``sharded``: FSDP2 will
+    cut the parameters.
     """
     groups = frobenius_param_groups(model, args.weight_decay, args.frobenius_decay, args.decay_mode)
     options: dict[str, Any] = {"lr": args.learning_rate}
     if args.optimizer != "sgd":
         options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     own = parse_optimizer_arguments(args.optimizer, args.optim_args)
-    if not own.get("foreach"):
+    if sharded and args.optimizer == "sgd":  # torch's fused kernel takes no cut parameters, and its default is a loop
+        options["foreach"] = True
+    elif not own.get("foreach"):
         options["fused"] = args.device.type in FUSED_DEVICES
     own = PREFERRED.get(args.optimizer, {}) | own
     try:

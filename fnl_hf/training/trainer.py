@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fnl_hf.errors import Preempted, UserInputError
 from fnl_hf.training.callbacks import add_fnl_callbacks
 from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
+from fnl_hf.training.fsdp import ShardedTrainer
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
 from fnl_hf.training.optimizers import build_optimizer, validate_optimization
 from fnl_hf.training.preemption import PreemptionCallback, ignore_sigterm, sigterm_handled_by
@@ -61,7 +62,7 @@ def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, f
     return metrics
 
 
-class FnlTrainer(Trainer):
+class FnlTrainer(ShardedTrainer):
     """Trainer for ``FnlTrainingArguments`` and any BERT-like model, ours or stock.
 
     Under gradient accumulation and on several processes each loss is the mean over all items of the global batch
@@ -117,7 +118,7 @@ class FnlTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.args, model or self.model)
+            self.optimizer = build_optimizer(self.args, model or self.model, sharded=self.is_fsdp_enabled)
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):

@@ -1,0 +1,183 @@
+"""FSDP2 under ``transformers.Trainer``: models with tied parameters, and the checkpoints of any other run.
+
+What Accelerate writes under FSDP2 can be read by FSDP2 alone, and with sharded state dicts no model is left at the end.
+Here a run leaves the files of an unsharded one, whatever ``fsdp_state_dict_type`` says, so that any other goes on from
+them. Models of BERT's sizes are gathered in no time.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from fnl_hf.errors import UserInputError
+
+
+class ShardedTrainer(Trainer):
+    """Trainer that trains, saves and loads under FSDP2 as it does elsewhere; without FSDP it is Trainer.
+
+    Saving gathers one tensor after the other, so that all processes must take part.
+
+    Raises:
+        UserInputError: the wrapping policy puts parameters that are tied into different groups of FSDP2's.
+    """
+
+    def _prepare_for_training(self, *args, **kwargs):
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            # Accelerate's would add up gradients and return the loss in half precision.
+            policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+            plugin.mixed_precision_policy = policy
+        tied = _tied_names(self._whole_model())
+        with _one_group_for_tied_parameters(self.model):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        untied = tied - _tied_names(self._whole_model())
+        if untied:
+            raise UserInputError(
+                f"FSDP2: {' and '.join(sorted(untied)[0])} are one parameter, but in two groups: let "
+                "fsdp_transformer_layer_cls_to_wrap, in Accelerate's configuration, name the encoder's layer alone, as "
+                "in configs/accelerate/fsdp2.yaml"
+            )
+        return prepared
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            # Without training there is no optimizer, and Accelerate shards a model only together with one.
+            model: Any = self.model
+            self.accelerator.prepare_model(model.to(self.args.device), evaluation_mode=True)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=whole_weights(self._whole_model(), keep=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        weights = load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
+        self._issue_warnings_after_load(load_whole_weights(self._whole_model(), weights))
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state, schedule = (
+            torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True, mmap=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        load_whole_optimizer_state(self.optimizer, state)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(schedule)
+
+    def _whole_model(self) -> torch.nn.Module:
+        """The model itself, compiled or not; FSDP2 changes modules in place."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+
+def whole_weights(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor | None]:
+    """``model.state_dict()`` of whole tensors on the CPU, tied ones the same tensor.
+
+    All processes must call this; those that do not ``keep`` the tensors get None for them.
+    """
+    gathered: dict[int, torch.Tensor | None] = {}
+    state = model.state_dict(keep_vars=True)
+    for value in state.values():
+        if id(value) not in gathered:
+            gathered[id(value)] = _whole(value.detach(), keep)
+    return {name: gathered[id(value)] for name, value in state.items()}
+
+
+def load_whole_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Any:
+    """Load what an unsharded model has saved; returns what ``load_state_dict`` does."""
+    own = model.state_dict(keep_vars=True)
+    parts = {name: _part(value, own[name]) if name in own else value for name, value in weights.items()}
+    return model.load_state_dict(parts, strict=False)
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
+    """``optimizer.state_dict()`` of whole tensors, gathered as :func:`whole_weights` does."""
+    saved = optimizer.state_dict()
+    state = {
+        index: {name: _whole(value, keep) if isinstance(value, DTensor) else value for name, value in entries.items()}
+        for index, entries in saved["state"].items()
+    }
+    return saved | {"state": state}
+
+
+def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load the ``state_dict`` of an optimizer of unsharded parameters in the same order."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {
+            # What has the parameter's shape is about its entries one by one, and is cut as it is.
+            name: _part(value, parameters[index])
+            if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in entries.items()
+        }
+        for index, entries in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": state})
+
+
+def _whole(value: torch.Tensor, keep: bool) -> torch.Tensor | None:
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.cpu() if keep else None
+
+
+def _part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part; every process has the whole, so that nothing is sent."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _tied_names(model: torch.nn.Module) -> set[tuple[str, ...]]:
+    names: dict[torch.nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    return {tuple(several) for several in names.values() if len(several) > 1}
+
+
+@contextmanager
+def _one_group_for_tied_parameters(model: Any) -> Iterator[None]:
+    """Have Accelerate leave the embeddings in the model's own group, with all that is in no layer.
+
+    It gives them a group of their own, together with an output layer that is tied to them. BERT's has a bias, too,
+    which is tied to a parameter outside of both: torch 2.13 refuses the model then, earlier ones do not train the bias.
+    """
+    names = ("get_input_embeddings", "get_output_embeddings")
+    for name in names:
+        setattr(model, name, lambda: None)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(model, name)
