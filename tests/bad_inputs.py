@@ -133,6 +133,16 @@ def resumed(change_run: FolderChange = lambda out: None, stream=False, **given) 
     return change
 
 
+def moved(**given) -> Change:
+    """The run's first checkpoint without its run, to go on from."""
+
+    def change(place):
+        shutil.copytree(place.run / "checkpoint-2", place.here / "checkpoint-2")
+        return place.command(resume_from_checkpoint="<here>/checkpoint-2", **given)
+
+    return change
+
+
 def from_checkpoint(change_run: FolderChange) -> Change:
     """The same, with the checkpoint named."""
     return resumed(change_run, resume_from_checkpoint="<here>/out/checkpoint-2")
@@ -208,6 +218,11 @@ def other_text_under_the_same_name(out: Path) -> None:
     other = out.parent / "corpus.txt"
     other.write_text(TEXT.replace("fox", "cow"))
     edit("run_arguments.json", train_file=[str(other)])(out)
+
+
+def unrecorded(out: Path) -> None:
+    for name in ("run_arguments.json", "provenance.json"):
+        (out / name).unlink()
 
 
 def flip_a_bit(out: Path) -> None:

@@ -32,6 +32,7 @@ from .bad_inputs import (
     flip_a_bit,
     from_checkpoint,
     itself,
+    moved,
     not_finite,
     other_text_under_the_same_name,
     overwriting,
@@ -42,11 +43,12 @@ from .bad_inputs import (
     resumed,
     somebody_elses,
     tokenizer,
+    unrecorded,
     without,
     word_level,
     words,
     write,
-)  # fmt: skip
+)
 from .conftest import launch
 
 # name -> what makes the bad input, and what the message says of it
@@ -230,23 +232,30 @@ CHECKPOINTS = {
     ),
     "configuration, a list": (resumed(write("checkpoint-2/config.json", "[]")), "^no tokenizer in .*checkpoint-2: "),
     "other architecture": (
-        resumed(write("run_arguments.json", ""), attention_embedding_size=8),
+        resumed(unrecorded, attention_embedding_size=8),
         "is of another architecture: attention_embedding_size is None there and 8 here$",
     ),
     "other objective": (
-        resumed(write("run_arguments.json", "[]"), objective="mlm_nsp"), "architectures is .*MaskedLM.* and .*PreTr"
+        resumed(unrecorded, objective="mlm_nsp"), "architectures is .*MaskedLM.* and .*PreTr"
     ),
     "other seed": (resumed(seed=8), "out holds another run: seed is 7 there and 8 here. Choose another"),
     "other optimizer": (resumed(optimizer="sgd"), "holds another run: optimizer is adamw there and sgd here"),
     "other batch": (
         resumed(per_device_train_batch_size=4), "another run: per_device_train_batch_size is 8 there and 4 here"
     ),
+    "other batch, arguments torn": (
+        resumed(write("run_arguments.json", "{"), per_device_train_batch_size=4), "batch_size is 8 there and 4 here"
+    ),
+    "other batch, moved": (moved(per_device_train_batch_size=4), "checkpoint-2 holds another run: per_device_tr"),
     "other world size": (
         resumed(edit("run_arguments.json", world_size=3)), r"on 3 process\(es\) .* --gradient_accumulation_steps 3$"
     ),
     "other file": (corpus("c.txt", TEXT, resume_from_checkpoint="<run>/checkpoint-2"), "another run: train_file is "),
     "other text": (
         resumed(other_text_under_the_same_name, train_file="<here>/corpus.txt"), "on other data: their fingerprint is "
+    ),
+    "stream: other text": (
+        resumed(other_text_under_the_same_name, stream=True, train_file="<here>/corpus.txt"), "on other data: their fi"
     ),
     "stream: no state of a process": (
         resumed(without("checkpoint-2/stream_state_0.json"), stream=True),
@@ -363,7 +372,7 @@ FLAGS = {
     "shards without end": (flags(**STREAM, streaming_shards=10**15), "shard 0 of 1000000000000000 .* has 1 documents"),
     "no buffer": (flags(**STREAM | {"shuffle_buffer_size": 0}), r"^--shuffle_buffer_size \(0\) must be at least 1"),
     "all documents held out": (
-        flags(**STREAM | {"streaming_validation_documents": 217}), "has 216 documents and 0 broken .* 217 documents are"
+        flags(**STREAM | {"streaming_validation_documents": 216}), "has 216 documents and 0 broken .* 216 documents are"
     ),
     "documents of pairs": (
         flags(objective="mlm_nsp", attend_within_documents="true"), "pairs of segments: not with --attend_within_doc"

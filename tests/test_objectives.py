@@ -115,20 +115,6 @@ def test_processes_share_a_stream_and_can_change_their_number(stories, tokenizer
     assert_same_weights(tmp_path / "two", out, atol=1e-5, rtol=0)
 
 
-def test_another_stream_is_not_resumed(stories, tokenizer, tmp_path):
-    flags = streamed(tokenizer, max_steps=6)
-    run(stories, tmp_path / "whole", **flags)
-    out = before_its_end(tmp_path / "whole", tmp_path / "out", 5)
-    with pytest.raises(UserInputError, match="shuffle_buffer_size is 21 there and 28 here"):
-        run(stories, out, **flags | {"shuffle_buffer_size": 28}, resume_from_checkpoint="auto")
-    other = tmp_path / stories.name
-    other.write_text(stories.read_text().replace("fox", "cow"))
-    started = json.loads((out / "run_arguments.json").read_text())
-    (out / "run_arguments.json").write_text(json.dumps(started | {"train_file": [str(other)]}))
-    with pytest.raises(UserInputError, match="data"):
-        run(other, out, **flags, resume_from_checkpoint="auto")
-
-
 def test_attention_within_documents_and_whole_words_change_the_run(stories, tokenizer, tmp_path):
     flags = {"config_overrides": NO_DROPOUT, "max_steps": 3, "tokenizer_name": tokenizer, "vocab_size": None}
     run(stories, tmp_path / "plain", **flags)

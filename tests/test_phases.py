@@ -51,6 +51,7 @@ def test_command_lines_of_phases_by_hand(tmp_path):
     assert second == start.split()
     start = "--seed 4 --output_dir a/b --model_name_or_path a/b/phase-2 --optimizer_state_from a/b/phase-2 --bf16 true"
     assert third == start.split()
+    assert phases_of([str(path), "--preset", "mini", "--output-dir", "a/b", "--bf16", "true"]) == [first, second, third]
     path.write_text("preset: tiny\n")
     for argv in ([str(path), "--seed", "1"], ["--seed", "1"], []):
         assert phases_of(argv) == [argv]
