@@ -115,49 +115,6 @@ def test_processes_share_a_stream_and_can_change_their_number(stories, tokenizer
     assert_same_weights(tmp_path / "two", out, atol=1e-5, rtol=0)
 
 
-def test_held_out_documents_are_not_trained_on(stories, tokenizer, tmp_path):
-    """A stream that is nothing but its held-out documents has nothing left."""
-    with pytest.raises(
-        UserInputError, match="has 97 documents and 0 broken records, and 97 documents are to be held out"
-    ):
-        run(stories, tmp_path / "out", **streamed(tokenizer, streaming_validation_documents=97, max_steps=1))
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"max_steps": None}, "--streaming needs --max_steps"),
-        ({"tokenizer_name": None}, "--streaming needs --tokenizer_name"),
-        ({"streaming_shards": 3, "dataloader_num_workers": 2}, r"--streaming_shards \(3\) must be a multiple of 2"),
-        ({"objective": "mlm_nsp"}, "--objective mlm_nsp makes pairs of segments: not with --streaming"),
-        ({"max_train_samples": 5}, r"--max_train_samples \(5\) is not for --streaming"),
-        ({"streaming": "false", "streaming_shards": 2}, r"--streaming_shards \(2\) needs --streaming true"),
-        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 .* cannot be used"),
-        ({"shuffle_buffer_size": 0}, r"--shuffle_buffer_size \(0\) must be at least 1"),
-        ({"streaming_validation_documents": 0}, r"--streaming_validation_documents \(0\) must be at least 1"),
-        ({"train_file": None}, "--streaming needs one of --dataset_name and --train_file"),
-    ],
-)
-def test_what_streaming_cannot_do_is_refused(stories, tokenizer, tmp_path, flags, message):
-    with pytest.raises(UserInputError, match=message):
-        run(stories, tmp_path / "out", **streamed(tokenizer, **flags))
-    assert not (tmp_path / "out").exists()
-
-
-def test_another_stream_is_not_resumed(stories, tokenizer, tmp_path):
-    flags = streamed(tokenizer, max_steps=6)
-    run(stories, tmp_path / "whole", **flags)
-    out = before_its_end(tmp_path / "whole", tmp_path / "out", 5)
-    with pytest.raises(UserInputError, match="shuffle_buffer_size is 21 there and 28 here"):
-        run(stories, out, **flags | {"shuffle_buffer_size": 28}, resume_from_checkpoint="auto")
-    other = tmp_path / stories.name
-    other.write_text(stories.read_text().replace("fox", "cow"))
-    started = json.loads((out / "run_arguments.json").read_text())
-    (out / "run_arguments.json").write_text(json.dumps(started | {"train_file": [str(other)]}))
-    with pytest.raises(UserInputError, match="data"):
-        run(other, out, **flags, resume_from_checkpoint="auto")
-
-
 def test_attention_within_documents_and_whole_words_change_the_run(stories, tokenizer, tmp_path):
     flags = {"config_overrides": NO_DROPOUT, "max_steps": 3, "tokenizer_name": tokenizer, "vocab_size": None}
     run(stories, tmp_path / "plain", **flags)

@@ -40,6 +40,7 @@ BOUNDS = {
     "warmup_steps": (0.0, float("inf")),
     "dataloader_num_workers": (0, float("inf")),
     "eval_accumulation_steps": (1, float("inf")),
+    "dataloader_prefetch_factor": (1, float("inf")),
     "neftune_noise_alpha": (0.0, float("inf")),
 }
 POSITIVE = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
@@ -49,10 +50,12 @@ UNSUPPORTED = {
     "label_smoothing_factor": "leave it out",
     "label_names": "leave it out",
     "use_liger_kernel": "leave it out",
+    "eval_do_concat_batches": "leave it out",
+    "batch_eval_metrics": "leave it out",
 }
-# flags that name a file, a folder or something on the Hub
+# flags that name a file, a folder, something on the Hub or a package
 NAMES = ("output_dir", "cache_dir", "train_file", "validation_file", "dataset_name", "tokenizer_name", "config_name",
-         "model_name_or_path", "resume_from_checkpoint", "optimizer_state_from")  # fmt: skip
+         "model_name_or_path", "resume_from_checkpoint", "optimizer_state_from", "report_to")  # fmt: skip
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -171,6 +174,8 @@ class FnlTrainingArguments(TrainingArguments):
         for name, instead in UNSUPPORTED.items():
             if getattr(self, name) != defaults[name]:
                 raise UserInputError(f"--{name} ({getattr(self, name)}) is not supported: {instead}")
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise UserInputError("--dataloader_persistent_workers needs --dataloader_num_workers (0) of at least 1")
         for name in self._VALID_DICT_FIELDS:
             _validate_json(name, getattr(self, name))
 

@@ -42,16 +42,7 @@ BOUNDS = {
     "initializer_range": (0.0, float("inf")),
     "chunk_size_feed_forward": (0, 1),  # the masked positions are no multiple of a chunk
 }
-BUILD_ERRORS = (
-    OSError,
-    KeyError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    StrictDataclassError,
-)
+LIBRARY_ERRORS = (SafetensorError, StrictDataclassError)  # which are no kind of a built-in one
 # Entries of a saved configuration that say where it came from, not what it is.
 NOT_ENTRIES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
 
@@ -145,6 +136,8 @@ def _refuse_two_sources(model_args, names):
 def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
     if not overrides:
         return config
+    if not all(name and equals for name, equals, _ in (entry.partition("=") for entry in overrides.split(","))):
+        raise UserInputError(f"--config_overrides {overrides} must be like hidden_dropout_prob=0.0,type_vocab_size=1")
     try:
         config.update_from_string(overrides)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:  # TypeError: the entry is None
@@ -213,10 +206,10 @@ def build_question_answering_model(
 
 @contextmanager
 def _as_user_input(name):
-    """What transformers raises for a configuration or checkpoint that it cannot build."""
+    """What Transformers raises for a configuration or checkpoint that it cannot build."""
     try:
         yield
-    except BUILD_ERRORS as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, ImportError, OSError, *LIBRARY_ERRORS) as error:
         raise UserInputError(f"no model of the wanted kind can be built from {name}: {error}") from error
 
 

@@ -66,14 +66,16 @@ def record_start(args, checkpoint: str | None, argv: Sequence[str], description:
         "training_arguments": json.loads(args.to_json_string()),  # which masks tokens
     }
     starts = [] if checkpoint is None else read_starts(checkpoint)
-    text = json.dumps({"starts": [*starts, _without_home(start)]}, indent=2)
+    text = json.dumps({"starts": [*starts, without_home(start)]}, indent=2)
     Path(args.output_dir, PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_starts(folder: str | Path) -> list[dict[str, Any]]:
     """The starts recorded in a run's folder or checkpoint, oldest first; none if they are missing or torn."""
     try:
-        return json.loads(Path(folder, PROVENANCE_FILE).read_text(encoding="utf-8"))["starts"]
+        return [
+            dict(start) for start in json.loads(Path(folder, PROVENANCE_FILE).read_text(encoding="utf-8"))["starts"]
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -105,9 +107,10 @@ def _without_secrets(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _without_home(value: Any) -> Any:
+def without_home(value: Any) -> Any:
+    """A value of the record, with the user's home folder as "~" in all of its strings."""
     if isinstance(value, dict):
-        return {key: _without_home(entry) for key, entry in value.items()}
+        return {key: without_home(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_without_home(entry) for entry in value]
+        return [without_home(entry) for entry in value]
     return value.replace(f"{Path.home()}/", "~/") if isinstance(value, str) else value

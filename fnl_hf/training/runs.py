@@ -19,6 +19,7 @@ from fnl_hf.training.checkpoints import (
     newest_complete_checkpoint,
     read_state,
 )
+from fnl_hf.training.provenance import read_starts, without_home
 
 RESULTS_FILE = "all_results.json"
 STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
@@ -118,6 +119,12 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
 
 def _validate_place(folder: Path) -> None:
     """Raise UserInputError unless ``folder`` is one that can be written, or can be made."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # to be made
+    except OSError as error:
+        raise UserInputError(f"--output_dir {folder}: {error.strerror}") from error
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not os.path.isdir(place):
         raise UserInputError(f"--output_dir {folder}: {place} is not a folder")
@@ -133,22 +140,30 @@ def _plan_from_checkpoint(
         raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
     if in_use and checkpoint.resolve().parent != folder.resolve():
         raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
-    _validate_same_run(checkpoint.parent, description, allow_other_world_size)
-    return RunPlan(checkpoint=str(checkpoint), continued=checkpoint.parent)
+    run = checkpoint.parent if read_started(checkpoint.parent) else checkpoint
+    _validate_same_run(run, description, allow_other_world_size)
+    return RunPlan(checkpoint=str(checkpoint), continued=run)
 
 
 def read_started(folder: Path) -> dict[str, Any]:
-    """How the run in a folder was described when it was started or last continued; {} if it was not."""
+    """How the run in a folder was described when it was started or last continued; {} if it was not.
+
+    A checkpoint that was moved out of its run's folder has a record of its own.
+    """
     try:
         started = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        started = next((start.get("arguments") for start in reversed(read_starts(folder))), {})
     return started if isinstance(started, dict) else {}
 
 
 def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_world_size: bool) -> None:
     started = read_started(folder)
-    different = {name for name, value in description.items() if name in started and started[name] != value}
+    different = {  # the record in a checkpoint does not name the user's home folder
+        name
+        for name, value in description.items()
+        if name in started and started[name] not in (value, without_home(value))
+    }
     if "world_size" in different and different <= {*SPLIT}:
         _validate_split(folder, started, description, allow_other_world_size)
     elif different:
