@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # here as in launched runs: sums depend on it in their last bit
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "HF_DATASETS_CACHE" not in os.environ:  # what an older version of the code has cached must not be served here
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
