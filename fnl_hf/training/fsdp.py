@@ -63,7 +63,9 @@ class ShardedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, state_dict=whole_weights(self._whole_model(), keep=self.args.should_save))
+        weights = whole_weights(self._whole_model(), keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
