@@ -17,7 +17,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+
+from fnl_hf.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = {
@@ -69,6 +72,19 @@ def launch(script, *arguments, processes=1, check=True, timeout=600, **environme
 SENTENCES = [f"the {a} {b} {c} over the {d} dog" for a in ("quick", "slow", "red") for b in ("brown", "blue", "old")
              for c in ("fox jumps", "cat runs", "bird flies") for d in ("lazy", "big")]  # fmt: skip
 TINY = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=37"
+
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "größer, weiter: 東京!"] * 7
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return Dataset.from_dict({"text": TEXTS})
+
+
+@pytest.fixture(scope="session")
+def tokenizer(documents):
+    return train_tokenizer(documents, 120, model_max_length=64)
 
 
 @pytest.fixture(scope="session")

@@ -16,18 +16,7 @@ from fnl_hf.data import arrow_cache, packing
 from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.packing import Rows, cut_text, data_fingerprint, pack_documents, plain_backend, unigram_entropy
 from fnl_hf.data.tokenizer import train_tokenizer
-
-TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "größer, weiter: 東京!"] * 7
-
-
-@pytest.fixture(scope="module")
-def documents():
-    return Dataset.from_dict({"text": TEXTS})
-
-
-@pytest.fixture(scope="module")
-def tokenizer(documents):
-    return train_tokenizer(documents, 120, model_max_length=64)
+from tests.conftest import TEXTS
 
 
 def stream(texts, tokenizer):

@@ -11,25 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 
 from fnl_hf import UserInputError
 from fnl_hf.data.corpus import embedded_corpus, load_corpus, load_text_files
-from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
-
-TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "größer, weiter: 東京!"] * 7
-
-
-@pytest.fixture(scope="module")
-def documents():
-    return Dataset.from_dict({"text": TEXTS})
-
-
-@pytest.fixture(scope="module")
-def tokenizer(documents):
-    return train_tokenizer(documents, 120, model_max_length=64)
-
+from tests.conftest import TEXTS
 
 # ---- corpora ----
 

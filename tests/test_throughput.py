@@ -16,7 +16,7 @@ from fnl_hf import (
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.training import callbacks, throughput
 from fnl_hf.training.arguments import FnlTrainingArguments
-from fnl_hf.training.callbacks import ReadableProgressCallback
+from fnl_hf.training.callbacks import ReadablePrinterCallback, ReadableProgressCallback
 from fnl_hf.training.flops import training_flops
 from fnl_hf.training.throughput import ThroughputMeter
 from fnl_hf.training.trainer import FnlTrainer, build_trainer
@@ -228,3 +228,10 @@ def test_the_progress_bar_shows_the_rate_and_prints_little():
     assert printed == [str({"loss": "5.25", "learning_rate": "0.002", "tokens_per_second": "1.235e+04", "mfu": "0.41"})]
     callback.on_log(None, state, None, logs={"eval_loss": 5.5, "epoch": 1.0})
     assert printed[1:] == [str({"eval_loss": "5.5", "epoch": "1"})]
+
+
+def test_without_a_progress_bar_as_little_is_printed(capsys):
+    state = SimpleNamespace(is_local_process_zero=True)
+    ReadablePrinterCallback().on_log(None, state, None, logs={"norms/qk/a/bound": 1.0})
+    ReadablePrinterCallback().on_log(None, state, None, logs={"loss": 5.25, "mfu": 0.5, "data_wait": 0.01})
+    assert capsys.readouterr().out == str({"loss": "5.25", "mfu": "0.5"}) + "\n"

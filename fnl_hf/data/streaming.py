@@ -175,6 +175,10 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     ):
         validate_length(max_seq_length, MIN_LENGTH, "[CLS], a token, [SEP]")
         validate_shards(shards, world_size, 1)
+        try:
+            np.empty((buffer_size, max_seq_length), token_dtype(tokenizer))  # claims memory without filling it
+        except (MemoryError, ValueError) as error:
+            raise UserInputError(f"--shuffle_buffer_size ({buffer_size}) does not fit into memory: {error}") from error
         self.stream, self.tokenizer, self.max_seq_length = stream, tokenizer, max_seq_length
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.transform, self.text_column, self.hold_out, self.strict = transform, text_column, hold_out, strict

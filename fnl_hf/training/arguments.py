@@ -361,7 +361,7 @@ def as_arguments(config: dict[str, Any]) -> list[str]:
     """Entries of a config file as a command line, so that they pass the same checks.
 
     Raises:
-        UserInputError: a value that cannot be written on one, or would be another flag.
+        UserInputError: a value that cannot be written on one, or would be another flag there.
     """
     arguments = []
     for key, value in config.items():
@@ -369,6 +369,8 @@ def as_arguments(config: dict[str, Any]) -> list[str]:
             continue
         arguments.append(f"--{key}")
         for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, list) or (isinstance(entry, dict) and key not in TrainingArguments._VALID_DICT_FIELDS):
+                raise UserInputError(f"--{key} takes no {type(entry).__name__} ({entry})")
             try:
                 word = json.dumps(entry) if isinstance(entry, dict | bool) else str(entry)
             except (TypeError, ValueError) as error:

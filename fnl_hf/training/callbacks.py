@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fnl_hf.diagnostics import diagnose_products
 from fnl_hf.products import find_products
@@ -79,8 +80,10 @@ class EpochCallback(TrainerCallback):
                 set_epoch(int(state.epoch + 1e-6))
 
 
-class ReadableProgressCallback(ProgressCallback):
-    """Trainer's progress bar with the rate of the last log, without what is for plots and trackers alone."""
+class _Readable:
+    """Prints logs without what is for plots and trackers alone."""
+
+    training_bar: Any = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if any(name.startswith(NORM_PREFIX) for name in logs):
@@ -89,12 +92,21 @@ class ReadableProgressCallback(ProgressCallback):
             logs = {name: value for name, value in logs.items() if name not in NOT_PRINTED}
         if "tokens_per_second" in logs and self.training_bar is not None:
             self.training_bar.set_postfix_str(f"{logs['tokens_per_second']:,.0f} tokens/s")
-        super().on_log(args, state, control, logs=logs, **kwargs)
+        super().on_log(args, state, control, logs=logs, **kwargs)  # type: ignore[misc]
+
+
+class ReadableProgressCallback(_Readable, ProgressCallback):
+    """Trainer's progress bar with the rate of the last log, in tokens a second."""
+
+
+class ReadablePrinterCallback(_Readable, PrinterCallback):
+    """What Trainer prints with ``disable_tqdm``."""
 
 
 def add_fnl_callbacks(trainer) -> None:
     """Give a Trainer the callbacks above."""
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ReadableProgressCallback)
+    for stock, ours in ((ProgressCallback, ReadableProgressCallback), (PrinterCallback, ReadablePrinterCallback)):
+        if trainer.pop_callback(stock) is not None:
+            trainer.add_callback(ours)
     trainer.add_callback(ProductNormsCallback(trainer, trainer.args.product_norms_steps, trainer.throughput.paused))
     trainer.add_callback(EpochCallback)

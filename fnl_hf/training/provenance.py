@@ -73,9 +73,8 @@ def record_start(args, checkpoint: str | None, argv: Sequence[str], description:
 def read_starts(folder: str | Path) -> list[dict[str, Any]]:
     """The starts recorded in a run's folder or checkpoint, oldest first; none if they are missing or torn."""
     try:
-        return [
-            dict(start) for start in json.loads(Path(folder, PROVENANCE_FILE).read_text(encoding="utf-8"))["starts"]
-        ]
+        record = json.loads(Path(folder, PROVENANCE_FILE).read_text(encoding="utf-8"))
+        return [dict(start) for start in record["starts"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
