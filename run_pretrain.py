@@ -23,7 +23,7 @@ from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model
 from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of, validate_phases
 from fnl_hf.training.plots import REPORT_FILE, plot_report
-from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments
+from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.provenance import read_starts, record_start
 from fnl_hf.training.runs import DATA_FINGERPRINT, describe_run, plan_run, start_run, validate_data, validate_resume
@@ -108,6 +108,7 @@ def plan_phase(argv):
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
+    validate_kernel(model_args, args)
     description = describe_run(args, model_args, data_args)
     plan = plan_run(args, description)
     if not plan.finished:

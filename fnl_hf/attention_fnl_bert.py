@@ -58,7 +58,8 @@ class FnlBertLayer(BertLayer):
         these positions of its (B, S, d), of which keys and values are still computed everywhere."""
         if output_positions is None or not self.is_last:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        if kwargs.get("cu_seq_lens_q") is not None:  # as many queries as keys, in FlashAttention's way
+        # FlashAttention's ways to say what belongs together, lengths and a mask (B, S), want a query for each key.
+        if kwargs.get("cu_seq_lens_q") is not None or (attention_mask is not None and attention_mask.dim() != 4):
             return take_positions(super().forward(hidden_states, attention_mask, *args, **kwargs), output_positions)
         rows = take_positions(hidden_states, output_positions)
         if attention_mask is not None:
@@ -77,13 +78,7 @@ def take_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tenso
 
 
 def mask_rows(attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(B, 1, K, S): the rows of a mask (B, 1, S, S) that ``positions`` (B, K) see; one row for all stays as it is.
-
-    Raises:
-        ValueError: a mask of the 2D kind that FlashAttention takes, which knows no positions.
-    """
-    if attention_mask.dim() != 4:
-        raise ValueError("sparse_last_layer with FlashAttention takes no padding: pack the sequences, or use sdpa")
+    """(B, 1, K, S): the rows of a mask (B, 1, S, S) that ``positions`` (B, K) see; one row for all stays as it is."""
     if attention_mask.shape[2] == 1:
         return attention_mask
     index = positions[:, None, :, None].expand(-1, -1, -1, attention_mask.shape[3])

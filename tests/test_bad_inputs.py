@@ -378,7 +378,10 @@ FLAGS = {
     "documents of pairs": (
         flags(objective="mlm_nsp", attend_within_documents="true"), "pairs of segments: not with --attend_within_doc"
     ),
-    "kernel that is not there": (flags(attn_implementation="flash_attention_2"), "FlashAttention2 .* cannot be used"),
+    "kernel that is not there": (
+        flags(attn_implementation="flash_attention_2", bf16="true"), "FlashAttention2 .* cannot be used"
+    ),
+    "kernel for other numbers": (flags(attn_implementation="flash_attention_2"), "_2 takes 16-bit numbers: set --bf16"),
     "Trainer's optimizer": (flags(optim="adafactor"), r"^--optim \(adafactor\) is not supported: set --optimizer"),
     "label smoothing": (flags(label_smoothing_factor=0.1), r"^--label_smoothing_factor \(0.1\) is not supported"),
     "optimizer argument unknown": (

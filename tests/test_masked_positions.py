@@ -129,6 +129,27 @@ def test_flash_attention_is_given_documents_in_its_own_way(dimensions, batch):
         model(batch["input_ids"], document_ids=torch.zeros_like(batch["input_ids"]))
 
 
+def test_flash_attention_is_given_padding_in_its_own_way(dimensions, batch):
+    """Its mask is (B, S), which has as many queries as keys; the values are those that sdpa gives."""
+
+    def padded(module, query, key, value, attention_mask, **kwargs):
+        seen.append((query.shape, attention_mask.shape))
+        kwargs = {"dropout": 0.0, "scaling": kwargs["scaling"]}
+        return transformers.AttentionInterface()["sdpa"](
+            module, query, key, value, attention_mask[:, None, None].bool(), **kwargs
+        )
+
+    transformers.AttentionInterface.register("padded", padded)
+    transformers.AttentionMaskInterface.register("padded", lambda *_, attention_mask=None, **__: attention_mask)
+    seen = []
+    model = build("ForMaskedLM", dimensions, sparse_last_layer=True).eval()
+    positions, _ = masked(batch)
+    expected = model(**batch, masked_positions=positions).logits
+    model.config._attn_implementation = "padded"
+    torch.testing.assert_close(model(**batch, masked_positions=positions).logits, expected)
+    assert set(seen) == {((5, 3, 11, 2), (5, 11))}
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("entries", [{}, {"sparse_last_layer": True}])
 def test_the_training_forward_compiles_without_graph_breaks(dimensions, batch, head, entries):

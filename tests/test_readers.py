@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from fnl_hf import UserInputError
 from fnl_hf.data import corpus as corpus_module
 from fnl_hf.data import readers
-from fnl_hf.data.corpus import load_corpus, load_text_files
-from fnl_hf.data.readers import cut_files, read_documents, read_records
+from fnl_hf.data.corpus import load_corpus, load_text_files, stream_corpus
+from fnl_hf.data.readers import cut_files, cut_for_shards, read_documents, read_records
 
 
 def load(path, tmp_path, **kwargs):
@@ -198,3 +198,30 @@ def test_several_files_keep_their_order_and_none_is_given_twice(tmp_path):
     os.symlink(names[0], tmp_path / "link.txt")
     with pytest.raises(UserInputError, match="link.txt: the file is given twice"):
         load_text_files([*names, str(tmp_path / "link.txt")])
+
+
+@settings(max_examples=50)
+@given(st.lists(st.text("ab\n", max_size=30).map(str.encode), min_size=1, max_size=3), st.integers(1, 7))
+def test_pieces_for_shards_hold_the_same_records(tmp_path_factory, texts, shards):
+    folder = tmp_path_factory.mktemp("pieces")
+    files = [folder / f"{index}.txt" for index in range(len(texts))]
+    for file, text in zip(files, texts):
+        file.write_bytes(b"first line\n" + text)
+    pieces = cut_files([str(file) for file in files], piece_bytes=17)
+    cut = cut_for_shards(pieces, shards)
+    assert len(cut) % shards == 0 and len(cut) < len(pieces) + shards
+    assert [record for piece in cut for record in read_records(piece)] == [
+        record for piece in pieces for record in read_records(piece)
+    ]
+
+
+def test_what_cannot_be_cut_for_shards_is_read_whole(tmp_path, warnings_of):
+    for name, opened in (("a.txt.gz", gzip.open), ("b.txt", open)):
+        with opened(tmp_path / name, "wt") as file:
+            file.write("one\ntwo\nthree\n")
+    packed, plain = cut_files([str(tmp_path / "a.txt.gz")]), cut_files([str(tmp_path / "b.txt")])
+    assert cut_for_shards(packed, 2) == packed and len(cut_for_shards(plain, 2)) == 2
+    stream_corpus(files=[str(tmp_path / "b.txt")], shards=2)
+    assert not warnings_of
+    stream_corpus(files=[str(tmp_path / "a.txt.gz")], shards=2)
+    assert "1 parts, no multiple of its 2 shards: each shard reads all of it" in warnings_of[0]

@@ -21,6 +21,7 @@ from fnl_hf.data.readers import (
     RECORD_FEATURES,
     Piece,
     cut_files,
+    cut_for_shards,
     found_columns,
     hash_files,
     no_column,
@@ -86,9 +87,12 @@ def stream_corpus(
     dataset_config_name: str | None = None,
     files: Sequence[str] | None = None,
     text_column_name: str = "text",
-    split: str = "train",
+    shards: int = 1,
 ) -> tuple[IterableDataset, str]:
     """A corpus that is read as it is used, from the Hub or from files, and the name of its column of text.
+
+    Files are cut so that each of ``shards`` readers has its own parts of them; where that cannot be, each reads all and
+    keeps its share, and a warning says so.
 
     Raises:
         UserInputError: no source, one that cannot be opened, or one without the column.
@@ -103,15 +107,26 @@ def stream_corpus(
             columns = found_columns(piece) if piece.format == "json" and piece.start == 0 else []
             if columns and piece.column not in columns:
                 raise no_column(piece.path, piece.column, columns)
-        return IterableDataset.from_generator(read_documents, gen_kwargs={"pieces": pieces}), "text"
+        cut = cut_for_shards(pieces, shards)
+        _warn_of_whole_reads(len(cut), shards)
+        return IterableDataset.from_generator(read_documents, gen_kwargs={"pieces": cut}), "text"
     try:
-        stream = datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=True)
+        stream = datasets.load_dataset(dataset_name, dataset_config_name, split="train", streaming=True)
         columns = stream.column_names or list(next(iter(stream), {}))  # not every builder knows them beforehand
     except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration or split
         raise UserInputError(f"--dataset_name {dataset_name}: {_root_cause(error)}") from error
     if text_column_name not in columns:
         raise no_column(f"--dataset_name {dataset_name}", text_column_name, columns)
+    _warn_of_whole_reads(stream.num_shards, shards)
     return stream, text_column_name
+
+
+def _warn_of_whole_reads(parts: int, shards: int) -> None:
+    if parts % shards:
+        logger.warning(
+            f"The stream comes in {parts} parts, no multiple of its {shards} shards: each shard reads all of it and "
+            "keeps its share. Plain text or JSON lines, which can be cut, or another number of --streaming_shards helps"
+        )
 
 
 def first_rows(dataset: Dataset, flag: str, count: int | None) -> Dataset:

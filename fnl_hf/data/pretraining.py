@@ -99,10 +99,16 @@ def prepare_stream(model_args, data_args, args, tokenizer, checkpoint: str | Non
     shards = data_args.streaming_shards or (state.shards if state else args.world_size * _workers(args))
     validate_shards(shards, args.world_size, args.dataloader_num_workers)
     source = (data_args.dataset_name, data_args.dataset_config_name)
-    stream, column = stream_corpus(*source, data_args.train_file, data_args.text_column_name)
+    stream, column = stream_corpus(*source, data_args.train_file, data_args.text_column_name, shards)
     hold_out = 0 if data_args.validation_file else -(-data_args.streaming_validation_documents // shards)
     if data_args.validation_file:
-        documents = load_text_files(data_args.validation_file, data_args.text_column_name, data_args.cache_dir)
+        documents = load_text_files(
+            data_args.validation_file,
+            data_args.text_column_name,
+            data_args.cache_dir,
+            data_args.strict,
+            data_args.preprocessing_num_workers,
+        )
     else:
         documents = Dataset.from_dict({"text": held_out_documents(stream, shards, hold_out, column)})
     held_out = _rows(data_args, documents, tokenizer, "max_eval_samples")

@@ -3,11 +3,12 @@
 import codecs
 import contextlib
 import csv
+import heapq
 import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +79,27 @@ def cut_files(files: Sequence[str], column: str = "text", piece_bytes: int = PIE
         seen.add(path)
         pieces += _cut_file(file, column, index, piece_bytes)
     return pieces
+
+
+def cut_for_shards(pieces: Sequence[Piece], shards: int) -> list[Piece]:
+    """The same records in a multiple of ``shards`` pieces, the largest ones of plain files of lines cut in halves; as
+    they are where they cannot be cut."""
+    if len(pieces) + sum(map(_cuttable_bytes, pieces)) < shards:
+        return list(pieces)
+    largest = [(-_cuttable_bytes(piece), piece.file, piece.start, piece) for piece in pieces]
+    heapq.heapify(largest)
+    while len(largest) % shards:
+        _, file, start, piece = heapq.heappop(largest)
+        if _cuttable_bytes(piece) < 2:
+            return list(pieces)
+        middle = (start + (piece.stop or 0)) // 2
+        for half in (replace(piece, stop=middle), replace(piece, start=middle)):
+            heapq.heappush(largest, (-_cuttable_bytes(half), file, half.start, half))
+    return [piece for *_, piece in sorted(largest, key=lambda entry: entry[1:3])]
+
+
+def _cuttable_bytes(piece: Piece) -> int:
+    return piece.stop - piece.start if piece.format in LINES and piece.stop is not None else 0
 
 
 def check_file(file: str) -> str:

@@ -141,6 +141,10 @@ class FnlTrainingArguments(TrainingArguments):
             "scheduler can start the same command again."
         },
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Look in each step for parameters without gradient, of which BERT's heads have none."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses from the logs. Synchronizes in every step."}
     )

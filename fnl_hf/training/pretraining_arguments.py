@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from fnl_hf.data.packing import MIN_LENGTH
 from fnl_hf.data.pretraining import ATTENTION_KERNELS, OBJECTIVES, validate_choices
+from fnl_hf.errors import UserInputError
 from fnl_hf.training.arguments import validate_bounds
 from fnl_hf.training.models import PRESETS
 
@@ -56,6 +57,12 @@ class ModelArguments:
 
     def __post_init__(self):
         validate_bounds("vocab_size", self.vocab_size, 10, 2**24)  # masking draws random tokens from 24 bits
+
+
+def validate_kernel(model_args: ModelArguments, args) -> None:
+    """Raise UserInputError for an attention kernel that does not take the run's numbers."""
+    if model_args.attn_implementation == "flash_attention_2" and not (args.bf16 or args.fp16):
+        raise UserInputError("--attn_implementation flash_attention_2 takes 16-bit numbers: set --bf16 true")
 
 
 @dataclass

@@ -73,6 +73,8 @@ class ThroughputMeter:
         self._window = Window()
         self._first: Window | None = None
         self._total = Window()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def batches(self, iterator: Iterator[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
         """The same batches, counted, and the time measured that they are waited for."""
@@ -101,7 +103,8 @@ class ThroughputMeter:
 
     def close_window(self) -> dict[str, float]:
         """Figures since the last call: "tokens_per_second", "mfu" (0 to 1), "data_wait" (share of the training time, of
-        the process that waited longest) and "peak_memory_gb" (10⁹ bytes, of this process since its start)."""
+        the process that waited longest) and "peak_memory_gb" (10⁹ bytes, of the process that needs most: the tensors
+        on its GPU since the run began, elsewhere all that it has had since its start)."""
         window, self._window = self._window, Window()
         if self._first is None:
             self._first = window
@@ -149,7 +152,7 @@ class ThroughputMeter:
         if self.predicts_tokens and "labels" in batch:
             if "masked_positions" in batch:
                 predicted = batch["masked_positions"].shape[1]
-                if getattr(self.config, "sparse_last_layer", False):
+                if getattr(self.config, "sparse_last_layer", False) and "cu_seq_lens_q" not in batch:
                     last_layer_positions = predicted + self.pools_first_token
             elif getattr(self.config, "sparse_prediction", False):
                 self._window.predicted += batch["labels"].ne(-100).sum()
@@ -160,23 +163,26 @@ class ThroughputMeter:
     def _figures(self, window: Window) -> dict[str, float]:
         head_flops = 0 if self.config is None else training_flops(self.config, 0, int(window.predicted))
         peak = 0.0 if self.config is None else self.device_count * device_peak_flops(self.device, self.dtype)[0]
-        own = [int(window.tokens), window.flops + head_flops, window.seconds, window.waited, peak]
+        memory = peak_memory(self.device)
+        own = [int(window.tokens), window.flops + head_flops, window.seconds, window.waited, peak, memory]
         rows = self.gather(torch.tensor([[float(value) for value in own]], device=self.device))
-        tokens, flops, seconds, waited, peaks = rows.cpu().unbind(dim=1)
+        tokens, flops, seconds, waited, peaks, memories = rows.cpu().unbind(dim=1)
         if not seconds.min() > 0.0:
             return {}
         figures = {"tokens_per_second": tokens.sum() / seconds.max()}
         if self.config is not None:
             figures["mfu"] = flops.sum() / (seconds.max() * peaks.sum())
         figures["data_wait"] = (waited / seconds).max()
-        return {name: value.item() for name, value in figures.items()} | peak_memory(self.device)
+        if memories.max() > 0.0:
+            figures["peak_memory_gb"] = memories.max() / 1e9
+        return {name: value.item() for name, value in figures.items()}
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """ "peak_memory_gb" of the tensors on a GPU, elsewhere of this process; nothing where the system does not tell."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes of the tensors on a GPU, elsewhere of this process, at most; 0 where the system does not tell."""
     if device.type == "cuda":
-        return {"peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+        return torch.cuda.max_memory_allocated(device)
     if resource is None:
-        return {}
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory_gb": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9}
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

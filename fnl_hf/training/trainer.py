@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -123,7 +124,10 @@ class FnlTrainer(ShardedTrainer):
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
-        return super().get_batch_samples(self.throughput.batches(epoch_iterator), *args, **kwargs)
+        # Streams and, after a resume within an epoch, Accelerate leave it to Trainer, which waits for each copy.
+        pinned = self.args.dataloader_pin_memory
+        on_device = (send_to_device(batch, self.args.device, non_blocking=pinned) for batch in epoch_iterator)
+        return super().get_batch_samples(self.throughput.batches(on_device), *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         if not (self.control.should_log or self.control.should_save or self.control.should_evaluate):
