@@ -162,11 +162,11 @@ def take(meter, clock, batch, seconds):
 
 
 def test_processes_add_up_and_the_slowest_counts(clock):
-    """The second process has half the tokens and waits three times as long."""
+    """The second process has half the tokens, waits three times as long and needs more memory."""
 
     def gather(rows):
-        tokens, flops, seconds, waited, peak = rows[0].tolist()
-        return torch.cat([rows, torch.tensor([[tokens / 2, flops / 2, seconds, 3 * waited, peak]])])
+        tokens, flops, seconds, waited, peak, _ = rows[0].tolist()
+        return torch.cat([rows, torch.tensor([[tokens / 2, flops / 2, seconds, 3 * waited, peak, 7e13]])])
 
     config = FnlBertConfig(**DIMENSIONS)
     both = meter(FnlBertForMaskedLM(config), gather)
@@ -177,6 +177,7 @@ def test_processes_add_up_and_the_slowest_counts(clock):
     assert figures["tokens_per_second"] == pytest.approx(1.5 * ROWS * LENGTH / (6.0 + FETCH))
     assert figures["data_wait"] == pytest.approx(3 * FETCH / (6.0 + FETCH))
     assert figures["mfu"] == pytest.approx(1.5 * ROWS * training_flops(config, LENGTH, 0) / (8.0 * 2 * PEAK))
+    assert figures["peak_memory_gb"] == pytest.approx(7e4)
 
 
 @pytest.mark.parametrize(
