@@ -247,9 +247,6 @@ CHECKPOINTS = {
         resumed(edit("checkpoint-2/config.json", hidden_dropout_prob=0.3)),
         "checkpoint-2 is of another model: hidden_dropout_prob is 0.3 there and 0.1 here$",
     ),
-    "not this model's configuration": (
-        resumed(edit("checkpoint-2/config.json", hidden_dropout_prob="much")), "config.json cannot be read: .*hidden_dr"
-    ),
     "other schedule": (
         resumed(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs is None there and {'num_cycles': 2} here"
     ),
@@ -301,6 +298,11 @@ CHECKPOINTS = {
         resumed(write("checkpoint-2/optimizer.pt", "torn"), resume_from_checkpoint=None, output_dir="<here>/new",
                 optimizer_state_from="<here>/out"),
         "^--optimizer_state_from .*/out: no complete checkpoint there$",
+    ),
+    "optimizer state of no model": (
+        resumed(edit("checkpoint-2/config.json", hidden_dropout_prob="much"), resume_from_checkpoint=None,
+                output_dir="<here>/new", optimizer_state_from="<here>/out"),
+        "checkpoint-2: config.json cannot be read: .*'hidden_dropout_prob' with value 'much'",
     ),
     "optimizer state of another one": (
         flags(optimizer_state_from="<run>", optimizer="lamb"), "its optimizer is adamw, this one is lamb$"
