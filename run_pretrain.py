@@ -26,7 +26,17 @@ from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.provenance import read_starts, record_start
-from fnl_hf.training.runs import DATA_FINGERPRINT, describe_run, plan_run, start_run, validate_data, validate_resume
+from fnl_hf.training.runs import (
+    DATA_FINGERPRINT,
+    START_WEIGHTS,
+    describe_run,
+    plan_run,
+    start_run,
+    validate_data,
+    validate_resume,
+    validate_start_weights,
+    weights_checksum,
+)
 from fnl_hf.training.trainer import build_trainer, train_and_save
 
 logger = logging.get_logger("fnl_hf.run_pretrain")
@@ -117,8 +127,11 @@ def plan_phase(argv):
     return model_args, data_args, args, argv, description, plan
 
 
-def train_phase(model_args, data_args, args, argv, description, plan, longest):
-    """One phase; ``longest`` is the longest sequence of all phases, which the model must hold from the first."""
+def train_phase(model_args, data_args, args, argv, description, plan, longest, later):
+    """One phase; ``longest`` is the longest sequence of all phases, which the model must hold from the first. ``later``
+    are arguments and descriptions of the phases that follow: if this one starts anew, so do they."""
+    description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
+    validate_start_weights(plan, description[START_WEIGHTS])
     if plan.finished:
         logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
         return
@@ -129,7 +142,7 @@ def train_phase(model_args, data_args, args, argv, description, plan, longest):
     model = build_pretraining_model(model_args, config, data_args.objective)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
-    state_from = optimizer_checkpoint(args, model)
+    state_from = optimizer_checkpoint(args, model) if plan.checkpoint is None else None
     trainer = build_trainer(
         PretrainingTrainer,
         model=model,
@@ -144,7 +157,8 @@ def train_phase(model_args, data_args, args, argv, description, plan, longest):
     if state_from is not None:
         trainer.add_callback(OptimizerStateCallback(trainer, state_from))
     if args.should_save:
-        start_run(args, description)
+        for of_run in [(args, description), *(later if args.overwrite_output_dir else ())]:
+            start_run(*of_run)
     if args.should_save and args.do_train:
         record_start(args, plan.checkpoint, argv, description)
 
@@ -161,10 +175,11 @@ def train_phase(model_args, data_args, args, argv, description, plan, longest):
 def run(argv):
     # Every phase's command line is checked before the first one takes its time.
     phases = [plan_phase(command) for command in phases_of(with_quickstart(list(argv)))]
-    validate_phases([args for _, _, args, *_ in phases])
+    validate_phases([(args, plan) for _, _, args, _, _, plan in phases])
     longest = max(data_args.max_seq_length for _, data_args, *_ in phases)
-    for phase in phases:
-        train_phase(*phase, longest)
+    runs = [(args, description) for _, _, args, _, description, _ in phases]
+    for number, phase in enumerate(phases, start=1):
+        train_phase(*phase, longest, later=runs[number:])
 
 
 if __name__ == "__main__":

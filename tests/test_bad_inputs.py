@@ -130,8 +130,13 @@ CONFIGS = {
         "^/no/such.txt: no such file$",
     ),
     "phases: nothing to carry": (
-        config("phases: [{max_steps: 1}, {max_steps: 1}]", save_strategy="no"), "carry from .*phase-1 needs its checkp"
+        config("phases: [{max_steps: 1}, {max_steps: 1}]", save_strategy="no"), "carry from .*_phase-1 needs its checkp"
     ),
+    "phases: another precision": (
+        phases("[{max_steps: 1}, {max_steps: 1, bf16: true}]"),
+        "^--bf16 is False in the phase of .*/out/_phase-1 and True in that of .*/out: it must be the same in all phase",
+    ),
+    "phases: compiled at last": (phases("[{max_steps: 1}, {max_steps: 1, torch_compile: true}]"), "^--torch_compile i"),
     "phases: another optimizer": (
         phases("[{max_steps: 1}, {max_steps: 1, optimizer: lamb}]"), "is adamw, that of the next lamb$"
     ),
@@ -233,11 +238,20 @@ CHECKPOINTS = {
     "configuration, a list": (resumed(write("checkpoint-2/config.json", "[]")), "^no tokenizer in .*checkpoint-2: "),
     "other architecture": (
         resumed(unrecorded, attention_embedding_size=8),
-        "is of another architecture: attention_embedding_size is None there and 8 here$",
+        "is of another model: attention_embedding_size is None there and 8 here$",
     ),
     "other objective": (
         resumed(unrecorded, objective="mlm_nsp"), "architectures is .*MaskedLM.* and .*PreTr"
     ),
+    "other dropout": (
+        resumed(edit("checkpoint-2/config.json", hidden_dropout_prob=0.3)),
+        "checkpoint-2 is of another model: hidden_dropout_prob is 0.3 there and 0.1 here$",
+    ),
+    "other schedule": (
+        resumed(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs is None there and {'num_cycles': 2} here"
+    ),
+    "other noise": (resumed(neftune_noise_alpha=5), "neftune_noise_alpha is None there and 5.0 here"),
+    "data from the start": (resumed(ignore_data_skip="true"), "ignore_data_skip is False there and True here"),
     "other seed": (resumed(seed=8), "out holds another run: seed is 7 there and 8 here. Choose another"),
     "other optimizer": (resumed(optimizer="sgd"), "holds another run: optimizer is adamw there and sgd here"),
     "other batch": (
@@ -284,6 +298,11 @@ CHECKPOINTS = {
         resumed(write("checkpoint-2/optimizer.pt", "torn"), resume_from_checkpoint=None, output_dir="<here>/new",
                 optimizer_state_from="<here>/out"),
         "^--optimizer_state_from .*/out: no complete checkpoint there$",
+    ),
+    "optimizer state of no model": (
+        resumed(edit("checkpoint-2/config.json", hidden_dropout_prob="much"), resume_from_checkpoint=None,
+                output_dir="<here>/new", optimizer_state_from="<here>/out"),
+        "checkpoint-2: config.json cannot be read: .*'hidden_dropout_prob' with value 'much'",
     ),
     "optimizer state of another one": (
         flags(optimizer_state_from="<run>", optimizer="lamb"), "its optimizer is adamw, this one is lamb$"
@@ -402,6 +421,12 @@ FLAGS = {
     "schedule arguments unknown": (flags(lr_scheduler_kwargs='{"a": 1}'), "_kwargs {'a': 1}: .* unexpected keyword"),
     "sampling": (flags(train_sampling_strategy="group_by_length"), r"\(group_by_length\) must be one of .*random"),
     "best of nothing": (flags(load_best_model_at_end="true"), "^--load_best_model_at_end requires the save and eval"),
+    "batch size to be found": (
+        flags(auto_find_batch_size="true"), r"^--auto_find_batch_size \(True\) is not supported: it would change the gl"
+    ),
+    "several writers": (
+        flags(save_on_each_node="true"), r"^--save_on_each_node \(True\) is not supported: .* that all machines share$"
+    ),
     "prediction": (flags(do_predict="true"), "^--do_predict: pretraining has nothing to predict"),
     "cache that is a file": (flags(cache_dir="<corpus>"), "^--cache_dir .*corpus.txt: cannot be written: "),
     "no Hub": (flags(push_to_hub="true"), "Cannot reach https://huggingface.co"),

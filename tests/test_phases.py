@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import yaml
 
 import run_pretrain
-from fnl_hf import FnlBertForMaskedLM, frobenius_param_groups
+from fnl_hf import FnlBertForMaskedLM, UserInputError, frobenius_param_groups
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments
 from fnl_hf.training.models import build_pretraining_config
 from fnl_hf.training.phases import phases_of
 
+from .bad_inputs import contents
 from .conftest import ROOT, assert_same_weights, pretraining, weights
 
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("squad"))
@@ -45,12 +47,12 @@ def test_command_lines_of_phases_by_hand(tmp_path):
     )
     flags = ["--preset", "mini", "--output_dir=a/b", "--bf16", "true"]
     first, second, third = phases_of([str(path), *flags])
-    start = "--preset tiny --seed 3 --max_steps 7 --output_dir a/b/phase-1 --preset mini --bf16 true"
-    assert first == start.split()
-    start = "--seed 3 --max_steps 5 --output_dir a/b/phase-2 --model_name_or_path a/b/phase-1 --bf16 true"
-    assert second == start.split()
-    start = "--seed 4 --output_dir a/b --model_name_or_path a/b/phase-2 --optimizer_state_from a/b/phase-2 --bf16 true"
-    assert third == start.split()
+    start = "--preset tiny --seed 3 --max_steps 7 --output_dir a/b/_phase-1 --preset mini --bf16 true "
+    assert first == (start + "--push_to_hub false").split()
+    start = "--seed 3 --max_steps 5 --output_dir a/b/_phase-2 --model_name_or_path a/b/_phase-1 --bf16 true "
+    assert second == (start + "--push_to_hub false").split()
+    start = "--seed 4 --output_dir a/b --model_name_or_path a/b/_phase-2 --optimizer_state_from a/b/_phase-2 "
+    assert third == (start + "--bf16 true").split()
     assert phases_of([str(path), "--preset", "mini", "--output-dir", "a/b", "--bf16", "true"]) == [first, second, third]
     path.write_text("preset: tiny\n")
     for argv in ([str(path), "--seed", "1"], ["--seed", "1"], []):
@@ -68,7 +70,7 @@ def test_phases_are_the_same_as_command_lines(corpus, tmp_path):
     carried = later | {"optimizer_state_from": tmp_path / "first"}
     run_pretrain.run([str(w) for w in pretraining(corpus, tmp_path / "carried", **carried)])
     run_pretrain.run([str(w) for w in pretraining(corpus, tmp_path / "reset", **later)])
-    assert_same_weights(out / "phase-1", tmp_path / "first")
+    assert_same_weights(out / "_phase-1", tmp_path / "first")
     assert_same_weights(out, tmp_path / "carried")
     key = "bert.encoder.layer.0.intermediate.dense.weight"
     assert not torch.equal(weights(out)[key], weights(tmp_path / "reset")[key])
@@ -79,28 +81,58 @@ def test_phases_are_the_same_as_command_lines(corpus, tmp_path):
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     assert rates[0] == pytest.approx(2e-3), "the schedule is the phase's own: at its third step, after warm-up"
     position = "bert.embeddings.position_embeddings.weight"
-    before, after = weights(out / "phase-1")[position], weights(out)[position]
+    before, after = weights(out / "_phase-1")[position], weights(out)[position]
     assert before.shape == after.shape == (512, 32)
 
-    stamp = (out / "phase-1" / "model.safetensors").stat().st_mtime_ns
+    stamp = (out / "_phase-1" / "model.safetensors").stat().st_mtime_ns
     for path_ in out.iterdir():
-        if path_.name != "phase-1":
+        if path_.name != "_phase-1":
             shutil.rmtree(path_) if path_.is_dir() else path_.unlink()
     run_pretrain.run([str(path), "--resume_from_checkpoint", "auto"])
     assert_same_weights(out, tmp_path / "carried")
-    assert (out / "phase-1" / "model.safetensors").stat().st_mtime_ns == stamp, "what is finished is not done again"
+    assert (out / "_phase-1" / "model.safetensors").stat().st_mtime_ns == stamp, "what is finished is not done again"
 
 
 def test_a_resumed_phase_keeps_its_own_optimizer_state(corpus, tmp_path):
+    """It needs none of the phase before, whose checkpoints may be gone."""
     path = config_file(tmp_path, corpus, save_steps=3)
     run_pretrain.run([str(path)])
     out = tmp_path / "out"
     whole = weights(out)
-    shutil.rmtree(out / "checkpoint-5")
+    for checkpoint in (out / "checkpoint-5", *(out / "_phase-1").glob("checkpoint-*")):
+        shutil.rmtree(checkpoint)
     for name in ("all_results.json", "model.safetensors", "trainer_state.json"):
         (out / name).unlink()
     run_pretrain.run([str(path), "--resume_from_checkpoint", "auto"])
     assert all(torch.equal(whole[name], value) for name, value in weights(out).items())
+
+
+def test_a_phase_belongs_to_the_one_before(corpus, tmp_path, monkeypatch):
+    path, out = config_file(tmp_path, corpus), tmp_path / "out"
+    run_pretrain.run([str(path)])
+    finished = contents(out)
+    first, aside = out / "_phase-1", tmp_path / "aside"
+    go_on = [str(path), "--resume_from_checkpoint", "auto"]
+
+    first.rename(aside)
+    with pytest.raises(UserInputError, match="_phase-1 holds no finished run, but the phase after it has begun in .*"):
+        run_pretrain.run(go_on)
+    aside.rename(first)
+    trained = (first / "model.safetensors").read_bytes()
+    shutil.copy(first / "checkpoint-5" / "model.safetensors", first)
+    with pytest.raises(UserInputError, match="out holds a run that was started from other weights: their checksum is"):
+        run_pretrain.run(go_on)
+    (first / "model.safetensors").write_bytes(trained)
+    run_pretrain.run(go_on)
+    assert contents(out) == finished, "the phases are finished"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain, "train_and_save", MagicMock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_pretrain.run([str(path), "--overwrite_output_dir", "true", "--seed", "8"])
+    assert not list(out.rglob("checkpoint-*")) and not list(out.rglob("all_results.json"))
+    run_pretrain.run([*go_on, "--seed", "8"])
+    assert (out / "model.safetensors").read_bytes() != finished["model.safetensors"]
 
 
 # ---- recipes ----
@@ -158,6 +190,6 @@ def test_the_smoke_recipe_trains(tmp_path):
     run_pretrain.run([str(ROOT / "configs" / "smoke.yaml"), "--output_dir", str(tmp_path / "out"), "--report_to",
                       "none", "--use_cpu", "true", "--cache_dir", str(tmp_path)])  # fmt: skip
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    assert results["eval_loss"] < 6.9 and json.loads((tmp_path / "out" / "phase-1" / "all_results.json").read_text())
+    assert results["eval_loss"] < 6.9 and json.loads((tmp_path / "out" / "_phase-1" / "all_results.json").read_text())
     model = FnlBertForMaskedLM.from_pretrained(tmp_path / "out")
     assert model.config.attention_embedding_size == 64 and model.config.sparse_last_layer

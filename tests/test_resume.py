@@ -131,6 +131,17 @@ def test_a_process_that_the_checkpoint_does_not_know_has_a_random_state_of_its_o
     assert all(len(set(column)) == len(different) for column in zip(*different))
 
 
+def test_a_run_can_be_made_longer_and_is_told_what_that_means(of_one_process, corpus, tmp_path, caplog):
+    out = before_its_end(of_one_process, tmp_path / "out", 9)
+    go_on(corpus, out, max_steps=13)
+    assert "the run was started for 12 steps and goes on for 13 steps in all. Its learning rate changes" in caplog.text
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 13
+    caplog.clear()
+    go_on(corpus, out, max_steps=13)
+    assert "was started for" not in caplog.text
+
+
 def test_logging_and_saving_follow_the_command_line(of_one_process, corpus, tmp_path, caplog):
     out = before_its_end(of_one_process, tmp_path / "out", 6)
     go_on(corpus, out, save_steps=4, logging_steps=2)

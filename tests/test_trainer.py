@@ -1,6 +1,7 @@
 """Losses are means over the whole global batch, however it is cut."""
 
 import copy
+import signal
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -13,8 +14,9 @@ from transformers import BertConfig, Trainer, TrainerCallback, TrainingArguments
 import fnl_hf
 from fnl_hf import FnlBertConfig, FrobeniusAdamW, UserInputError, frobenius_param_groups
 from fnl_hf.data.masking import collate_batch
-from fnl_hf.training.arguments import FnlTrainingArguments
-from fnl_hf.training.trainer import FnlTrainer, build_trainer
+from fnl_hf.errors import TrainingDiverged
+from fnl_hf.training.arguments import FnlTrainingArguments, run_script
+from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
 
 LENGTH = 11
 
@@ -175,6 +177,41 @@ def test_batches_are_copied_to_an_accelerator_while_it_works(tmp_path, monkeypat
     monkeypatch.setattr(FnlTrainingArguments, "device", torch.device(device))
     args = FnlTrainingArguments(str(tmp_path), **flags)
     assert args.accelerator_config.non_blocking == expected
+
+
+def test_a_process_uses_one_gpu(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    args = FnlTrainingArguments(str(tmp_path), per_device_train_batch_size=5, global_train_batch_size=35)
+    assert (args.n_gpu, args.train_batch_size, args.gradient_accumulation_steps) == (1, 5, 7)
+    assert "3 GPUs are visible, but a process trains on one: to use all, start the script with `torchrun" in caplog.text
+
+
+def test_processes_wait_for_the_model_that_another_may_read():
+    trainer = MagicMock()
+    train_and_save(trainer, None)
+    names = [name for name, _, _ in trainer.mock_calls]
+    assert names == ["train", "save_model", "save_state", "accelerator.wait_for_everyone"]
+
+
+@pytest.mark.parametrize("backend, error, status, left", [
+    ("gloo", UserInputError("no such file"), 2, True),
+    ("gloo", TrainingDiverged("three losses"), 3, True),
+    ("nccl", UserInputError("no such file"), 2, False),
+    ("nccl", TrainingDiverged("three losses"), 3, True),
+])  # fmt: skip
+def test_processes_part_before_they_end_with_a_status(monkeypatch, backend, error, status, left):
+    """NCCL may wait for processes that do not end with this one; gloo never does."""
+    sigterm = signal.getsignal(signal.SIGTERM)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_script(MagicMock(side_effect=error))
+        assert end.value.code == status and torch.distributed.is_initialized() == (not left)
+    finally:
+        signal.signal(signal.SIGTERM, sigterm)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("deepspeed, version, refused", [(True, None, True), (False, 1, True), (False, 2, False)])

@@ -16,10 +16,13 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
+from transformers.utils import logging
 
 from fnl_hf.errors import Preempted, TrainingDiverged, UserInputError
 from fnl_hf.optim.param_groups import DECAY_MODES
 from fnl_hf.training.optimizers import OPTIMIZERS, parse_optimizer_arguments
+
+logger = logging.get_logger(__name__)
 
 # flag -> smallest value, and the bound that it must stay below
 BOUNDS = {
@@ -49,6 +52,8 @@ UNSUPPORTED = {
     "optim": f"set --optimizer, one of {list(OPTIMIZERS)}",
     "label_smoothing_factor": "leave it out",
     "label_names": "leave it out",
+    "auto_find_batch_size": "it would change the global batch; set --per_device_train_batch_size",
+    "save_on_each_node": "leave it out, and let --output_dir be on a disk that all machines share",
     "use_liger_kernel": "leave it out",
     "eval_do_concat_batches": "leave it out",
     "batch_eval_metrics": "leave it out",
@@ -158,6 +163,7 @@ class FnlTrainingArguments(TrainingArguments):
         given = self.accelerator_config is not None
         super().__post_init__()
         accelerator_config: Any = self.accelerator_config
+        self._use_one_gpu()
         if self.global_train_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.global_train_batch_size)
         parse_optimizer_arguments(self.optimizer, self.optim_args)
@@ -182,6 +188,20 @@ class FnlTrainingArguments(TrainingArguments):
             raise UserInputError("--dataloader_persistent_workers needs --dataloader_num_workers (0) of at least 1")
         for name in self._VALID_DICT_FIELDS:
             _validate_json(name, getattr(self, name))
+
+    def _use_one_gpu(self) -> None:
+        """Trainer would wrap the model in DataParallel, which neither batch sizes nor packed sequences allow for."""
+        if self.n_gpu > 1:
+            logger.warning(
+                f"{self.n_gpu} GPUs are visible, but a process trains on one: to use all, start the script with "
+                f"`torchrun --nproc_per_node {self.n_gpu}` or `accelerate launch --multi_gpu --num_processes "
+                f"{self.n_gpu}`"
+            )
+            self._n_gpu = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the Hub token: what is pickled, ``training_args.bin``, is uploaded. Copies have no token either."""
+        return vars(self) | {"hub_token": None}
 
     def _accumulation_for(self, global_batch: int) -> int:
         together = self.per_device_train_batch_size * self.world_size
@@ -275,9 +295,11 @@ def run_script(run: Callable[[Sequence[str]], None]) -> None:
         _leave_processes()
     except UserInputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
+        _leave_processes(together=False)
         sys.exit(2)
     except TrainingDiverged as error:
         _print_once(f"{script}: error: {error}")
+        _leave_processes()
         sys.exit(3)
     except Preempted as stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -292,13 +314,16 @@ def _print_once(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def _leave_processes() -> None:
+def _leave_processes(together: bool = True) -> None:
     """End the work of several processes before the interpreter ends.
 
     A thread of gloo's that has just finished the last collective frees its tensors, for which it needs the interpreter:
-    one that is ending makes it abort the process, after all work is done.
+    one that is ending makes it abort the process, after all work is done. NCCL needs none of this, and may wait for the
+    other processes: it is ended only if all of them come here ``together``.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if together or torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
         time.sleep(0.1)  # lets it have the interpreter
 

@@ -76,7 +76,7 @@ def read_state(folder: Path) -> TrainerState | None:
 def publish(staged: Path, checkpoint: Path) -> None:
     """Give a checkpoint that was written to ``staged`` its checksums and, once all is on the disk, its name."""
     files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
-    checksums = {path.relative_to(staged).as_posix(): _checksum(path) for path in files}
+    checksums = {path.relative_to(staged).as_posix(): checksum(path) for path in files}
     (staged / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
     for path in [*files, staged / CHECKSUMS_FILE, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         _sync(path)
@@ -108,14 +108,15 @@ def _wrong_file(checkpoint: Path) -> str | None:
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if _checksum(path) != expected:
+            if checksum(path) != expected:
                 return f"{name} is not what was written: its checksum differs"
     except (OSError, ValueError, AttributeError) as error:
         return f"{CHECKSUMS_FILE} cannot be read: {error}"
     return None
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

