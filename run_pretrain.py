@@ -127,19 +127,8 @@ def plan_phase(argv):
     return model_args, data_args, args, argv, description, plan
 
 
-def train_phase(model_args, data_args, args, argv, description, plan, longest, later):
-    """One phase; ``longest`` is the longest sequence of all phases, which the model must hold from the first. ``later``
-    are arguments and descriptions of the phases that follow: if this one starts anew, so do they."""
-    description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
-    validate_start_weights(plan, description[START_WEIGHTS])
-    if plan.finished:
-        logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
-        return
-    set_seed(args.seed)
-    tokenizer, config, data = prepare(model_args, data_args, args, plan, longest)
-    description[DATA_FINGERPRINT] = data.fingerprint
-    validate_data(plan, data.fingerprint)
-    model = build_pretraining_model(model_args, config, data_args.objective)
+def make_trainer(model, tokenizer, args, data, plan):
+    """The Trainer of one phase, with what it starts from checked."""
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
     state_from = optimizer_checkpoint(args, model) if plan.checkpoint is None else None
@@ -156,6 +145,23 @@ def train_phase(model_args, data_args, args, argv, description, plan, longest, l
     )
     if state_from is not None:
         trainer.add_callback(OptimizerStateCallback(trainer, state_from))
+    return trainer
+
+
+def train_phase(model_args, data_args, args, argv, description, plan, longest, later):
+    """One phase; ``longest`` is the longest sequence of all phases, which the model must hold from the first. ``later``
+    are arguments and descriptions of the phases that follow: if this one starts anew, so do they."""
+    description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
+    validate_start_weights(plan, description[START_WEIGHTS])
+    if plan.finished:
+        logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
+        return
+    set_seed(args.seed)
+    tokenizer, config, data = prepare(model_args, data_args, args, plan, longest)
+    description[DATA_FINGERPRINT] = data.fingerprint
+    validate_data(plan, data.fingerprint)
+    model = build_pretraining_model(model_args, config, data_args.objective)
+    trainer = make_trainer(model, tokenizer, args, data, plan)
     if args.should_save:
         for of_run in [(args, description), *(later if args.overwrite_output_dir else ())]:
             start_run(*of_run)

@@ -15,8 +15,8 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback
 
 from fnl_hf.errors import UserInputError
-from fnl_hf.training.arguments import as_arguments, as_flags, is_config_file, read_config
 from fnl_hf.training.checkpoints import newest_complete_checkpoint
+from fnl_hf.training.config_files import as_arguments, as_flags, is_config_file, read_config
 from fnl_hf.training.runs import ARCHITECTURE, PHASE_PREFIX, RunPlan, read_started, validate_resume
 
 OPTIMIZER_STATES = ("carry", "reset")

@@ -1,0 +1,90 @@
+"""Config files: YAML or JSON mappings of flags to values, as command lines."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from fnl_hf.errors import UserInputError
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def is_config_file(word: str) -> bool:
+    """Whether the first word of a command line is meant as a config file."""
+    return not word.startswith("-")
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            keys.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """The entries of a YAML or JSON mapping of flags to values.
+
+    Raises:
+        UserInputError: a file that cannot be read, or no such mapping.
+    """
+    path = Path(file)
+    if path.suffix.lower() not in CONFIG_SUFFIXES:
+        raise UserInputError(f"{file}: the first argument is a flag or a config file ({', '.join(CONFIG_SUFFIXES)})")
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)  # JSON is YAML
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserInputError(f"{file}: cannot be read: {line}{error.problem}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserInputError(f"{file}: cannot be read: {error}") from error
+    return as_flags(file, config)
+
+
+def as_flags(where: str, config: Any) -> dict[str, Any]:
+    """The entries of a mapping of flags to values, "max-steps" and "max_steps" alike.
+
+    Raises:
+        UserInputError: no mapping, or a key that is not a flag's name.
+    """
+    if not isinstance(config, dict):
+        raise UserInputError(f"{where}: must hold a mapping of flags to values, holds {type(config).__name__}")
+    for key in config:
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][\w-]*", key):
+            raise UserInputError(f"{where}: {key!r} is not the name of a flag")
+    flags = {key.replace("-", "_"): value for key, value in config.items()}
+    if len(flags) < len(config):
+        raise UserInputError(f"{where}: a flag is given twice, with '-' and with '_'")
+    return flags
+
+
+def as_arguments(config: dict[str, Any]) -> list[str]:
+    """Entries of a config file as a command line, so that they pass the same checks.
+
+    Raises:
+        UserInputError: a value that cannot be written on one, or would be another flag there.
+    """
+    arguments = []
+    for key, value in config.items():
+        if value is None:
+            continue
+        arguments.append(f"--{key}")
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, list) or (isinstance(entry, dict) and key not in TrainingArguments._VALID_DICT_FIELDS):
+                raise UserInputError(f"--{key} takes no {type(entry).__name__} ({entry})")
+            try:
+                word = json.dumps(entry) if isinstance(entry, dict | bool) else str(entry)
+            except (TypeError, ValueError) as error:
+                raise UserInputError(f"--{key}: {error}") from error
+            if re.match(r"-[^\d.]", word):
+                raise UserInputError(f"--{key} ({word}) must not begin like a flag")
+            arguments.append(word)
+    return arguments
