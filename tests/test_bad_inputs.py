@@ -217,6 +217,9 @@ CHECKPOINTS = {
     "bit flipped": (
         from_checkpoint(flip_a_bit), "optimizer.pt is not what was written: its checksum"
     ),
+    "bit flipped, no other one": (
+        resumed(flip_a_bit), "out has no complete checkpoint: checkpoint-2: optimizer.pt is not .* --overwrite_output_d"
+    ),
     "checksums emptied": (
         from_checkpoint(write("checkpoint-2/checksums.json", "{}")),
         "checksums.json does not list trainer_state.json$",
@@ -402,6 +405,9 @@ FLAGS = {
     ),
     "kernel for other numbers": (flags(attn_implementation="flash_attention_2"), "_2 takes 16-bit numbers: set --bf16"),
     "Trainer's optimizer": (flags(optim="adafactor"), r"^--optim \(adafactor\) is not supported: set --optimizer"),
+    "checkpoints of the model alone": (
+        flags(save_only_model="true"), r"^--save_only_model \(True\) is not supported: a run cannot go on from such"
+    ),
     "label smoothing": (flags(label_smoothing_factor=0.1), r"^--label_smoothing_factor \(0.1\) is not supported"),
     "optimizer argument unknown": (
         flags(optim_args="momentum=0.9"), "--optim_args momentum=0.9: 'momentum' is not an argument of adamw"

@@ -11,6 +11,7 @@ from fnl_hf import UserInputError
 from fnl_hf.training.checkpoints import CHECKSUMS_FILE, STAGING_FOLDER, fault_of, newest_complete_checkpoint, publish
 from fnl_hf.training.trainer import FnlTrainer
 
+from .bad_inputs import edit
 from .conftest import assert_same_weights, launch, pretraining
 
 
@@ -113,7 +114,8 @@ def test_a_tampered_checkpoint_is_passed_over_and_written_anew(whole, copied, co
         run(corpus, copied, resume_from_checkpoint=copied / "checkpoint-10")
     run(corpus, copied, resume_from_checkpoint="auto")
     assert_same_weights(whole, copied)
-    assert fault_of(copied / "checkpoint-10") is None and names(copied) == names(whole)
+    assert fault_of(copied / "checkpoint-10") is None
+    assert names(copied) == ["abandoned-checkpoint-10", *names(whole)]
 
 
 def test_two_processes_write_one_checkpoint_and_resume_to_the_same_weights(corpus, tmp_path):
@@ -139,6 +141,11 @@ def test_faults_are_named(copied, tmp_path):
     assert "checksums.json cannot be read" in fault_of(checkpoint)
     (checkpoint / CHECKSUMS_FILE).unlink()
     assert fault_of(checkpoint) is None, "as stock Trainer writes it"
+    edit("checkpoint-10/provenance.json", starts=[{"world_size": 2}])(copied)
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    assert fault_of(checkpoint) == "rng_state_1.pth is missing"
+    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+    assert fault_of(checkpoint) is None
     (checkpoint / "model.safetensors").write_bytes(b"torn")
     assert "model.safetensors cannot be read" in fault_of(checkpoint)
     (checkpoint / "trainer_state.json").write_text("{")
@@ -147,13 +154,14 @@ def test_faults_are_named(copied, tmp_path):
     assert fault_of(checkpoint) == "optimizer.pt is missing"
 
 
-def test_publish_replaces_what_has_the_name(tmp_path):
+def test_publish_sets_aside_what_has_the_name(tmp_path):
     staged, checkpoint = tmp_path / "aside" / "checkpoint-3", tmp_path / "checkpoint-3"
     for folder, text in ((staged, "new"), (checkpoint, "old")):
         (folder / "inner").mkdir(parents=True)
         (folder / "inner" / "file").write_text(text)
     publish(staged, checkpoint)
     assert (checkpoint / "inner" / "file").read_text() == "new" and list((tmp_path / "aside").iterdir()) == []
+    assert (tmp_path / "abandoned-checkpoint-3" / "inner" / "file").read_text() == "old"
 
 
 def test_limit_and_best_checkpoint(corpus, tmp_path):

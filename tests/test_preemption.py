@@ -88,6 +88,28 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(
     assert evaluated[0] == evaluated[1] != [], "no evaluation is lost or added"
 
 
+@pytest.mark.parametrize(
+    "flags, step",
+    [
+        ({"eval_strategy": "epoch", "save_steps": 7}, 7),  # the step saves, and its epoch's end evaluates
+        ({"save_strategy": "best", "metric_for_best_model": "runtime"}, 8),  # evaluated, and not the best
+        ({"save_strategy": "best", "metric_for_best_model": "runtime"}, 4),  # evaluated, and the best
+    ],
+)
+def test_the_step_of_the_stop_is_saved_once(corpus, tmp_path, monkeypatch, flags, step):
+    published, original = [], FnlTrainer._publish
+    monkeypatch.setattr(
+        FnlTrainer, "_publish", lambda self, *args: published.append(self.state.global_step) or original(self, *args)
+    )
+    monkeypatch.setattr(FnlTrainer, "_determine_best_metric", lambda self, metrics, trial: first_is_best(self))
+    signalled(monkeypatch, "training_step", step - 1)
+    with pytest.raises(Preempted):
+        run(corpus, tmp_path / "out", **flags)
+    assert published.count(step) == 1 and newest_complete_checkpoint(tmp_path / "out").name == f"checkpoint-{step}"
+    saved = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in saved["log_history"] if "eval_loss" in entry][-1] == step
+
+
 def test_a_second_signal_during_the_save_changes_nothing(whole, corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signalled(patch, "training_step", 5)
@@ -117,9 +139,10 @@ def test_the_best_checkpoint_s_limit_of_one_does_not_take_the_newest(corpus, tmp
 
 
 def first_is_best(trainer):
-    if trainer.state.best_global_step is None:
+    is_first = trainer.state.best_global_step is None
+    if is_first:
         trainer.state.best_global_step, trainer.state.best_metric = trainer.state.global_step, 0.0
-    return False
+    return is_first
 
 
 def test_the_flag_leaves_the_signal_alone(corpus, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 
 import run_pretrain
 from fnl_hf import UserInputError
+from fnl_hf.training.checkpoints import newest_complete_checkpoint
 from fnl_hf.training.runs import RunPlan, plan_run, validate_data
 from fnl_hf.training.trainer import FnlTrainer
 
@@ -83,6 +84,52 @@ def test_the_accumulation_that_keeps_the_global_batch_is_named(tmp_path, there, 
         )  # fmt: skip
         with pytest.raises(UserInputError, match=remedy):
             plan_run(args, started | {"world_size": here})
+
+
+def test_going_on_from_the_last_checkpoint_trains_no_step_more(of_one_process, corpus, tmp_path):
+    """Killed in what comes after training. Ten steps of seven an epoch; a linear schedule's last rate of 0 hides it."""
+    flags = {"max_steps": 10, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
+    stream = {"streaming": "true", "tokenizer_name": of_one_process, "vocab_size": None, "max_train_samples": None,
+              "shuffle_buffer_size": 21, "streaming_validation_documents": 9}  # fmt: skip
+    for name, more in (("mapped", {}), ("streamed", stream)):
+        run(corpus, tmp_path / name, **flags | more)
+        out = before_its_end(tmp_path / name, tmp_path / f"{name} again", 10)
+        (out / "model.safetensors").unlink()
+        go_on(corpus, out, **flags | more)
+        assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 10
+        assert_same_weights(tmp_path / name, out)
+
+
+def test_what_lies_beyond_the_checkpoint_that_is_named_never_passes_for_newer(
+    of_one_process, corpus, tmp_path, monkeypatch
+):
+    out = before_its_end(of_one_process, tmp_path / "out", 9)
+
+    def killed(self, *args):
+        if self.state.global_step == 7:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    original = FnlTrainer.training_step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FnlTrainer, "training_step", killed)
+        run(corpus, out, resume_from_checkpoint=out / "checkpoint-3", save_total_limit=2)
+    assert newest_complete_checkpoint(out) == out / "checkpoint-6"
+    assert {path.name for path in out.glob("*checkpoint*")} == {
+        "checkpoint-3", "checkpoint-6", "abandoned-checkpoint-6", "abandoned-checkpoint-9",
+    }  # fmt: skip
+    go_on(corpus, out, save_total_limit=2)
+    assert_same_weights(of_one_process, out)
+
+
+def test_workers_that_persist_change_nothing_when_a_run_goes_on(corpus, tmp_path):
+    """Seven steps an epoch. With dropout, which draws from the generator that iterators over data draw from, too."""
+    flags = {"config_overrides": TINY, "per_device_train_batch_size": 8, "dataloader_num_workers": 1,
+             "dataloader_persistent_workers": "true"}  # fmt: skip
+    run(corpus, tmp_path / "whole", **flags)
+    out = before_its_end(tmp_path / "whole", tmp_path / "out", 6)
+    go_on(corpus, out, **flags)
+    assert_same_weights(tmp_path / "whole", out)
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ UNSUPPORTED = {
     "use_liger_kernel": "leave it out",
     "eval_do_concat_batches": "leave it out",
     "batch_eval_metrics": "leave it out",
+    "save_only_model": "a run cannot go on from such checkpoints, leave it out",
 }
 # flags that name a file, a folder, something on the Hub or a package
 NAMES = ("output_dir", "cache_dir", "train_file", "validation_file", "dataset_name", "tokenizer_name", "config_name",

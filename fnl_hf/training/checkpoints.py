@@ -17,6 +17,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from fnl_hf.training.provenance import read_starts
+
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
@@ -28,7 +30,7 @@ CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:
@@ -44,7 +46,8 @@ def newest_complete_checkpoint(folder: Path) -> Path | None:
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None. One without checksums, as stock Trainer writes it, is checked by its
     files' presence, their ends and the header of its weights alone."""
-    missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
+    needed = [*CHECKPOINT_FILES, *_random_states(checkpoint)]
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
     if read_state(checkpoint) is None:
@@ -80,14 +83,40 @@ def publish(staged: Path, checkpoint: Path) -> None:
     (staged / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
     for path in [*files, staged / CHECKSUMS_FILE, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         _sync(path)
-    if os.path.lexists(checkpoint):  # a torn one, or that of a run which is done once more from an earlier checkpoint
-        replaced = staged.with_name(f"replaced-{checkpoint.name}")
-        checkpoint.rename(replaced)
-        staged.rename(checkpoint)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        staged.rename(checkpoint)
+    if os.path.lexists(checkpoint):
+        _set_aside(checkpoint)
+    staged.rename(checkpoint)
     _sync(checkpoint.parent)
+
+
+def set_aside_after(folder: Path, step: int, resumed: str | None) -> None:
+    """Rename what a run that now goes on from ``step`` had done beyond it, all but the checkpoint that is resumed.
+
+    Left as they are, these checkpoints would pass for newer ones than those that are to be written.
+    """
+    for checkpoint in checkpoints(folder):
+        if _step_of(checkpoint) > step and (resumed is None or checkpoint.resolve() != Path(resumed).resolve()):
+            _set_aside(checkpoint)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(f"abandoned-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    logger.warning(f"{checkpoint} is set aside as {aside.name}: the run goes on from an earlier step")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _random_states(checkpoint: Path) -> list[str]:
+    """The files of all processes that wrote the checkpoint; none are known of one without a record of its run."""
+    starts = read_starts(checkpoint)
+    processes = starts[-1].get("world_size") if starts else None
+    if not isinstance(processes, int):
+        return []
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{process}.pth" for process in range(processes)]
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -33,9 +33,10 @@ def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
 
 
 class PreemptionCallback(TrainerCallback):
-    """Stops training with a checkpoint at the end of a step when one process was asked to, on all of them together.
+    """Stops training at the end of a step when one process was asked to, on all of them together.
 
-    A step that is the last one anyway ends training as always.
+    A step that is the last one anyway ends training as always. Else the trainer saves once, after all that the step and
+    its epoch log and evaluate, unless ``saved_step`` is this one: to replace a checkpoint is to have none for a moment.
     """
 
     def __init__(self):
@@ -44,6 +45,7 @@ class PreemptionCallback(TrainerCallback):
     def reset(self) -> None:
         self.requested = False
         self.stopping = False
+        self.saved_step: int | None = None
 
     def request(self, signum: int, frame: Any) -> None:
         """The signal's handler; a second signal, also during the save, changes nothing."""
@@ -51,16 +53,18 @@ class PreemptionCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if not control.should_training_stop and self._is_requested(args, state):
-            self.stopping = control.should_training_stop = control.should_save = True
+            self.stopping = control.should_training_stop = True
+            control.should_save = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Trainer ends the epoch here, complete or not."""
-        if not self.stopping:
-            return
-        if float(state.epoch).is_integer():
-            control.should_save = True  # what the epoch's end logs and evaluates belongs to the checkpoint
-        else:
-            control.should_log = control.should_evaluate = control.should_save = False
+        if self.stopping:
+            control.should_save = False
+            if not float(state.epoch).is_integer():
+                control.should_log = control.should_evaluate = False
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_step = state.global_step
 
     def _is_requested(self, args, state) -> bool:
         """Whether any process was asked, the same answer on all of them."""

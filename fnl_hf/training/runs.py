@@ -24,6 +24,7 @@ from fnl_hf.training.checkpoints import (
     read_state,
 )
 from fnl_hf.training.models import NOT_ENTRIES
+from fnl_hf.training.processes import decided_by_first
 from fnl_hf.training.provenance import read_starts, without_home
 
 logger = logging.get_logger(__name__)
@@ -104,9 +105,16 @@ def describe_run(args, *script_arguments) -> dict[str, Any]:
 def plan_run(args, description: dict[str, Any]) -> RunPlan:
     """Decide from ``--output_dir``, ``--resume_from_checkpoint`` and ``--overwrite_output_dir``; changes no file.
 
+    The first process decides for all: disks do not show the same to every machine at the same time.
+
     Raises:
-        UserInputError: the folder is in use, its run has other arguments, or the named checkpoint is not complete.
+        UserInputError: the folder is in use, its run has other arguments, or the named checkpoint, or each of those
+            that there are, is not complete.
     """
+    return decided_by_first(lambda: _plan(args, description))
+
+
+def _plan(args, description: dict[str, Any]) -> RunPlan:
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     _validate_place(folder)
     if resume is not None and args.overwrite_output_dir:
@@ -125,6 +133,12 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
     if is_finished(folder, args):
         return RunPlan(finished=True, continued=folder)
     checkpoint = newest_complete_checkpoint(folder)
+    if checkpoint is None and (faulty := checkpoints(folder)):
+        raise UserInputError(
+            f"--resume_from_checkpoint auto: {folder} has no complete checkpoint: "
+            f"{'; '.join(f'{path.name}: {fault_of(path)}' for path in faulty)}. To start anew, give "
+            "--overwrite_output_dir true instead"
+        )
     if checkpoint is None and not (folder / STARTED_FILE).is_file():
         raise UserInputError(
             f"--output_dir {folder} is not empty and holds no run to resume: choose another, or replace it with "

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fnl_hf.errors import Preempted, UserInputError
 from fnl_hf.training.callbacks import add_fnl_callbacks
-from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
+from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish, set_aside_after
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.fsdp import ShardedTrainer
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
 from fnl_hf.training.optimizers import build_optimizer, validate_optimization
 from fnl_hf.training.preemption import PreemptionCallback, ignore_sigterm, sigterm_handled_by
+from fnl_hf.training.processes import gathered
 from fnl_hf.training.provenance import copy_provenance
 from fnl_hf.training.throughput import ThroughputMeter
 
@@ -74,6 +74,7 @@ class FnlTrainer(ShardedTrainer):
 
     def __init__(self, model=None, args=None, **kwargs):
         self._staging: Path | None = None  # where a checkpoint is being written
+        self._save_error: Exception | None = None
         self.preemption = PreemptionCallback()
         with _without_jit_checkpoint(args):
             super().__init__(model, args, **kwargs)
@@ -102,9 +103,19 @@ class FnlTrainer(ShardedTrainer):
         with sigterm_handled_by(self.preemption.request):
             return super().train(*args, **kwargs)
 
-    def _finalize_training(self, *args):
+    def _run_epoch(self, *args, **kwargs):
+        """As Trainer's, which trains a step more than there are when it goes on from the last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial, *args):
         if not self.preemption.stopping:
-            return super()._finalize_training(*args)
+            return super()._finalize_training(trial, *args)
+        if self.preemption.saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         step = self.state.global_step
         raise Preempted(
@@ -115,7 +126,10 @@ class FnlTrainer(ShardedTrainer):
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
+        # Iterators draw from the global one, from which dropout draws: how often depends on whether workers persist.
+        generator = torch.Generator().manual_seed(self.args.seed)
         for part in {loader, getattr(loader, "base_dataloader", loader)}:  # Accelerate's is a wrapper
+            part.generator = generator
             part.worker_init_fn = partial(ignore_sigterm, part.worker_init_fn)
         return loader
 
@@ -184,11 +198,14 @@ class FnlTrainer(ShardedTrainer):
         self.guard.examine(grad_norm)
         return grad_norm
 
-    def _init_training_state(self, *args):
-        """As Trainer's, but logging, evaluation and saving follow the command line, not the checkpoint's."""
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial):
+        """As Trainer's, but logging, evaluation and saving follow the command line, not the checkpoint's. Checkpoints
+        beyond the one that is resumed are set aside."""
         with _silenced("transformers.trainer_utils"):  # it would warn of the difference and keep the old ones
-            position = super()._init_training_state(*args)
+            position = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
         self.state.compute_steps(self.args, self.state.max_steps)
+        if self.args.should_save:
+            set_aside_after(Path(self._get_output_dir(trial)), self.state.global_step, checkpoint)
         return position
 
     def _issue_warnings_after_load(self, load_result) -> None:
@@ -210,7 +227,8 @@ class FnlTrainer(ShardedTrainer):
             set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As Trainer's, but written aside and named when complete, and older ones go only then.
+        """As Trainer's, but written aside and named when complete, and older ones go only then. What one process cannot
+        write ends the save on all of them.
 
         Raises:
             UserInputError: the disk is full; what was there before is as it was.
@@ -223,31 +241,61 @@ class FnlTrainer(ShardedTrainer):
             if self.args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+            with self._failing_together(checkpoint):
+                super()._save_checkpoint(model, trial)
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(checkpoint)
-            if self.args.should_save:
-                self._publish(staged, checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not is_disk_full(error):
-                raise
-            shutil.rmtree(self._staging, ignore_errors=True)
-            raise UserInputError(
-                f"{checkpoint} could not be written: the disk is full ({error}). The checkpoints written before it are "
-                "as they were: make room and go on with --resume_from_checkpoint auto"
-            ) from error
+            with self._failing_together(checkpoint):
+                if self.args.should_save:
+                    self._publish(staged, checkpoint)
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
+
+    @contextmanager
+    def _failing_together(self, checkpoint: Path) -> Iterator[None]:
+        """All processes leave the context together, with an error if one of them had one."""
+        self._save_error = None
+        with self._kept_error():
+            yield
+        error = self._save_error
+        failures = [failure for failure in gathered(error and (is_disk_full(error), str(error))) if failure]
+        if not failures:
+            return
+        if self.args.should_save and self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        full = [text for is_full, text in failures if is_full]
+        if full:
+            raise UserInputError(
+                f"{checkpoint} could not be written: the disk is full ({full[0]}). The checkpoints written before it "
+                "are as they were: make room and go on with --resume_from_checkpoint auto"
+            ) from error
+        raise error or RuntimeError(f"{checkpoint} could not be written by another process: {failures[0][1]}")
+
+    @contextmanager
+    def _kept_error(self) -> Iterator[None]:
+        """Within a save an error waits for its end: until then the other processes count on this one's part."""
+        try:
+            yield
+        except Exception as error:
+            if self._staging is None:
+                raise
+            self._save_error = self._save_error or error
+
+    def save_model(self, *args, **kwargs) -> None:
+        with self._kept_error():
+            super().save_model(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._kept_error():
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _publish(self, staged: Path, checkpoint: Path) -> None:
         self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
         publish(staged, checkpoint)
         shutil.rmtree(staged.parent, ignore_errors=True)
-        rotate_checkpoints(
+        rotate_checkpoints(  # by number: none that is higher is left
             output_dir=str(checkpoint.parent),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,

@@ -1,0 +1,37 @@
+"""What several processes must do alike: each learns what the others have found."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from fnl_hf.errors import UserInputError
+
+Decision = TypeVar("Decision")
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, by rank. All of them must call this, with what can be pickled."""
+    if not _are_several():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def decided_by_first(decide: Callable[[], Decision]) -> Decision:
+    """What ``decide`` returns on the first process, or the UserInputError that it raises there, on all of them."""
+    decision: Any = None
+    if not _are_several() or torch.distributed.get_rank() == 0:
+        try:
+            decision = decide()
+        except UserInputError as error:
+            decision = error
+    decision = gathered(decision)[0]
+    if isinstance(decision, UserInputError):
+        raise decision
+    return decision
+
+
+def _are_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,58 @@
+"""Two processes of which one alone sees a thing, or fails at it: started by test_processes.py."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+from transformers import Trainer
+
+import run_pretrain
+from fnl_hf import UserInputError
+from fnl_hf.training import runs
+
+RANK = int(os.environ["RANK"])
+
+
+def run(command):
+    """What the process says at the end."""
+    try:
+        run_pretrain.run(command)
+    except UserInputError as error:
+        return str(error)
+    return "done"
+
+
+def in_a_full_disk(method, rank, command):
+    """The disk is full for one process at step 5, in one part of the save."""
+    original = getattr(Trainer, method)
+
+    def failing(self, *args, **kwargs):
+        if self.state.global_step == 5 and rank == RANK:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, *args, **kwargs)
+
+    with patch.object(Trainer, method, failing):
+        return run(command)
+
+
+def without_checkpoints(rank, command):
+    """The disk shows one process no checkpoint."""
+    if rank != RANK:
+        return run(command)
+    with patch.object(runs, "newest_complete_checkpoint", lambda folder: None):
+        return run(command)
+
+
+if __name__ == "__main__":
+    folder, command = Path(sys.argv[1]), sys.argv[2:]
+    auto = [*command, "--resume_from_checkpoint", "auto"]
+    said = {
+        "first fails": in_a_full_disk("_save", 0, command),
+        "checkpoints": sorted(path.name for path in (folder / "out").glob("*checkpoint*")),
+        "second fails": in_a_full_disk("_save_rng_state", 1, auto),
+        "second sees none": without_checkpoints(1, auto),
+    }
+    (folder / f"{RANK}.json").write_text(json.dumps(said), encoding="utf-8")
