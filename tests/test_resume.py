@@ -122,16 +122,6 @@ def test_what_lies_beyond_the_checkpoint_that_is_named_never_passes_for_newer(
     assert_same_weights(of_one_process, out)
 
 
-def test_workers_that_persist_change_nothing_when_a_run_goes_on(corpus, tmp_path):
-    """Seven steps an epoch. With dropout, which draws from the generator that iterators over data draw from, too."""
-    flags = {"config_overrides": TINY, "per_device_train_batch_size": 8, "dataloader_num_workers": 1,
-             "dataloader_persistent_workers": "true"}  # fmt: skip
-    run(corpus, tmp_path / "whole", **flags)
-    out = before_its_end(tmp_path / "whole", tmp_path / "out", 6)
-    go_on(corpus, out, **flags)
-    assert_same_weights(tmp_path / "whole", out)
-
-
 @pytest.fixture(scope="module")
 def of_one_process(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume") / "one"

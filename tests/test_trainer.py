@@ -168,6 +168,15 @@ def test_one_line_gives_a_stock_trainer_the_same_optimizer(tmp_path, dimensions)
         assert torch.equal(a, b), name
 
 
+def test_iterators_over_data_leave_the_generator_of_dropout_alone(tmp_path, dimensions):
+    """Workers that persist need one iterator for all epochs, others one for each, a resumed run another number."""
+    args = FnlTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = FnlTrainer(build("FnlBert", "ForMaskedLM", dimensions), args, data_collator=collate_batch)
+    before = torch.get_rng_state()
+    assert len(list(trainer.get_eval_dataloader(rows("ForMaskedLM")))) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     "device, flags, expected",
     [("cpu", {}, False), ("meta", {}, True), ("meta", {"dataloader_pin_memory": False}, False),
