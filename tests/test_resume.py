@@ -187,3 +187,14 @@ def test_logging_and_saving_follow_the_command_line(of_one_process, corpus, tmp_
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 6, 8, 10, 12]
     assert not [record for record in caplog.records if "do not match" in record.message]
     assert_same_weights(of_one_process, out)
+
+
+def test_workers_that_outlive_an_epoch_change_nothing_and_end_with_the_run(corpus, tmp_path):
+    """Seven steps an epoch, dropout; launched, because such workers end with the interpreter."""
+    flags = {"max_train_samples": 61, "save_steps": 3, "per_device_eval_batch_size": 4, "eval_strategy": "epoch"}
+    flags |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": "true"}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    launch("run_pretrain.py", *pretraining(corpus, whole, **flags), timeout=120)
+    before_its_end(whole, out, 3)
+    launch("run_pretrain.py", *pretraining(corpus, out, resume_from_checkpoint="auto", **flags), timeout=120)
+    assert_same_weights(whole, out)

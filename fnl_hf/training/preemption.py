@@ -1,12 +1,15 @@
 """SIGTERM, as schedulers send it before they take a machine away: save, and end with a status that says "try again"."""
 
+import atexit
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 AGREEMENT_STEPS = 10  # between two questions to all processes on an accelerator, where reading the answer synchronizes
@@ -30,6 +33,18 @@ def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)
+
+
+def end_workers_at_exit(loader: DataLoader) -> None:
+    """Let the workers that outlive an epoch end before the interpreter does: it would stop them with SIGTERM, which
+    they ignore, and wait for ever."""
+    atexit.register(_end_workers, weakref.ref(loader))
+
+
+def _end_workers(reference: "weakref.ref[DataLoader]") -> None:
+    iterator = getattr(reference(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 class PreemptionCallback(TrainerCallback):

@@ -22,7 +22,7 @@ from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.fsdp import ShardedTrainer
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
 from fnl_hf.training.optimizers import build_optimizer, validate_optimization
-from fnl_hf.training.preemption import PreemptionCallback, ignore_sigterm, sigterm_handled_by
+from fnl_hf.training.preemption import PreemptionCallback, end_workers_at_exit, ignore_sigterm, sigterm_handled_by
 from fnl_hf.training.processes import gathered
 from fnl_hf.training.provenance import copy_provenance
 from fnl_hf.training.throughput import ThroughputMeter
@@ -131,6 +131,8 @@ class FnlTrainer(ShardedTrainer):
         for part in {loader, getattr(loader, "base_dataloader", loader)}:  # Accelerate's is a wrapper
             part.generator = generator
             part.worker_init_fn = partial(ignore_sigterm, part.worker_init_fn)
+            if part.persistent_workers:
+                end_workers_at_exit(part)
         return loader
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
