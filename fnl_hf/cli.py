@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fnl_hf.convert import SPECTRA_FILE, convert, truncation_table
+from fnl_hf import export
+from fnl_hf.convert import SPECTRA_FILE, convert, load_model, truncation_table
 from fnl_hf.errors import UserInputError
 from fnl_hf.inference import ask
 
@@ -38,6 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     converting.add_argument("--max_seq_length", type=int, default=128, help="tokens of each (%(default)s)")
     converting.set_defaults(run=run_convert)
 
+    exporting = commands.add_parser("export", help="write a model as ONNX, checked against PyTorch in onnxruntime")
+    exporting.add_argument("model", help="a checkpoint with its head: folder or Hub name")
+    exporting.add_argument("file", help="the .onnx file to write")
+    exporting.set_defaults(run=run_export)
+
     asking = commands.add_parser("ask", help="answer a question with a span of a context")
     asking.add_argument("model", help="a question answering model: folder or Hub name")
     asking.add_argument("question")
@@ -60,6 +66,11 @@ def run_convert(args: argparse.Namespace) -> None:
         print(truncation_table(truncations))
         print(f"spectra: {args.folder}/{SPECTRA_FILE}")
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters, before {before:,}; in {args.folder}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    difference = export.export_onnx(load_model(args.model), args.file)
+    print(f"{args.file}: differs from PyTorch by {difference:.1e} at most")
 
 
 def run_ask(args: argparse.Namespace) -> None:

@@ -88,6 +88,18 @@ def _class_of(source: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
     return getattr(modeling_fnl_bert, f"Fnl{name}", modeling_fnl_bert.FnlBertModel)
 
 
+def load_model(source: str) -> PreTrainedModel:
+    """The BERT or FNL-BERT of a checkpoint, with its head.
+
+    Raises:
+        UserInputError: no such checkpoint, or another architecture.
+    """
+    try:
+        return _class_of(source).load_bert(source)
+    except (OSError, ValueError) as error:
+        raise UserInputError(str(error)) from error
+
+
 def calibration_batches(
     tokenizer: PreTrainedTokenizerBase, files: Sequence[str], samples: int, max_seq_length: int
 ) -> Iterator[dict[str, torch.Tensor]]:
