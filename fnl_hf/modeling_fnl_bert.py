@@ -22,12 +22,12 @@ from transformers.models.bert.modeling_bert import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    BertPreTrainedModel,
 )
 from transformers.utils.generic import can_return_tuple
 
 from .attention_fnl_bert import FnlBertLayer, FnlBertSelfAttention, document_mask, factor_pairs, take_positions
 from .configuration_fnl_bert import FnlBertConfig
+from .conversion_fnl_bert import BertConversion
 from .factorization import Product, spectral_factors
 
 # Every head's checkpoint names every class, so that it loads into any Auto class with ``trust_remote_code=True``.
@@ -50,7 +50,7 @@ AUTO_MAP = {
 ItemCount = torch.Tensor | int | Mapping[str, torch.Tensor] | None
 
 
-class FnlBertPreTrainedModel(BertPreTrainedModel):
+class FnlBertPreTrainedModel(BertConversion):
     """What all FNL-BERT classes share: the configuration, the encoder swap and checkpoints that carry their code."""
 
     config: FnlBertConfig

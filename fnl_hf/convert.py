@@ -1,0 +1,148 @@
+"""A checkpoint on disk or on the Hub, converted and saved: BERT to FNL-BERT of another size, FNL-BERT to BERT."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fnl_hf import modeling_fnl_bert
+from fnl_hf.data.corpus import load_text_files
+from fnl_hf.data.tokenizer import load_tokenizer
+from fnl_hf.errors import UserInputError
+from fnl_hf.head_mixing import Truncation
+
+SPECTRA_FILE = "spectra.png"
+BATCH_SIZE = 16
+TITLES = {"qk": "$Q_h K_h^T$", "vo": "$V_h O_h^T$"}
+
+
+class Conversion(NamedTuple):
+    """Parameters of the original, the converted model, and what each of its products lost."""
+
+    original_parameters: int
+    model: PreTrainedModel
+    truncations: list[Truncation]
+
+
+def convert(
+    source: str,
+    folder: str | Path,
+    to: str = "fnl_bert",
+    attention_embedding_size: int | None = None,
+    calibration_files: Sequence[str] = (),
+    calibration_samples: int = 256,
+    max_seq_length: int = 128,
+) -> "Conversion":
+    """Convert the checkpoint ``source``, with its head, and save it and its tokenizer in ``folder``.
+
+    Args:
+        to: "fnl_bert" or "bert".
+        attention_embedding_size: E of an FNL-BERT; by default that of ``source``.
+        calibration_files: text whose first ``calibration_samples`` documents, cut to ``max_seq_length`` tokens, say
+            which directions count; without any, the weights do.
+
+    Returns:
+        Where E became smaller, the spectra of the products are drawn in ``folder/spectra.png``.
+
+    Raises:
+        UserInputError: a folder in use, no such checkpoint, another architecture, or sizes that do not fit.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
+    if to == "bert" and (attention_embedding_size is not None or calibration_files):
+        raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
+    for name, value in (("calibration_samples", calibration_samples), ("max_seq_length", max_seq_length)):
+        if value < 1:
+            raise UserInputError(f"--{name} ({value}) must be at least 1")
+    tokenizer = load_tokenizer(source)
+    try:
+        model_class = _class_of(source)
+        original = model_class.load_bert(source)
+        if to == "bert":
+            result = Conversion(original.num_parameters(), model_class.from_bert(original).to_bert(), [])
+        else:
+            calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
+            converted = model_class.from_bert(original, attention_embedding_size, calibration or None, True)
+            result = Conversion(original.num_parameters(), *converted)
+        result.model.save_pretrained(folder)
+    except UserInputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserInputError(str(error)) from error
+    tokenizer.save_pretrained(folder)
+    if result.truncations:
+        plot_spectra(result.truncations, folder / SPECTRA_FILE)
+    return result
+
+
+def _class_of(source: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
+    """Our class with the checkpoint's head; the encoder's where it does not say, or has a head that we have not."""
+    name = (AutoConfig.from_pretrained(source).architectures or [""])[0].removeprefix("Fnl")
+    return getattr(modeling_fnl_bert, f"Fnl{name}", modeling_fnl_bert.FnlBertModel)
+
+
+def load_model(source: str) -> PreTrainedModel:
+    """The BERT or FNL-BERT of a checkpoint, with its head.
+
+    Raises:
+        UserInputError: no such checkpoint, or another architecture.
+    """
+    try:
+        return _class_of(source).load_bert(source)
+    except (OSError, ValueError) as error:
+        raise UserInputError(str(error)) from error
+
+
+def calibration_batches(
+    tokenizer: PreTrainedTokenizerBase, files: Sequence[str], samples: int, max_seq_length: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs from the first ``samples`` documents of text files, for :meth:`from_bert`."""
+    texts = load_text_files(list(files))["text"][:samples] if files else []
+    for start in range(0, len(texts), BATCH_SIZE):
+        yield dict(
+            tokenizer(
+                texts[start : start + BATCH_SIZE],
+                truncation=True,
+                max_length=max_seq_length,
+                padding=True,
+                return_tensors="pt",
+            )
+        )
+
+
+def truncation_table(truncations: Sequence[Truncation]) -> str:
+    """One line a product: its norm, what was kept and what was lost of it."""
+    lines = [f"{'product':<44}{'rank':>6}{'norm':>10}{'kept':>10}{'lost':>10}{'lost²':>9}"]
+    for product in truncations:
+        norm = (product.kept**2 + product.lost**2) ** 0.5
+        share = product.lost**2 / norm**2 if norm else 0.0
+        sizes = f"{product.rank:>6}{norm:>10.4g}{product.kept:>10.4g}{product.lost:>10.4g}{share:>9.2%}"
+        lines.append(f"{product.name:<44}{sizes}")
+    return "\n".join(lines)
+
+
+def plot_spectra(truncations: Sequence[Truncation], file: str | Path) -> None:
+    """Write a PNG: for each kind of product the singular values of its heads, a line for the median head of each layer
+    and a shade from the smallest to the largest, and the rank that was kept."""
+    kinds = list(dict.fromkeys(product.kind for product in truncations))
+    figure, rows = plt.subplots(1, len(kinds), figsize=(6.4 * len(kinds), 4.4), layout="constrained", squeeze=False)
+    for axes, kind in zip(rows[0], kinds):
+        chosen = [product for product in truncations if product.kind == kind]
+        for layer, product in enumerate(chosen):
+            values = product.singular_values.cpu()
+            index = range(1, values.shape[1] + 1)
+            color = plt.get_cmap("viridis")(layer / max(1, len(chosen) - 1))
+            axes.plot(index, values.median(dim=0).values, color=color, label=f"layer {layer}")
+            axes.fill_between(index, values.amin(dim=0), values.amax(dim=0), color=color, alpha=0.08, linewidth=0)
+        axes.axvline(chosen[0].rank + 0.5, color="black", linestyle="--", linewidth=1)
+        axes.set(yscale="log", title=TITLES[kind], xlabel="singular value of a head (dashed: kept to the left)")
+    rows[0][0].legend(fontsize=8, ncols=2)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,109 @@
+"""Models for serving: ``torch.export`` programs and ONNX files, for any batch size and sequence length."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fnl_hf.errors import UserInputError
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TOLERANCE = 1e-4  # absolute, between onnxruntime and PyTorch
+
+
+class _Positional(nn.Module):
+    """A model with the three inputs in order and a tuple of tensors, as exporters want it."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return tuple(self.model(**inputs, return_dict=True).values())
+
+
+def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
+    """The forward pass as a program of (input_ids, attention_mask, token_type_ids), (B, S) each; B and S are free.
+
+    It returns the model's outputs as a tuple, logits first.
+
+    Raises:
+        UserInputError: a head for multiple choice, whose inputs have one dimension more.
+    """
+    if "MultipleChoice" in type(model).__name__:
+        raise UserInputError(f"{type(model).__name__} reads (B, choices, S): export its encoder instead")
+    model = model.eval()
+    dimensions = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with _quiet():
+        return torch.export.export(
+            _Positional(model), _example(model, 3, 7), dynamic_shapes=dict.fromkeys(INPUTS, dimensions)
+        )
+
+
+def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
+    """Write the forward pass as ONNX and run it in onnxruntime beside PyTorch, at other sizes than it was traced with.
+
+    Returns:
+        The largest difference of any output, in absolute terms.
+
+    Raises:
+        UserInputError: a package is missing, the file exists, or the difference is above 1e-4; then there is no file.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise UserInputError(f"exporting to ONNX needs {error.name}: pip install 'fnl-hf[onnx]'") from error
+    file = Path(file)
+    if file.exists():
+        raise UserInputError(f"{file} exists: name another file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    model = model.float().cpu().eval()
+    names = list(_Positional(model).model(**dict(zip(INPUTS, _example(model, 2, 5))), return_dict=True))
+    with _quiet():
+        program: Any = torch.onnx.export(
+            export_program(model), input_names=list(INPUTS), output_names=names, dynamo=True, verbose=False
+        )
+    program.save(str(file))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    difference = max(_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8)))
+    if not difference <= TOLERANCE:
+        file.unlink()
+        raise UserInputError(f"{file}: ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}")
+    return difference
+
+
+@torch.no_grad()
+def _difference(session, model: PreTrainedModel, batch: int, length: int) -> float:
+    inputs = _example(model, batch, min(length, model.config.max_position_embeddings))
+    present = inputs[1].bool()
+    found = session.run(None, {name: value.numpy() for name, value in zip(INPUTS, inputs)})
+    expected = _Positional(model)(*inputs)
+    pairs = [(torch.from_numpy(ours), theirs) for ours, theirs in zip(found, expected, strict=True)]
+    return max(
+        float((ours - theirs)[present if theirs.shape[:2] == present.shape else ...].abs().max())
+        for ours, theirs in pairs
+    )
+
+
+def _example(model: PreTrainedModel, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random ids, a mask that pads the last row by a third, two segments."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, length - length // 3 :] = 0
+    segments = (torch.arange(length) >= length // 2).long().expand(batch, -1)
+    segments = segments.clamp(max=model.config.type_vocab_size - 1)
+    return ids.to(model.device), mask.to(model.device), segments.to(model.device)
+
+
+class _quiet(warnings.catch_warnings):
+    """torch's exporters warn of their own insides."""
+
+    def __enter__(self):
+        super().__enter__()
+        warnings.simplefilter("ignore")

@@ -1,0 +1,217 @@
+# Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
+"""BERT to FNL-BERT of another attention embedding size, and back, by changing the basis of each head.
+
+A head's scores are q kᵀ/√r with q = x Q + b_q and k = x K + b_k; it adds c Oᵀ to the output, where c = A(x V + b_v) is
+its context and A its attention. Whatever is done to a head is done by small matrices on its own r dimensions: q T_q,
+k T_k, c T_v, O T_o. Truncation to rank r' takes those that minimize ‖L (T_q T_kᵀ - I) Rᵀ‖_F, where LᵀL and RᵀR are the
+second moments of q and k: of the weights with their biases as one more row (truncated SVD of the product), or of what
+the head really computes on a text (whitened SVD). No matrix is larger than r×r.
+
+This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
+
+Shapes: H heads, r rank of a head, r' wanted rank, d hidden size, B batch, S sequence.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.bert.modeling_bert import BertAttention
+
+from .factorization import gram, head_rows
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """Second moments of what H heads compute: (H, r, r) each, float64; ``context_mean`` is (H, r).
+
+    ``value`` is the covariance of the context, whose mean moves into the output bias; ``key`` is the one under the
+    attention, because a softmax does not see what all keys of a query share.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    context_mean: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HeadMixing:
+    """What the dimensions of H heads are multiplied by, (H, r, r') each, float64."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What a product lost: ``singular_values`` (H, r), descending, of which ``rank`` are kept in each head.
+
+    ``name`` and ``kind`` are those of :func:`factor_pairs`.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    singular_values: torch.Tensor
+
+    @property
+    def kept(self) -> float:
+        """(Σ kept σ²)^½ over all heads."""
+        return float(self.singular_values[:, : self.rank].square().sum().sqrt())
+
+    @property
+    def lost(self) -> float:
+        """(Σ discarded σ²)^½ over all heads: the Frobenius norm of the error, in the metric of the moments."""
+        return float(self.singular_values[:, self.rank :].square().sum().sqrt())
+
+
+@torch.no_grad()
+def weight_moments(attention: BertAttention) -> HeadMoments:
+    """The moments of the weights, with the biases of query and key as one more row. The value's bias reaches the output
+    unchanged, because the attention of a token sums to one: it is the mean of the context."""
+    heads, own = attention.self.num_attention_heads, attention.self
+    query, key, value = (head_rows(p.weight.double(), heads, 0) for p in (own.query, own.key, own.value))  # (H, r, d)
+    output = head_rows(attention.output.dense.weight.double(), heads, 1)
+    biases = [p.bias.double().view(heads, -1, 1) for p in (own.query, own.key, own.value)]
+    with_bias = [torch.cat(parts, dim=-1) for parts in ((query, biases[0]), (key, biases[1]))]
+    first, second, third, last = (gram(rows.transpose(1, 2)) for rows in (*with_bias, value, output))
+    return HeadMoments(first, second, third, last, biases[2][..., 0])
+
+
+@torch.no_grad()
+def activation_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, HeadMoments]:
+    """The moments of every attention layer of ``model`` on real text, by the layer's name.
+
+    Args:
+        model: a BERT or FNL-BERT; run in evaluation mode with eager attention, and left as it was.
+        batches: inputs of ``model``: ``input_ids`` (B, S) and, where they are padded, ``attention_mask`` (B, S).
+
+    Raises:
+        ValueError: no batch, or none with a token.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BertAttention)}
+    sums = {name: _MomentSums(module) for name, module in layers.items()}
+    handles = [module.self.register_forward_hook(sums[name].add, with_kwargs=True) for name, module in layers.items()]
+    was_training, implementation = model.training, str(model.config._attn_implementation)
+    model.set_attn_implementation("eager")
+    try:
+        for batch in batches:
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            present = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            for sum_ in sums.values():
+                sum_.present = present
+            model.eval()(**batch)
+    finally:
+        model.train(was_training)
+        model.set_attn_implementation(implementation)
+        for handle in handles:
+            handle.remove()
+    return {name: sum_.moments(f"calibration of {name}") for name, sum_ in sums.items()}
+
+
+class _MomentSums:
+    """Sums over the tokens of one layer."""
+
+    present: torch.Tensor  # (B, S), of the batch that is being run
+
+    def __init__(self, attention: BertAttention):
+        self.attention = attention
+        self.tokens = 0
+        self.sums: list[torch.Tensor] | None = None
+
+    def add(self, module, args, kwargs, outputs) -> None:
+        """Forward hook of the self-attention: its output is the context (B, S, H·r) and the attention (B, H, S, S)."""
+        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        heads = module.num_attention_heads
+        query, key, context = (
+            rows.double().unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, S, r)
+            for rows in (module.query(states), module.key(states), outputs[0])
+        )
+        weight = self.present[:, None, :, None].double()
+        attention = outputs[1].double() * weight  # of the tokens that are there
+        mean_key = attention @ key
+        seen = attention.sum(dim=2)[..., None]  # how much each key is looked at
+        found = [
+            _moment(query * weight, query),
+            _moment(key * seen, key) - _moment(mean_key, mean_key),
+            _moment(context * weight, context),
+            (context * weight).sum(dim=(0, 2)),
+        ]
+        self.sums = found if self.sums is None else [a + b for a, b in zip(self.sums, found)]
+        self.tokens += int(self.present.sum())
+
+    def moments(self, where: str) -> HeadMoments:
+        if self.sums is None or not self.tokens:
+            raise ValueError(f"{where}: no tokens")
+        query, key, context, mean = (total / self.tokens for total in self.sums)
+        output = weight_moments(self.attention).output
+        return HeadMoments(query, key, context - mean[:, :, None] * mean[:, None, :], output.to(mean.device), mean)
+
+
+def _moment(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Σ over batch and sequence of lᵀ r: (B, H, S, r), (B, H, S, r) -> (H, r, r)."""
+    return torch.einsum("bhsi,bhsj->hij", left, right)
+
+
+def truncation(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The matrices T, S (H, r, r') with the smallest ‖L (T Sᵀ - I) Rᵀ‖_F for LᵀL = ``left``, RᵀR = ``right``.
+
+    With L Rᵀ = P Σ Qᵀ they are T = Rᵀ Q_r' Σ_r'^-½ and S = Lᵀ P_r' Σ_r'^-½, which split Σ evenly.
+
+    Returns:
+        T, S and the singular values (H, r), descending.
+    """
+    left_root, right_root = _root(left), _root(right)
+    p, sigma, qh = torch.linalg.svd(left_root @ right_root.transpose(-2, -1))
+    smallest = torch.finfo(sigma.dtype).eps * sigma.shape[-1] * sigma[..., :1]
+    inverse_root = torch.where(sigma > smallest, sigma.rsqrt(), 0.0)[..., None, :rank]
+    mixed_left = right_root.transpose(-2, -1) @ qh.transpose(-2, -1)[..., :rank] * inverse_root
+    mixed_right = left_root.transpose(-2, -1) @ p[..., :rank] * inverse_root
+    return mixed_left, mixed_right, sigma
+
+
+def _root(moment: torch.Tensor) -> torch.Tensor:
+    """A matrix whose Gram matrix is ``moment`` (H, r, r), which may be singular."""
+    values, vectors = torch.linalg.eigh(moment)
+    return values.clamp(min=0).sqrt()[..., None] * vectors.transpose(-2, -1)
+
+
+def truncate_heads(moments: HeadMoments, rank: int) -> tuple[HeadMixing, torch.Tensor, torch.Tensor]:
+    """The best mixing to a smaller ``rank``, and the singular values of Q Kᵀ and V Oᵀ (H, r) in the moments' metric.
+
+    Scores are divided by √r' afterwards instead of √r: the product is scaled by √(r'/r).
+    """
+    query, key, scores = truncation(moments.query, moments.key, rank)
+    value, output, values = truncation(moments.value, moments.output, rank)
+    scale = (rank / scores.shape[-1]) ** 0.25
+    return HeadMixing(scale * query, scale * key, value, output), scores, values
+
+
+def pad_heads(heads: int, rank: int, padded: int) -> HeadMixing:
+    """Mixing to a larger rank by dimensions that are zero; exact, but these have no gradient."""
+    eye = torch.eye(rank, padded, dtype=torch.float64).expand(heads, -1, -1)
+    scale = (padded / rank) ** 0.25
+    return HeadMixing(scale * eye, scale * eye, eye, eye)
+
+
+@torch.no_grad()
+def mix_heads(source: BertAttention, target: BertAttention, mixing: HeadMixing, context_mean: torch.Tensor) -> None:
+    """Write the heads of ``source`` into ``target`` in their new basis; what the context loses on average, c̄ (H, r)
+    times I - T_v T_oᵀ, goes into the output bias."""
+    heads = source.self.num_attention_heads
+    for name in ("query", "key", "value"):
+        mix = getattr(mixing, name).transpose(1, 2)  # (H, r', r)
+        old, new = getattr(source.self, name), getattr(target.self, name)
+        new.weight.copy_((mix @ head_rows(old.weight.double(), heads, 0)).flatten(0, 1))
+        new.bias.copy_((mix @ old.bias.double().view(heads, -1, 1)).flatten())
+    old, new = source.output.dense, target.output.dense
+    rows = head_rows(old.weight.double(), heads, 1)  # (H, r, d)
+    mixed = mixing.output.transpose(1, 2) @ rows
+    new.weight.copy_(mixed.flatten(0, 1).T)
+    mean = context_mean[:, None]
+    new.bias.copy_(old.bias.double() + (mean @ rows - mean @ mixing.value @ mixed).sum(dim=(0, 1)))
