@@ -1,4 +1,4 @@
-"""The commands of docs/training.md are real ones."""
+"""The commands of the documentation are real ones."""
 
 import os
 import re
@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from fnl_hf.cli import build_parser
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments
 from fnl_hf.training.phases import phases_of
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments
@@ -44,6 +45,14 @@ def test_flags_exist():
     named = {flag for text in re.findall(r"`(--[^`]*)`", TEXT) for flag in re.findall(r"--(\w+)", text)}
     others = {"help", "num_processes", "signal"}  # of the parser's, the launcher's, SLURM's own
     assert len(named) > 20 and named - known == others
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/conversion.md"])
+def test_commands_of_fnl_hf_parse(page):
+    lines = re.findall(r"^fnl-hf .*", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        assert callable(build_parser().parse_args(shlex.split(line, comments=True)[1:]).run)
 
 
 @pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (75, True)])
