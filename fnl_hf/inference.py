@@ -61,14 +61,7 @@ def ask(
         UserInputError: no such model, an empty question or context, lists of different length, or lengths that leave
             no room for the context.
     """
-    if isinstance(question, str) != isinstance(context, str):
-        raise UserInputError("give one question and one context, or a list of each")
-    questions, contexts = ([texts] if isinstance(texts, str) else list(texts) for texts in (question, context))
-    if len(questions) != len(contexts):
-        raise UserInputError(f"{len(questions)} questions and {len(contexts)} contexts: there must be one for each")
-    for index, texts in enumerate(zip(questions, contexts)):
-        if not all(text.strip() for text in texts):
-            raise UserInputError(f"question and context must not be empty: number {index + 1} has {texts!r}")
+    questions, contexts = _as_lists(question, context)
     if batch_size < 1:
         raise UserInputError(f"batch_size ({batch_size}) must be at least 1")
     if not isinstance(model, PreTrainedModel):
@@ -97,6 +90,18 @@ def ask(
         first, last = entry["offsets"]
         found.append({"answer": text, "start": first, "end": last, "score": entry["probability"]})
     return found[0] if isinstance(question, str) else found
+
+
+def _as_lists(question: str | Sequence[str], context: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    if isinstance(question, str) != isinstance(context, str):
+        raise UserInputError("give one question and one context, or a list of each")
+    questions, contexts = ([texts] if isinstance(texts, str) else list(texts) for texts in (question, context))
+    if len(questions) != len(contexts):
+        raise UserInputError(f"{len(questions)} questions and {len(contexts)} contexts: there must be one for each")
+    for index, texts in enumerate(zip(questions, contexts)):
+        if not all(text.strip() for text in texts):
+            raise UserInputError(f"question and context must not be empty: number {index + 1} has {texts!r}")
+    return questions, contexts
 
 
 def _load(name: str | Path) -> PreTrainedModel:

@@ -1,6 +1,8 @@
 """run_squad.py on a tiny file, from a tiny pretrained model; and what it refuses."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -8,9 +10,11 @@ import transformers
 from transformers import BertConfig, BertForQuestionAnswering
 
 import run_squad
-from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask
+from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask, cli
+from fnl_hf.training.arguments import parse_arguments
+from fnl_hf.training.seeds import commands_of_seeds
 
-from .conftest import SENTENCES, assert_same_weights, launch
+from .conftest import ROOT, SENTENCES, assert_same_weights, launch
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +144,8 @@ def test_several_seeds_are_several_runs_that_go_on_where_they_stood(pretrained, 
     run_squad.run(resumed)
     assert (tmp_path / "out" / "seed-3" / "all_results.json").stat().st_mtime_ns == before
     assert_same_weights(tmp_path / "out" / "seed-5", tmp_path / "alone")
-    assert json.loads((tmp_path / "out" / "seeds.json").read_text())["scores"]["eval_f1"]["values"][:2] == [first, second]
+    saved = json.loads((tmp_path / "out" / "seeds.json").read_text())
+    assert saved["seeds"] == [3, 5, 7] and saved["scores"]["eval_f1"]["values"][:2] == [first, second]
     with pytest.raises(UserInputError, match="seed-3 is not empty"):
         run_squad.run(command)
 
@@ -180,6 +185,17 @@ def test_evaluation_alone_and_prediction_without_answers(pretrained, squad_files
     (tmp_path / "unlabelled.json").write_text(json.dumps(content))
     with pytest.raises(UserInputError, match="question id 'q0' occurs 2 times among the test questions"):
         run_squad.run(squad(tmp_path / "model", tmp_path / "twice", **flags))
+
+
+def test_the_commands_of_the_documentation_parse(tmp_path):
+    text = (ROOT / "docs" / "squad.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    scripts = re.findall(r"^accelerate launch run_squad.py (.*)$", text, flags=re.MULTILINE)
+    assert len(scripts) == 5
+    for words in scripts:
+        model_args, _, args = parse_arguments(run_squad.ARGUMENTS, [*shlex.split(words), "--use_cpu", "true"])
+        assert model_args.model_name_or_path and (args.seeds is None or len(commands_of_seeds([], args)) == 3)
+    asking = re.findall(r"^fnl-hf ([^>#\n]*)", text, flags=re.MULTILINE)
+    assert [cli.build_parser().parse_args(shlex.split(words)).run for words in asking] == [cli.run_ask] * 2
 
 
 @pytest.mark.parametrize(
