@@ -202,9 +202,9 @@ def make_trainer(model, tokenizer, data_args, args, data):
     )
 
 
-def plan_one(argv):
+def plan_one(arguments, argv):
     """The arguments of one run, its command line and description, and what is to be done."""
-    model_args, data_args, args = parse_arguments(ARGUMENTS, argv)
+    model_args, data_args, args = arguments
     if model_args.tokenizer_name is None and model_args.model_name_or_path is None:
         raise UserInputError("give --model_name_or_path, or --config_name and --tokenizer_name")
     description = describe_run(args, model_args, data_args)
@@ -248,12 +248,14 @@ def run_one(model_args, data_args, args, argv, description, plan):
 
 
 def run(argv):
-    args = parse_arguments(ARGUMENTS, argv)[-1]
+    arguments = parse_arguments(ARGUMENTS, argv)
+    args = arguments[-1]
     if args.seeds is None:
-        run_one(*plan_one(argv))
+        run_one(*plan_one(arguments, argv))
         return
     # Every seed's folder is looked at before the first one takes its time.
-    for one in [plan_one(command) for command in commands_of_seeds(argv, args)]:
+    commands = commands_of_seeds(argv, args)
+    for one in [plan_one(parse_arguments(ARGUMENTS, command), command) for command in commands]:
         run_one(*one)
     if args.should_save:
         print(summarize_seeds(args.output_dir, args.seeds))
