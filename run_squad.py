@@ -14,14 +14,32 @@ from transformers.utils import logging
 
 from fnl_hf import FnlBertForQuestionAnswering, UserInputError
 from fnl_hf.data.corpus import first_rows
-from fnl_hf.data.squad import FeatureMaker, load_sample, load_squad_hub, read_squad_file
+from fnl_hf.data.squad import (
+    FeatureMaker,
+    load_sample,
+    load_squad_hub,
+    questions_fingerprint,
+    read_squad_file,
+    validate_ids,
+)
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import build_question_answering_model
 from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.provenance import read_starts, record_start
-from fnl_hf.training.runs import describe_run, plan_run, start_run, validate_resume
+from fnl_hf.training.runs import (
+    DATA_FINGERPRINT,
+    START_WEIGHTS,
+    describe_run,
+    plan_run,
+    start_run,
+    validate_data,
+    validate_resume,
+    validate_start_weights,
+    weights_checksum,
+)
+from fnl_hf.training.seeds import commands_of_seeds, summarize_seeds
 from fnl_hf.training.squad_trainer import AnswerOptions, SquadTrainer, write_answers
 from fnl_hf.training.trainer import build_trainer, train_and_save
 
@@ -57,9 +75,14 @@ class DataArguments:
     test_file: str | None = field(
         default=None, metadata={"help": "Questions for --do_predict; answers may be missing."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where data sets and features are kept and found again."}
+    )
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of question and context together."})
-    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
+    doc_stride: int = field(
+        default=128,
+        metadata={"help": "Tokens of a long context from the start of one window to that of the next, as in BERT's."},
+    )
     pad_to_max_length: bool = field(
         default=True,
         metadata={
@@ -87,6 +110,16 @@ class SquadTrainingArguments(FnlTrainingArguments):
     """FnlTrainingArguments; the best model is the one with the best F1."""
 
     metric_for_best_model: str | None = field(default="f1", metadata={"help": "The score that tells the best model."})
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Several runs, one for each seed, in <output_dir>/seed-<n>; mean and standard deviation of their "
+            "scores go to <output_dir>/seeds.json."
+        },
+    )
+
+
+ARGUMENTS = (ModelArguments, DataArguments, SquadTrainingArguments)
 
 
 def load_examples(data_args, split):
@@ -100,6 +133,8 @@ def load_examples(data_args, split):
         examples = load_sample(split)
     else:
         raise UserInputError(f"no questions to {'predict' if split == 'test' else split}: give --{split}_file")
+    if split != "train":
+        validate_ids(examples, split)
     flag = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}[split]
     examples = first_rows(examples, flag, getattr(data_args, flag))
     unanswerable = sum(not answers["text"] for answers in examples["answers"])
@@ -134,14 +169,15 @@ def save_results(trainer, args, data_args, metrics):
 
 def make_features(data_args, args, tokenizer):
     """(questions, features) of the splits that the flags ask for, (None, None) of the others."""
-    maker = FeatureMaker(tokenizer, data_args.max_seq_length, data_args.doc_stride)
+    lengths = (data_args.max_seq_length, data_args.doc_stride)
+    maker = FeatureMaker(tokenizer, *lengths, data_args.cache_dir, data_args.preprocessing_num_workers)
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     made = {}
     with args.main_process_first(desc="making features"):
         for split, do in wanted.items():
             examples = load_examples(data_args, split) if do else None
             make = maker.train if split == "train" else maker.evaluation
-            made[split] = (examples, make(examples, data_args.preprocessing_num_workers)) if do else (None, None)
+            made[split] = (examples, make(examples)) if do else (None, None)
     return made
 
 
@@ -166,22 +202,31 @@ def make_trainer(model, tokenizer, data_args, args, data):
     )
 
 
-def run(argv):
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, SquadTrainingArguments), argv)
+def plan_one(arguments, argv):
+    """The arguments of one run, its command line and description, and what is to be done."""
+    model_args, data_args, args = arguments
+    if model_args.tokenizer_name is None and model_args.model_name_or_path is None:
+        raise UserInputError("give --model_name_or_path, or --config_name and --tokenizer_name")
     description = describe_run(args, model_args, data_args)
-    plan = plan_run(args, description)
+    return model_args, data_args, args, argv, description, plan_run(args, description)
+
+
+def run_one(model_args, data_args, args, argv, description, plan):
+    """Train, evaluate and predict, as far as the flags ask for it."""
+    description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
+    validate_start_weights(plan, description[START_WEIGHTS])
     if plan.finished:
         logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
         return
     set_seed(args.seed)
-    tokenizer_name = model_args.tokenizer_name or model_args.model_name_or_path
-    if tokenizer_name is None:
-        raise UserInputError("give --model_name_or_path, or --config_name and --tokenizer_name")
-    tokenizer = load_tokenizer(plan.checkpoint or tokenizer_name)
+    tokenizer = load_tokenizer(plan.checkpoint or model_args.tokenizer_name or model_args.model_name_or_path)
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
     data = make_features(data_args, args, tokenizer)
+    if args.do_train:
+        description[DATA_FINGERPRINT] = questions_fingerprint(data["train"][0])
+        validate_data(plan, description[DATA_FINGERPRINT])
     trainer = make_trainer(model, tokenizer, data_args, args, data)
     if args.should_save:
         start_run(args, description)
@@ -200,6 +245,20 @@ def run(argv):
     save_results(trainer, args, data_args, metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def run(argv):
+    arguments = parse_arguments(ARGUMENTS, argv)
+    args = arguments[-1]
+    if args.seeds is None:
+        run_one(*plan_one(arguments, argv))
+        return
+    # Every seed's folder is looked at before the first one takes its time.
+    commands = commands_of_seeds(argv, args)
+    for one in [plan_one(parse_arguments(ARGUMENTS, command), command) for command in commands]:
+        run_one(*one)
+    if args.should_save:
+        print(summarize_seeds(args.output_dir, args.seeds))
 
 
 if __name__ == "__main__":

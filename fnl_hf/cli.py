@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fnl_hf import export
 from fnl_hf.convert import SPECTRA_FILE, convert, load_model, truncation_table
+from fnl_hf.data.squad import read_squad_file
 from fnl_hf.errors import UserInputError
 from fnl_hf.inference import ask
 
@@ -44,12 +45,27 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("file", help="the .onnx file to write")
     exporting.set_defaults(run=run_export)
 
-    asking = commands.add_parser("ask", help="answer a question with a span of a context")
-    asking.add_argument("model", help="a question answering model: folder or Hub name")
-    asking.add_argument("question")
-    asking.add_argument("context")
-    asking.set_defaults(run=run_ask)
+    add_ask(commands)
     return parser
+
+
+def add_ask(commands) -> None:
+    asking = commands.add_parser("ask", help="answer questions with spans of their contexts")
+    asking.add_argument("model", help="a question answering model: folder or Hub name")
+    asking.add_argument("question", nargs="?")
+    asking.add_argument("context", nargs="?")
+    asking.add_argument(
+        "--questions_file",
+        help="instead of one: questions in SQuAD's JSON layout, answers may be missing; a line each with its id",
+    )
+    asking.add_argument("--max_seq_length", type=int, default=384, help="tokens in a window (%(default)s)")
+    asking.add_argument("--doc_stride", type=int, default=128, help="tokens from window to window (%(default)s)")
+    asking.add_argument("--batch_size", type=int, default=32, help="windows at once (%(default)s)")
+    asking.add_argument("--version_2_with_negative", action="store_true", help="a question may have no answer")
+    asking.add_argument(
+        "--null_score_diff_threshold", type=float, default=0.0, help="none above this score difference (%(default)s)"
+    )
+    asking.set_defaults(run=run_ask)
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -74,5 +90,16 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_ask(args: argparse.Namespace) -> None:
-    found = ask(args.model, args.question, args.context)
-    print(f"{found['answer']}\t{found['score']:.3f}")
+    alone = args.questions_file is None
+    if alone != (args.context is not None) or alone != (args.question is not None):
+        raise UserInputError("ask: give a question and its context, or --questions_file")
+    if alone:
+        ids, questions, contexts = [None], [args.question], [args.context]
+    else:
+        examples = read_squad_file(args.questions_file)
+        ids, questions, contexts = (examples[name][:] for name in ("id", "question", "context"))
+    options = ("max_seq_length", "doc_stride", "batch_size", "version_2_with_negative", "null_score_diff_threshold")
+    answers = ask(args.model, questions, contexts, **{name: getattr(args, name) for name in options})
+    for name, found in zip(ids, answers, strict=True):
+        answer = " ".join(found["answer"].split())  # one line, one field
+        print(*([] if name is None else [name]), answer, f"{found['score']:.3f}", sep="\t")

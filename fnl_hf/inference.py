@@ -1,67 +1,135 @@
-"""One question, one answer."""
+"""Answers to questions, from a model that is fine-tuned for it."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, overload
 
+import numpy as np
 import torch
-from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
-from fnl_hf.data.squad import EXAMPLE_FEATURES, FeatureMaker
+from fnl_hf.data.squad import FeatureMaker, evaluation_features
 from fnl_hf.data.squad_answers import answers_from_logits
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError
 
 
-@torch.no_grad()
+@overload
+def ask(
+    model: PreTrainedModel | str | Path, question: str, context: str, *args: Any, **kwargs: Any
+) -> dict[str, Any]: ...
+
+
+@overload
+def ask(
+    model: PreTrainedModel | str | Path, question: Sequence[str], context: Sequence[str], *args: Any, **kwargs: Any
+) -> list[dict[str, Any]]: ...
+
+
 def ask(
     model: PreTrainedModel | str | Path,
-    question: str,
-    context: str,
+    question: str | Sequence[str],
+    context: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     max_seq_length: int = 384,
     doc_stride: int = 128,
     max_answer_length: int = 30,
     version_2_with_negative: bool = False,
     null_score_diff_threshold: float = 0.0,
-) -> dict[str, Any]:
-    """Answer one question with a span of its context.
+    batch_size: int = 32,
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Answer a question with a span of its context, or many questions, each with a span of its own.
 
     Args:
-        model: a question answering model, or the name or folder of one.
-        tokenizer: its tokenizer; by default the one saved with the model.
+        model: a question answering model, used where it is, or the name or folder of one, which goes to the GPU if
+            there is one.
+        question: one, or a list.
+        context: its context, or a list as long as the questions'.
+        tokenizer: the model's; by default the one saved with it.
+        max_seq_length: tokens of question and window of the context together; bounded by the model's positions.
+        doc_stride: tokens from the start of one window of a context to that of the next.
+        max_answer_length: tokens in an answer, at most.
         version_2_with_negative: allow no answer, "" with start = end = 0.
+        null_score_diff_threshold: as in :func:`fnl_hf.data.squad_answers.answers_from_logits`.
+        batch_size: windows that go through the model at once.
 
     Returns:
-        ``answer`` (text), ``start`` and ``end`` (characters in the context), ``score`` (probability among the n best).
+        ``answer`` (text), ``start`` and ``end`` (characters in the context), ``score`` (probability among the n best),
+        for a list of questions a list of these.
 
     Raises:
-        UserInputError: an empty question or context, or lengths that leave no room for the context.
+        UserInputError: no such model, an empty question or context, lists of different length, or lengths that leave
+            no room for the context.
     """
-    if not question.strip() or not context.strip():
-        raise UserInputError("question and context must not be empty")
-    if isinstance(model, str | Path):
-        model = cast(PreTrainedModel, AutoModelForQuestionAnswering.from_pretrained(model))
+    questions, contexts = _as_lists(question, context)
+    if batch_size < 1:
+        raise UserInputError(f"batch_size ({batch_size}) must be at least 1")
+    if not isinstance(model, PreTrainedModel):
+        model = _load(model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(tokenizer or str(model.name_or_path))
-    max_seq_length = min(max_seq_length, model.config.max_position_embeddings)
-    row = {"id": "0", "question": question, "context": context, "answers": {"text": [], "answer_start": []}}
-    examples = Dataset.from_list([row], features=EXAMPLE_FEATURES)
-    features = FeatureMaker(tokenizer, max_seq_length, doc_stride).evaluation(examples)
-    inputs = tokenizer.pad({name: features[name] for name in tokenizer.model_input_names}, return_tensors="pt")
-    was_training = model.training
-    outputs = model.eval()(**inputs.to(model.device))
-    model.train(was_training)
+    if not questions:
+        return []
+    maker = FeatureMaker(tokenizer, min(max_seq_length, model.config.max_position_embeddings), doc_stride)
+    examples = {"id": list(map(str, range(len(questions)))), "question": questions, "context": contexts}
+    features = evaluation_features(examples, maker)
+    start, end = _logits(model, tokenizer, features, batch_size)
     answers = answers_from_logits(
         examples,
         features,
-        outputs.start_logits.float().cpu().numpy(),
-        outputs.end_logits.float().cpu().numpy(),
+        start,
+        end,
         max_answer_length=max_answer_length,
         version_2_with_negative=version_2_with_negative,
         null_score_diff_threshold=null_score_diff_threshold,
     )
-    text = answers.text["0"]
-    entry = next(entry for entry in answers.nbest["0"] if entry["text"] == text)
-    start, end = entry["offsets"]
-    return {"answer": text, "start": start, "end": end, "score": entry["probability"]}
+    found = []
+    for name in examples["id"]:
+        text = answers.text[name]
+        entry = next(entry for entry in answers.nbest[name] if entry["text"] == text)
+        first, last = entry["offsets"]
+        found.append({"answer": text, "start": first, "end": last, "score": entry["probability"]})
+    return found[0] if isinstance(question, str) else found
+
+
+def _as_lists(question: str | Sequence[str], context: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    if isinstance(question, str) != isinstance(context, str):
+        raise UserInputError("give one question and one context, or a list of each")
+    questions, contexts = ([texts] if isinstance(texts, str) else list(texts) for texts in (question, context))
+    if len(questions) != len(contexts):
+        raise UserInputError(f"{len(questions)} questions and {len(contexts)} contexts: there must be one for each")
+    for index, texts in enumerate(zip(questions, contexts)):
+        if not all(text.strip() for text in texts):
+            raise UserInputError(f"question and context must not be empty: number {index + 1} has {texts!r}")
+    return questions, contexts
+
+
+def _load(name: str | Path) -> PreTrainedModel:
+    try:
+        model: Any = AutoModelForQuestionAnswering.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"no question answering model in {name}: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def _logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: dict[str, list], batch_size: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Start and end logits of each feature; long ones first, so that a batch has little padding."""
+    lengths = [len(ids) for ids in features["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    start, end = ([np.empty(0)] * len(order) for _ in range(2))
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            columns = {name: [features[name][row] for row in rows] for name in tokenizer.model_input_names}
+            outputs = model(**tokenizer.pad(columns, return_tensors="pt").to(model.device))
+            for logits, kept in ((outputs.start_logits, start), (outputs.end_logits, end)):
+                for row, values in zip(rows, logits.float().cpu().numpy()):
+                    kept[row] = values[: lengths[row]]
+    finally:
+        model.train(was_training)
+    return start, end

@@ -1,19 +1,19 @@
-"""SQuAD features, answers and scores against brute force, torchmetrics and scores worked out by hand."""
+"""SQuAD features and answers against a transcription of ``run_squad.py`` in google-research/bert."""
 
-import itertools
 import json
 
-import evaluate
 import numpy as np
 import pytest
-import torchmetrics
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering, UserInputError, ask
-from fnl_hf.data.squad import EXAMPLE_FEATURES, FeatureMaker, load_sample, read_squad_file
-from fnl_hf.data.squad_answers import answers_from_logits, best_spans
+from fnl_hf import UserInputError
+from fnl_hf.data import squad
+from fnl_hf.data.squad import EXAMPLE_FEATURES, FeatureMaker, load_sample, questions_fingerprint, read_squad_file
+from fnl_hf.data.squad_answers import answers_from_logits
 from fnl_hf.data.tokenizer import train_tokenizer
-from fnl_hf.metrics import fnl_squad
 
 CONTEXT = "Ada Lovelace wrote the first programme for Babbage’s engine. " * 3 + "Grace Hopper built a compiler in 1952."
 
@@ -43,40 +43,133 @@ def test_sample_is_large_enough_and_sound():
     assert len(validation) >= 20 and not set(train["context"]) & set(validation["context"])
 
 
-def test_windows_cover_the_context_and_overlap_by_the_stride(tokenizer):
-    maker = FeatureMaker(tokenizer, max_seq_length=40, doc_stride=7)
-    features = maker.evaluation(dataset(example()))
-    assert len(features) > 1 and set(features["example_id"]) == {"q1"}
-    windows = [[tuple(o) for o in offsets if o[0] >= 0] for offsets in features["offset_mapping"]]
-    whole = tokenizer(CONTEXT, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    assert windows[0] + [o for w in windows[1:] for o in w[7:]] == [tuple(o) for o in whole]
-    assert all(first[-7:] == second[:7] for first, second in itertools.pairwise(windows))
-    assert max(len(ids) for ids in features["input_ids"]) == 40
+def original_spans(length, window, doc_stride):
+    """(start, length) of the windows of a context of ``length`` tokens, as in the original."""
+    spans, start = [], 0
+    while True:
+        size = min(length - start, window)
+        spans.append((start, size))
+        if start + size == length:
+            return spans
+        start += min(size, doc_stride)
 
 
-def test_training_positions_mark_the_answer_or_the_cls_token(tokenizer):
-    maker = FeatureMaker(tokenizer, max_seq_length=40, doc_stride=7)
-    examples = dataset(example(), example(answer="", id="q2"))
-    features, offsets = maker.train(examples), maker.evaluation(examples)
-    found = 0
-    for feature, evaluation in zip(features, offsets):
-        start, end = feature["start_positions"], feature["end_positions"]
-        if start == 0:
-            assert end == 0 and feature["input_ids"][0] == tokenizer.cls_token_id
+def original_is_max_context(spans, index, position):
+    best_score = best_index = None
+    for span_index, (start, length) in enumerate(spans):
+        end = start + length - 1
+        if position < start or position > end:
             continue
-        found += 1
-        assert evaluation["example_id"] == "q1"
-        assert CONTEXT[evaluation["offset_mapping"][start][0] : evaluation["offset_mapping"][end][1]] == "Grace Hopper"
-    holding = sum(any(o == [CONTEXT.index("Grace"), CONTEXT.index("Grace") + 5] or o[0] == CONTEXT.index("Grace")
-                      for o in e["offset_mapping"]) for e in offsets if e["example_id"] == "q1")  # fmt: skip
-    assert 1 <= found <= holding
+        score = min(position - start, end - position) + 0.01 * length
+        if best_score is None or score > best_score:
+            best_score, best_index = score, span_index
+    return index == best_index
 
 
-def test_an_answer_cut_off_by_a_window_is_no_answer_there(tokenizer):
-    maker = FeatureMaker(tokenizer, max_seq_length=40, doc_stride=7)
-    long_answer = CONTEXT[CONTEXT.index("Babbage") : CONTEXT.index("compiler")]  # longer than a window
-    features = maker.train(dataset(example(answer=long_answer)))
-    assert set(features["start_positions"]) == {0} == set(features["end_positions"])
+def context_tokens(tokenizer, context):
+    return tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+
+@pytest.mark.parametrize("doc_stride", [1, 7, 16, 1000])
+def test_windows_and_their_claims_on_a_token_are_the_originals(tokenizer, doc_stride):
+    features = FeatureMaker(tokenizer, 40, doc_stride).evaluation(dataset(example()))
+    whole = context_tokens(tokenizer, CONTEXT)
+    question = len(tokenizer.tokenize(example()["question"]))
+    spans = original_spans(len(whole), 40 - question - 3, doc_stride)
+    assert len(spans) > 2 and len(features) == len(spans) and set(features["example_id"]) == {"q1"}
+    for index, (feature, (start, length)) in enumerate(zip(features, spans)):
+        inside = [position for position, offset in enumerate(feature["offset_mapping"]) if offset != [-1, -1]]
+        assert inside == list(range(question + 2, question + 2 + length))
+        assert [tuple(feature["offset_mapping"][position]) for position in inside] == whole[start : start + length]
+        claims = [original_is_max_context(spans, index, start + i) for i in range(length)]
+        assert feature["token_is_max_context"] == [False] * (question + 2) + claims + [False]
+
+
+@pytest.mark.parametrize("doc_stride", [5, 16])
+def test_training_positions_mark_the_answer_where_a_window_holds_all_of_it(tokenizer, doc_stride):
+    """For answers of 1, 2, 3, ... tokens anywhere, also those that no window can hold."""
+    whole = context_tokens(tokenizer, CONTEXT)
+    marked = [(first, last) for first in range(0, len(whole), 3) for last in (first, first + 4, first + 31)]
+    marked = [(first, last) for first, last in marked if last < len(whole)]
+    rows = []
+    for first, last in marked:
+        start, end = whole[first][0], whole[last][1]
+        answers = {"text": [CONTEXT[start:end]], "answer_start": [start]}
+        rows.append(example() | {"id": str(len(rows)), "answers": answers})
+    rows.append(example(answer="") | {"id": str(len(rows))})
+    features = FeatureMaker(tokenizer, 40, doc_stride).train(dataset(*rows))
+    question = len(tokenizer.tokenize(example()["question"]))
+    spans = original_spans(len(whole), 40 - question - 3, doc_stride)
+    expected = []
+    for first, last in [*marked, (-1, -1)]:
+        for start, length in spans:
+            holds = start <= first and last < start + length
+            expected.append((first - start + question + 2, last - start + question + 2) if holds else (0, 0))
+    assert list(zip(features["start_positions"], features["end_positions"])) == expected
+    assert {ids[0] for ids in features["input_ids"]} == {tokenizer.cls_token_id}
+
+
+@pytest.mark.parametrize("context", [
+    "Zürich—naïve 東京 tower 🙂 emoji 👩‍🔬 end",  # of one, two and more code points, outside the basic plane too
+    "e\u0301te\u0301 I\u0307zmir İzmir ß ﬁne \u200bzero width soft\u00adhyphen",
+    "مرحبا بالعالم  שלום\u00a0עולם\tнаука\nline [SEP] [MASK] token",
+])  # fmt: skip
+def test_offsets_count_characters_of_the_context(tokenizer, context):
+    """The tokens of each word, and of two words, are those characters again."""
+    words, start = [], 0
+    for word in context.split():
+        start = context.index(word, start)
+        words.append((start, start + len(word)))
+        start += len(word)
+    answers = words + [(first[0], second[1]) for first, second in zip(words, words[1:])]
+    rows = [
+        {"id": str(i), "question": "Who?", "context": context,
+         "answers": {"text": [context[start:end]], "answer_start": [start]}} for i, (start, end) in enumerate(answers)
+    ]  # fmt: skip
+    maker = FeatureMaker(tokenizer, 200, 7)
+    trained, read = maker.train(dataset(*rows)), maker.evaluation(dataset(*rows))
+    assert len(trained) == len(rows), "one window each"
+    for row, feature, evaluation in zip(rows, trained, read):
+        offsets, text = evaluation["offset_mapping"], row["answers"]["text"][0]
+        found = context[offsets[feature["start_positions"]][0] : offsets[feature["end_positions"]][1]]
+        assert found == text.strip("\u200b"), "of a character that the tokenizer drops nothing is left"
+    ids = {token for name in ("[SEP]", "[MASK]") for token in [tokenizer.convert_tokens_to_ids(name)]}
+    assert all(sum(token in ids for token in feature) == 2 for feature in trained["input_ids"])
+
+
+def test_white_space_around_an_answer_has_no_token(tokenizer):
+    text = " Grace Hopper "
+    answers = {"text": [text], "answer_start": [CONTEXT.index(text)]}
+    maker = FeatureMaker(tokenizer, 40, 7)
+    spaced, plain = (maker.train(dataset(row)) for row in (example() | {"answers": answers}, example()))
+    assert spaced["start_positions"][:] == plain["start_positions"][:] and set(plain["start_positions"]) != {0}
+    assert spaced["end_positions"][:] == plain["end_positions"][:]
+
+
+def test_features_are_made_once_and_the_same_on_several_processes(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(squad, "PIECE", 2)
+    examples = dataset(*(example() | {"id": str(i)} for i in range(5)))
+    made = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "one")).train(examples)
+    parallel = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "two"), num_proc=2).train(examples)
+    assert made.to_dict() == parallel.to_dict() and str(tmp_path / "one") in made.cache_files[0]["filename"]
+    tokenizer("x", truncation=True, max_length=5, padding="max_length")  # leaves its mark on a fast tokenizer
+
+    def not_again(batch, maker):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(squad, "train_features", not_again)
+    again = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "one")).train(examples)
+    assert again.to_dict() == made.to_dict()
+    for other, length, stride in ((examples, 41, 7), (examples, 40, 8), (dataset(example(question="Who?")), 40, 7)):
+        with pytest.raises(DatasetGenerationError):
+            FeatureMaker(tokenizer, length, stride, str(tmp_path / "one")).train(other)
+
+
+def test_the_fingerprint_covers_every_part_of_a_question():
+    base = example()
+    others = [base | {"id": "q2"}, base | {"question": "Who?"}, example(context=CONTEXT + "!"), example(answer="")]
+    found = {questions_fingerprint(dataset(row)) for row in (base, *others)}
+    assert len(found) == 5 and questions_fingerprint(dataset(base)) in found
 
 
 def test_a_long_question_is_cut_to_64_tokens(tokenizer):
@@ -87,8 +180,8 @@ def test_a_long_question_is_cut_to_64_tokens(tokenizer):
 
 @pytest.mark.parametrize(
     "lengths, message",
-    [((30, 40), r"--doc_stride \(40\) must be smaller than the window"), ((4, 0), r"--max_seq_length \(4\) leaves no"),
-     ((40, -1), r"--doc_stride \(-1\) is negative")],
+    [((40, 0), r"--doc_stride \(0\) must be at least 1"), ((0, 7), r"--max_seq_length \(0\) must be at least 1"),
+     ((9, 7), r"--max_seq_length \(9\) leaves no room for a context beside a question of \d+ tokens")],
 )  # fmt: skip
 def test_impossible_lengths_are_refused(tokenizer, lengths, message):
     with pytest.raises(UserInputError, match=message):
@@ -150,27 +243,78 @@ def test_bad_questions_are_refused(tmp_path):
         read_squad_file(squad_json(tmp_path, question(3)))
     with pytest.raises(UserInputError, match="offset -1"):
         read_squad_file(squad_json(tmp_path, question(-1)))
-    with pytest.raises(UserInputError, match="question id 'a' occurs twice"):
-        read_squad_file(squad_json(tmp_path, question(place), question(place)))
+    twice = read_squad_file(squad_json(tmp_path, question(place), question(place)))
+    with pytest.raises(UserInputError, match="question id 'a' occurs 2 times among the validation questions"):
+        squad.validate_ids(twice, "validation")
 
 
 # ---- answers ----
 
 
-def test_best_spans_equal_brute_force():
-    generator = np.random.default_rng(3)
-    start, end = generator.normal(size=(2, 13))
-    offsets = np.array([[-1, -1]] * 4 + [[3 * i, 3 * i + 2] for i in range(8)] + [[-1, -1]])
-    spans = sorted(best_spans(start, end, offsets, n_best_size=13, max_answer_length=3), reverse=True)
-    expected = sorted(
-        (
-            (start[i], end[j], offsets[i, 0], offsets[j, 1])
-            for i, j in itertools.product(range(4, 12), repeat=2)
-            if 0 <= j - i < 3
-        ),
-        reverse=True,
-    )
-    np.testing.assert_allclose(spans, expected)
+def original_predictions(context, features, start_logits, end_logits, n_best, longest, negative):
+    """n-best list of (text, start logit, end logit, probability) and, of v2.0, the score difference: ``features`` has a
+    list of (offsets, is max context) a window."""
+    prelim, null = [], (1e6, 0.0, 0.0)
+    for (offsets, claims), start, end in zip(features, start_logits, end_logits):
+        if start[0] + end[0] < null[0]:
+            null = (start[0] + end[0], start[0], end[0])
+        best = [sorted(enumerate(x), key=lambda pair: pair[1], reverse=True)[:n_best] for x in (start, end)]
+        for i, _ in best[0]:
+            for j, _ in best[1]:
+                if offsets[i] == [-1, -1] or offsets[j] == [-1, -1] or not claims[i]:
+                    continue
+                if j < i or j - i + 1 > longest:
+                    continue
+                prelim.append((context[offsets[i][0] : offsets[j][1]], start[i], end[j]))
+    if negative:
+        prelim.append(("", null[1], null[2]))
+    nbest, seen = [], set()
+    for text, start, end in sorted(prelim, key=lambda entry: entry[1] + entry[2], reverse=True):
+        if len(nbest) >= n_best:
+            break
+        if text in seen:
+            continue
+        seen.add(text)
+        nbest.append((text, start, end))
+    if negative and "" not in seen:
+        nbest.append(("", null[1], null[2]))
+    if not nbest:
+        nbest.append(("", 0.0, 0.0))
+    scores = [np.exp(start + end) for _, start, end in nbest]
+    entries = [(*entry, score / sum(scores)) for entry, score in zip(nbest, scores)]
+    best = next(((start, end) for text, start, end in nbest if text), None)
+    return entries, null[0] - best[0] - best[1] if best else None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 20]), st.sampled_from([1, 4, 30]), st.booleans(), st.booleans()
+)
+def test_answers_are_the_originals(seed, n_best, longest, negative, ties):
+    generator = np.random.default_rng(seed)
+    features, windows = {"example_id": [], "offset_mapping": [], "token_is_max_context": []}, []
+    for start, length in original_spans(23, 11, 4):
+        spans = original_spans(23, 11, 4)
+        offsets = [[-1, -1]] * 4 + [[3 * i, 3 * i + 2] for i in range(start, start + length)] + [[-1, -1]]
+        claims = [original_is_max_context(spans, len(windows), start + i) for i in range(length)]
+        windows.append((offsets, [False] * 4 + claims + [False]))
+        for name, values in zip(features, ("q", *windows[-1])):
+            features[name].append(values)
+    context = "".join(chr(generator.integers(97, 100)) for _ in range(70))  # texts that occur more than once
+    logits = [[generator.normal(size=len(offsets)) for offsets, _ in windows] for _ in range(2)]
+    if ties:
+        logits = [[np.round(values) for values in column] for column in logits]
+    found = answers_from_logits({"id": ["q"], "context": [context]}, features, *logits, n_best, longest, negative)
+    lists = [[values.tolist() for values in column] for column in logits]
+    entries, odds = original_predictions(context, windows, *lists, n_best, longest, negative)
+    ours = [(e["text"], e["start_logit"], e["end_logit"], e["probability"]) for e in found.nbest["q"]]
+    assert [entry[:3] for entry in ours] == [entry[:3] for entry in entries]
+    assert [entry[3] for entry in ours] == pytest.approx([entry[3] for entry in entries])
+    if negative and odds is not None:
+        assert found.null_odds["q"] == odds and found.text["q"] == ("" if odds > 0 else found.best_span["q"])
+        assert found.best_span["q"] == next(text for text, *_ in entries if text)
+    if not negative:
+        assert found.text["q"] == entries[0][0] and not found.null_odds
 
 
 def logits_for(features, span_score, null_score):
@@ -195,7 +339,6 @@ def test_answers_and_the_no_answer_threshold(tokenizer):
     plain = answers_from_logits(examples, features, start, end)
     assert plain.text == {"q1": "Grace Hopper"} and not plain.null_odds
     assert sum(entry["probability"] for entry in plain.nbest["q1"]) == pytest.approx(1.0)
-    assert len(plain.nbest["q1"]) == 20 and len(answers_from_logits(examples, features, start, end, 3).nbest["q1"]) == 3
     negative = answers_from_logits(examples, features, start, end, version_2_with_negative=True)
     assert negative.text == {"q1": ""} and negative.best_span == {"q1": "Grace Hopper"}
     assert negative.null_odds["q1"] == pytest.approx(2.0)
@@ -206,74 +349,6 @@ def test_answers_and_the_no_answer_threshold(tokenizer):
     assert lenient.text == {"q1": "Grace Hopper"}
     short = answers_from_logits(examples, features, start, end, max_answer_length=1)
     assert len(tokenizer.tokenize(short.text["q1"])) == 1
-
-
-def test_ask_answers_from_the_context(tokenizer, dimensions):
-    dimensions |= {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
-    model = FnlBertForQuestionAnswering(FnlBertConfig(**dimensions))
-    answer = ask(model, "Who built a compiler?", CONTEXT, tokenizer, doc_stride=16)
-    assert CONTEXT[answer["start"] : answer["end"]] == answer["answer"] and 0 < answer["score"] <= 1
-    assert model.training, "the model is left as it was"
-    refused = ask(model, "Who?", CONTEXT, tokenizer, doc_stride=16, version_2_with_negative=True,
-                  null_score_diff_threshold=-1e9)  # fmt: skip
-    assert (refused["answer"], refused["start"], refused["end"]) == ("", 0, 0)
-    with pytest.raises(UserInputError, match="must not be empty"):
-        ask(model, " ", CONTEXT, tokenizer)
-
-
-# ---- scores ----
-
-V1_PAIRS = [
-    ("the Cat", ["cat"]),
-    ("cat!", ["a  cat", "dog"]),
-    ("black cat", ["cat"]),
-    ("", ["cat"]),
-    ("cat cat dog", ["cat dog dog"]),
-    ("Größe", ["größe."]),
-    ("an owl", ["the", "owl"]),
-    ("1,000", ["1000"]),
-    ("state-of-the-art", ["state of the art"]),
-]
-
-
-def test_v1_scores_agree_with_torchmetrics():
-    for count in range(1, len(V1_PAIRS) + 1):
-        pairs = V1_PAIRS[:count]
-        predictions = [{"id": str(i), "prediction_text": p} for i, (p, _) in enumerate(pairs)]
-        references = [
-            {"id": str(i), "answers": {"text": g, "answer_start": [0] * len(g)}} for i, (_, g) in enumerate(pairs)
-        ]
-        metric = evaluate.load(fnl_squad.__file__, "v1.1")
-        ours = metric.compute(predictions=predictions, references=references)
-        theirs = torchmetrics.text.SQuAD()(predictions, references)
-        assert ours == pytest.approx({k: v.item() for k, v in theirs.items()}, rel=1e-5)
-
-
-def test_v1_texts_without_words_score_as_in_the_official_script():
-    """Both normalize to nothing: exact match 1, F1 0. torchmetrics gives F1 1 here."""
-    assert fnl_squad.squad_v1_scores({"q": "the"}, {"q": ["a"]}) == {"exact_match": 100.0, "f1": 0.0}
-    assert fnl_squad.squad_v1_scores({}, {"q": ["cat"]}) == {"exact_match": 0.0, "f1": 0.0}
-
-
-def test_v2_scores_by_hand():
-    """Two answerable questions (one right, one half right) and two without answer (one left alone, one answered)."""
-    golds = {"a": ["red fox"], "b": ["blue whale"], "c": [], "d": []}
-    best = {"a": "the red fox", "b": "whale", "c": "x", "d": "y"}
-    no_answer = {"a": -3.0, "b": -1.0, "c": 2.0, "d": -2.0}
-    predictions = [{"id": i, "prediction_text": best[i], "no_answer_probability": no_answer[i]} for i in golds]
-    references = [{"id": i, "answers": {"text": t, "answer_start": [0] * len(t)}} for i, t in golds.items()]
-    metric = evaluate.load(fnl_squad.__file__, "v2.0")
-    scores = metric.compute(predictions=predictions, references=references, no_answer_threshold=0.0)
-    f1_b = 2 * 1.0 * 0.5 / 1.5
-    assert scores == pytest.approx(
-        {
-            "exact": 50.0, "f1": 100 * (1 + f1_b + 1 + 0) / 4, "total": 4,
-            "HasAns_exact": 50.0, "HasAns_f1": 100 * (1 + f1_b) / 2, "HasAns_total": 2,
-            "NoAns_exact": 50.0, "NoAns_f1": 50.0, "NoAns_total": 2,
-            # Sorted by no_answer: a (+1) d (-1) b (+0 or +2/3) c (-1), from 2 unanswered ones.
-            "best_exact": 75.0, "best_exact_thresh": -3.0, "best_f1": 75.0, "best_f1_thresh": -3.0,
-        }
-    )  # fmt: skip
 
 
 def test_positions_beyond_a_feature_are_ignored(tokenizer):

@@ -1,15 +1,20 @@
 """run_squad.py on a tiny file, from a tiny pretrained model; and what it refuses."""
 
 import json
+import re
+import shlex
+import shutil
 
 import pytest
 import transformers
 from transformers import BertConfig, BertForQuestionAnswering
 
 import run_squad
-from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask
+from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask, cli
+from fnl_hf.training.arguments import parse_arguments
+from fnl_hf.training.seeds import commands_of_seeds
 
-from .conftest import SENTENCES, assert_same_weights, launch
+from .conftest import ROOT, SENTENCES, assert_same_weights, launch
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +44,7 @@ def squad(model, folder, file=None, **flags):
     if file is not None:
         values |= {"train_file": file, "validation_file": file}
     values |= flags
-    return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
+    return [word for key, value in values.items() if value is not None for word in (f"--{key}", *str(value).split(" "))]
 
 
 def test_fine_tuning_on_squad(pretrained, squad_files, tmp_path):
@@ -110,16 +115,105 @@ def test_the_sample_is_the_default(pretrained, tmp_path):
     assert len(json.loads((tmp_path / "out" / "eval_predictions.json").read_text())) == 3
 
 
+def test_several_seeds_are_several_runs_that_go_on_where_they_stood(pretrained, squad_files, tmp_path, capsys):
+    file = tmp_path / "questions.json"
+    shutil.copy(squad_files / "v1.1.json", file)
+    flags = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 5, "seed": 9}
+    command = squad(pretrained, tmp_path / "out", file, seeds="3 5", **flags)
+    run_squad.run(command)
+    table = capsys.readouterr().out.splitlines()[-3:]
+    run_squad.run(squad(pretrained, tmp_path / "alone", file, **flags | {"seed": 5}))
+    assert_same_weights(tmp_path / "out" / "seed-5", tmp_path / "alone")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "out" / "seed-3", tmp_path / "alone")
+    results = [json.loads((tmp_path / "out" / f"seed-{n}" / "all_results.json").read_text()) for n in (3, 5)]
+    saved = json.loads((tmp_path / "out" / "seeds.json").read_text())
+    assert saved["seeds"] == [3, 5] and list(saved["scores"]) == ["eval_exact_match", "eval_f1"]
+    first, second = (result["eval_f1"] for result in results)
+    f1 = {"mean": (first + second) / 2, "std": abs(first - second) / 2**0.5}
+    assert saved["scores"]["eval_f1"].pop("values") == [first, second]
+    assert saved["scores"]["eval_f1"] == pytest.approx(f1)
+    assert table[0] == "mean ± standard deviation of 2 seeds (3, 5)"
+    assert table[2] == f"eval_f1           {f1['mean']:.2f} ± {f1['std']:.2f}  ({first:.2f}, {second:.2f})"
+
+    # As if killed after the second run's checkpoint of step 4; a third seed is added.
+    for name in ("all_results.json", "model.safetensors", "checkpoint-6/model.safetensors"):
+        (tmp_path / "out" / "seed-5" / name).unlink()
+    resumed = squad(pretrained, tmp_path / "out", file, seeds="3 5 7", resume_from_checkpoint="auto", **flags)
+    before = (tmp_path / "out" / "seed-3" / "all_results.json").stat().st_mtime_ns
+    run_squad.run(resumed)
+    assert (tmp_path / "out" / "seed-3" / "all_results.json").stat().st_mtime_ns == before
+    assert_same_weights(tmp_path / "out" / "seed-5", tmp_path / "alone")
+    saved = json.loads((tmp_path / "out" / "seeds.json").read_text())
+    assert saved["seeds"] == [3, 5, 7] and saved["scores"]["eval_f1"]["values"][:2] == [first, second]
+    with pytest.raises(UserInputError, match="seed-3 is not empty"):
+        run_squad.run(command)
+
+    file.write_text(file.read_text().replace("what jumps", "who jumps", 1))  # one question is another
+    (tmp_path / "out" / "seed-7" / "all_results.json").unlink()
+    with pytest.raises(UserInputError, match="seed-7 holds a run on other data: their fingerprint is"):
+        run_squad.run(resumed)
+    shutil.rmtree(tmp_path / "out" / "seed-7")
+    with pytest.raises(UserInputError, match="the runs of --seeds cannot be compared: data_fingerprint is"):
+        run_squad.run(resumed)
+
+
+def test_evaluation_alone_and_prediction_without_answers(pretrained, squad_files, tmp_path):
+    run_squad.run(squad(pretrained, tmp_path / "model", squad_files / "v1.1.json"))
+    trained = json.loads((tmp_path / "model" / "all_results.json").read_text())
+    flags = {"train_file": None, "cache_dir": tmp_path / "cache", "preprocessing_num_workers": 2}
+    evaluating = squad(tmp_path / "model", tmp_path / "eval", squad_files / "v1.1.json", **flags, do_eval="true")
+    run_squad.run(evaluating)
+    results = json.loads((tmp_path / "eval" / "all_results.json").read_text())
+    assert results["eval_f1"] == trained["eval_f1"] and "train_loss" not in results
+    assert not (tmp_path / "eval" / "model.safetensors").exists()
+    assert list((tmp_path / "cache" / "squad").rglob("*.arrow")), "--cache_dir has the features"
+
+    content = json.loads((squad_files / "v1.1.json").read_text())
+    for paragraph in content["data"][0]["paragraphs"]:
+        for question in paragraph["qas"]:
+            del question["answers"]
+    (tmp_path / "unlabelled.json").write_text(json.dumps(content))
+    flags = {"do_predict": "true", "test_file": tmp_path / "unlabelled.json"}
+    run_squad.run(squad(tmp_path / "model", tmp_path / "predict", **flags))
+    predicted = json.loads((tmp_path / "predict" / "predict_predictions.json").read_text())
+    assert predicted == json.loads((tmp_path / "model" / "eval_predictions.json").read_text())
+    assert not [name for name in json.loads((tmp_path / "predict" / "all_results.json").read_text()) if "f1" in name]
+
+    paragraph = content["data"][0]["paragraphs"][0]
+    paragraph["qas"] *= 2
+    (tmp_path / "unlabelled.json").write_text(json.dumps(content))
+    with pytest.raises(UserInputError, match="question id 'q0' occurs 2 times among the test questions"):
+        run_squad.run(squad(tmp_path / "model", tmp_path / "twice", **flags))
+
+
+def test_the_commands_of_the_documentation_parse(tmp_path):
+    text = (ROOT / "docs" / "squad.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    scripts = re.findall(r"^accelerate launch run_squad.py (.*)$", text, flags=re.MULTILINE)
+    assert len(scripts) == 5
+    for words in scripts:
+        model_args, _, args = parse_arguments(run_squad.ARGUMENTS, [*shlex.split(words), "--use_cpu", "true"])
+        assert model_args.model_name_or_path and (args.seeds is None or len(commands_of_seeds([], args)) == 3)
+    asking = re.findall(r"^fnl-hf ([^>#\n]*)", text, flags=re.MULTILINE)
+    assert [cli.build_parser().parse_args(shlex.split(words)).run for words in asking] == [cli.run_ask] * 2
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         ({"model_name_or_path": "/no/such"}, "no tokenizer in /no/such"),
-        ({"doc_stride": 39}, r"--doc_stride \(39\) must be smaller than the window"),
+        ({"doc_stride": 0}, r"--doc_stride \(0\) must be at least 1"),
         ({"max_seq_length": 600}, r"--max_seq_length \(600\) exceeds"),
         ({"max_train_samples": -1}, r"--max_train_samples \(-1\) must be at least 1"),
         ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
         ({"do_predict": "true"}, "no questions to predict: give --test_file"),
+        ({"seeds": 5}, r"--seeds \(5\) must be at least two different ones"),
+        ({"seeds": "3 3"}, r"--seeds \(3 3\) must be at least two different ones"),
+        ({"seeds": "3 -1"}, r"--seeds \(-1\) must be at least 0"),
+        ({"seeds": "3 5", "do_train": "true"}, "--seeds .* needs --do_train and --do_eval"),
+        ({"seeds": "3 5", "push_to_hub": "true"}, "--push_to_hub: --seeds trains several models"),
+        ({"seeds": "3 5", "resume_from_checkpoint": "x/checkpoint-3"}, "checkpoint of one run: with --seeds, 'auto'"),
     ],
 )
 def test_bad_squad_flags_are_refused(pretrained, squad_files, tmp_path, flags, message):

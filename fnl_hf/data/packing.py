@@ -77,7 +77,7 @@ def tokenized_dataset(
     backend = tokenizer.backend_tokenizer.to_str()
     for part in (name, PACKING_VERSION, documents._fingerprint, backend, tokenizer.all_special_ids, max_seq_length):
         digest.update(repr(part).encode())
-    with _one_thread_each() if (num_proc or 1) > 1 else contextlib.nullcontext():
+    with threads_for(num_proc):
         rows = cached_dataset(
             name,
             make_tables,
@@ -97,7 +97,11 @@ def tokenized_dataset(
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
+def threads_for(num_proc: int | None) -> Iterator[None]:
+    """Within the context the tokenizer of each of several processes has one thread; that of one has all cores."""
+    if (num_proc or 1) == 1:
+        yield
+        return
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

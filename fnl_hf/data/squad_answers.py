@@ -1,11 +1,17 @@
-"""From start and end logits to answers: n-best spans, and no answer where that scores higher (SQuAD v2.0)."""
+"""From start and end logits to answers: n-best spans, and no answer where that scores higher (SQuAD v2.0).
+
+As ``write_predictions`` of ``run_squad.py`` in google-research/bert, but for two things: a feature's padding, which is
+ranked there among its tokens, is left out, and where no span can be had the answer is "", not "empty".
+"""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+Span = tuple[float, float, int, int]  # start logit, end logit, first character, end character
 NO_SPAN_ODDS = 1e9  # where a context has no token at all; finite, so that it can be written as JSON
 
 
@@ -25,8 +31,8 @@ class Answers:
 def answers_from_logits(
     examples,
     features,
-    start_logits: np.ndarray,
-    end_logits: np.ndarray,
+    start_logits: Sequence[np.ndarray] | np.ndarray,
+    end_logits: Sequence[np.ndarray] | np.ndarray,
     n_best_size: int = 20,
     max_answer_length: int = 30,
     version_2_with_negative: bool = False,
@@ -35,11 +41,11 @@ def answers_from_logits(
     """The best answers of all questions.
 
     Args:
-        examples: rows with ``id`` and ``context``.
-        features: rows with ``example_id`` and ``offset_mapping``, as ``FeatureMaker.evaluation`` makes them.
-        start_logits: (features, longest sequence), columns past a feature's own length are ignored.
+        examples: columns ``id`` and ``context``.
+        features: the columns ``ANSWER_COLUMNS``, as ``FeatureMaker.evaluation`` makes them.
+        start_logits: of each feature; what is past its own length is ignored.
         end_logits: likewise.
-        n_best_size: spans to keep for each question, and positions to combine in each feature.
+        n_best_size: answers to keep for each question, and positions to combine in each feature.
         max_answer_length: tokens in an answer, at most.
         version_2_with_negative: allow no answer: the empty text, scored by the [CLS] positions.
         null_score_diff_threshold: answer only if score(no answer) − score(best span) is not above it.
@@ -47,37 +53,46 @@ def answers_from_logits(
     rows_of = defaultdict(list)
     for row, example_id in enumerate(features["example_id"]):
         rows_of[example_id].append(row)
-    offset_mappings = features["offset_mapping"]
+    offset_mappings, max_context = features["offset_mapping"], features["token_is_max_context"]
     answers = Answers()
     for example_id, context in zip(examples["id"], examples["context"], strict=True):
-        spans, null_score = [], np.inf
+        spans: list[Span] = []
+        nulls: list[Span] = []
         for row in rows_of[example_id]:
             offsets = np.asarray(offset_mappings[row])
             start, end = start_logits[row][: len(offsets)], end_logits[row][: len(offsets)]
-            null_score = min(null_score, float(start[0] + end[0]))
-            spans += best_spans(start, end, offsets, n_best_size, max_answer_length)
-        nbest = _nbest_list(context, spans, n_best_size, null_score if version_2_with_negative else None)
+            nulls.append((float(start[0]), float(end[0]), 0, 0))
+            may_start = np.asarray(max_context[row], dtype=bool)
+            spans += best_spans(start, end, offsets, may_start, n_best_size, max_answer_length)
+        null = min(nulls, key=_score)
+        nbest = _nbest_list(context, spans, n_best_size, null if version_2_with_negative else None)
         answers.nbest[example_id] = nbest
         best = next((entry for entry in nbest if entry["text"]), None)
         answers.text[example_id] = answers.best_span[example_id] = best["text"] if best else ""
         if version_2_with_negative:
-            odds = null_score - best["start_logit"] - best["end_logit"] if best else NO_SPAN_ODDS
-            answers.null_odds[example_id] = float(odds)
-            if answers.null_odds[example_id] > null_score_diff_threshold:
+            odds = _score(null) - best["start_logit"] - best["end_logit"] if best else NO_SPAN_ODDS
+            answers.null_odds[example_id] = odds
+            if odds > null_score_diff_threshold:
                 answers.text[example_id] = ""
     return answers
 
 
 def best_spans(
-    start: np.ndarray, end: np.ndarray, offsets: np.ndarray, n_best_size: int, max_answer_length: int
-) -> list[tuple[float, float, int, int]]:
-    """(start logit, end logit, first character, end character) of a feature's best spans in the context.
+    start: np.ndarray,
+    end: np.ndarray,
+    offsets: np.ndarray,
+    may_start: np.ndarray,
+    n_best_size: int,
+    max_answer_length: int,
+) -> list[Span]:
+    """The best spans of the context in a feature.
 
-    Combines the ``n_best_size`` best starts with as many ends.
+    Combines the ``n_best_size`` best starts of all tokens with as many ends, then keeps what lies in the context and
+    starts where ``may_start`` has it, so that neighbouring windows do not answer with what another shows better.
     """
-    in_context = np.flatnonzero(offsets[:, 0] >= 0)
-    starts = in_context[np.argsort(-start[in_context], kind="stable")[:n_best_size]]
-    ends = in_context[np.argsort(-end[in_context], kind="stable")[:n_best_size]]
+    starts = np.argsort(-start, kind="stable")[:n_best_size]
+    ends = np.argsort(-end, kind="stable")[:n_best_size]
+    starts, ends = starts[may_start[starts]], ends[offsets[ends, 0] >= 0]
     length = ends[None, :] - starts[:, None] + 1
     first, last = np.nonzero((length >= 1) & (length <= max_answer_length))
     return [
@@ -86,22 +101,32 @@ def best_spans(
     ]
 
 
-def _nbest_list(context, spans, n_best_size, null_score) -> list[dict[str, Any]]:
-    """The best spans with distinct texts, and no answer if ``null_score`` is given, with softmax probabilities."""
+def _score(span: Span) -> float:
+    return span[0] + span[1]
+
+
+def _nbest_list(context: str, spans: list[Span], n_best_size: int, null: Span | None) -> list[dict[str, Any]]:
+    """The best distinct texts with softmax probabilities; with ``null`` no answer is among them, or comes last."""
     entries: dict[str, dict[str, Any]] = {}
-    for start_logit, end_logit, first, last in sorted(spans, key=lambda span: -(span[0] + span[1])):
-        text = context[first:last]
-        if text not in entries:
-            entries[text] = {"text": text, "start_logit": start_logit, "end_logit": end_logit, "offsets": [first, last]}
+    candidates = spans if null is None else [*spans, null]
+    for span in sorted(candidates, key=_score, reverse=True):
         if len(entries) == n_best_size:
             break
-    if null_score is not None or not entries:
-        # One score for no answer, in the layout of a span.
-        half = 0.0 if null_score is None else null_score / 2
-        entries[""] = {"text": "", "start_logit": half, "end_logit": half, "offsets": [0, 0]}
-    nbest = sorted(entries.values(), key=lambda entry: -(entry["start_logit"] + entry["end_logit"]))
+        _add(entries, context, span)
+    if null is not None:
+        _add(entries, context, null)
+    if not entries:
+        _add(entries, context, (0.0, 0.0, 0, 0))
+    nbest = list(entries.values())
     scores = np.array([entry["start_logit"] + entry["end_logit"] for entry in nbest])
     weights = np.exp(scores - scores.max())
     for entry, probability in zip(nbest, weights / weights.sum(), strict=True):
         entry["probability"] = float(probability)
     return nbest
+
+
+def _add(entries: dict[str, dict[str, Any]], context: str, span: Span) -> None:
+    start_logit, end_logit, first, last = span
+    text = context[first:last]
+    entry = {"text": text, "start_logit": start_logit, "end_logit": end_logit, "offsets": [first, last]}
+    entries.setdefault(text, entry)

@@ -7,6 +7,7 @@ each question counts its best gold answer. Scores are percentages and equal thos
 import collections
 import re
 import string
+from collections.abc import Sequence
 
 import datasets
 import evaluate
@@ -43,11 +44,13 @@ def f1_score(prediction: str, gold: str, empty_agrees: bool = False) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def squad_v1_scores(predictions: dict[str, str], golds: dict[str, list[str]]) -> dict[str, float]:
-    """``exact_match`` and ``f1`` as the v1.1 script has them; a question without prediction scores 0."""
-    exact = {i: max(exact_match_score(predictions[i], gold) for gold in golds[i]) for i in golds if i in predictions}
-    f1 = {i: max(f1_score(predictions[i], gold) for gold in golds[i]) for i in golds if i in predictions}
-    return {"exact_match": _percentage(exact, golds), "f1": _percentage(f1, golds)}
+def squad_v1_scores(predictions: dict[str, str], golds: Sequence[tuple[str, list[str]]]) -> dict[str, float]:
+    """``exact_match`` and ``f1`` as the v1.1 script has them: a question without prediction scores 0, and one whose id
+    occurs twice counts twice."""
+    answered = [(predictions[i], texts) for i, texts in golds if i in predictions]
+    exact = sum(max(exact_match_score(prediction, gold) for gold in texts) for prediction, texts in answered)
+    f1 = sum(max(f1_score(prediction, gold) for gold in texts) for prediction, texts in answered)
+    return {"exact_match": 100.0 * exact / len(golds), "f1": 100.0 * f1 / len(golds)}
 
 
 def squad_v2_scores(
@@ -58,12 +61,15 @@ def squad_v2_scores(
 ) -> dict[str, float]:
     """Scores as the v2.0 script has them, over all, answerable and unanswerable questions, and the best thresholds.
 
+    Of questions with one id the last counts.
+
     Args:
         predictions: the best answer to each question, as if all were answerable.
         golds: gold answers, none for an unanswerable question.
         no_answer: a score for having no answer; where it exceeds ``no_answer_threshold`` the prediction is dropped.
     """
     subsets = {"HasAns_": [i for i in golds if golds[i]], "NoAns_": [i for i in golds if not golds[i]]}
+    subsets = {prefix: subset for prefix, subset in subsets.items() if subset}
     result: dict[str, float] = {}
     for name, score in (("exact", exact_match_score), ("f1", lambda p, g: f1_score(p, g, empty_agrees=True))):
         raw = {
@@ -73,8 +79,7 @@ def squad_v2_scores(
         kept = {i: float(not golds[i]) if no_answer[i] > no_answer_threshold else raw[i] for i in golds}
         result[name] = _percentage(kept, golds)
         for prefix, subset in subsets.items():
-            if subset:
-                result[f"{prefix}{name}"] = _percentage(kept, subset)
+            result[f"{prefix}{name}"] = _percentage(kept, subset)
         best, threshold = best_threshold(raw, predictions, golds, no_answer)
         result[f"best_{name}"], result[f"best_{name}_thresh"] = 100.0 * best / len(golds), threshold
     return result | {f"{prefix}total": len(subset) for prefix, subset in (("", golds), *subsets.items())}
@@ -83,10 +88,13 @@ def squad_v2_scores(
 def best_threshold(
     raw: dict[str, float], predictions: dict[str, str], golds: dict[str, list[str]], no_answer: dict[str, float]
 ) -> tuple[float, float]:
-    """The best Σ of scores that a threshold on ``no_answer`` gives, and that threshold."""
+    """The best Σ of scores that a threshold on ``no_answer`` gives, and that threshold.
+
+    Of equal scores each may be the threshold, as in the script, in the order of ``no_answer``.
+    """
     total = best = float(sum(not texts for texts in golds.values()))
     threshold = 0.0
-    for i in sorted(golds, key=lambda i: no_answer[i]):
+    for i in sorted((i for i in no_answer if i in golds), key=no_answer.__getitem__):
         if golds[i]:
             total += raw[i]
         elif predictions[i]:
@@ -97,7 +105,7 @@ def best_threshold(
 
 
 def _percentage(scores: dict[str, float], ids) -> float:
-    return 100.0 * sum(scores.get(i, 0.0) for i in ids) / len(ids)
+    return 100.0 * sum(scores[i] for i in ids) / len(ids)
 
 
 class FnlSquad(evaluate.Metric):
@@ -120,8 +128,8 @@ class FnlSquad(evaluate.Metric):
 
     def _compute(self, predictions, references, no_answer_threshold=1.0):
         texts = {entry["id"]: entry["prediction_text"] for entry in predictions}
-        golds = {entry["id"]: entry["answers"]["text"] for entry in references}
+        golds = [(entry["id"], entry["answers"]["text"]) for entry in references]
         if self.config_name == "v1.1":
             return squad_v1_scores(texts, golds)
         no_answer = {entry["id"]: entry["no_answer_probability"] for entry in predictions}
-        return squad_v2_scores(texts, golds, no_answer, no_answer_threshold)
+        return squad_v2_scores(texts, dict(golds), no_answer, no_answer_threshold)

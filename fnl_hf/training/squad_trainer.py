@@ -8,6 +8,7 @@ from typing import Any
 import evaluate
 from datasets import Dataset
 
+from fnl_hf.data.squad import ANSWER_COLUMNS
 from fnl_hf.data.squad_answers import Answers, answers_from_logits
 from fnl_hf.errors import UserInputError
 from fnl_hf.metrics import fnl_squad
@@ -47,7 +48,7 @@ class SquadTrainer(FnlTrainer):
 
     def answers(self, features: Dataset, examples: Dataset, metric_key_prefix: str) -> tuple[Answers, dict[str, Any]]:
         """Answers to ``examples``, and the speed of the loop that found them."""
-        inputs = features.remove_columns(["example_id", "offset_mapping"])
+        inputs = features.remove_columns(list(ANSWER_COLUMNS))
         output = super().predict(inputs, metric_key_prefix=metric_key_prefix)
         logits: Any = output.predictions  # start, end and, where the model returns more, others
         answers = answers_from_logits(examples, features, logits[0], logits[1], **asdict(self.answer_options))
