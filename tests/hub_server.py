@@ -137,10 +137,8 @@ class Hub:
         metadata = yaml.safe_load(head[1]) if head else {}
         ModelCardData(**metadata)  # raises where the model index is not one
         if metadata.get("license", "mit") not in ("apache-2.0", "mit", "other"):
-            return 400, {
-                "errors": [{"message": f'"license" ({metadata["license"]}) must be one of ...'}],
-                "warnings": [],
-            }
+            message = f'"license" must not be {metadata["license"]}'
+            return 400, {"errors": [{"message": message}], "warnings": []}
         return {"errors": [], "warnings": []}
 
     def preupload(self, user, body, name, revision):

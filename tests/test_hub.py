@@ -3,6 +3,7 @@
 Runs and downloads are processes of their own, which know the server by HF_ENDPOINT; pushes alone are made in this one.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from huggingface_hub import ModelCard, constants
 
 import run_pretrain
 from fnl_hf import UserInputError, cli
-from fnl_hf.training.hub import push_folder
+from fnl_hf.training.hub import PushingTrainer, push_folder
 from fnl_hf.training.model_card import write_model_card
 
 from .conftest import ROOT, pretraining
@@ -100,7 +101,8 @@ def published(hub, corpus, tmp_path_factory):
         "push_to_hub": "true", "hub_model_id": "encoder", "hub_private_repo": "true", "hub_token": hub.token,
         "hub_strategy": "checkpoint", "hub_always_push": "true", "attention_embedding_size": 16, "report_to": None,
     }  # fmt: skip
-    words = pretraining(corpus, folder / "encoder", **flags)
+    (folder / "phases.yaml").write_text("phases: [{max_steps: 5}, {max_steps: 12}]")
+    words = [folder / "phases.yaml", *pretraining(corpus, folder / "encoder", max_steps=None, **flags)]
     run_python(hub, folder, IMPATIENT, ROOT / "run_pretrain.py", *words)
     flags = {
         "push_to_hub": "true", "hub_model_id": "ada/answers", "hub_license": "mit", "hub_always_push": "true",
@@ -136,6 +138,7 @@ def test_a_run_pushes_its_checkpoints_and_its_end(hub, published):
     assert messages[-1] == "End of training"
     assert {"README.md", "tokenizer.json", "modeling_fnl_bert.py", "training_report.png"} <= files.keys()
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= files.keys()
+    assert (published / "encoder" / "_phase-1" / "model.safetensors").is_file(), "only the last phase is published"
     assert not [path for path in files if path.startswith(("_", "checkpoint-"))]
     for path in ("model.safetensors", "README.md"):
         assert files[path] == (published / "encoder" / path).read_bytes()
@@ -227,6 +230,15 @@ def test_no_connection_is_a_refusal_too(hub, here, published):
         push_folder(published / "answers", "mine")
 
 
+def test_what_the_hub_says_of_a_card_is_passed_on(hub, here, published, tmp_path):
+    copy = shutil.copytree(published / "answers", tmp_path / "copy")
+    (copy / "README.md").write_text("---\nlicense: mine\n---\n")
+    with pytest.raises(
+        UserInputError, match='Invalid metadata in README.md. - "license" must not be mine .*is as it was'
+    ):
+        push_folder(copy, "unlicensed")
+
+
 def test_a_checkpoint_that_cannot_be_pushed_stops_no_run(hub, here, corpus, tmp_path, caplog):
     hub.cut("POST .*/commit/", times=1)
     flags = {"push_to_hub": "true", "hub_model_id": "ada/lucky", "hub_always_push": "true", "max_steps": 2}
@@ -235,30 +247,41 @@ def test_a_checkpoint_that_cannot_be_pushed_stops_no_run(hub, here, corpus, tmp_
     assert hub.messages("ada/lucky")[1:] == ["Training in progress, step 2", "End of training"]
 
 
+@pytest.mark.parametrize("pushing, kept", [(False, {"checkpoint-3"}), (True, {"checkpoint-2", "checkpoint-3"})])
+def test_what_is_being_pushed_is_not_deleted(hub, here, corpus, tmp_path, pushing, kept):
+    """With --save_total_limit 1: the upload of checkpoint-1 ends, that of checkpoint-2 lasts."""
+    here.setattr(PushingTrainer, "is_pushing", lambda trainer: pushing and trainer.state.global_step == 3)
+    flags = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1}
+    run_pretrain.run(pretraining(corpus, tmp_path / "out", **flags))
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == kept
+
+
 def test_a_push_that_is_cut_off_leaves_the_model_and_goes_on(hub, here, corpus, tmp_path, capsys):
     folder = tmp_path / "out"
-    flags = {"push_to_hub": "true", "hub_model_id": "cut", "hub_strategy": "end", "max_steps": 2, "save_steps": 1}
+    flags = {"push_to_hub": "true", "hub_model_id": "cut", "hub_strategy": "end", "max_steps": 2, "seed": 11}
     words = [*pretraining(corpus, folder, **flags), "--resume_from_checkpoint", "auto"]
     hub.cut("PUT /objects/")
     failed = run_python(hub, tmp_path, IMPATIENT, ROOT / "run_pretrain.py", *words, token=hub.token, check=False)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     (error,) = [line for line in failed.stderr.splitlines() if line.startswith("run_pretrain.py: error: ada/cut on")]
     assert error.endswith(f"The model is saved: `fnl-hf push {folder} ada/cut` sends what is missing")
+    assert "Error while uploading" in error and "isconnected" in error
     assert (folder / "all_results.json").is_file() and hub.messages("ada/cut") == ["initial commit"]
     transformers.AutoModelForMaskedLM.from_pretrained(folder)
 
+    weights = (folder / "model.safetensors").read_bytes()
+    oid = hashlib.sha256(weights).hexdigest()
+    assert oid not in hub.objects
     hub.cut("POST .*/commit/")
-    before = set(hub.objects)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["push", str(folder), "cut"])
     assert "the same command sends what is missing" in capsys.readouterr().err
-    arrived = set(hub.objects) - before
-    assert len(arrived) == 2, "weights and report; the rest comes with the commit"
+    assert hub.received[oid] == 1 and hub.messages("ada/cut") == ["initial commit"]
 
     hub.cut("", 0)
     run_pretrain.run(words)  # the run is finished, its push was not
-    assert hub.files("ada/cut")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert {hub.received[oid] for oid in arrived} == {1}, "nothing is sent twice"
+    assert hub.files("ada/cut")["model.safetensors"] == weights
+    assert hub.received[oid] == 1, "nothing is sent twice"
     assert tokens_in(hub, folder) == []
 
 

@@ -1,6 +1,6 @@
 """Models on the Hub: what of a folder is uploaded, when, and what is said where that fails."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.training.checkpoints import CHECKSUMS_FILE
@@ -107,11 +107,15 @@ def hub_errors(name: str, advice: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Why a request to the Hub failed: its status, or the error that other errors come from."""
-    while error.__cause__ is not None and not hasattr(error, "response"):
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return REFUSALS.get(status) or f"{type(error).__name__}: {error}".rstrip(".")
+    """Why a request to the Hub failed: what its status asks for, or the error with the one that it comes from."""
+    root = error
+    while root.__cause__ is not None and not isinstance(root, HTTPError):
+        root = root.__cause__
+    status = getattr(getattr(root, "response", None), "status_code", None)
+    if status in REFUSALS:
+        return REFUSALS[status]
+    found = f"{type(root).__name__}: {root}".rstrip(".")
+    return found if root is error else f"{error} ({found})"
 
 
 def _name_of(args) -> str:
@@ -121,10 +125,11 @@ def _name_of(args) -> str:
 class PushingTrainer(ShardedTrainer):
     """Trainer whose uploads keep the scripts' model card, and fail in one line that says what to do.
 
-    One that fails while training goes on is a warning: the next one, and the last, send what is missing.
+    Where one fails while training goes on, that is a warning: the last one sends what is missing.
     """
 
     hub_model_id: Any
+    push_in_progress: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if not self.is_world_process_zero():
@@ -147,16 +152,39 @@ class PushingTrainer(ShardedTrainer):
         ):
             return super().push_to_hub(*args, **kwargs)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        before = self._push_jobs()
-        super()._push_from_checkpoint(checkpoint_folder)
-        for job in self._push_jobs():
-            if job not in before:
-                job.add_done_callback(_warn_if_failed)
-
-    def _push_jobs(self) -> list[Future]:
+    def is_pushing(self) -> bool:
+        """Whether an upload is under way."""
         running = getattr(self, "push_in_progress", None)  # the first process's
-        return [] if running is None else list(running.jobs)
+        return running is not None and not running.is_done()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, but of the checkpoint itself: the output folder may be written to while it is uploaded."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if self.is_pushing() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._upload(checkpoint_folder, message, None, NOT_UPLOADED)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", name, ()))
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if self.is_pushing() else ()), *jobs])
+
+    def _upload(self, folder: str, message: str, path: str | None, left_out: Sequence[str]) -> Future:
+        job = HfApi(library_name="fnl_hf").upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            path_in_repo=path,
+            commit_message=message,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            ignore_patterns=list(left_out),
+            run_as_future=True,
+        )
+        job.add_done_callback(_warn_if_failed)
+        return job
 
     def create_model_card(self, *args, **kwargs) -> None:
         """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""

@@ -297,6 +297,8 @@ class FnlTrainer(PushingTrainer):
         self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
         publish(staged, checkpoint)
         shutil.rmtree(staged.parent, ignore_errors=True)
+        if self.is_pushing():  # from an older checkpoint, which the next save will drop
+            return
         rotate_checkpoints(  # by number: none that is higher is left
             output_dir=str(checkpoint.parent),
             save_total_limit=self.args.save_total_limit,
