@@ -67,7 +67,7 @@ class Hub:
     each large object.
     """
 
-    user, organization = "ada", "analysts"
+    user = "ada"
     token = "hf_MayWriteAsAdaOnly"
     reading_token = "hf_MayOnlyRead"
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard, constants
+from transformers.integrations import is_tensorboard_available
 
 import run_pretrain
 from fnl_hf import UserInputError, cli
@@ -148,7 +149,8 @@ def test_a_run_pushes_its_checkpoints_and_its_end(hub, published):
 
 
 def test_the_token_is_in_no_file_and_no_commit(hub, published):
-    assert any(path.name.startswith("events.out") for path in published.rglob("*")), "trackers have files, too"
+    tracked = any(path.name.startswith("events.out") for path in published.rglob("*"))
+    assert tracked == is_tensorboard_available(), "trackers have files, too"
     assert tokens_in(hub, published) == []
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def push_folder(
         name: of the repository, with or without its owner.
         private: of a repository that is made; None leaves it to the owner's settings.
         token: default: that of ``hf auth login``, or HF_TOKEN.
+        revision: a branch that exists; default: main.
 
     Raises:
         UserInputError: no saved model there, no permission, no connection, or a public repository where a private one
@@ -136,7 +138,7 @@ class PushingTrainer(ShardedTrainer):
             return
         name = _name_of(self.args)
         private = self.args.hub_private_repo if private is None else private
-        with hub_errors(name, "Nothing was trained: mend it, or train without --push_to_hub"):
+        with hub_errors(name, "Nothing is lost: mend it, or train without --push_to_hub"):
             self.hub_model_id = create_repository(name, private, token or self.args.hub_token)
         self.push_in_progress = None
 
@@ -146,11 +148,14 @@ class PushingTrainer(ShardedTrainer):
         Raises:
             UserInputError: the Hub refuses, or the connection fails; the model is in the output folder.
         """
-        command = f"`fnl-hf push {self.args.output_dir} {self.hub_model_id or _name_of(self.args)}`"
-        with hub_errors(
-            self.hub_model_id or _name_of(self.args), f"The model is saved: {command} sends what is missing"
-        ):
+        name = self.hub_model_id or _name_of(self.args)
+        command = f"`fnl-hf push {self.args.output_dir} {name}`"
+        with hub_errors(name, f"The model is saved: {command} sends what is missing"):
             return super().push_to_hub(*args, **kwargs)
+
+    @cached_property
+    def _api(self) -> HfApi:
+        return HfApi(library_name="fnl_hf")  # the same one makes one upload after the other
 
     def is_pushing(self) -> bool:
         """Whether an upload is under way."""
@@ -173,7 +178,7 @@ class PushingTrainer(ShardedTrainer):
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if self.is_pushing() else ()), *jobs])
 
     def _upload(self, folder: str, message: str, path: str | None, left_out: Sequence[str]) -> Future:
-        job = HfApi(library_name="fnl_hf").upload_folder(
+        job = self._api.upload_folder(
             repo_id=self.hub_model_id,
             folder_path=folder,
             path_in_repo=path,
