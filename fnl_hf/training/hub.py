@@ -17,6 +17,7 @@ from fnl_hf.errors import UserInputError
 from fnl_hf.training.checkpoints import CHECKSUMS_FILE
 from fnl_hf.training.fsdp import ShardedTrainer
 from fnl_hf.training.model_card import CARD_FILE, name_repository
+from fnl_hf.training.processes import decided_by_first
 from fnl_hf.training.runs import STARTED_FILE
 
 logger = logging.get_logger(__name__)
@@ -134,12 +135,14 @@ class PushingTrainer(ShardedTrainer):
     push_in_progress: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        if not self.is_world_process_zero():
-            return
-        name = _name_of(self.args)
+        """As Trainer's, but a refusal ends all processes alike."""
         private = self.args.hub_private_repo if private is None else private
-        with hub_errors(name, "Nothing is lost: mend it, or train without --push_to_hub"):
-            self.hub_model_id = create_repository(name, private, token or self.args.hub_token)
+
+        def create() -> str:
+            with hub_errors(_name_of(self.args), "Nothing is lost: mend it, or train without --push_to_hub"):
+                return create_repository(_name_of(self.args), private, token or self.args.hub_token)
+
+        self.hub_model_id = decided_by_first(create)
         self.push_in_progress = None
 
     def push_to_hub(self, *args, **kwargs):
@@ -159,7 +162,7 @@ class PushingTrainer(ShardedTrainer):
 
     def is_pushing(self) -> bool:
         """Whether an upload is under way."""
-        running = getattr(self, "push_in_progress", None)  # the first process's
+        running = getattr(self, "push_in_progress", None)  # set by init_hf_repo
         return running is not None and not running.is_done()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
