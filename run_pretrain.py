@@ -18,6 +18,7 @@ from fnl_hf.data.pretraining import prepare_data, prepare_stream
 from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script
+from fnl_hf.training.hub import push_finished
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model
@@ -74,7 +75,10 @@ def save_results(trainer, args, data_args, metrics):
             facts=model_facts(trainer.model, args, source)
             | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
             metrics=held_out,
-            tags=["fill-mask"],
+            task="fill-mask",
+            dataset=data_args.dataset_name,
+            repository=trainer.hub_model_id,
+            license=args.hub_license,
             plot=REPORT_FILE,
         )
     for split, values in metrics.items():
@@ -154,7 +158,8 @@ def train_phase(model_args, data_args, args, argv, description, plan, longest, l
     description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
     validate_start_weights(plan, description[START_WEIGHTS])
     if plan.finished:
-        logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
+        logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
+        push_finished(args)
         return
     set_seed(args.seed)
     tokenizer, config, data = prepare(model_args, data_args, args, plan, longest)

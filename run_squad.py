@@ -24,6 +24,7 @@ from fnl_hf.data.squad import (
 )
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
+from fnl_hf.training.hub import push_finished
 from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import build_question_answering_model
 from fnl_hf.training.plots import REPORT_FILE, plot_report
@@ -159,7 +160,10 @@ def save_results(trainer, args, data_args, metrics):
             facts=model_facts(trainer.model, args, source)
             | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
             metrics=metrics.get("eval", {}),
-            tags=["question-answering"],
+            task="question-answering",
+            dataset=data_args.dataset_name,
+            repository=trainer.hub_model_id,
+            license=args.hub_license,
             plot=REPORT_FILE,
         )
     for split, values in metrics.items():
@@ -216,7 +220,8 @@ def run_one(model_args, data_args, args, argv, description, plan):
     description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
     validate_start_weights(plan, description[START_WEIGHTS])
     if plan.finished:
-        logger.warning(f"The run in {args.output_dir} is finished: nothing to do (`hf upload` can still push it)")
+        logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
+        push_finished(args)
         return
     set_seed(args.seed)
     tokenizer = load_tokenizer(plan.checkpoint or model_args.tokenizer_name or model_args.model_name_or_path)

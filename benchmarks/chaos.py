@@ -53,7 +53,7 @@ def wait_for(process, condition, limit):
 def is_saving(process, folder):
     """Whether a save is under way in the run, which stands still from now on."""
     process.send_signal(signal.SIGSTOP)
-    return (folder / ".incomplete").exists()
+    return (folder / "_incomplete").exists()
 
 
 def kill_once(folder, further, generator, during_save):
@@ -64,7 +64,7 @@ def kill_once(folder, further, generator, during_save):
     saving = is_saving(process, folder)
     while during_save and not saving and process.poll() is None:
         process.send_signal(signal.SIGCONT)
-        wait_for(process, (folder / ".incomplete").exists, 60)
+        wait_for(process, (folder / "_incomplete").exists, 60)
         time.sleep(generator.uniform(0, 0.01))
         saving = is_saving(process, folder)  # it may be over already
     if process.poll() is not None:

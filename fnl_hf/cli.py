@@ -9,6 +9,7 @@ from fnl_hf.convert import SPECTRA_FILE, convert, load_model, truncation_table
 from fnl_hf.data.squad import read_squad_file
 from fnl_hf.errors import UserInputError
 from fnl_hf.inference import ask
+from fnl_hf.training.hub import push_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,6 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("model", help="a checkpoint with its head: folder or Hub name")
     exporting.add_argument("file", help="the .onnx file to write")
     exporting.set_defaults(run=run_export)
+
+    pushing = commands.add_parser("push", help="upload a saved model to the Hub, with the token of `hf auth login`")
+    pushing.add_argument("folder", help="of the model; its checkpoints stay where they are")
+    pushing.add_argument("name", help="of the repository: name or owner/name")
+    pushing.add_argument("--private", action="store_true", help="make it a private one")
+    pushing.set_defaults(run=run_push)
 
     add_ask(commands)
     return parser
@@ -87,6 +94,10 @@ def run_convert(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     difference = export.export_onnx(load_model(args.model), args.file)
     print(f"{args.file}: differs from PyTorch by {difference:.1e} at most")
+
+
+def run_push(args: argparse.Namespace) -> None:
+    print(push_folder(args.folder, args.name, private=args.private or None))
 
 
 def run_ask(args: argparse.Namespace) -> None:

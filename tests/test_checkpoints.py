@@ -115,7 +115,7 @@ def test_a_tampered_checkpoint_is_passed_over_and_written_anew(whole, copied, co
     run(corpus, copied, resume_from_checkpoint="auto")
     assert_same_weights(whole, copied)
     assert fault_of(copied / "checkpoint-10") is None
-    assert names(copied) == ["abandoned-checkpoint-10", *names(whole)]
+    assert names(copied) == ["_abandoned-checkpoint-10", *names(whole)]
 
 
 def test_two_processes_write_one_checkpoint_and_resume_to_the_same_weights(corpus, tmp_path):
@@ -161,7 +161,7 @@ def test_publish_sets_aside_what_has_the_name(tmp_path):
         (folder / "inner" / "file").write_text(text)
     publish(staged, checkpoint)
     assert (checkpoint / "inner" / "file").read_text() == "new" and list((tmp_path / "aside").iterdir()) == []
-    assert (tmp_path / "abandoned-checkpoint-3" / "inner" / "file").read_text() == "old"
+    assert (tmp_path / "_abandoned-checkpoint-3" / "inner" / "file").read_text() == "old"
 
 
 def test_limit_and_best_checkpoint(corpus, tmp_path):

@@ -7,14 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from huggingface_hub.utils import filter_repo_objects
 from transformers import pipeline
 
 import run_pretrain
@@ -196,40 +192,6 @@ def test_the_quickstart_is_the_recipe_of_the_embedded_corpus_alone():
     assert run_pretrain.with_quickstart(["--preset", "mini"])[0].endswith("quickstart.yaml")
     for own in (["c.yaml"], ["--train-file", "x"], ["--train_file=x"], ["--config_name", "x"]):
         assert run_pretrain.with_quickstart(own) == own
-
-
-def test_pushes_upload_the_last_phase_with_our_card_and_without_the_token(corpus, tmp_path, monkeypatch):
-    """While it trains and at its end. The Hub's client is replaced; what would travel is what it does not ignore."""
-    uploads, repositories = [], []
-    done: Future = Future()
-    done.set_result(None)
-
-    def create_repo(name, **kwargs):
-        repositories.append(name)
-        return SimpleNamespace(repo_id=name)
-
-    def upload_folder(*, folder_path, ignore_patterns=None, **kwargs):
-        paths = {path.relative_to(folder_path).as_posix(): path for path in Path(folder_path).rglob("*")}
-        names = filter_repo_objects((n for n, path in paths.items() if path.is_file()), ignore_patterns=ignore_patterns)
-        uploads.append({name: paths[name].read_bytes() for name in names})
-        return done
-
-    api = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: api, raising=False)
-    monkeypatch.setattr("transformers.trainer.create_repo", create_repo, raising=False)
-    monkeypatch.setattr("transformers.trainer.upload_folder", upload_folder, raising=False)
-    config = tmp_path / "phases.yaml"
-    config.write_text("phases: [{max_steps: 1}, {max_steps: 2}]")
-    flags = {"max_steps": None, "save_steps": 1, "push_to_hub": "true", "hub_strategy": "checkpoint"}
-    run_in_process([str(config), *pretraining(corpus, tmp_path / "out", hub_token="hf_secret", **flags)])
-    assert set(repositories) == {"out"} and len(uploads) > 4
-    last = uploads[-1]
-    assert {"README.md", "model.safetensors", "modeling_fnl_bert.py", "tokenizer.json"} <= last.keys()
-    assert b"Khodak" in last["README.md"] and not [name for name in last if "phase" in name or "checkpoint-" in name]
-    assert any("optimizer.pt" in files for files in uploads), "the strategy asks for it"
-    assert sum("training_args.bin" in files for files in uploads) == len(uploads)
-    assert not any(b"hf_secret" in content for files in uploads for content in files.values())
-    assert not any(b"hf_secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 # ---- what is there ----

@@ -116,7 +116,7 @@ def test_what_lies_beyond_the_checkpoint_that_is_named_never_passes_for_newer(
         run(corpus, out, resume_from_checkpoint=out / "checkpoint-3", save_total_limit=2)
     assert newest_complete_checkpoint(out) == out / "checkpoint-6"
     assert {path.name for path in out.glob("*checkpoint*")} == {
-        "checkpoint-3", "checkpoint-6", "abandoned-checkpoint-6", "abandoned-checkpoint-9",
+        "checkpoint-3", "checkpoint-6", "_abandoned-checkpoint-6", "_abandoned-checkpoint-9",
     }  # fmt: skip
     go_on(corpus, out, save_total_limit=2)
     assert_same_weights(of_one_process, out)

@@ -127,6 +127,9 @@ class FnlTrainingArguments(TrainingArguments):
             "must stay: change --gradient_accumulation_steps the other way."
         },
     )
+    hub_license: str | None = field(
+        default=None, metadata={"help": "The licence that the model card names, as apache-2.0. Default: none."}
+    )
     report_to: None | str | list[str] = field(
         default=None,
         metadata={"help": "Trackers, 'all' that are installed, or 'none'. Default: tensorboard if installed."},

@@ -23,7 +23,8 @@ logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
 CHECKSUMS_FILE = "checksums.json"
-STAGING_FOLDER = ".incomplete"  # within the output folder, so that renaming moves no data
+# Within the output folder, so that renaming moves no data. Trainer uploads nothing whose name begins with "_".
+STAGING_FOLDER = "_incomplete"
 CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
 
 
@@ -100,7 +101,7 @@ def set_aside_after(folder: Path, step: int, resumed: str | None) -> None:
 
 
 def _set_aside(checkpoint: Path) -> None:
-    aside = checkpoint.with_name(f"abandoned-{checkpoint.name}")
+    aside = checkpoint.with_name(f"_abandoned-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
     logger.warning(f"{checkpoint} is set aside as {aside.name}: the run goes on from an earlier step")

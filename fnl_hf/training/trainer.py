@@ -19,8 +19,8 @@ from fnl_hf.errors import Preempted, UserInputError
 from fnl_hf.training.callbacks import add_fnl_callbacks
 from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish, set_aside_after
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
-from fnl_hf.training.fsdp import ShardedTrainer
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
+from fnl_hf.training.hub import PushingTrainer
 from fnl_hf.training.optimizers import build_optimizer, validate_optimization
 from fnl_hf.training.preemption import PreemptionCallback, end_workers_at_exit, ignore_sigterm, sigterm_handled_by
 from fnl_hf.training.processes import gathered
@@ -58,13 +58,13 @@ def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, f
     """Train, from ``checkpoint`` if given, and save model, tokenizer and state at once: whatever an evaluation
     does or dies of afterwards, the trained model is there. Returns the training metrics."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is pushed when its card is written
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()  # another machine's first process may read at once what this one has saved
     return metrics
 
 
-class FnlTrainer(ShardedTrainer):
+class FnlTrainer(PushingTrainer):
     """Trainer for ``FnlTrainingArguments`` and any BERT-like model, ours or stock.
 
     Under gradient accumulation and on several processes each loss is the mean over all items of the global batch
@@ -297,6 +297,8 @@ class FnlTrainer(ShardedTrainer):
         self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
         publish(staged, checkpoint)
         shutil.rmtree(staged.parent, ignore_errors=True)
+        if self.is_pushing():  # from an older checkpoint, which the next save will drop
+            return
         rotate_checkpoints(  # by number: none that is higher is left
             output_dir=str(checkpoint.parent),
             save_total_limit=self.args.save_total_limit,
@@ -324,11 +326,6 @@ class FnlTrainer(ShardedTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             copy_provenance(self.args.output_dir, output_dir or self.args.output_dir)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
-        if not Path(self.args.output_dir, "README.md").is_file():
-            super().create_model_card(*args, **kwargs)
 
 
 @contextmanager
