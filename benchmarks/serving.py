@@ -40,6 +40,8 @@ def in_torch(model):
 def in_onnxruntime(file, threads):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads that wait actively would take the cores from whoever is measured next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, {name: value.numpy() for name, value in zip(INPUTS, inputs)})
 
