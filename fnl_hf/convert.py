@@ -62,14 +62,15 @@ def convert(
         if value < 1:
             raise UserInputError(f"--{name} ({value}) must be at least 1")
     tokenizer = load_tokenizer(source)
+    original = load_model(source)
+    ours = _class_named(type(original).__name__)
     try:
-        model_class = _class_of(source)
-        original = model_class.load_bert(source)
         if to == "bert":
-            result = Conversion(original.num_parameters(), model_class.from_bert(original).to_bert(), [])
+            model = original.to_bert() if isinstance(original, ours) else original
+            result = Conversion(original.num_parameters(), model, [])
         else:
             calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
-            converted = model_class.from_bert(original, attention_embedding_size, calibration or None, True)
+            converted = ours.from_bert(original, attention_embedding_size, calibration or None, True)
             result = Conversion(original.num_parameters(), *converted)
         result.model.save_pretrained(folder)
     except UserInputError:
@@ -82,10 +83,9 @@ def convert(
     return result
 
 
-def _class_of(source: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
-    """Our class with the checkpoint's head; the encoder's where it does not say, or has a head that we have not."""
-    name = (AutoConfig.from_pretrained(source).architectures or [""])[0].removeprefix("Fnl")
-    return getattr(modeling_fnl_bert, f"Fnl{name}", modeling_fnl_bert.FnlBertModel)
+def _class_named(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
+    """Our class for the head of a class, stock or ours; the encoder's for a head that we have not."""
+    return getattr(modeling_fnl_bert, f"Fnl{name.removeprefix('Fnl')}", modeling_fnl_bert.FnlBertModel)
 
 
 def load_model(source: str) -> PreTrainedModel:
@@ -95,7 +95,8 @@ def load_model(source: str) -> PreTrainedModel:
         UserInputError: no such checkpoint, or another architecture.
     """
     try:
-        return _class_of(source).load_bert(source)
+        architectures = AutoConfig.from_pretrained(source).architectures or [""]
+        return _class_named(architectures[0]).load_bert(source)
     except (OSError, ValueError) as error:
         raise UserInputError(str(error)) from error
 
