@@ -32,6 +32,19 @@ DIMENSIONS = {
     "max_position_embeddings": 19,
 }
 
+# The beginning of a program in which fnl_hf cannot be imported.
+WITHOUT_FNL_HF = """
+import sys
+
+class NoFnlHf:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "fnl_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, NoFnlHf)
+"""
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -22,7 +22,7 @@ from fnl_hf import UserInputError, cli
 from fnl_hf.training.hub import PushingTrainer, push_folder
 from fnl_hf.training.model_card import write_model_card
 
-from .conftest import ROOT, pretraining
+from .conftest import ROOT, WITHOUT_FNL_HF, pretraining
 from .hub_server import Hub
 from .test_squad_script import squad
 
@@ -41,16 +41,9 @@ import fnl_hf
 model = fnl_hf.FnlBertForMaskedLM.from_pretrained(sys.argv[1])
 model.push_to_hub("from-python", private=True)
 """
-WITHOUT_FNL_HF = """
-import sys
-
-class NoFnlHf:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "fnl_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, NoFnlHf)
+LOADING = (
+    WITHOUT_FNL_HF
+    + """
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering, AutoTokenizer
 try:
@@ -65,6 +58,7 @@ inputs = AutoTokenizer.from_pretrained("ada/answers", token=False)("what jumps",
 model = AutoModelForQuestionAnswering.from_pretrained("ada/answers", token=False, trust_remote_code=True)
 torch.save([*found, model(**inputs).start_logits], sys.argv[1])
 """
+)
 
 
 def run_python(hub, home, *arguments, token=None, check=True):
@@ -155,7 +149,7 @@ def test_the_token_is_in_no_file_and_no_commit(hub, published):
 
 
 def test_models_load_in_a_fresh_process_without_fnl_hf(hub, published):
-    run_python(hub, published, WITHOUT_FNL_HF, published / "logits.pt", token=hub.reading_token)
+    run_python(hub, published, LOADING, published / "logits.pt", token=hub.reading_token)
     encoder, from_python, answers = torch.load(published / "logits.pt")
     tokenizer = transformers.AutoTokenizer.from_pretrained(published / "encoder")
     model = transformers.AutoModelForMaskedLM.from_pretrained(published / "encoder")

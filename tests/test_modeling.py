@@ -16,6 +16,8 @@ import fnl_hf
 from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FnlBertModel, factor_pairs
 from fnl_hf.modeling_fnl_bert import AUTO_CLASSES
 
+from .conftest import WITHOUT_FNL_HF
+
 HEADS = [name.removeprefix("FnlBert") for name in AUTO_CLASSES.values()]
 
 
@@ -198,16 +200,9 @@ def test_decoder_use_is_refused_late_too(tmp_path, dimensions, batch):
 
 # ---- checkpoints without fnl_hf ----
 
-REMOTE = """
-import sys
-
-class NoFnlHf:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "fnl_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, NoFnlHf)
+REMOTE = (
+    WITHOUT_FNL_HF
+    + """
 import transformers
 folder, resaved = sys.argv[1:]
 for name in NAMES:
@@ -220,6 +215,7 @@ config = transformers.AutoConfig.from_pretrained(resaved, trust_remote_code=True
 u, v = transformers.AutoModel.from_config(config, trust_remote_code=True).factor_pairs()[0].factors()
 assert (u.mT @ u - v.mT @ v).norm() < 1e-5 * (u.mT @ u).norm(), "spectral initialization in remote code"
 """
+)
 
 
 @pytest.mark.parametrize("head", ["ForPreTraining", "ForQuestionAnswering"])

@@ -147,7 +147,7 @@ def test_a_run_of_one_window_and_a_resumed_run(clock, tmp_path):
 
 
 def meter(model, gather=lambda rows: rows):
-    return ThroughputMeter(model, torch.device("cpu"), 1, torch.float32, gather)
+    return ThroughputMeter(model, torch.device("cpu"), torch.float32, gather)
 
 
 def take(meter, clock, batch, seconds):

@@ -47,7 +47,6 @@ class ThroughputMeter:
     Args:
         model: figures of utilisation are given for BERT, ours or stock.
         device: where this process trains.
-        device_count: how many of them it drives (more than one under ``torch.nn.DataParallel``).
         dtype: of the matrix multiplications.
         gather: concatenates tensors (1, n) of all processes along the first dimension.
     """
@@ -56,7 +55,6 @@ class ThroughputMeter:
         self,
         model: torch.nn.Module,
         device: torch.device,
-        device_count: int,
         dtype: torch.dtype,
         gather: Callable[[torch.Tensor], torch.Tensor],
     ):
@@ -65,7 +63,7 @@ class ThroughputMeter:
             self.config = model.config
             self.predicts_tokens = model.get_output_embeddings() is not None
             self.pools_first_token = model.base_model.pooler is not None
-        self.device, self.device_count, self.dtype, self.gather = device, device_count, dtype, gather
+        self.device, self.dtype, self.gather = device, dtype, gather
         self._reset()
 
     def _reset(self) -> None:
@@ -162,7 +160,7 @@ class ThroughputMeter:
 
     def _figures(self, window: Window) -> dict[str, float]:
         head_flops = 0 if self.config is None else training_flops(self.config, 0, int(window.predicted))
-        peak = 0.0 if self.config is None else self.device_count * device_peak_flops(self.device, self.dtype)[0]
+        peak = 0.0 if self.config is None else device_peak_flops(self.device, self.dtype)[0]
         memory = peak_memory(self.device)
         own = [int(window.tokens), window.flops + head_flops, window.seconds, window.waited, peak, memory]
         rows = self.gather(torch.tensor([[float(value) for value in own]], device=self.device))

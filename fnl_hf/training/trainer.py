@@ -88,8 +88,7 @@ class FnlTrainer(PushingTrainer):
         count = getattr(unwrapped, "num_parameters", None)
         self._parameters = count(exclude_embeddings=True) if count else None
         dtype = MATMUL_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
-        devices = max(1, self.args.n_gpu)
-        self.throughput = ThroughputMeter(unwrapped, self.args.device, devices, dtype, self.accelerator.gather)
+        self.throughput = ThroughputMeter(unwrapped, self.args.device, dtype, self.accelerator.gather)
 
     def train(self, *args, **kwargs):
         """As Trainer's.
