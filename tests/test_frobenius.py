@@ -10,7 +10,6 @@ from fnl_hf.optim import frobenius
 from fnl_hf.optim.local_factors import LocalProduct
 
 
-
 def second_ranks(r, m):
     """The slice of a triple's second ranks of the head whose first ranks are the slice r."""
     head, s = r.start // (r.stop - r.start), m.shape[1]
