@@ -23,7 +23,7 @@ WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
 
 
 def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn.Module:
-    """Replace layers of ``model`` by products of two or three matrices, in place.
+    """Replace layers of ``model`` by products of two or three matrices, in place::
 
         model = fnl_hf.factorize(model, fnl_hf.FactorizationConfig(target_ratio=0.1))
         optimizer = fnl_hf.FrobeniusAdamW(fnl_hf.frobenius_param_groups(model, weight_decay=0.01), lr=1e-4)
