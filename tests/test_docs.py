@@ -113,6 +113,7 @@ def names_of_the_reader():
         "args": TrainingArguments("my-output", use_cpu=True, report_to="none"),
         "data": Dataset.from_dict({"input_ids": [[1, 2, 3]]}),
         "block": nn.ModuleDict(factors),
+        "net": nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 5, 1)),
         "adapter": nn.ModuleDict(factors),
         "questions": ["Who wrote it?", "Who?"],
         "contexts": ["It was written by Ada Lovelace.", "Ada Lovelace wrote it."],
