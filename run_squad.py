@@ -160,7 +160,6 @@ def save_results(trainer, args, data_args, metrics):
             facts=model_facts(trainer.model, args, source)
             | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
             metrics=metrics.get("eval", {}),
-            task="question-answering",
             dataset=data_args.dataset_name,
             repository=trainer.hub_model_id,
             license=args.hub_license,

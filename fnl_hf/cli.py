@@ -76,7 +76,7 @@ def add_ask(commands) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    before, model, truncations = convert(
+    original, model, truncations = convert(
         args.source,
         args.folder,
         args.to,
@@ -88,7 +88,8 @@ def run_convert(args: argparse.Namespace) -> None:
     if truncations:
         print(truncation_table(truncations))
         print(f"spectra: {args.folder}/{SPECTRA_FILE}")
-    print(f"{type(model).__name__}: {model.num_parameters():,} parameters, before {before:,}; in {args.folder}")
+    before, after = original.num_parameters(), model.num_parameters()
+    print(f"{type(model).__name__}: {after:,} parameters, before {before:,}; in {args.folder}")
 
 
 def run_export(args: argparse.Namespace) -> None:
