@@ -163,7 +163,7 @@ def train_phase(model_args, data_args, args, argv, description, plan, longest, l
     set_seed(args.seed)
     tokenizer, config, data = prepare(model_args, data_args, args, plan, longest)
     description[DATA_FINGERPRINT] = data.fingerprint
-    validate_data(plan, data.fingerprint)
+    validate_data(plan, description)
     model = build_pretraining_model(model_args, config, data_args.objective)
     trainer = make_trainer(model, tokenizer, args, data, plan)
     if args.should_save:
