@@ -9,13 +9,14 @@ from fnl_hf.convert import SPECTRA_FILE, convert, load_model, truncation_table
 from fnl_hf.data.squad import read_squad_file
 from fnl_hf.errors import UserInputError
 from fnl_hf.inference import ask
+from fnl_hf.training.arguments import join_negative_numbers
 from fnl_hf.training.hub import push_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit status 2 and one line on stderr for bad input."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
     except UserInputError as error:

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import run_squad
 from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask, cli
-from fnl_hf.training.arguments import parse_arguments
+from fnl_hf.training.arguments import join_negative_numbers, parse_arguments
 from fnl_hf.training.seeds import commands_of_seeds
 
 from .bad_inputs import edit
@@ -239,6 +239,18 @@ def test_the_commands_of_the_documentation_parse(tmp_path):
     assert [cli.build_parser().parse_args(shlex.split(words)).run for words in asking] == [cli.run_ask] * 2
 
 
+@pytest.mark.parametrize("written", ["-1e9", "-2.5E-3", "-.5e2", "-3.", "-7", "-0.5", "4e-2"])
+def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
+    (tmp_path / "run.yaml").write_text(
+        f"null_score_diff_threshold: {float(written) if written[-1] != 'f' else '-.inf'}"
+    )
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    for words in (["--null_score_diff_threshold", written, *common], [str(tmp_path / "run.yaml"), *common]):
+        assert parse_arguments(run_squad.ARGUMENTS, words)[1].null_score_diff_threshold == float(written)
+    asking = ["ask", "model", "Who?", "Ada.", "--null_score_diff_threshold", written]
+    assert cli.build_parser().parse_args(join_negative_numbers(asking)).null_score_diff_threshold == float(written)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -247,6 +259,7 @@ def test_the_commands_of_the_documentation_parse(tmp_path):
         ({"max_seq_length": 600}, r"--max_seq_length \(600\) exceeds"),
         ({"max_train_samples": -1}, r"--max_train_samples \(-1\) must be at least 1"),
         ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
+        ({"learning_rate": "-1e-4"}, r"--learning_rate \(-0.0001\) must be at least 0.0"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
         ({"do_predict": "true"}, "no questions to predict: give --test_file"),
         ({"seeds": 5}, r"--seeds \(5\) must be at least two different ones"),
