@@ -75,7 +75,6 @@ def save_results(trainer, args, data_args, metrics):
             facts=model_facts(trainer.model, args, source)
             | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
             metrics=held_out,
-            task="fill-mask",
             dataset=data_args.dataset_name,
             repository=trainer.hub_model_id,
             license=args.hub_license,
@@ -164,7 +163,7 @@ def train_phase(model_args, data_args, args, argv, description, plan, longest, l
     set_seed(args.seed)
     tokenizer, config, data = prepare(model_args, data_args, args, plan, longest)
     description[DATA_FINGERPRINT] = data.fingerprint
-    validate_data(plan, data.fingerprint)
+    validate_data(plan, description)
     model = build_pretraining_model(model_args, config, data_args.objective)
     trainer = make_trainer(model, tokenizer, args, data, plan)
     if args.should_save:

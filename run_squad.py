@@ -32,6 +32,8 @@ from fnl_hf.training.provenance import read_starts, record_start
 from fnl_hf.training.runs import (
     DATA_FINGERPRINT,
     START_WEIGHTS,
+    TEST_FINGERPRINT,
+    VALIDATION_FINGERPRINT,
     describe_run,
     plan_run,
     start_run,
@@ -120,6 +122,7 @@ class SquadTrainingArguments(FnlTrainingArguments):
     )
 
 
+FINGERPRINTS = {"train": DATA_FINGERPRINT, "validation": VALIDATION_FINGERPRINT, "test": TEST_FINGERPRINT}
 ARGUMENTS = (ModelArguments, DataArguments, SquadTrainingArguments)
 
 
@@ -160,7 +163,6 @@ def save_results(trainer, args, data_args, metrics):
             facts=model_facts(trainer.model, args, source)
             | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
             metrics=metrics.get("eval", {}),
-            task="question-answering",
             dataset=data_args.dataset_name,
             repository=trainer.hub_model_id,
             license=args.hub_license,
@@ -171,30 +173,45 @@ def save_results(trainer, args, data_args, metrics):
         trainer.save_metrics(split, values)
 
 
-def make_features(data_args, args, tokenizer):
-    """(questions, features) of the splits that the flags ask for, (None, None) of the others."""
+def load_splits(data_args, args):
+    """{split: questions} of the splits that the flags ask for, and what identifies them in the run's description."""
+    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    with args.main_process_first(desc="reading questions"):
+        questions = {split: load_examples(data_args, split) for split, do in wanted.items() if do}
+    return questions, {FINGERPRINTS[split]: questions_fingerprint(examples) for split, examples in questions.items()}
+
+
+def validate_finished(plan, data_args, args):
+    """Compare the questions of a finished run with those of its start; their files may be gone since."""
+    try:
+        _, fingerprints = load_splits(data_args, args)
+    except UserInputError as error:
+        logger.warning(f"The questions of the finished run in {args.output_dir} cannot be compared: {error}")
+        return
+    validate_data(plan, fingerprints)
+
+
+def make_features(data_args, args, tokenizer, questions):
+    """{split: features} for the questions of :func:`load_splits`."""
     lengths = (data_args.max_seq_length, data_args.doc_stride)
     maker = FeatureMaker(tokenizer, *lengths, data_args.cache_dir, data_args.preprocessing_num_workers)
-    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    made = {}
     with args.main_process_first(desc="making features"):
-        for split, do in wanted.items():
-            examples = load_examples(data_args, split) if do else None
-            make = maker.train if split == "train" else maker.evaluation
-            made[split] = (examples, make(examples)) if do else (None, None)
-    return made
+        return {
+            split: (maker.train if split == "train" else maker.evaluation)(examples)
+            for split, examples in questions.items()
+        }
 
 
-def make_trainer(model, tokenizer, data_args, args, data):
-    """A SquadTrainer for the features that :func:`make_features` made."""
+def make_trainer(model, tokenizer, data_args, args, questions, features):
+    """A SquadTrainer for what :func:`load_splits` and :func:`make_features` give."""
     padding = {"padding": "max_length", "max_length": data_args.max_seq_length} if data_args.pad_to_max_length else {}
     return build_trainer(
         SquadTrainer,
         model=model,
         args=args,
-        train_dataset=data["train"][1],
-        eval_dataset=data["validation"][1],
-        eval_examples=data["validation"][0],
+        train_dataset=features.get("train"),
+        eval_dataset=features.get("validation"),
+        eval_examples=questions.get("validation"),
         answer_options=AnswerOptions(
             data_args.n_best_size,
             data_args.max_answer_length,
@@ -220,6 +237,7 @@ def run_one(model_args, data_args, args, argv, description, plan):
     description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
     validate_start_weights(plan, description[START_WEIGHTS])
     if plan.finished:
+        validate_finished(plan, data_args, args)
         logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
         push_finished(args)
         return
@@ -228,11 +246,11 @@ def run_one(model_args, data_args, args, argv, description, plan):
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
-    data = make_features(data_args, args, tokenizer)
-    if args.do_train:
-        description[DATA_FINGERPRINT] = questions_fingerprint(data["train"][0])
-        validate_data(plan, description[DATA_FINGERPRINT])
-    trainer = make_trainer(model, tokenizer, data_args, args, data)
+    questions, fingerprints = load_splits(data_args, args)
+    description |= fingerprints
+    validate_data(plan, description)
+    features = make_features(data_args, args, tokenizer, questions)
+    trainer = make_trainer(model, tokenizer, data_args, args, questions, features)
     if args.should_save:
         start_run(args, description)
     if args.should_save and args.do_train:
@@ -244,7 +262,7 @@ def run_one(model_args, data_args, args, argv, description, plan):
     if args.do_eval:
         metrics["eval"] = trainer.evaluate()
     if args.do_predict:
-        answers, metrics["predict"] = trainer.answers(data["test"][1], data["test"][0], "predict")
+        answers, metrics["predict"] = trainer.answers(features["test"], questions["test"], "predict")
         if trainer.is_world_process_zero():
             write_answers(args.output_dir, "predict", answers)
     save_results(trainer, args, data_args, metrics)

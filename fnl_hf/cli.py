@@ -9,13 +9,14 @@ from fnl_hf.convert import SPECTRA_FILE, convert, load_model, truncation_table
 from fnl_hf.data.squad import read_squad_file
 from fnl_hf.errors import UserInputError
 from fnl_hf.inference import ask
+from fnl_hf.training.arguments import join_negative_numbers
 from fnl_hf.training.hub import push_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit status 2 and one line on stderr for bad input."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
     except UserInputError as error:
@@ -76,7 +77,7 @@ def add_ask(commands) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    before, model, truncations = convert(
+    original, model, truncations = convert(
         args.source,
         args.folder,
         args.to,
@@ -88,7 +89,8 @@ def run_convert(args: argparse.Namespace) -> None:
     if truncations:
         print(truncation_table(truncations))
         print(f"spectra: {args.folder}/{SPECTRA_FILE}")
-    print(f"{type(model).__name__}: {model.num_parameters():,} parameters, before {before:,}; in {args.folder}")
+    before, after = original.num_parameters(), model.num_parameters()
+    print(f"{type(model).__name__}: {after:,} parameters, before {before:,}; in {args.folder}")
 
 
 def run_export(args: argparse.Namespace) -> None:

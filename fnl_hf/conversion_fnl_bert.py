@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BertConfig, PreTrainedModel
+from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.bert import modeling_bert
 from transformers.utils import logging
 
@@ -86,7 +86,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         source = bert if isinstance(bert, PreTrainedModel) else cls.load_bert(bert, **kwargs)
         if not isinstance(source, modeling_bert.BertPreTrainedModel):
             raise ValueError(f"{_named(source)} is no BERT: {_why_not(source.config)}")
-        available = _embedding_size(source.config)
+        available = embedding_size_of(source.config)
         embedding_size = available if attention_embedding_size is None else attention_embedding_size
         _validate_embedding_size(embedding_size, source.config)
         config = FnlBertConfig(**_entries(source.config), attention_embedding_size=embedding_size)
@@ -144,7 +144,8 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         return target
 
 
-def _embedding_size(config: BertConfig) -> int:
+def embedding_size_of(config: PreTrainedConfig) -> int:
+    """E of an FNL-BERT, and the hidden size of a stock BERT."""
     return getattr(config, "mha_embedding_size", config.hidden_size)
 
 
@@ -162,7 +163,7 @@ def _why_not(config) -> str:
 
 
 def _validate_embedding_size(embedding_size: int, config: BertConfig) -> None:
-    largest, heads = _embedding_size(config), config.num_attention_heads
+    largest, heads = embedding_size_of(config), config.num_attention_heads
     if not 1 <= embedding_size <= largest or embedding_size % heads:
         raise ValueError(
             f"attention_embedding_size ({embedding_size}) must be a multiple of num_attention_heads ({heads}) and at "

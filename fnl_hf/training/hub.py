@@ -14,9 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from fnl_hf.errors import UserInputError
+from fnl_hf.model_card import CARD_FILE, name_repository
 from fnl_hf.training.checkpoints import CHECKSUMS_FILE
 from fnl_hf.training.fsdp import ShardedTrainer
-from fnl_hf.training.model_card import CARD_FILE, name_repository
 from fnl_hf.training.processes import decided_by_first
 from fnl_hf.training.runs import STARTED_FILE
 
