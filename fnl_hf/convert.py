@@ -72,8 +72,7 @@ def convert(
         UserInputError: a folder in use, no such checkpoint, another architecture, or sizes that do not fit.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
+    refuse_used_folder(folder)
     if to == "bert" and (attention_embedding_size is not None or calibration_files):
         raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
     for name, value in (("calibration_samples", calibration_samples), ("max_seq_length", max_seq_length)):
@@ -100,8 +99,17 @@ def convert(
     documents = sum(len(batch["input_ids"]) for batch in calibration)
     names = ", ".join(Path(file).name for file in calibration_files)
     text = f"{documents} documents of {names}, at most {max_seq_length} tokens of each" if documents else None
-    write_conversion_card(folder, source, result, text)
+    _write_conversion_card(folder, source, result, text)
     return result
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserInputError: there is something in it, or it is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
 
 
 def _class_named(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
@@ -139,7 +147,7 @@ def calibration_batches(
         )
 
 
-def write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:
+def _write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:
     """Write ``folder/README.md``; licence, language and base model are those that the original's card names.
 
     Args:
@@ -170,13 +178,13 @@ def write_conversion_card(folder: Path, source: str, result: Conversion, calibra
         auto_class=next(auto for auto, ours in modeling_fnl_bert.AUTO_CLASSES.items() if ours == f"Fnl{head}"),
         factorized=factorized,
         facts=architecture_facts(model) | facts,
-        metadata=source_metadata(source) | ({"base_model": source} if on_hub else {}),
+        metadata=_source_metadata(source) | ({"base_model": source} if on_hub else {}),
         section=section,
         cites=True,
     )
 
 
-def source_metadata(source: str) -> dict[str, Any]:
+def _source_metadata(source: str) -> dict[str, Any]:
     """What the card of a checkpoint says that also holds for what is made from it; nothing if it has no card."""
     try:
         found = metadata_load(str(cached_file(source, CARD_FILE))) or {}

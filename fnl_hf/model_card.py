@@ -7,8 +7,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from fnl_hf.conversion_fnl_bert import embedding_size_of
+from fnl_hf.factorized_checkpoints import factorized_layers
 
 CARD_FILE = "README.md"
+FACTORIZED_LAYERS = "factorized layers"
 UNNAMED = "path/to/this/model"  # where the repository is not known
 # auto class -> the Hub's name of its task, where it has one
 TASKS = {
@@ -36,7 +38,7 @@ CARD = """---
 ## Use
 
 ```python
-from transformers import {auto_class}, AutoTokenizer
+{imports}from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repository}")
 model = {auto_class}.from_pretrained("{repository}"{remote})
@@ -91,7 +93,7 @@ def write_card(
     Args:
         auto_class: what loads the model; the Hub's task follows from it.
         factorized: a model of ours, whose code comes with it, not a stock one.
-        facts: the rows of a table.
+        facts: the rows of a table; with :data:`FACTORIZED_LAYERS` among them the model is loaded with fnl_hf only.
         metadata: more entries of ``huggingface_hub.ModelCardData``.
         section: Markdown between the facts and how the model is loaded.
         cites: explain and cite the method for a stock model, too.
@@ -100,6 +102,7 @@ def write_card(
     task = TASKS.get(auto_class)
     tags = [*(("fnl_bert", "factorized-layers") if factorized else ()), *([task] if task else ())]
     data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=tags or None, **metadata)
+    with_package = FACTORIZED_LAYERS in facts
     names = {"auto_class": auto_class, "repository": repository or UNNAMED}
     card = CARD.format(
         metadata=data.to_yaml(),
@@ -107,8 +110,9 @@ def write_card(
         description=description,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         section=f"\n{section}\n" if section else "",
-        remote=", trust_remote_code=True" if factorized else "",
-        with_fnl_hf=WITH_FNL_HF.format(**names) if factorized else "",
+        imports=f"import fnl_hf  # {FACTORIZED_LAYERS}\n" if with_package else "",
+        remote=", trust_remote_code=True" if factorized and not with_package else "",
+        with_fnl_hf=WITH_FNL_HF.format(**names) if factorized and not with_package else "",
         method=METHOD if factorized or cites else "",
         **names,
     )
@@ -125,10 +129,13 @@ def architecture_facts(model) -> dict[str, Any]:
     """The rows that describe the architecture."""
     config = model.config
     size = embedding_size_of(config)
+    ranks = [entry["rank"] for entry in factorized_layers(model).values()]
+    layers = {FACTORIZED_LAYERS: f"{len(ranks)}, of rank {min(ranks)} to {max(ranks)}"} if ranks else {}
     return {
         # Sharded, the model is of a class of FSDP2's.
         "architecture": f"{config.architectures[0]}, {config.num_hidden_layers} layers, "
         f"hidden size {config.hidden_size}, {config.num_attention_heads} heads",
         "attention embedding dimension E": f"{size} ({size / config.hidden_size:.0%} of d)",
         "parameters": f"{model.num_parameters():,}",
+        **layers,
     }
