@@ -4,6 +4,7 @@
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import Any
@@ -72,7 +73,8 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
             attention_embedding_size: E, a multiple of the number of heads, at most that of ``bert``. Default: the same.
             calibration: batches of inputs. With them "closest" is measured on what the heads compute for these, not on
                 the weights alone: whitened SVD.
-            output_truncations: return also what each product lost, a list of :class:`Truncation`.
+            output_truncations: return also what each product lost, a list of
+                :class:`~fnl_hf.head_mixing.Truncation`.
             kwargs: for ``from_pretrained`` where ``bert`` is a name.
 
         Returns:
@@ -90,6 +92,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         config = FnlBertConfig(**_entries(source.config), attention_embedding_size=embedding_size)
         target: Any = cls(config)
         target = target.to(device=source.device, dtype=source.dtype).eval()
+        _copy_products(source, target)
         _copy_weights(source, target)
         if embedding_size == available:
             return (target, []) if output_truncations else target
@@ -124,6 +127,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         config = BertConfig(**_entries(self.config))
         target: Any = self.bert_class()(config)
         target = target.to(device=self.device, dtype=self.dtype).eval()
+        _copy_products(self, target)
         _copy_weights(self, target)
         padded = config.hidden_size // config.num_attention_heads
         for name, source_layer, target_layer in _attentions(self, target):
@@ -179,6 +183,26 @@ def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
     left = sorted(name for name in set(wanted) - fitting if ".attention." not in name)
     if left:
         logger.warning(f"newly initialized, because {_named(source)} does not have them: {', '.join(left)}")
+
+
+def _copy_products(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Layers that are products of matrices themselves (``fnl_hf.factorize``) stay so.
+
+    Raises:
+        ValueError: they are attention's; only dense ones have heads of another rank.
+    """
+    prefix = target.base_model_prefix + "."
+    there = {_in_full(name, target, prefix): name for name, _ in target.named_modules()}
+    for name, layer in source.named_modules():
+        if not hasattr(layer, "to_dense"):
+            continue
+        if ".attention." in name:
+            raise ValueError(
+                f"{_named(source)}: {name} is a product of matrices: make it dense first, fnl_hf.merge(model)"
+            )
+        full = _in_full(name, source, prefix)
+        if full in there:
+            target.set_submodule(there[full], copy.deepcopy(layer))
 
 
 def _in_full(name: str, model: PreTrainedModel, prefix: str) -> str:

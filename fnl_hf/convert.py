@@ -65,8 +65,8 @@ def convert(
             which directions count; without any, the weights do.
 
     Returns:
-        The folder has a model card, too; where E became smaller, the spectra of the products are drawn in
-        ``spectra.png``.
+        Both models, and what each product lost. The folder has a model card, too; where E became smaller, the spectra
+        of the products are drawn in ``spectra.png``.
 
     Raises:
         UserInputError: a folder in use, no such checkpoint, another architecture, or sizes that do not fit.
@@ -125,7 +125,7 @@ def load_model(source: str) -> PreTrainedModel:
 def calibration_batches(
     tokenizer: PreTrainedTokenizerBase, files: Sequence[str], samples: int, max_seq_length: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs from the first ``samples`` documents of text files, for :meth:`from_bert`."""
+    """Inputs from the first ``samples`` documents of text files: the ``calibration`` of ``from_bert``."""
     texts = load_text_files(list(files))["text"][:samples] if files else []
     for start in range(0, len(texts), BATCH_SIZE):
         yield dict(
