@@ -4,6 +4,7 @@ Runs and downloads are processes of their own, which know the server by HF_ENDPO
 """
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM
 from transformers.integrations import is_tensorboard_available
 
@@ -65,6 +67,22 @@ CONVERTING = """
 from fnl_hf import cli
 cli.main(["convert", "ada/bert", "small", "--attention_embedding_size", "21"])
 cli.main(["push", "small", "small"])
+"""
+
+WITH_XET = """
+import os, sys
+from pathlib import Path
+del os.environ["HF_HUB_DISABLE_XET"]
+from fnl_hf import cli
+def push():
+    try:
+        cli.main(["push", sys.argv[1], "over-xet"])
+    except SystemExit:
+        pass
+    return {path.name: path.stat().st_mtime_ns for path in Path(sys.argv[2]).rglob("xorbs/default.*")}
+sent = push()
+if sent:
+    assert push() == sent, "what is there is not sent again"
 """
 
 
@@ -296,6 +314,23 @@ def test_a_push_that_is_cut_off_leaves_the_model_and_goes_on(hub, here, corpus, 
     assert hub.files("ada/cut")["model.safetensors"] == weights
     assert hub.received[oid] == 1, "nothing is sent twice"
     assert tokens_in(hub, folder) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reason="hf_xet is not installed")
+def test_large_files_go_over_xet_to_a_hub_that_has_it(hub, here, published, tmp_path):
+    name, cas = "ada/over-xet", tmp_path / "cas"
+    copy = shutil.copytree(published / "answers", tmp_path / "copy")
+    save_file({"unsent": torch.arange(9_000)}, copy / "model.safetensors")  # no other test has stored it
+    weights = (copy / "model.safetensors").read_bytes()
+    refused = run_python(hub, tmp_path, WITH_XET, copy, cas, token=hub.token)
+    remedy = "set HF_HUB_DISABLE_XET=1 to send them through Git LFS. "
+    assert remedy + f"{copy} is as it was" in refused.stderr and hub.messages(name) == ["initial commit"]
+    here.setattr(hub, "xet", cas)
+    cas.mkdir()
+    pushed = run_python(hub, tmp_path, WITH_XET, copy, cas, token=hub.token)
+    assert pushed.stdout.split() == [f"{hub.url}/{name}"] * 2 and hub.messages(name)[1:] == ["Upload model"]
+    assert hub.files(name)["model.safetensors"] == weights
+    assert hub.received[hashlib.sha256(weights).hexdigest()] == 0, "nothing went through LFS"
 
 
 # ---- the card ----

@@ -118,6 +118,8 @@ def reason(error: BaseException) -> str:
     if status in REFUSALS:
         return REFUSALS[status]
     found = f"{type(root).__name__}: {root}".rstrip(".")
+    if "404" in found and "/xet-write-token/" in found:  # hf_xet raises no HTTPError
+        return "it takes no large files over Xet: set HF_HUB_DISABLE_XET=1 to send them through Git LFS"
     return found if root is error else f"{error} ({found})"
 
 
