@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import inf
 
 from fnl_hf.layers.base import INITS, MODES
 
@@ -27,7 +28,7 @@ class FactorizationConfig:
         target_ratio: the parameters of all factorized layers, over those of the dense ones; ranks are in proportion to
             the full ones.
         energy: the share of Σσ² that each layer keeps at least, above 0 and at most 1.
-        ranks: {pattern: rank}; the layers that match, the first match counts, and no others.
+        ranks: {type or pattern: rank}; the layers that match, the first match counts, and no others.
         init: "spectral" (the paper's) or "default" (its baseline); see :class:`fnl_hf.layers.FactorizedLayer`.
         include: types ("Linear", "Conv2d", "Embedding") or patterns of names, as in a shell. A pattern may leave out
             the beginning of a name, up to a dot: "query" is every ``….query``.
@@ -56,22 +57,29 @@ class FactorizationConfig:
         for name, known in (("mode", MODES), ("init", INITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("include", "exclude"):
+            entries = getattr(self, name)
+            if isinstance(entries, str) or not all(isinstance(entry, str) for entry in entries):
+                raise ValueError(f"{name} ({entries!r}) must be a list of types and patterns")
+        self._validate_sizes()
+
+    def _validate_sizes(self):
         given = [name for name in SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given: the ranks follow from one of them")
-        for name in ("rank_scale", "target_ratio"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < float("inf"):
-                raise ValueError(f"{name} ({value}) must be finite and above 0")
-        if self.energy is not None and not 0.0 < self.energy <= 1.0:
-            raise ValueError(f"energy ({self.energy}) must be above 0 and at most 1")
-        if self.energy is not None and self.mode != "low_rank":
-            raise ValueError(f"energy ({self.energy}) chooses a rank below the full one, but mode is {self.mode!r}")
-        for name in ("include", "exclude"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} ({getattr(self, name)!r}) must be a list of types and patterns")
         if not given:
             self.rank_scale = DEFAULT_RANK_SCALES[self.mode]
+        for name, largest in (("rank_scale", inf), ("target_ratio", inf), ("energy", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0.0 < value <= largest and value < inf):
+                raise ValueError(
+                    f"{name} ({value!r}) must be above 0 and {'finite' if largest == inf else 'at most 1'}"
+                )
+        if self.energy is not None and self.mode != "low_rank":
+            raise ValueError(f"energy ({self.energy}) chooses a rank below the full one, but mode is {self.mode!r}")
+        for pattern, rank in (self.ranks or {}).items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"the rank of {pattern!r} ({rank!r}) must be a whole number of at least 1")
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -5,6 +5,7 @@ there ``from_pretrained`` looks for what has to be done to a model's structure b
 packages can register their ways. Any other model has the list in a JSON file beside its weights.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,8 +46,12 @@ class FactorizedLayersLoader(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs):
         config: Any = self.quantization_config
         rebuild_layers(model, config.layers)
+        untie_factorized(model)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for layer in model.modules():
+            if isinstance(layer, FactorizedLayer):
+                _initialize_missing(layer)
         # Nothing is quantized: half(), Trainer and save_pretrained work as for every model.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             model.__dict__.pop(name, None)
@@ -73,9 +79,17 @@ def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def record_layers(model: nn.Module) -> None:
-    """Write into the configuration of a Transformers model which layers are factorized."""
+    """Write into the configuration of a Transformers model which layers are factorized.
+
+    It gets one of its own: other models may have been made from the one that it has.
+    """
     if not isinstance(model, PreTrainedModel):
         return
+    shared: Any = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
     layers = factorized_layers(model)
     if layers:
         model.config.quantization_config = FactorizedLayersConfig(layers=layers)
@@ -89,28 +103,46 @@ def quantization_method(model: nn.Module) -> str | None:
     return entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
 
 
-def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> list[str]:
-    """Replace the dense layers of these names by factorized ones without weights; returns the names that it lacks."""
-    prefix, missing = _base_prefix(model), []
+def untie_factorized(model: nn.Module) -> None:
+    """Factorized layers have weights of their own: Transformers must not tie them to those of others again.
+
+    Biases stay tied; ``config.tie_word_embeddings`` would be about both.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    factorized = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
+    for target, source in list(tied.items()):
+        if target in factorized or source in factorized:
+            del tied[target]
+
+
+def _initialize_missing(layer: FactorizedLayer) -> None:
+    """Draw a layer whose parameters were not in the checkpoint; Transformers knows no initialization for it."""
+    own = list(layer.parameters(recurse=False))
+    if not all(p.is_meta or getattr(p, "_is_hf_initialized", False) for p in own):
+        layer.reset_parameters()
+
+
+def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+    """Replace the dense layers of these names, as far as the model has them, by factorized ones without weights."""
+    prefix = _base_prefix(model)
     modules = dict(model.named_modules())
     for name, entry in layers.items():
         full = next((n for n in (f"{prefix}{name}", name) if type(modules.get(n)) in FACTORIZED), None)
         if full is None:
-            missing.append(name)
             continue
         dense: Any = modules[full]
         factory = {"device": "meta", "dtype": dense.weight.dtype}
         new = FACTORIZED[type(dense)].like(dense, entry["rank"], entry["deep"], **factory)
         replace_modules(model, {id(dense): new})
-    return missing
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Replace the submodules with these ids everywhere, also where one has several places."""
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Replace the modules with these ids everywhere, also where one has several places; returns the model."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
+    return replacements.get(id(model), model)
 
 
 def save_factorized(model: nn.Module, folder: str | Path) -> None:
@@ -134,12 +166,13 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     try:
         layers = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))["layers"]
-        missing = rebuild_layers(model, layers)
+        missing = [name for name in layers if type(dict(model.named_modules()).get(name)) not in FACTORIZED]
         if missing:
             raise ValueError(f"{type(model).__name__} has no dense layer {missing[0]!r}")
+        rebuild_layers(model, layers)
         _materialize(model)
         load_model(model, str(folder / WEIGHTS_FILE))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserInputError(f"{folder}: {error}") from error
     return model
 
@@ -154,6 +187,8 @@ def _materialize(model: nn.Module) -> None:
             for name, tensor in entries.items():
                 if tensor is None or not tensor.is_meta:
                     continue
+                if name in module._non_persistent_buffers_set:
+                    raise ValueError(f"{type(module).__name__}.{name} is saved nowhere: make the model on a device")
                 if id(tensor) not in made:
                     new = torch.empty_like(tensor, device=device)
                     is_parameter = isinstance(tensor, nn.Parameter)

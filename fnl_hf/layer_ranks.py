@@ -16,6 +16,13 @@ FACTORIZED: dict[type[nn.Module], type[FactorizedLayer]] = {
     nn.Embedding: FactorizedEmbedding,
 }
 
+TYPE_NAMES = {kind.__name__: kind for kind in FACTORIZED}
+
+
+def is_named(entry: str, name: str, layer: nn.Module) -> bool:
+    """Whether a type or pattern of a :class:`FactorizationConfig` means this layer."""
+    return type(layer) is TYPE_NAMES[entry] if entry in TYPE_NAMES else matches(name, entry)
+
 
 class LayerSize:
     """Sizes of a dense layer as G matrices m x n, without its weights."""
@@ -46,7 +53,10 @@ def choose_ranks(layers: Mapping[str, nn.Module], config: FactorizationConfig) -
     """
     sizes = {name: LayerSize(layer) for name, layer in layers.items()}
     if config.ranks is not None:
-        return {name: next(r for p, r in config.ranks.items() if matches(name, p)) for name in layers}
+        return {
+            name: next(rank for entry, rank in config.ranks.items() if is_named(entry, name, layer))
+            for name, layer in layers.items()
+        }
     if config.target_ratio is not None:
         return _ranks_of_ratio(sizes, config.target_ratio, config.mode)
     if config.energy is not None:
@@ -67,14 +77,14 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
     def parameters(ranks):
         return sum(sizes[name].parameters(rank, deep) for name, rank in ranks.items())
 
-    low, high = 0.0, max(1.0, ratio)
+    low, high = 0.0, 1.0  # scales
     while mode != "low_rank" and parameters(ranks_at(high)) <= budget:
         high *= 2
-    if parameters(ranks_at(low)) > budget:
-        least = parameters(ranks_at(low)) / dense
-        warnings.warn(
-            f"target_ratio ({ratio}) is below {least:.3g}, what the smallest ranks take: taking those", stacklevel=4
-        )
+    for scale, bound in ((low, "below"), (high, "above")):
+        reached = parameters(ranks_at(scale))
+        if reached > budget if bound == "below" else reached < budget:
+            what = f"target_ratio ({ratio}) is {bound} {reached / dense:.3g}"
+            warnings.warn(f"{what}, what the {'small' if bound == 'below' else 'larg'}est ranks take", stacklevel=4)
     for _ in range(60):
         scale = (low + high) / 2
         low, high = (scale, high) if parameters(ranks_at(scale)) <= budget else (low, scale)
@@ -95,7 +105,7 @@ def _rank_of_energy(name: str, layer: Any, energy: float) -> int:
     layer_class = FACTORIZED[type(layer)]
     matrices = layer_class.like(layer, 1, False, device="meta").to_matrices(layer.weight.float())
     squares = torch.linalg.svdvals(matrices).double().square()
-    kept = squares.cumsum(dim=1) / squares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    # Less than the share that float32 cannot tell from it.
-    needed = (kept < energy - 1e-7).sum(dim=1).max().item() + 1
+    # Less by what float32 cannot tell.
+    wanted = (energy - 1e-7) * squares.sum(dim=1, keepdim=True)
+    needed = (squares.cumsum(dim=1) < wanted).sum(dim=1).max().item() + 1
     return min(int(needed), squares.shape[1])

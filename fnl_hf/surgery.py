@@ -14,11 +14,17 @@ from transformers import PreTrainedModel
 
 from fnl_hf.attention_fnl_bert import factor_pairs
 from fnl_hf.factorization_config import FactorizationConfig, matches
-from fnl_hf.factorized_checkpoints import METHOD, quantization_method, record_layers, replace_modules
-from fnl_hf.layer_ranks import FACTORIZED, LayerSize, choose_ranks
+from fnl_hf.factorized_checkpoints import (
+    METHOD,
+    quantization_method,
+    record_layers,
+    replace_modules,
+    untie_factorized,
+)
+from fnl_hf.layer_ranks import FACTORIZED, TYPE_NAMES, LayerSize, choose_ranks, is_named
 from fnl_hf.layers import FactorizedLayer
 
-TYPE_NAMES = {kind.__name__: kind for kind in FACTORIZED}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
 
 
@@ -30,7 +36,8 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
 
     Call it before an optimizer is made and before the model is wrapped, sharded or compiled. A model on the meta device
     gets its new structure only. Models of Transformers remember it: ``save_pretrained`` and ``from_pretrained`` work as
-    ever; for others there are :func:`save_factorized` and :func:`load_factorized`.
+    ever, if this was called with the model that is saved and not with a part of it. For others there are
+    :func:`save_factorized` and :func:`load_factorized`.
 
     Args:
         model: any module; its layers of exactly the types ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` can be
@@ -38,32 +45,35 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
         config: which, and how; by default each Linear and Conv2d at a quarter of its rank, but heads and tied weights.
 
     Returns:
-        ``model``.
+        ``model``, or where it is such a layer itself what takes its place.
 
     Raises:
-        ValueError: a model that is wrapped, a pattern or a selection without a layer, or a rank that is out of range;
-            the model is unchanged then.
+        ValueError: a model that is wrapped, sharded, offloaded or quantized, a pattern or a selection without a layer,
+            a rank that is out of range, or a layer with hooks or values that are not finite; the model is unchanged
+            then.
     """
     config = config or FactorizationConfig()
     _refuse_unfit(model)
     layers = selected_layers(model, config)
     ranks = choose_ranks(layers, config)
-    factorized: dict[int, nn.Module] = {}
-    for name, layer in layers.items():
-        try:
-            # Each layer draws its own, whichever others are selected.
-            seed = zlib.crc32(f"{config.seed} {name}".encode())
-            factorized[id(layer)] = FACTORIZED[type(layer)].from_dense(
-                layer, ranks[name], config.mode, config.init, seed
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    factorized = {id(layer): _factorized(name, layer, ranks[name], config) for name, layer in layers.items()}
     if config.mode == "low_rank":
         _warn_of_growth(layers, ranks)
-    replace_modules(model, factorized)
-    _untie(model, layers)
+    model = replace_modules(model, factorized)
+    untie_factorized(model)
     record_layers(model)
     return model
+
+
+def _factorized(name: str, layer: Any, rank: int, config: FactorizationConfig) -> nn.Module:
+    # Each layer draws its own, whichever others are selected.
+    seed = zlib.crc32(f"{config.seed} {name}".encode())
+    try:
+        if any(getattr(layer, hooks) for hooks in HOOKS) or hasattr(layer, "_hf_hook"):
+            raise ValueError("it has hooks, which a new layer would not have: remove them, or add them afterwards")
+        return FACTORIZED[type(layer)].from_dense(layer, rank, config.mode, config.init, seed)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -72,11 +82,11 @@ def merge(model: nn.Module) -> nn.Module:
     Products are taken in float32. Attention of an FNL-BERT stays what it is; its ``to_bert()`` makes it a BERT's.
 
     Returns:
-        ``model``; an optimizer of the factors is of no use to it.
+        ``model``, or where it is such a layer itself the dense one. An optimizer of the factors is of no use to it.
     """
     _refuse_unfit(model)
-    layers = {id(m): m.to_dense().layer for m in model.modules() if isinstance(m, FactorizedLayer)}
-    replace_modules(model, layers)
+    layers = {id(m): m.merged() for m in model.modules() if isinstance(m, FactorizedLayer)}
+    model = replace_modules(model, layers)
     record_layers(model)
     return model
 
@@ -111,47 +121,53 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
         if type(module) in FACTORIZED and "weight" in module._parameters
     }
     for entry in (*wanted, *config.exclude):
-        if not any(_is_named(entry, name, layer) for name, layer in candidates.items()) and entry not in TYPE_NAMES:
+        if not any(is_named(entry, name, layer) for name, layer in candidates.items()) and entry not in TYPE_NAMES:
             kinds = sorted({type(m).__name__ for name, m in model.named_modules() if matches(name, entry)})
             known = ", ".join(list(candidates)[:8]) + (", ..." if len(candidates) > 8 else "")
             raise ValueError(
                 f"{entry!r} names no layer that can be factorized ({', '.join(kinds) or 'nothing at all'}); "
                 f"those are {known}"
             )
-    protected = _protected(model, candidates)
+    protected = _protected(model)
     layers = {}
     for name, layer in candidates.items():
-        found = [entry for entry in wanted if _is_named(entry, name, layer)]
+        found = [entry for entry in wanted if is_named(entry, name, layer)]
         by_name = any(entry not in TYPE_NAMES for entry in found)
-        excluded = any(_is_named(entry, name, layer) for entry in config.exclude)
+        excluded = any(is_named(entry, name, layer) for entry in config.exclude)
         if found and (by_name or id(layer.weight) not in protected) and not excluded:
             layers[name] = layer
+    for name, layer in layers.items():
+        others = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not layer
+                  and isinstance(layer, nn.Embedding) and m.weight is layer.weight]  # fmt: skip
+        if others:
+            raise ValueError(f"{name}: its table is also that of {others[0]}, which would keep the dense one")
     if not layers:
         chosen = f"include={wanted}, exclude={list(config.exclude)}"
         raise ValueError(f"{type(model).__name__} has no layer to factorize with {chosen}")
     return layers
 
 
-def _is_named(entry: str, name: str, layer: nn.Module) -> bool:
-    return type(layer) is TYPE_NAMES[entry] if entry in TYPE_NAMES else matches(name, entry)
-
-
-def _protected(model: nn.Module, candidates: dict[str, nn.Module]) -> set[int]:
+def _protected(model: nn.Module) -> set[int]:
     """ids of the weights that are left alone unless they are named."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     protected = {key for key, count in owners.items() if count > 1}
     protected |= {id(weight) for pair in factor_pairs(model) for weight in pair.weights}
-    return protected | {id(layer.weight) for layer in _heads(model, candidates)}
+    return protected | {id(getattr(layer, "weight", None)) for layer in _heads(model) if type(layer) in FACTORIZED}
 
 
-def _heads(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterator[nn.Module]:
-    """Of a Transformers model what is outside its base model; of another one with several layers the last of them."""
-    if isinstance(model, PreTrainedModel):
-        if model.base_model is not model:
-            inside = {id(module) for module in model.base_model.modules()}
-            yield from (layer for layer in candidates.values() if id(layer) not in inside)
-    elif len(candidates) > 1:
-        yield list(candidates.values())[-1]
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """What a Transformers model, or one inside of ``model``, has outside its base model; of a model for a task that has
+    none its own layers and output embeddings; of any other model with several layers the last of them."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.base_model is not part:
+            inside = {id(module) for module in part.base_model.modules()}
+            yield from (module for module in part.modules() if id(module) not in inside)
+    if not isinstance(model, PreTrainedModel):
+        layers = [m for m in model.modules() if type(m) in FACTORIZED or isinstance(m, FactorizedLayer)]
+        yield from layers[-1:] if len(layers) > 1 else ()
+    elif model.base_model is model and not type(model).__name__.endswith("Model"):
+        yield from model.children()
+        yield from (module for module in [model.get_output_embeddings()] if module is not None)
 
 
 def _refuse_unfit(model: nn.Module) -> None:
@@ -174,15 +190,3 @@ def _warn_of_growth(layers: dict[str, nn.Module], ranks: dict[str, int]) -> None
     if grown:
         listed = ", ".join(grown[:5]) + (f" and {len(grown) - 5} more" if len(grown) > 5 else "")
         warnings.warn(f"{len(grown)} of {len(layers)} layers get more parameters than they had: {listed}", stacklevel=3)
-
-
-def _untie(model: Any, layers: dict[str, nn.Module]) -> None:
-    """A layer that was named and shared its weight has its own now: Transformers must not tie it again."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    gone = [
-        target for target, source in tied.items() if any(key.rpartition(".")[0] in layers for key in (target, source))
-    ]
-    if gone:
-        model.config.tie_word_embeddings = False
-        for key in gone:
-            del tied[key]

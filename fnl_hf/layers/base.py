@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fnl_hf.factorization import factor_views
+from fnl_hf.factorization import RANK_DIMS, factor_views
 from fnl_hf.layers.initialization import spectral_initialization
 from fnl_hf.products import register_product
 
@@ -109,8 +109,16 @@ class FactorizedLayer(nn.Module):
             std: standard deviation of the dense weight; √fan_in times it is the gain of every factor.
         """
         stds = self.default_stds(std)
-        for factor, size in zip(self.factors(), stds if self.deep else stds[::2], strict=True):
-            factor.copy_(size * torch.randn(factor.shape, generator=generator))
+        sizes = zip(self.factors(), stds if self.deep else stds[::2], strict=True)
+        self.set_factors(*(size * torch.randn(f.shape, generator=generator, device="cpu") for f, size in sizes))
+
+    @torch.no_grad()
+    def set_factors(self, *factors: torch.Tensor) -> None:
+        """Write U (G, m, r), M (G, r, r) if deep, and V (G, n, r) into the parameters, however these are stored."""
+        parameters = [parameter for parameter in (self.left, self.middle, self.right) if parameter is not None]
+        for parameter, factor, rank_dim in zip(parameters, factors, RANK_DIMS[self.kinds[self.deep]], strict=True):
+            rank_first = rank_dim == 0 and parameter is not self.middle
+            parameter.copy_((factor.mT if rank_first else factor).reshape(parameter.shape))
 
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedLayer":
@@ -151,15 +159,20 @@ class FactorizedLayer(nn.Module):
         if dense.device.type == "meta":
             return new
         exact = dense if dense.dtype == torch.float64 else dense.float()
-        if init == "spectral":
-            factors = spectral_initialization(new.to_matrices(exact), rank, new.deep, seed)
-            for parameter, factor in zip(new.factors(), factors, strict=True):
-                parameter.copy_(factor)
-        else:
-            new.draw_factors(exact.square().mean().sqrt().item(), torch.Generator().manual_seed(seed))
-        norm = exact.norm()
-        new.error = ((exact - new.multiplied_out(exact.dtype)).norm() / norm).item() if norm else 0.0
+        if not exact.isfinite().all():
+            raise ValueError("its weight has values that are not finite")
+        with torch.autocast(dense.device.type, enabled=False):
+            new.begin_from(exact, init, seed)
         return new
+
+    def begin_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
+        """Set the factors, and ``error``, from a dense weight in float32 or float64."""
+        if init == "spectral":
+            self.set_factors(*spectral_initialization(self.to_matrices(weight), self.rank, self.deep, seed))
+        else:
+            self.draw_factors(weight.square().mean().sqrt().item(), torch.Generator().manual_seed(seed))
+        norm = weight.norm()
+        self.error = ((weight - self.multiplied_out(weight.dtype)).norm() / norm).item() if norm else 0.0
 
     @torch.no_grad()
     def multiplied_out(self, dtype: torch.dtype) -> torch.Tensor:
@@ -168,16 +181,21 @@ class FactorizedLayer(nn.Module):
             return self._product(tuple(factor.to(dtype) for factor in self.factors()))
 
     @torch.no_grad()
-    def to_dense(self) -> Dense:
+    def merged(self) -> nn.Module:
         """The dense layer with the same outputs; the product is taken in float32 (float64 factors: in float64)."""
-        exact = self.multiplied_out(torch.float64)
-        product = exact if self.left.dtype == torch.float64 else self.multiplied_out(torch.float32)
+        product = self.multiplied_out(torch.float64 if self.left.dtype == torch.float64 else torch.float32)
         layer = self.new_dense(device="meta", dtype=self.left.dtype)
-        layer.weight = nn.Parameter(product.to(self.left.dtype), requires_grad=self.left.requires_grad)
+        moves = any(parameter.requires_grad for parameter in (self.left, self.right))
+        layer.weight = nn.Parameter(product.to(self.left.dtype), requires_grad=moves)
         if self.bias is not None:
             layer.bias = self.bias
-        layer.train(self.training)
-        return Dense(layer, (layer.weight.double() - exact).abs().max().item())
+        return layer.train(self.training)
+
+    @torch.no_grad()
+    def to_dense(self) -> Dense:
+        """:meth:`merged`, and how far its weight is from the product in float64."""
+        layer: Any = self.merged()
+        return Dense(layer, (layer.weight.double() - self.multiplied_out(torch.float64)).abs().max().item())
 
     def new_dense(self, **factory: Any) -> Any:
         """A dense layer of this one's sizes and options."""
@@ -196,6 +214,11 @@ def check_rank(rank: int, shape: tuple[int, int], mode: str) -> None:
         raise ValueError(f"rank ({rank}) of a low_rank layer must be between 1 and {full}, the smaller size of {shape}")
     if mode != "low_rank" and rank < full:
         raise ValueError(f"rank ({rank}) of a {mode} layer must be at least {full}, the smaller size of {shape}")
+
+
+def many_rows_if_exporting(rows: int) -> int:
+    """``rows``, or in an export, whose program is for any number of them, a large number."""
+    return 2**30 if torch.compiler.is_exporting() else rows
 
 
 def fan_in_stds(std: float, fan_in: int, left: int, rank: int, right: int) -> tuple[float, float, float]:

@@ -17,7 +17,8 @@ class FactorizedConv2d(FactorizedLayer):
 
     The kernel is the (c_out/G·k_h) × (c_in/G·k_w) matrix U Vᵀ or U M Vᵀ of each group. Parameters: ``left`` Uᵀ
     (G·r, c_out/G, k_h, 1), ``middle`` M (G·r, r) or None, ``right`` Vᵀ (G·r, c_in/G, 1, k_w), ``bias`` (c_out,) or
-    None. Computed as two convolutions, or as one with the product, whichever costs fewer operations for the input.
+    None. Computed factor by factor, or as one convolution with the product, whichever takes fewer operations for the
+    input.
 
     Arguments are those of ``nn.Conv2d``, and the rank and ``deep``.
     """
@@ -49,33 +50,37 @@ class FactorizedConv2d(FactorizedLayer):
         right = (self.groups * rank, in_channels // self.groups, 1, width)
         self._add_parameters(left, right, deep, out_channels if bias else None, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padding = self.padding
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x, padding = input, self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._padding_around, self.padding_mode), (0, 0)
-        left = self._folded_left()
-        if not self._two_cost_less(x, padding):
-            kernel = self.to_weight(left.mT @ self.right.unflatten(0, (self.groups, self.rank)).flatten(2))
-            return F.conv2d(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
+        way = self._cheapest_way(x, padding)
+        if way == "one convolution":
+            return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         across, down = (padding, padding) if isinstance(padding, str) else ((0, padding[1]), (padding[0], 0))
         (down_stride, across_stride), (down_dilation, across_dilation) = self.stride, self.dilation
-        vertical = left.mT.reshape(self.out_channels, self.kernel_size[0], self.rank).mT[..., None]
         x = F.conv2d(x, self.right, None, (1, across_stride), across, (1, across_dilation), self.groups)
+        left, *middle, _ = self.factors()
+        if way == "with the middle":
+            x = F.conv2d(x, self.middle[..., None, None], groups=self.groups)  # type: ignore[index]
+        elif middle:
+            left = left @ middle[0]
+        vertical = left.reshape(self.out_channels, self.kernel_size[0], self.rank).mT[..., None]
         return F.conv2d(x, vertical, self.bias, (down_stride, 1), down, (down_dilation, 1), self.groups)
 
-    def _folded_left(self) -> torch.Tensor:
-        """Uᵀ or (U M)ᵀ of each group, (G, r, m)."""
-        left = self.left.unflatten(0, (self.groups, self.rank)).flatten(2)
-        return left if self.middle is None else self.middle.unflatten(0, (self.groups, self.rank)).mT @ left
-
-    def _two_cost_less(self, x: torch.Tensor, padding: str | tuple[int, ...]) -> bool:
-        """Whether two convolutions take fewer multiplications than the product of the kernels and one convolution."""
+    def _cheapest_way(self, x: torch.Tensor, padding: str | tuple[int, ...]) -> str:
+        """By the number of multiplications for each group: "factor by factor", "with the middle" one applied to the
+        input, too, instead of multiplied into the left one, or "one convolution" with the product."""
         count, height = math.prod(x.shape[:-3]), x.shape[-2]
         rows, columns = (self._size_after(x.shape[axis - 2], padding, axis) for axis in (0, 1))
         m, n = self.matrix_shape()
-        per_group = (height * n + rows * m) * columns * count * self.rank
+        fold = self.rank**2 * m if self.deep else 0
+        apply = height * columns * count * self.rank**2 if self.deep else 0
+        factors = (height * n + rows * m) * columns * count * self.rank + min(fold, apply)
         dense = rows * columns * count * (self.out_channels // self.groups) * n * self.kernel_size[0]
-        return per_group <= dense + m * n * self.rank
+        if factors > dense + m * n * self.rank + fold:
+            return "one convolution"
+        return "with the middle" if apply < fold else "factor by factor"
 
     def _size_after(self, size: int, padding: str | tuple[int, ...], axis: int) -> int:
         reach = self.dilation[axis] * (self.kernel_size[axis] - 1)

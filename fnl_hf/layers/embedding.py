@@ -6,14 +6,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.layers.base import FactorizedLayer
+from fnl_hf.layers.base import FactorizedLayer, many_rows_if_exporting
 
 
 class FactorizedEmbedding(FactorizedLayer):
     """Rows of U Vᵀ, or of U M Vᵀ.
 
-    Parameters: ``left`` U (num_embeddings, r), ``middle`` M (r, r) or None, ``right`` Vᵀ (r, embedding_dim). The row of
-    ``padding_idx`` gets no gradient; as in torch it is zero in a new layer, and stays what it is in a dense one.
+    Parameters: ``left`` U (num_embeddings, r), ``middle`` M (r, r) or None, ``right`` Vᵀ (r, embedding_dim). As in
+    torch the row of ``padding_idx`` in ``left`` gets no gradient and is zero in a new layer; where it is zero in a
+    dense table it stays so, any other changes with ``right``.
     """
 
     kinds = ("linear", "deep")
@@ -34,9 +35,19 @@ class FactorizedEmbedding(FactorizedLayer):
         shapes = (num_embeddings, rank), (rank, embedding_dim)
         self._add_parameters(*shapes, deep, None, device=device, dtype=dtype)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        right = self.right if self.middle is None else self.middle @ self.right
-        return F.embedding(ids, self.left, self.padding_idx) @ right
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding(input, self.left, self.padding_idx)
+        if self.middle is None:
+            return rows @ self.right
+        if many_rows_if_exporting(input.numel()) <= self.embedding_dim:
+            return rows @ self.middle @ self.right
+        return rows @ (self.middle @ self.right)
+
+    @torch.no_grad()
+    def begin_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
+        super().begin_from(weight, init, seed)
+        if self.padding_idx is not None and not weight[self.padding_idx].any():
+            self.left[self.padding_idx] = 0.0
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

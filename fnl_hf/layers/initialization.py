@@ -5,14 +5,15 @@ U (G, m, r), M (G, r, r) of a deep product, V (G, n, r); W ≈ U Vᵀ or U M V�
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 
-# From here on, where a small rank is wanted, a randomized SVD: seconds instead of minutes for 4096 x 4096.
+# From here on, where the rank is below half, a randomized SVD.
 RANDOMIZED_FROM = 1024
 OVERSAMPLING = 16
 POWER_ITERATIONS = 6
+# A singular value's root of less than this share of the mean is not split evenly: nothing would move there.
+SMALLEST_SHARE = 1e-2
 
 
 def spectral_initialization(
@@ -21,12 +22,13 @@ def spectral_initialization(
     """Factors whose product is the best approximation of rank ``rank`` of each weight, or equals it where it can.
 
     With W = P Σ Qᵀ: U = P_r Σ_r^½ and V = Q_r Σ_r^½ (Khodak et al., section 3.1), deep: the cube root in all three.
+    Where σ is (nearly) 0, factors of that size would not move, so U (deep: U and V) has ordinary columns there and the
+    other factor makes up for it.
 
-    Where r exceeds the numerical rank k of W, filling up with zeros would leave directions without a gradient for ever.
-    Instead (our choice: the paper has no such initialization for overcomplete layers) the remaining r − k columns of
-    Ũ = [P_k Σ_k^½, X, 0] and Ṽ = [Q_k Σ_k^½, 0, Y] hold random directions X and Y, orthogonal to P and Q as long as
-    there are any, of the size of the mean singular value; U = Ũ R and V = Ṽ R with a random orthogonal R keep the
-    product, and each column of both moves. Deep: Ũ = [P_k Σ_k^⅓, X], Ṽ = [Q_k Σ_k^⅓, Y], M = Rᵀ diag(Σ_k^⅓, 0) S.
+    Beyond full rank k = min(m, n) the paper has no such initialization (our choice). Zeros would be directions without
+    a gradient for ever, so the remaining r − k columns of Ũ = [P Σ^½, X, 0] and Ṽ = [Q Σ^½, 0, Y] hold random
+    directions X and Y, orthogonal to P and Q as long as there are any; U = Ũ R and V = Ṽ R with a random orthogonal R
+    keep the product, and each column of both moves. Deep: Ũ = [P Σ^⅓, X], Ṽ = [Q Σ^⅓, Y], M = Rᵀ diag(Σ^⅓, 0) S.
 
     Args:
         weight: (G, m, n), float32 or float64.
@@ -37,63 +39,66 @@ def spectral_initialization(
         U, V or U, M, V.
     """
     generator = torch.Generator().manual_seed(seed)
-    p, sigma, q = truncated_svd(weight, min(rank, *weight.shape[1:]), seed)
-    tolerance = torch.finfo(sigma.dtype).eps * max(weight.shape[1:]) * sigma[:, :1]
-    ranks = (sigma > tolerance).sum(dim=1).tolist()
-    if all(k == rank for k in ranks):
-        root = sigma.pow(1 / 3 if deep else 1 / 2)[:, None]
-        return (p * root, torch.diag_embed(root[:, 0]), q * root) if deep else (p * root, q * root)
-    complete = _complete_deep if deep else _complete_pair
-    completed = [complete(p[g], sigma[g], q[g], k, rank, generator) for g, k in enumerate(ranks)]
-    return tuple(torch.stack(factors) for factors in zip(*completed))
+    full = min(weight.shape[1:])
+    p, sigma, q = truncated_svd(weight, min(rank, full), generator)
+    root = sigma.pow(1 / 3 if deep else 1 / 2)
+    mean = root.mean(dim=1, keepdim=True)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    size = torch.where(root > SMALLEST_SHARE * mean, root, mean)
+    left, middle, right = p * size[:, None], sigma / size**2, q * (size if deep else sigma / size)[:, None]
+    extra = max(0, rank - full)
+    if extra and deep:
+        left, right = (
+            torch.cat([factor, _new_directions(basis, extra, mean, generator)], dim=2)
+            for factor, basis in ((left, p), (right, q))
+        )
+        first, second = (_rotation(rank, weight, generator) for _ in range(2))
+        zeros = middle.new_zeros(len(middle), extra)
+        core = torch.diag_embed(torch.cat([middle, zeros], dim=1))
+        return left @ first, first.T @ core @ second, right @ second
+    if extra:
+        x = _new_directions(p, (extra + 1) // 2, mean, generator)
+        y = _new_directions(q, extra // 2, mean, generator)
+        left = torch.cat([left, x, torch.zeros_like(x)[..., : extra // 2]], dim=2)
+        right = torch.cat([right, y.new_zeros(*y.shape[:2], (extra + 1) // 2), y], dim=2)
+        rotation = _rotation(rank, weight, generator)
+        return left @ rotation, right @ rotation
+    return (left, torch.diag_embed(middle), right) if deep else (left, right)
 
 
-def truncated_svd(weight: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """P (G, m, r), Σ (G, r) and Q (G, n, r); randomized (Halko et al. 2011) for small ranks of large weights."""
+def truncated_svd(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """P (G, m, r), Σ (G, r) and Q (G, n, r); the largest entry of each column of P is positive.
+
+    Randomized for small ranks of large weights (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    """
     width = rank + OVERSAMPLING
-    if min(weight.shape[1:]) < RANDOMIZED_FROM or 4 * width > min(weight.shape[1:]):
+    if min(weight.shape[1:]) < RANDOMIZED_FROM or 2 * width > min(weight.shape[1:]):
         p, sigma, qh = torch.linalg.svd(weight, full_matrices=False)
-        return p[..., :rank], sigma[..., :rank], qh.mT[..., :rank]
-    devices = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        p, sigma, q = torch.svd_lowrank(weight, width, POWER_ITERATIONS)
-    return p[..., :rank], sigma[..., :rank], q[..., :rank]
+    else:
+        basis = torch.linalg.qr(weight @ _drawn(weight.shape[2], width, weight, generator)).Q
+        for _ in range(POWER_ITERATIONS):
+            basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ basis).Q).Q
+        small, sigma, qh = torch.linalg.svd(basis.mT @ weight, full_matrices=False)
+        p = basis @ small
+    p, q = p[..., :rank], qh.mT[..., :rank]
+    signs = p.gather(1, p.abs().argmax(dim=1, keepdim=True)).sign()
+    return p * signs, sigma[..., :rank], q * signs
 
 
-def _complete_pair(p, sigma, q, k, rank, generator) -> Iterator[torch.Tensor]:
-    root = sigma[:k].sqrt()
-    extra = rank - k
-    x = _new_directions(p[:, :k], (extra + 1) // 2, root, generator)
-    y = _new_directions(q[:, :k], extra // 2, root, generator)
-    rotation = _rotation(rank, p, generator)
-    left = torch.cat([p[:, :k] * root, x, x.new_zeros(x.shape[0], extra // 2)], dim=1)
-    right = torch.cat([q[:, :k] * root, y.new_zeros(y.shape[0], (extra + 1) // 2), y], dim=1)
-    yield from (left @ rotation, right @ rotation)
-
-
-def _complete_deep(p, sigma, q, k, rank, generator) -> Iterator[torch.Tensor]:
-    root = sigma[:k].pow(1 / 3)
-    left, right = (
-        torch.cat([basis[:, :k] * root, _new_directions(basis[:, :k], rank - k, root, generator)], dim=1)
-        for basis in (p, q)
-    )
-    first, second = (_rotation(rank, p, generator) for _ in range(2))
-    middle = torch.cat([root, root.new_zeros(rank - k)]).diag()
-    yield from (left @ first, first.T @ middle @ second, right @ second)
-
-
-def _new_directions(basis, count, sizes, generator) -> torch.Tensor:
-    """``count`` random columns, of the mean of ``sizes`` (1 if there are none), orthogonal to ``basis`` if possible."""
-    rows, known = basis.shape
-    drawn = torch.randn(rows, count, generator=generator, dtype=torch.float64).to(basis)
+def _new_directions(basis: torch.Tensor, count: int, size: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """``count`` random columns of norm ``size`` (G, 1), orthogonal to ``basis`` (G, m, k) if there is room for them."""
+    _, rows, known = basis.shape
+    drawn = _drawn(rows, count, basis, generator).expand(len(basis), -1, -1)
     if known + count <= rows:
-        drawn = torch.linalg.qr(torch.cat([basis, drawn], dim=1)).Q[:, known:]
+        drawn = torch.linalg.qr(torch.cat([basis, drawn], dim=2)).Q[..., known:]
     else:
         drawn = drawn / math.sqrt(rows)
-    return drawn * (sizes.mean() if len(sizes) else 1.0)
+    return drawn * size[..., None]
 
 
-def _rotation(size, like, generator) -> torch.Tensor:
-    drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q.to(like)
+def _rotation(size: int, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(_drawn(size, size, like, generator)).Q
+
+
+def _drawn(rows: int, columns: int, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=generator, device="cpu").to(like)

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.layers.base import FactorizedLayer, fan_in_stds
+from fnl_hf.layers.base import FactorizedLayer, fan_in_stds, many_rows_if_exporting
 
 
 class FactorizedLinear(FactorizedLayer):
     """y = x (U Vᵀ)ᵀ + b, or x (U M Vᵀ)ᵀ + b.
 
     Parameters: ``left`` U (out_features, r), ``middle`` M (r, r) or None, ``right`` Vᵀ (r, in_features), ``bias``
-    (out_features,) or None. Computed as two layers, or as one with the product, whichever costs fewer operations for
-    the number of rows of x.
+    (out_features,) or None. Computed factor by factor, or with factors multiplied first, whichever takes fewer
+    operations for the number of rows of x.
     """
 
     kinds = ("linear", "deep")
@@ -35,12 +35,25 @@ class FactorizedLinear(FactorizedLayer):
         shapes = (out_features, rank), (rank, in_features)
         self._add_parameters(*shapes, deep, out_features if bias else None, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left = self.left if self.middle is None else self.left @ self.middle
-        rows, dense = x.numel() // self.in_features, self.in_features * self.out_features
-        if rows * self.rank * (self.in_features + self.out_features) <= (rows + self.rank) * dense:
-            return F.linear(F.linear(x, self.right), left, self.bias)
-        return F.linear(x, left @ self.right, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        m, n, r = self.out_features, self.in_features, self.rank
+        rows = many_rows_if_exporting(input.numel() // n)
+        apply_middle, fold_middle = (0, 0) if self.middle is None else (rows * r * r, r * r * min(m, n))
+        if rows * r * (m + n) + min(apply_middle, fold_middle) > (rows + r) * m * n + fold_middle:
+            left, right = self._folded()
+            return F.linear(input, left @ right, self.bias)
+        if self.middle is not None and apply_middle <= fold_middle:
+            return F.linear(F.linear(F.linear(input, self.right), self.middle), self.left, self.bias)
+        left, right = self._folded()
+        return F.linear(F.linear(input, right), left, self.bias)
+
+    def _folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """U and Vᵀ with M, if there is one, in the smaller of them."""
+        if self.middle is None:
+            return self.left, self.right
+        if self.out_features <= self.in_features:
+            return self.left @ self.middle, self.right
+        return self.left, self.middle @ self.right
 
     def reset_parameters(self) -> None:
         self.draw_factors((3 * self.in_features) ** -0.5)
