@@ -30,7 +30,7 @@ class EpochSampler(Sampler[int]):
     def __init__(self, length: int, global_batch: int, seed: int, shuffle: bool = True):
         if length < global_batch:
             raise UserInputError(
-                f"the training data are {length} sequences, fewer than one global batch of {global_batch} "
+                f"the training data are {length} samples, fewer than one global batch of {global_batch} "
                 "(--per_device_train_batch_size x processes x --gradient_accumulation_steps)"
             )
         self.length = length
