@@ -11,7 +11,10 @@ from fnl_hf.configuration_fnl_bert import FnlBertConfig
 from fnl_hf.diagnostics import diagnose_products
 from fnl_hf.errors import UserInputError
 from fnl_hf.factorization import RANK_DIMS, Product, product_norms, spectral_factors
+from fnl_hf.factorization_config import FactorizationConfig
+from fnl_hf.factorized_checkpoints import load_factorized, save_factorized
 from fnl_hf.inference import ask
+from fnl_hf.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from fnl_hf.modeling_fnl_bert import (
     FnlBertForMaskedLM,
     FnlBertForMultipleChoice,
@@ -27,6 +30,7 @@ from fnl_hf.modeling_fnl_bert import (
 )
 from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups
 from fnl_hf.products import find_products, register_product
+from fnl_hf.surgery import factorization_table, factorize, merge
 
 __version__ = "0.1.0"
 
@@ -36,6 +40,10 @@ for _auto_class, _name in modeling_fnl_bert.AUTO_CLASSES.items():
     getattr(transformers, _auto_class).register(FnlBertConfig, getattr(modeling_fnl_bert, _name), exist_ok=True)
 
 __all__ = [
+    "FactorizationConfig",
+    "FactorizedConv2d",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
     "FnlBertConfig",
     "FnlBertForMaskedLM",
     "FnlBertForMultipleChoice",
@@ -57,9 +65,14 @@ __all__ = [
     "ask",
     "diagnose_products",
     "factor_pairs",
+    "factorization_table",
+    "factorize",
     "find_products",
     "frobenius_param_groups",
+    "load_factorized",
+    "merge",
     "product_norms",
     "register_product",
+    "save_factorized",
     "spectral_factors",
 ]

@@ -121,6 +121,8 @@ def factor_pairs(model: nn.Module) -> list[Product]:
         heads = module.self.num_attention_heads
         stem = f"{name}." if name else ""
         for kind, left, right in (("qk", "self.query", "self.key"), ("vo", "self.value", "output.dense")):
+            if not all(isinstance(module.get_submodule(layer).weight, nn.Parameter) for layer in (left, right)):
+                continue  # these are products themselves
             pairs.append(
                 Product(
                     name=f"{stem}{kind}",

@@ -20,7 +20,9 @@ RANK_DIMS = {
     "vo": (0, 1),  # V (E, n), O (m, E)
     "linear": (1, 0),  # U (m, r), Vᵀ (r, n): two Linear layers in a row, the later one first
     "uv": (1, 1),  # U (m, r), V (n, r), as the paper writes them
-    "deep": (1, 0, 0),  # U (m, r), M (r, s), Vᵀ (s, n): three Linear layers in a row, the last one first
+    "conv": (0, 0),  # Uᵀ (E, m, k, 1), Vᵀ (E, n, 1, k): convolutions in a row, the later one transposed, H groups
+    "deep": (1, 0, 0),  # U (m, E), M (E, s), Vᵀ (H·s, n): three Linear layers in a row, the last one first
+    "deep_conv": (0, 0, 0),  # Uᵀ (E, m, k, 1), M (E, s), Vᵀ (H·s, n, 1, k)
 }
 
 
@@ -78,12 +80,11 @@ def validate_product(weights: tuple[torch.Tensor, ...], kind: str, num_heads: in
             "shard with FSDP2 (fully_shard) instead"
         )
     ranks = [shape[dim] for shape, dim in zip(shapes, dims)]
-    if len(dims) == 3:  # U (m, r), M (r, s), Vᵀ (s, n): the middle factor carries both ranks
-        matches = ranks[0] == ranks[1] and shapes[1][1] == ranks[2] and len(shapes[1]) == 2 and num_heads == 1
-        needed = "match as U (m, r), M (r, s), Vᵀ (s, n) with num_heads = 1"
-    else:
-        matches = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0
-        needed = f"share one size, a multiple of num_heads ({num_heads}), in dimensions {dims}"
+    matches = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0
+    needed = f"share one size, a multiple of num_heads ({num_heads}), in dimensions {dims}"
+    if len(dims) == 3:  # the middle factor M (H·r, s) carries both ranks
+        matches = matches and len(shapes[1]) == 2 and shapes[1][1] * num_heads == ranks[2]
+        needed = f"match as U (m, r), M (r, s), Vᵀ (s, n) of each of num_heads ({num_heads})"
     if not matches:
         raise ValueError(f"{where}: shapes {' and '.join(map(str, shapes))} must {needed}")
 

@@ -48,8 +48,8 @@ def language_model(**entries):
 def all_kinds(**modules):
     """A product of each kind, beside ``modules``.
 
-    The five heads of "qk" and "vo" straddle 2 and 3 processes, and the one head of "wide" straddles all of them. Rank 2
-    of "linear" and "deep" leaves nothing to a third process.
+    The five heads of "qk" and "vo" straddle 2 and 3 processes, those of "grouped" too, and the one head of "wide"
+    straddles all of them. Rank 2 of "linear" and "deep" leaves nothing to a third process.
     """
     return assembled(
         qk=product("qk", (15, 8), (15, 6), num_heads=5),
@@ -58,6 +58,7 @@ def all_kinds(**modules):
         linear=product("linear", (7, 2), (2, 5)),
         wide=product("linear", (7, 5), (5, 4)),
         deep=product("deep", (7, 2), (2, 3), (3, 5)),
+        grouped=product("deep", (7, 15), (15, 2), (10, 4), num_heads=5),
         **modules,
     )
 

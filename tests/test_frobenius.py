@@ -9,21 +9,32 @@ from fnl_hf import RANK_DIMS, FrobeniusAdamW, FrobeniusSGD
 from fnl_hf.optim import frobenius
 from fnl_hf.optim.local_factors import LocalProduct
 
+
+def second_ranks(r, m):
+    """The slice of a triple's second ranks of the head whose first ranks are the slice r."""
+    head, s = r.start // (r.stop - r.start), m.shape[1]
+    return slice(head * s, (head + 1) * s)
+
+
 # The product of one head, whose ranks are the slice r, from the stored weights.
 DENSE = {
     "qk": lambda r, q, k: q[r].T @ k[r],
     "vo": lambda r, v, o: v[r].T @ o[:, r].T,
     "linear": lambda r, u, vt: u[:, r] @ vt[r],
     "uv": lambda r, u, v: u[:, r] @ v[:, r].T,
-    "deep": lambda r, u, m, vt: u[:, r] @ m @ vt,
+    "conv": lambda r, u, v: u[r].flatten(1).T @ v[r].flatten(1),
+    "deep": lambda r, u, m, vt: u[:, r] @ m[r] @ vt[second_ranks(r, m)],
+    "deep_conv": lambda r, u, m, v: u[r].flatten(1).T @ m[r] @ v[second_ranks(r, m)].flatten(1),
 }
-# Shapes for outer sizes m and n, all ranks e of all heads, and the second rank s of a triple.
+# Shapes for outer sizes m and n, all ranks e of all h heads, and the second rank s of a triple.
 SHAPES = {
-    "qk": lambda m, n, e, s: [(e, m), (e, n)],
-    "vo": lambda m, n, e, s: [(e, m), (n, e)],
-    "linear": lambda m, n, e, s: [(m, e), (e, n)],
-    "uv": lambda m, n, e, s: [(m, e), (n, e)],
-    "deep": lambda m, n, e, s: [(m, e), (e, s), (s, n)],
+    "qk": lambda m, n, e, s, h=1: [(e, m), (e, n)],
+    "vo": lambda m, n, e, s, h=1: [(e, m), (n, e)],
+    "linear": lambda m, n, e, s, h=1: [(m, e), (e, n)],
+    "uv": lambda m, n, e, s, h=1: [(m, e), (n, e)],
+    "conv": lambda m, n, e, s, h=1: [(e, m, 2, 1), (e, n, 1, 3)],
+    "deep": lambda m, n, e, s, h=1: [(m, e), (e, s), (h * s, n)],
+    "deep_conv": lambda m, n, e, s, h=1: [(e, m, 2, 1), (e, s), (h * s, n, 1, 3)],
 }
 KINDS = pytest.mark.parametrize("kind", sorted(SHAPES))
 # With zero gradients and a fresh state the optimizers leave the factors alone: their step is the decay alone.
@@ -37,7 +48,7 @@ STEPS = {
 
 def reference_gradients(weights, kind, heads=1):
     leaves = [w.detach().double().requires_grad_() for w in weights]
-    rank = leaves[0].shape[0 if kind in ("qk", "vo") else 1] // heads
+    rank = leaves[0].shape[RANK_DIMS[kind][0]] // heads
     dense = [DENSE[kind](slice(h * rank, (h + 1) * rank), *leaves) for h in range(heads)]
     return torch.autograd.grad(0.5 * sum(w.square().sum() for w in dense), leaves)
 
@@ -90,12 +101,12 @@ def check_step(groups, step):
 def product_groups(draw):
     """One to three products of a kind, alike in heads only; factors move, have no gradient or are frozen."""
     kind = draw(st.sampled_from(sorted(RANK_DIMS)))
-    heads = 1 if kind == "deep" else draw(st.integers(1, 3))
+    heads = draw(st.integers(1, 3))
     sizes = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3), st.integers(1, 5))
     shapes = [
         shape
         for m, n, r, s in draw(st.lists(sizes, min_size=1, max_size=3))
-        for shape in SHAPES[kind](m, n, heads * r, s)
+        for shape in SHAPES[kind](m, n, heads * r, s, heads)
     ]
     params = draw_weights(shapes, draw(st.sampled_from([torch.float32, torch.float64])), draw(st.integers(0, 99)))
     set_zero_gradients(params)

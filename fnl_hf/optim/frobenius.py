@@ -174,14 +174,15 @@ def _add_gradients_(product: LocalProduct, scratch: dict[Any, torch.Tensor]) -> 
         if not product.moving[index]:
             continue
         out = None if product.outs is None else product.outs[index]
+        middle = half if index == 1 else None
         for block, target in zip(factor.blocks, factor.own_targets() if out is None else factor.targets(out)):
             rows = operator if block.heads is ALL else operator[block.heads, block.rows]
-            base = block.base if half is None or index != 1 else half
+            base = block.base if middle is None else middle[block.heads]
             if target.dim() > 3:  # an outer size spread over several dimensions
                 target.add_((rows @ base).view(target.shape), alpha=alpha)
             elif factor.copy is not None:
                 target.baddbmm_(rows, factor.copy, alpha=alpha)
-            elif out is not None or base is half:
+            elif out is not None or middle is not None:
                 target.baddbmm_(rows, base, alpha=alpha)
             else:  # a matmul must not write what it reads
                 target.add_(torch.bmm(rows, base, out=_like(target, scratch)), alpha=alpha)

@@ -52,23 +52,32 @@ class LocalFactor:
     def request(self) -> RowPieces:
         """The rows that other processes need, of a factor cut along its rank."""
         assert self.cut is not None
-        return RowPieces(self.weight.movedim(self.rank_dim, 0).flatten(1), self.cut, self.rank, self.everywhere)
+        rows = self.weight.movedim(self.rank_dim, 0).flatten(1)
+        return RowPieces(rows, self.cut, self.cut.size if self.everywhere else self.rank, self.everywhere)
 
     def set_blocks(self, gathered: dict[int, torch.Tensor]) -> None:
         """Blocks of a factor cut along its rank: whole heads, and the parts of heads in ``gathered`` {head: (r, n)}."""
         request = self.request()
         start, stop = request.cut.range_of(request.cut.rank)
+        if self.everywhere:
+            self.whole = gathered[0].unflatten(0, (self.num_heads, -1))
+            gathered = dict(enumerate(self.whole))
         first, last = (0, 0) if self.everywhere else split_heads(start, stop, self.rank)[0]
         if first < last:
             begin, end = first * self.rank - start, last * self.rank - start
             base = request.rows[begin:end].unflatten(0, (last - first, self.rank))
             self.blocks.append(Block(slice(first, last), ALL, begin, end, base, True))
-        for a, b in request.pieces(request.cut.rank):
+        for a, b in self._pieces(start, stop):
             head, base = a // self.rank, gathered[a // self.rank][None]
             rows = slice(a - head * self.rank, b - head * self.rank)
             self.blocks.append(Block(slice(head, head + 1), rows, a - start, b - start, base, False))
-        if self.everywhere:
-            self.whole = gathered[0][None]
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The rows ``start`` to ``stop`` without the whole heads, unless all are wanted piece by piece."""
+        if not self.everywhere:
+            return split_heads(start, stop, self.rank)[1]
+        heads = range(start // self.rank, -(-stop // self.rank))
+        return [(max(start, head * self.rank), min(stop, (head + 1) * self.rank)) for head in heads]
 
     def gram(self, partial: bool = True) -> torch.Tensor:
         """FᵀF of each head (H, r, r). ``partial``: only the summand of this process, so that each head counts once."""
@@ -149,7 +158,7 @@ class LocalProduct:
 
     @property
     def middle(self) -> torch.Tensor | None:
-        """M (1, r, s) of a triple."""
+        """M (H, r, s) of a triple."""
         return self.factors[1].whole if len(self.factors) == 3 else None
 
     @property

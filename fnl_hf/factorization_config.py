@@ -1,0 +1,79 @@
+"""Which layers are factorized, and how."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from fnl_hf.layers.base import INITS, MODES
+
+SIZES = ("rank_scale", "target_ratio", "energy", "ranks")
+# Where nothing is said: at a quarter of its rank a square layer has half its parameters; an overcomplete one has twice
+# (deep: three times) as many at full rank.
+DEFAULT_RANK_SCALES = {"low_rank": 0.25, "wide": 1.0, "deep": 1.0}
+TYPES = ("Linear", "Conv2d")
+
+
+@dataclass
+class FactorizationConfig:
+    """What :func:`fnl_hf.factorize` does (one at most of ``rank_scale`` to ``ranks`` is given).
+
+    A layer's weight is an m x n matrix, a convolution's a (c_out·k_h) x (c_in·k_w) one in each of its groups. Its full
+    rank is min(m, n).
+
+    Args:
+        mode: "low_rank" (U Vᵀ, smaller than the dense layer), "wide" (U Vᵀ of at least full rank) or "deep" (U M Vᵀ of
+            at least full rank).
+        rank_scale: the rank is max(1, round(rank_scale · full rank)). Default: 0.25 for "low_rank", else 1.
+        target_ratio: the parameters of all factorized layers, over those of the dense ones; ranks are in proportion to
+            the full ones.
+        energy: the share of Σσ² that each layer keeps at least, above 0 and at most 1.
+        ranks: {pattern: rank}; the layers that match, the first match counts, and no others.
+        init: "spectral" (the paper's) or "default" (its baseline); see :class:`fnl_hf.layers.FactorizedLayer`.
+        include: types ("Linear", "Conv2d", "Embedding") or patterns of names, as in a shell. A pattern may leave out
+            the beginning of a name, up to a dot: "query" is every ``….query``.
+        exclude: types or patterns that are left alone.
+        seed: of what is drawn.
+
+    Layers that ``include`` names by type are left alone where they are a head, share their weight with another layer,
+    or are a factor of attention's products (:func:`fnl_hf.factor_pairs`) already; those that a pattern of ``include``
+    or ``ranks`` names are taken.
+
+    Raises:
+        ValueError: a value out of its range, or two sizes.
+    """
+
+    mode: str = "low_rank"
+    rank_scale: float | None = None
+    target_ratio: float | None = None
+    energy: float | None = None
+    ranks: Mapping[str, int] | None = None
+    init: str = "spectral"
+    include: Sequence[str] = TYPES
+    exclude: Sequence[str] = ()
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, known in (("mode", MODES), ("init", INITS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: the ranks follow from one of them")
+        for name in ("rank_scale", "target_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < float("inf"):
+                raise ValueError(f"{name} ({value}) must be finite and above 0")
+        if self.energy is not None and not 0.0 < self.energy <= 1.0:
+            raise ValueError(f"energy ({self.energy}) must be above 0 and at most 1")
+        if self.energy is not None and self.mode != "low_rank":
+            raise ValueError(f"energy ({self.energy}) chooses a rank below the full one, but mode is {self.mode!r}")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be a list of types and patterns")
+        if not given:
+            self.rank_scale = DEFAULT_RANK_SCALES[self.mode]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer's name, or the end of it after a dot, matches a pattern."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

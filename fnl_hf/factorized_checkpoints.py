@@ -1,0 +1,160 @@
+"""Saving and loading of models with factorized layers.
+
+A Transformers model carries the list of its factorized layers in its configuration, under ``quantization_config``:
+there ``from_pretrained`` looks for what has to be done to a model's structure before its weights are loaded, and other
+packages can register their ways. Any other model has the list in a JSON file beside its weights.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fnl_hf.errors import UserInputError
+from fnl_hf.layer_ranks import FACTORIZED
+from fnl_hf.layers import FactorizedLayer
+
+METHOD = "fnl_factorized"
+LAYERS_FILE = "factorized_layers.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@register_quantization_config(METHOD)
+@dataclass
+class FactorizedLayersConfig(QuantizationConfigMixin):
+    """Name -> {"rank": r, "deep": whether it has three factors} of each factorized layer; names within the base model
+    are those that they have there, so that every head finds them."""
+
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quant_method: str = METHOD  # type: ignore[assignment]  # Transformers' enumeration lists its own only
+
+
+@register_quantizer(METHOD)
+class FactorizedLayersLoader(HfQuantizer):
+    """Rebuilds the structure in ``from_pretrained``, on the meta device; afterwards the model is an ordinary one."""
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        config: Any = self.quantization_config
+        rebuild_layers(model, config.layers)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        # Nothing is quantized: half(), Trainer and save_pretrained work as for every model.
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            model.__dict__.pop(name, None)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        return model
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True
+
+
+def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What :class:`FactorizedLayersConfig` holds of ``model``."""
+    prefix = _base_prefix(model)
+    return {
+        name.removeprefix(prefix): {"rank": layer.rank, "deep": layer.deep}
+        for name, layer in model.named_modules()
+        if isinstance(layer, FactorizedLayer)
+    }
+
+
+def record_layers(model: nn.Module) -> None:
+    """Write into the configuration of a Transformers model which layers are factorized."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    layers = factorized_layers(model)
+    if layers:
+        model.config.quantization_config = FactorizedLayersConfig(layers=layers)
+    elif isinstance(getattr(model.config, "quantization_config", None), FactorizedLayersConfig):
+        del model.config.quantization_config
+
+
+def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> list[str]:
+    """Replace the dense layers of these names by factorized ones without weights; returns the names that it lacks."""
+    prefix, missing = _base_prefix(model), []
+    modules = dict(model.named_modules())
+    for name, entry in layers.items():
+        full = next((n for n in (f"{prefix}{name}", name) if type(modules.get(n)) in FACTORIZED), None)
+        if full is None:
+            missing.append(name)
+            continue
+        dense: Any = modules[full]
+        factory = {"device": "meta", "dtype": dense.weight.dtype}
+        new = FACTORIZED[type(dense)].like(dense, entry["rank"], entry["deep"], **factory)
+        replace_modules(model, {id(dense): new})
+    return missing
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Replace the submodules with these ids everywhere, also where one has several places."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def save_factorized(model: nn.Module, folder: str | Path) -> None:
+    """Save a model that is not one of Transformers: weights and the list of its factorized layers."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / WEIGHTS_FILE))
+    text = json.dumps({"layers": factorized_layers(model)}, indent=2)
+    (folder / LAYERS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Give a dense model the factorized layers and the weights that :func:`save_factorized` wrote, in place.
+
+    Args:
+        model: of the architecture that was factorized; its weights are replaced. It may be on the meta device.
+
+    Raises:
+        UserInputError: a file that is missing or broken, or layers and weights that do not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        layers = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))["layers"]
+        missing = rebuild_layers(model, layers)
+        if missing:
+            raise ValueError(f"{type(model).__name__} has no dense layer {missing[0]!r}")
+        _materialize(model)
+        load_model(model, str(folder / WEIGHTS_FILE))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserInputError(f"{folder}: {error}") from error
+    return model
+
+
+def _materialize(model: nn.Module) -> None:
+    """Memory for what is on the meta device, where the others are; shared tensors stay shared."""
+    tensors = [*model.parameters(), *model.buffers()]
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for entries in (module._parameters, module._buffers):
+            for name, tensor in entries.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty_like(tensor, device=device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                entries[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _base_prefix(model: nn.Module) -> str:
+    inner = isinstance(model, PreTrainedModel) and model.base_model is not model
+    return f"{model.base_model_prefix}." if inner else ""

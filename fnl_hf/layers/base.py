@@ -1,0 +1,203 @@
+"""What the factorized layers have in common: their factors, their product, and the way from and to a dense layer."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fnl_hf.factorization import factor_views
+from fnl_hf.layers.initialization import spectral_initialization
+from fnl_hf.products import register_product
+
+INITS = ("spectral", "default")
+MODES = ("low_rank", "wide", "deep")
+
+
+class Dense(NamedTuple):
+    """A dense layer, and the largest difference of an entry of its weight from the exact product of the factors."""
+
+    layer: nn.Module
+    largest_error: float
+
+
+class FactorizedLayer(nn.Module):
+    """A layer whose weight is a product, W = U Vᵀ, or W = U M Vᵀ if it is deep (Khodak et al., ICLR 2021).
+
+    The weight is seen as G matrices m x n, one for each group of a convolution, else one. U (m x r) is in the parameter
+    ``left``, V (n x r) in ``right``, M (r x r) in ``middle``, which is None in a product of two; how they are stored is
+    for the subclass to say. They are registered as a product (:func:`fnl_hf.register_product`), where
+    :func:`fnl_hf.frobenius_param_groups` and the diagnostics find them.
+    """
+
+    kinds: tuple[str, str]  # how a pair and a triple are stored: keys of fnl_hf.RANK_DIMS
+    dense_class: type[nn.Module]
+    left: nn.Parameter
+    middle: nn.Parameter | None
+    right: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, rank: int, groups: int = 1):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank ({rank}) must be at least 1")
+        self.rank, self.groups = rank, groups
+        #: ‖W − U Vᵀ‖_F/‖W‖_F of the dense weight that :meth:`from_dense` began with
+        self.error: float | None = None
+
+    def _add_parameters(
+        self, left: Sequence[int], right: Sequence[int], deep: bool, bias: int | None, **factory: Any
+    ) -> None:
+        shapes = {
+            "left": left,
+            "middle": (self.groups * self.rank, self.rank) if deep else None,
+            "right": right,
+            "bias": None if bias is None else (bias,),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **factory)))
+        names = ("left", "middle", "right") if deep else ("left", "right")
+        register_product(self, self.kinds[deep], *names, num_heads=self.groups)
+        if not self.left.is_meta:
+            self.reset_parameters()
+
+    @property
+    def deep(self) -> bool:
+        return self.middle is not None
+
+    def factors(self) -> tuple[torch.Tensor, ...]:
+        """U (G, m, r), M (G, r, r) if deep, and V (G, n, r): views of the parameters."""
+        weights = tuple(weight for weight in (self.left, self.middle, self.right) if weight is not None)
+        return factor_views(weights, self.kinds[self.deep], self.groups)
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """m and n."""
+        left, *_, right = self.factors()
+        return left.shape[1], right.shape[1]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, multiplied out in the dtype of the factors; gradients flow through it."""
+        return self._product(self.factors())
+
+    def _product(self, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        left, *middle, right = factors
+        return self.to_weight(left @ middle[0] @ right.mT if middle else left @ right.mT)
+
+    def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
+        """(G, m, n) as the dense layer stores its weight."""
+        raise NotImplementedError
+
+    def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        """A dense layer's weight as (G, m, n)."""
+        raise NotImplementedError
+
+    def default_stds(self, std: float) -> tuple[float, float, float]:
+        """Standard deviations of U, M and V where a dense weight has ``std``."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw factors and bias from the global generator, each factor as a layer of its own would be drawn."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def draw_factors(self, std: float, generator: torch.Generator | None = None) -> None:
+        """The default initialization, the baseline of the paper: each factor normal, as a layer of its own would be.
+
+        Args:
+            std: standard deviation of the dense weight; √fan_in times it is the gain of every factor.
+        """
+        stds = self.default_stds(std)
+        for factor, size in zip(self.factors(), stds if self.deep else stds[::2], strict=True):
+            factor.copy_(size * torch.randn(factor.shape, generator=generator))
+
+    @classmethod
+    def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedLayer":
+        """A factorized layer of the sizes and options of a dense one.
+
+        Raises:
+            ValueError: an option that a factorized layer has not.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls, layer: Any, rank: int, mode: str = "low_rank", init: str = "spectral", seed: int = 0
+    ) -> "FactorizedLayer":
+        """The factorized layer that stands for a dense one: on its device, of its dtype, with its bias itself.
+
+        Args:
+            layer: a ``dense_class``, of random or pretrained weights. On the meta device nothing is computed.
+            rank: r. "low_rank" takes at most min(m, n), "wide" and "deep" at least that.
+            mode: "low_rank" and "wide" have two factors, "deep" has three.
+            init: "spectral" (:func:`spectral_initialization`) or "default" (:meth:`draw_factors`).
+            seed: of what is drawn.
+
+        Raises:
+            ValueError: a rank that does not suit the mode, or an option of the layer that cannot be factorized.
+        """
+        if init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, got {init!r}")
+        dense = layer.weight
+        new = cls.like(layer, rank, mode == "deep", device="meta", dtype=dense.dtype)
+        check_rank(rank, new.matrix_shape(), mode)
+        new.to_empty(device=dense.device)
+        new.requires_grad_(dense.requires_grad).train(layer.training)
+        if getattr(layer, "bias", None) is not None:
+            new.bias = layer.bias
+        if dense.device.type == "meta":
+            return new
+        exact = dense if dense.dtype == torch.float64 else dense.float()
+        if init == "spectral":
+            factors = spectral_initialization(new.to_matrices(exact), rank, new.deep, seed)
+            for parameter, factor in zip(new.factors(), factors, strict=True):
+                parameter.copy_(factor)
+        else:
+            new.draw_factors(exact.square().mean().sqrt().item(), torch.Generator().manual_seed(seed))
+        norm = exact.norm()
+        new.error = ((exact - new.multiplied_out(exact.dtype)).norm() / norm).item() if norm else 0.0
+        return new
+
+    @torch.no_grad()
+    def multiplied_out(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight, computed in ``dtype``."""
+        with torch.autocast(self.left.device.type, enabled=False):
+            return self._product(tuple(factor.to(dtype) for factor in self.factors()))
+
+    @torch.no_grad()
+    def to_dense(self) -> Dense:
+        """The dense layer with the same outputs; the product is taken in float32 (float64 factors: in float64)."""
+        exact = self.multiplied_out(torch.float64)
+        product = exact if self.left.dtype == torch.float64 else self.multiplied_out(torch.float32)
+        layer = self.new_dense(device="meta", dtype=self.left.dtype)
+        layer.weight = nn.Parameter(product.to(self.left.dtype), requires_grad=self.left.requires_grad)
+        if self.bias is not None:
+            layer.bias = self.bias
+        layer.train(self.training)
+        return Dense(layer, (layer.weight.double() - exact).abs().max().item())
+
+    def new_dense(self, **factory: Any) -> Any:
+        """A dense layer of this one's sizes and options."""
+        raise NotImplementedError
+
+
+def check_rank(rank: int, shape: tuple[int, int], mode: str) -> None:
+    """
+    Raises:
+        ValueError: an unknown mode, or a rank that does not suit it.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    full = min(shape)
+    if mode == "low_rank" and not 1 <= rank <= full:
+        raise ValueError(f"rank ({rank}) of a low_rank layer must be between 1 and {full}, the smaller size of {shape}")
+    if mode != "low_rank" and rank < full:
+        raise ValueError(f"rank ({rank}) of a {mode} layer must be at least {full}, the smaller size of {shape}")
+
+
+def fan_in_stds(std: float, fan_in: int, left: int, rank: int, right: int) -> tuple[float, float, float]:
+    """gain/√fan_in of three factors, with the gain of a dense layer whose weight has the standard deviation ``std``."""
+    gain = std * math.sqrt(fan_in)
+    return gain / math.sqrt(left), gain / math.sqrt(rank), gain / math.sqrt(right)

@@ -1,0 +1,123 @@
+"""A two-dimensional convolution whose kernel is a product of a horizontal and a vertical one."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fnl_hf.layers.base import FactorizedLayer, fan_in_stds
+
+OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class FactorizedConv2d(FactorizedLayer):
+    """A 1×k convolution to r channels and a k×1 convolution (Khodak et al., figure 1), for each of G groups.
+
+    The kernel is the (c_out/G·k_h) × (c_in/G·k_w) matrix U Vᵀ or U M Vᵀ of each group. Parameters: ``left`` Uᵀ
+    (G·r, c_out/G, k_h, 1), ``middle`` M (G·r, r) or None, ``right`` Vᵀ (G·r, c_in/G, 1, k_w), ``bias`` (c_out,) or
+    None. Computed as two convolutions, or as one with the product, whichever costs fewer operations for the input.
+
+    Arguments are those of ``nn.Conv2d``, and the rank and ``deep``.
+    """
+
+    kinds = ("conv", "deep_conv")
+    dense_class = nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        rank: int,
+        *,
+        bias: bool = True,
+        deep: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ):
+        dense = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, device="meta", **options)
+        super().__init__(rank, dense.groups)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
+        self.padding, self.padding_mode = dense.padding, dense.padding_mode
+        self._padding_around = tuple(dense._reversed_padding_repeated_twice)  # left, right, top, bottom
+        height, width = self.kernel_size
+        left = (self.groups * rank, out_channels // self.groups, height, 1)
+        right = (self.groups * rank, in_channels // self.groups, 1, width)
+        self._add_parameters(left, right, deep, out_channels if bias else None, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._padding_around, self.padding_mode), (0, 0)
+        left = self._folded_left()
+        if not self._two_cost_less(x, padding):
+            kernel = self.to_weight(left.mT @ self.right.unflatten(0, (self.groups, self.rank)).flatten(2))
+            return F.conv2d(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
+        across, down = (padding, padding) if isinstance(padding, str) else ((0, padding[1]), (padding[0], 0))
+        (down_stride, across_stride), (down_dilation, across_dilation) = self.stride, self.dilation
+        vertical = left.mT.reshape(self.out_channels, self.kernel_size[0], self.rank).mT[..., None]
+        x = F.conv2d(x, self.right, None, (1, across_stride), across, (1, across_dilation), self.groups)
+        return F.conv2d(x, vertical, self.bias, (down_stride, 1), down, (down_dilation, 1), self.groups)
+
+    def _folded_left(self) -> torch.Tensor:
+        """Uᵀ or (U M)ᵀ of each group, (G, r, m)."""
+        left = self.left.unflatten(0, (self.groups, self.rank)).flatten(2)
+        return left if self.middle is None else self.middle.unflatten(0, (self.groups, self.rank)).mT @ left
+
+    def _two_cost_less(self, x: torch.Tensor, padding: str | tuple[int, ...]) -> bool:
+        """Whether two convolutions take fewer multiplications than the product of the kernels and one convolution."""
+        count, height = math.prod(x.shape[:-3]), x.shape[-2]
+        rows, columns = (self._size_after(x.shape[axis - 2], padding, axis) for axis in (0, 1))
+        m, n = self.matrix_shape()
+        per_group = (height * n + rows * m) * columns * count * self.rank
+        dense = rows * columns * count * (self.out_channels // self.groups) * n * self.kernel_size[0]
+        return per_group <= dense + m * n * self.rank
+
+    def _size_after(self, size: int, padding: str | tuple[int, ...], axis: int) -> int:
+        reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
+        around = {"valid": 0, "same": reach}[padding] if isinstance(padding, str) else 2 * padding[axis]
+        return (size + around - reach - 1) // self.stride[axis] + 1
+
+    def reset_parameters(self) -> None:
+        fan_in = self._fan_in()
+        self.draw_factors((3 * fan_in) ** -0.5)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
+
+    def _fan_in(self) -> int:
+        return self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    def default_stds(self, std: float) -> tuple[float, float, float]:
+        height = self.kernel_size[0]
+        return fan_in_stds(std, self._fan_in(), self.rank * height, self.rank, self._fan_in() // height)
+
+    def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
+        height, width = self.kernel_size
+        split = matrices.reshape(self.groups, self.out_channels // self.groups, height, -1, width)
+        return split.transpose(2, 3).reshape(self.out_channels, -1, height, width)
+
+    def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        # The rows of a matrix are (output channel, k_h), its columns (input channel, k_w).
+        split = weight.unflatten(0, (self.groups, -1)).transpose(2, 3)
+        return split.reshape(self.groups, -1, self.in_channels // self.groups * self.kernel_size[1])
+
+    @classmethod
+    def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedConv2d":
+        options = {name: getattr(layer, name) for name in OPTIONS}
+        bias = layer.bias is not None
+        return cls(
+            layer.in_channels, layer.out_channels, layer.kernel_size, rank, bias=bias, deep=deep, **options, **factory
+        )
+
+    def new_dense(self, **factory: Any) -> nn.Conv2d:
+        kernel: Any = self.kernel_size
+        options = {name: getattr(self, name) for name in OPTIONS} | factory
+        return nn.Conv2d(self.in_channels, self.out_channels, kernel, bias=self.bias is not None, **options)
+
+    def extra_repr(self) -> str:
+        dense = self.new_dense(device="meta").extra_repr()
+        return f"{dense}, rank={self.rank}, deep={self.deep}"

@@ -1,0 +1,69 @@
+"""An embedding whose table is a product."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fnl_hf.layers.base import FactorizedLayer
+
+
+class FactorizedEmbedding(FactorizedLayer):
+    """Rows of U Vᵀ, or of U M Vᵀ.
+
+    Parameters: ``left`` U (num_embeddings, r), ``middle`` M (r, r) or None, ``right`` Vᵀ (r, embedding_dim). The row of
+    ``padding_idx`` gets no gradient; as in torch it is zero in a new layer, and stays what it is in a dense one.
+    """
+
+    kinds = ("linear", "deep")
+    dense_class = nn.Embedding
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        padding_idx: int | None = None,
+        deep: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(rank)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        shapes = (num_embeddings, rank), (rank, embedding_dim)
+        self._add_parameters(*shapes, deep, None, device=device, dtype=dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        right = self.right if self.middle is None else self.middle @ self.right
+        return F.embedding(ids, self.left, self.padding_idx) @ right
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.draw_factors(1.0)
+        if self.padding_idx is not None:
+            self.left[self.padding_idx] = 0.0
+
+    def default_stds(self, std: float) -> tuple[float, float, float]:
+        """A table has no inputs to sum over: U and V of equal size, so that the entries of the product have ``std``."""
+        return (std / self.rank**0.5) ** 0.5, self.rank**-0.5, (std / self.rank**0.5) ** 0.5
+
+    def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
+        return matrices[0]
+
+    def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight[None]
+
+    @classmethod
+    def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedEmbedding":
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(layer, option):
+                raise ValueError(f"an Embedding with {option}={getattr(layer, option)} cannot be factorized")
+        return cls(layer.num_embeddings, layer.embedding_dim, rank, layer.padding_idx, deep, **factory)
+
+    def new_dense(self, **factory: Any) -> nn.Embedding:
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, **factory)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}rank={self.rank}, deep={self.deep}"

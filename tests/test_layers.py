@@ -1,0 +1,330 @@
+"""Factorized layers against dense ones in float64, over shapes, strides, groups, ranks and modes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fnl_hf import find_products, frobenius_param_groups
+from fnl_hf.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, initialization
+from fnl_hf.layers.initialization import spectral_initialization, truncated_svd
+
+CLASSES = {nn.Linear: FactorizedLinear, nn.Conv2d: FactorizedConv2d, nn.Embedding: FactorizedEmbedding}
+MODES = pytest.mark.parametrize("mode", ["low_rank", "wide", "deep"])
+
+
+def factorized(layer, *args, **options):
+    return CLASSES[type(layer)].from_dense(layer, *args, **options)
+
+
+def seeded(layer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return layer.double()
+
+
+def assert_close(actual, expected, atol=1e-9):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+@st.composite
+def convolutions(draw):
+    """A layer, an input that is large enough for it, and m and n of its groups."""
+    groups, kernel = draw(st.integers(1, 3)), (draw(st.integers(1, 4)), draw(st.integers(1, 3)))
+    out_channels, in_channels = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 2))
+    padding = draw(st.sampled_from([0, (1, 0), (2, 3), "valid", "same"]))
+    stride = 1 if padding == "same" else (draw(st.integers(1, 3)), draw(st.integers(1, 2)))
+    layer = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=(draw(st.integers(1, 2)), draw(st.integers(1, 2))),
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+    )
+    batch = draw(st.sampled_from([(), (1,), (5,)]))
+    x = torch.randn(*batch, in_channels, draw(st.integers(8, 11)), draw(st.integers(7, 12)), dtype=torch.float64)
+    shape = out_channels // groups * kernel[0], in_channels // groups * kernel[1]
+    return seeded(layer, draw(st.integers(0, 99))), x, shape
+
+
+@st.composite
+def ranks(draw, shape):
+    """A mode and a rank that suits it and gives the weight exactly."""
+    mode = draw(st.sampled_from(["low_rank", "wide", "deep"]))
+    full = min(shape)
+    return mode, full if mode == "low_rank" else draw(st.integers(full, 2 * full + 3))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_convolution_at_full_rank_is_the_dense_one_in_either_way(data):
+    layer, x, shape = data.draw(convolutions())
+    mode, rank = data.draw(ranks(shape))
+    new = factorized(layer, rank, mode)
+    expected = layer(x)
+    for two in (True, False, None):
+        if two is not None:
+            new._two_cost_less = lambda x, padding, two=two: two
+        else:
+            del new._two_cost_less
+        assert_close(new(x), expected)
+    assert_close(new.weight, layer.weight)
+    back = new.to_dense()
+    assert repr(back.layer) == repr(layer) and back.largest_error == 0.0
+    assert_close(back.layer(x), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 7), st.booleans(), st.sampled_from([(), (1,), (2, 40)]), st.data())
+def test_linear_and_embedding_at_full_rank_are_the_dense_ones(n, m, bias, batch, data):
+    mode, rank = data.draw(ranks((m, n)))
+    layer, x = seeded(nn.Linear(n, m, bias)), torch.randn(*batch, n, dtype=torch.float64)
+    new = factorized(layer, rank, mode)
+    assert_close(new(x), layer(x))
+    assert repr(new.to_dense().layer) == repr(layer)
+    table, ids = seeded(nn.Embedding(n, m)), torch.randint(n, (3, 2))
+    assert_close(factorized(table, rank, mode)(ids), table(ids))
+    assert_close(factorized(table, rank, mode).to_dense().layer(ids), table(ids))
+
+
+@pytest.mark.parametrize("layer, groups", [(nn.Linear(7, 5), 1), (nn.Conv2d(6, 10, (3, 2), groups=2), 2)])
+def test_below_full_rank_it_is_the_closest_matrix_of_that_rank(layer, groups):
+    """By Eckart and Young, what is left has the norm of the singular values that were cut off."""
+    seeded(layer)
+    matrices = layer.weight[None]
+    if groups == 2:  # rows (output channel, k_h), columns (input channel, k_w)
+        rows = [[g[c, :, k].flatten() for c in range(5) for k in range(3)] for g in layer.weight.split(5)]
+        matrices = torch.stack([torch.stack(group) for group in rows])
+    sigma = torch.linalg.svdvals(matrices)
+    new = factorized(layer, 2)
+    lost = sigma[:, 2:].square().sum().sqrt()
+    assert_close((new.weight - layer.weight).norm(), lost)
+    assert new.error == pytest.approx((lost / layer.weight.norm()).item())
+    for factor in new.factors():  # Σ is split evenly
+        assert_close(torch.linalg.svdvals(factor), sigma[:, :2].sqrt())
+
+
+def every_gradient_moves(layer, x):
+    """The smallest norm of a column's gradient, over all factors."""
+    (layer(x) ** 3).sum().backward()
+    gradients = [p.grad for p in (layer.left, layer.middle, layer.right) if p is not None]
+    twin = copy.deepcopy(layer)
+    twin.left, twin.right = nn.Parameter(gradients[0]), nn.Parameter(gradients[-1])
+    if layer.middle is not None:
+        twin.middle = nn.Parameter(gradients[1])
+    return min(factor.norm(dim=1).min().item() for factor in twin.factors())
+
+
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Linear(5, 7), torch.randn(11, 5)),
+        (nn.Conv2d(4, 6, 3, groups=2), torch.randn(3, 4, 7, 5)),
+    ],
+)
+@pytest.mark.parametrize("mode, rank", [("wide", 6), ("wide", 9), ("deep", 6), ("deep", 9), ("wide", 40), ("deep", 40)])
+@pytest.mark.parametrize("kept", [0, 3, 5])
+def test_what_exceeds_the_rank_of_the_weight_is_exact_and_moves(layer, x, mode, rank, kept):
+    """Also for weights that are zero or of lower rank themselves."""
+    layer = seeded(copy.deepcopy(layer))
+    whole = factorized(layer, 3 if kept == 3 else min(layer.weight.shape[0], 5)) if kept else None
+    with torch.no_grad():
+        layer.weight.copy_(whole.weight if kept else torch.zeros_like(layer.weight))
+    new = factorized(layer, rank, mode)
+    assert_close(new.weight, layer.weight)
+    if kept:
+        assert every_gradient_moves(new, x.double()) > 1e-3
+
+
+def test_a_zero_weight_of_low_rank_can_learn():
+    """Zeros in both factors would stay zeros for ever."""
+    layer, goal = nn.Linear(5, 7, bias=False), torch.randn(7, 5)
+    nn.init.zeros_(layer.weight)
+    new = factorized(layer, 4)
+    assert not new.weight.abs().max() > 1e-7
+    optimizer = torch.optim.SGD(new.parameters(), lr=0.05)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        (new.weight - goal).square().sum().backward()
+        optimizer.step()
+    best = torch.linalg.svdvals(goal)[4:].norm()
+    assert (new.weight - goal).norm().item() == pytest.approx(best.item(), rel=0.02, abs=1e-3)
+
+
+def test_the_randomized_decomposition_is_near_the_best(monkeypatch):
+    """On a spectrum that falls slowly, 1/√i, and against the full decomposition's error."""
+    monkeypatch.setattr(initialization, "RANDOMIZED_FROM", 100)
+    generator = torch.Generator().manual_seed(1)
+    u, v = (torch.linalg.qr(torch.randn(size, 200, generator=generator)).Q for size in (230, 210))
+    weight = ((u * torch.arange(1, 201).rsqrt()) @ v.T)[None]
+    p, sigma, q = truncated_svd(weight, 20, seed=3)
+    assert p.shape == (1, 230, 20) and q.shape == (1, 210, 20)
+    best = (1 / torch.arange(21, 201)).sum().sqrt()
+    assert ((p * sigma[:, None]) @ q.mT - weight).norm() == pytest.approx(best.item(), rel=1e-3)
+    state = torch.get_rng_state()
+    again = truncated_svd(weight, 20, seed=3)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's generator is left alone"
+    assert all(torch.equal(a, b) for a, b in zip(again, (p, sigma, q)))
+
+
+def test_seeds_choose_what_is_drawn():
+    layer = seeded(nn.Linear(5, 7))
+    for options in ((9, "wide", "spectral"), (3, "low_rank", "default")):
+        first, same, other = (factorized(layer, *options, seed).left for seed in (1, 1, 2))
+        assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("mode, rank", [("low_rank", 90), ("deep", 200)])
+def test_the_default_draws_each_factor_as_a_layer_of_its_own(mode, rank):
+    """A ReLU network's initialization, gain √2: std √(2/fan_in) of the dense layer and of each factor."""
+    convolution = nn.Conv2d(50, 70, 3)
+    nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+    new = factorized(convolution, rank, mode, "default")
+    expected = {"left": 2 / (3 * rank), "middle": 2 / rank, "right": 2 / (50 * 3)}
+    for name, variance in expected.items():
+        factor = getattr(new, name)
+        assert factor is None or factor.var().item() == pytest.approx(variance, rel=0.05)
+    table = nn.Embedding(400, 300)
+    assert factorized(table, 30, init="default").weight.std().item() == pytest.approx(1.0, rel=0.05)
+
+
+@MODES
+def test_a_new_layer_begins_like_a_dense_one(mode):
+    """Bias and default gain of nn.Linear and nn.Conv2d, whose weights have variance 1/(3·fan_in)."""
+    torch.manual_seed(0)
+    deep = mode == "deep"
+    layer = FactorizedConv2d(20, 40, 3, 60, groups=2, deep=deep)
+    assert layer.right.var().item() == pytest.approx(1 / (3 * 30), rel=0.1)
+    assert layer.left.var().item() == pytest.approx(1 / (3 * 180), rel=0.1)
+    assert 0 < layer.bias.abs().max() <= 90**-0.5
+    linear = FactorizedLinear(200, 70, 60, deep=deep)
+    assert linear.right.var().item() == pytest.approx(1 / 600, rel=0.1)
+    assert 0 < linear.bias.abs().max() <= 200**-0.5
+    table = FactorizedEmbedding(300, 200, 60, padding_idx=2, deep=deep)
+    assert not table(torch.tensor([2])).any() and table.weight.std().item() == pytest.approx(1.0, rel=0.1)
+
+
+def test_state_dict_names_and_shapes():
+    def shapes(layer):
+        return {name: tuple(p.shape) for name, p in layer.state_dict().items()}
+
+    expected = {"left": (14, 3, 3, 1), "middle": (14, 7), "right": (14, 2, 1, 5), "bias": (6,)}
+    assert shapes(FactorizedConv2d(4, 6, (3, 5), 7, groups=2, deep=True)) == expected
+    expected = {"left": (7, 3), "middle": (3, 3), "right": (3, 5), "bias": (7,)}
+    assert shapes(FactorizedLinear(5, 7, 3, deep=True)) == expected
+    assert shapes(FactorizedLinear(5, 7, 3, bias=False)) == {"left": (7, 3), "right": (3, 5)}
+    assert shapes(FactorizedEmbedding(5, 7, 3)) == {"left": (5, 3), "right": (3, 7)}
+
+
+def test_representation():
+    assert repr(FactorizedLinear(5, 7, 3)) == (
+        "FactorizedLinear(in_features=5, out_features=7, rank=3, bias=True, deep=False)"
+    )
+    assert "rank=3" in repr(FactorizedEmbedding(5, 7, 3, 1)) and "padding_idx=1" in repr(
+        FactorizedEmbedding(5, 7, 3, 1)
+    )
+    assert repr(FactorizedConv2d(4, 6, 3, 2, stride=2, padding=1, bias=False, deep=True)) == (
+        "FactorizedConv2d(4, 6, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False, rank=2, deep=True)"
+    )
+
+
+def test_the_cheaper_way_is_taken():
+    """Counted by torch's own counter, over sizes on both sides of the border."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(layer, x):
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        return counter.get_total_flops()
+
+    seen = set()
+    for rows in (1, 5, 60):
+        for rank in (3, 20, 70):
+            layer = FactorizedLinear(40, 30, rank)
+            ways = 2 * rows * rank * 70, 2 * (rows + rank) * 1200
+            assert flops(layer, torch.randn(rows, 40)) == min(ways)
+            seen.add(ways[0] < ways[1])
+            image, convolution = torch.randn(2, 4, rows + 4, 9), FactorizedConv2d(4, 6, 3, rank, padding=1, stride=2)
+            height, width = (rows + 4 + 1) // 2, 5
+            two = 2 * 2 * width * rank * 3 * ((rows + 4) * 4 + height * 6)
+            one = 2 * 18 * rank * 12 + 2 * 2 * height * width * 6 * 4 * 9
+            assert flops(convolution, image) == min(one, two)
+            seen.add(two < one)
+    assert seen == {True, False}
+
+
+def test_channels_last_and_half_precision():
+    layer = nn.Conv2d(6, 10, 3, padding=1).to(memory_format=torch.channels_last)
+    new = factorized(layer, 18).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 6, 7, 5).to(memory_format=torch.channels_last)
+    assert_close(new(x), layer(x), 1e-5)
+    assert new(x).is_contiguous(memory_format=torch.channels_last)
+    half = factorized(nn.Linear(5, 7).bfloat16(), 5)
+    dense, error = half.to_dense()
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} == {dense.weight.dtype}
+    exact = half.left.double() @ half.right.double()
+    assert error == (dense.weight.double() - exact).abs().max().item() > 0
+    assert (dense.weight.double() - exact).abs().max() <= 2**-8 * exact.abs().max(), "rounded once"
+
+
+def test_what_a_layer_carries_over():
+    layer = nn.Linear(5, 7)
+    layer.weight.requires_grad_(False)
+    layer.eval()
+    new = factorized(layer, 3)
+    assert not new.training and new.bias is layer.bias
+    assert [name for name, p in new.named_parameters() if p.requires_grad] == ["bias"]
+    meta = factorized(nn.Conv2d(4, 6, 3, device="meta"), 3, "low_rank")
+    assert all(p.is_meta for p in meta.parameters()) and meta.error is None
+    for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        assert_close(twin.weight, new.weight)
+        assert len(find_products(twin)) == 1
+
+
+@MODES
+def test_a_layer_is_a_product(mode):
+    model = nn.Sequential(factorized(nn.Conv2d(4, 6, 3, groups=2), 6, mode), factorized(nn.Linear(5, 5), 5, mode))
+    products = find_products(model)
+    count = 3 if mode == "deep" else 2
+    assert [(p.name, p.num_heads, len(p.weights)) for p in products] == [("0", 2, count), ("1", 1, count)]
+    for product, layer in zip(products, model):
+        for factor, own in zip(product.factors(), layer.factors()):
+            assert torch.equal(factor, own)
+    names = [group["name"] for group in frobenius_param_groups(model)]
+    assert names == (["deep_conv", "deep", "plain"] if mode == "deep" else ["conv", "linear", "plain"])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: factorized(nn.Linear(5, 7), 6), r"rank \(6\) of a low_rank layer must be between 1 and 5"),
+        (lambda: factorized(nn.Linear(5, 7), 4, "wide"), r"rank \(4\) of a wide layer must be at least 5"),
+        (lambda: factorized(nn.Conv2d(4, 6, 3, groups=2), 5, "deep"), r"rank \(5\) of a deep layer must be at least 6"),
+        (lambda: factorized(nn.Linear(5, 7), 3, "narrow"), "mode must be one of .*, got 'narrow'"),
+        (lambda: factorized(nn.Linear(5, 7), 3, init="svd"), "init must be one of .*, got 'svd'"),
+        (lambda: factorized(nn.Linear(5, 7), 0), r"rank \(0\) must be at least 1"),
+        (lambda: factorized(nn.Embedding(5, 7, max_norm=1.0), 3), "Embedding with max_norm=1.0 cannot be factorized"),
+        (lambda: factorized(nn.Embedding(5, 7, sparse=True), 3), "Embedding with sparse=True"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_spectral_initialization_in_float32():
+    """The issue's bound: a full-rank product within 1e-5."""
+    weight = torch.randn(2, 60, 40, generator=torch.Generator().manual_seed(0))
+    for deep, rank in ((False, 40), (False, 90), (True, 40), (True, 90)):
+        left, *middle, right = spectral_initialization(weight, rank, deep)
+        assert_close(left @ middle[0] @ right.mT if deep else left @ right.mT, weight, 1e-5)
