@@ -6,7 +6,7 @@
 Every arm sees the same images and differs from the others only in the flags below. In training 1,000 held-out images
 of the training data are evaluated, the test images once at the end. Prints a table (mean and standard deviation over
 the seeds), writes the accuracy on the held-out images over the epochs to a PNG. Finished runs are kept.
-Flags that this script does not know are passed on to every run.
+Flags that this script does not know are passed on to every run. On a GPU: --max_train_samples 59000 --epochs 200.
 """
 
 import argparse

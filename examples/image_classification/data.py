@@ -152,7 +152,9 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
         UserInputError: a file that cannot be read, another magic number, or sizes that are not those of the data.
     """
     try:
-        content = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read()
+        content = file.read_bytes()
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise UserInputError(f"{file}: cannot be read: {error}") from error
     magic = bytes([0, 0, IDX_UINT8, dimensions])

@@ -21,10 +21,12 @@ import fnl_hf
 from data import ImageDataset, Images, Preparation, class_balanced, load_folders, load_hub, load_idx
 from fnl_hf import FactorizationConfig, UserInputError
 from fnl_hf.data.masking import collate_batch
+from fnl_hf.layers import FactorizedLayer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.models import as_user_input
-from fnl_hf.training.pretraining_trainer import epoch_sampler
+from fnl_hf.training.optimizers import OPTIMIZERS
 from fnl_hf.training.runs import validate_resume
+from fnl_hf.training.sampling import epoch_sampler
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
 from pruning import layers_to_prune, make_permanent, prune_by_magnitude, remaining_parameters
@@ -121,7 +123,9 @@ class DataArguments:
 class ImageTrainingArguments(FnlTrainingArguments):
     """FnlTrainingArguments with the recipe of the authors' ResNets."""
 
-    optimizer: str = field(default="sgd", metadata={"help": "sgd (momentum 0.9), adamw or lamb."})
+    optimizer: str = field(
+        default="sgd", metadata={"help": "The optimizer; SGD's momentum is 0.9.", "choices": list(OPTIMIZERS)}
+    )
     learning_rate: float = field(default=0.1, metadata={"help": "The initial learning rate."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of all weights but the factors."})
     num_train_epochs: float = field(default=200.0, metadata={"help": "Epochs to train."})
@@ -140,8 +144,10 @@ class ImageTrainer(FnlTrainer):
         milestones: shares of the training after which the rate is divided by 10.
     """
 
-    def __init__(self, *args, milestones: list[float], **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, args, train_dataset, milestones: list[float], **kwargs):
+        if args.do_train:  # what is refused is refused before the output folder is made
+            epoch_sampler(train_dataset, args, args.train_batch_size)
+        super().__init__(args=args, train_dataset=train_dataset, **kwargs)
         self.milestones = sorted(milestones)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -287,16 +293,14 @@ def make_trainer(
     )
 
 
-def evaluate(
-    trainer: ImageTrainer, model_args: ModelArguments, test: ImageDataset, prepare: Preparation
-) -> dict[str, dict[str, float]]:
+def evaluate(trainer: ImageTrainer, test: ImageDataset, prepare: Preparation) -> dict[str, dict[str, float]]:
     """Loss, accuracy and parameters of the model and, if it is factorized, of the one that it is multiplied out to;
     after training that is saved, too."""
-    parameters = remaining_parameters(trainer.model)
-    metrics = {"eval": trainer.evaluate(test) | {"eval_parameters": parameters}}
-    if model_args.method in ("dense", "pruning"):
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    metrics = {"eval": trainer.evaluate(test) | {"eval_parameters": remaining_parameters(model)}}
+    if not any(isinstance(module, FactorizedLayer) for module in model.modules()):
         return metrics
-    merged: Any = fnl_hf.merge(copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)))
+    merged: Any = fnl_hf.merge(copy.deepcopy(model))
     parameters = remaining_parameters(merged)
     metrics["merged"] = trainer.evaluate_model(merged, test, "merged") | {"merged_parameters": parameters}
     if trainer.args.do_train and trainer.args.should_save:
@@ -332,10 +336,10 @@ def run(argv):
     if args.do_train:
         metrics["train"] = train_and_save(trainer, checkpoint)
     if args.do_eval:
-        metrics |= evaluate(trainer, model_args, datasets["test"], prepare)
+        metrics |= evaluate(trainer, datasets["test"], prepare)
     if model_args.method == "pruning":
         make_permanent(model)
-        if args.do_train:
+        if args.do_train:  # it was saved with its masks
             trainer.save_model(_internal_call=True)
     if args.do_train and args.should_save:
         prepare.save(args.output_dir)
