@@ -11,7 +11,7 @@ PRETRAINED ?= output/pretrain
 SQUAD ?= output/squad
 INSTALL := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: pretrain squad test quality format clean
+.PHONY: pretrain squad docs test quality format clean
 
 # Pretrain a tiny FNL-BERT on the embedded corpus: make pretrain ARGS="--decay_mode weight --output_dir output/weight"
 pretrain: $(VENV)/.run
@@ -24,6 +24,10 @@ squad: $(VENV)/.run
 		--resume_from_checkpoint auto $(ARGS)
 	$(BIN)/python -c "import fnl_hf; print(fnl_hf.ask('$(SQUAD)', 'What does a list keep?', \
 		'A list keeps an ordered row of references to objects, and it can grow or shrink.'))"
+
+# The documentation site, in output/site.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs output/site
 
 test: quality
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -72,7 +72,8 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
             attention_embedding_size: E, a multiple of the number of heads, at most that of ``bert``. Default: the same.
             calibration: batches of inputs. With them "closest" is measured on what the heads compute for these, not on
                 the weights alone: whitened SVD.
-            output_truncations: return also what each product lost, a list of :class:`Truncation`.
+            output_truncations: return also what each product lost, a list of
+                :class:`~fnl_hf.head_mixing.Truncation`.
             kwargs: for ``from_pretrained`` where ``bert`` is a name.
 
         Returns:

@@ -48,7 +48,8 @@ def convert(
             which directions count; without any, the weights do.
 
     Returns:
-        Where E became smaller, the spectra of the products are drawn in ``folder/spectra.png``.
+        The model, its size before, and what its products lost. Where E became smaller, their spectra are drawn in
+        ``folder/spectra.png``.
 
     Raises:
         UserInputError: a folder in use, no such checkpoint, another architecture, or sizes that do not fit.
@@ -104,7 +105,7 @@ def load_model(source: str) -> PreTrainedModel:
 def calibration_batches(
     tokenizer: PreTrainedTokenizerBase, files: Sequence[str], samples: int, max_seq_length: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs from the first ``samples`` documents of text files, for :meth:`from_bert`."""
+    """Inputs from the first ``samples`` documents of text files: the ``calibration`` of ``from_bert``."""
     texts = load_text_files(list(files))["text"][:samples] if files else []
     for start in range(0, len(texts), BATCH_SIZE):
         yield dict(

@@ -116,8 +116,8 @@ def product_norms(*factors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Norms of H products taken together as one block-diagonal matrix, as 0-d tensors on the factors' device.
 
     Of U (H, m, r) and V (H, n, r), or U, M (H, r, s) and V (H, n, s), as :meth:`Product.factors` gives them.
-    ``frobenius``: (Σ_h ‖U_h V_hᵀ‖²_F)^½. ``nuclear``: Σ_h ‖U_h V_hᵀ‖_*. ``bound``: see :func:`bound`; for two factors
-    it is what weight decay on the factors penalizes (Khodak et al., section 4).
+    ``frobenius``: (Σ_h ‖U_h V_hᵀ‖²_F)^½. ``nuclear``: Σ_h ‖U_h V_hᵀ‖_*. ``bound``: ½(‖U‖²_F + ‖V‖²_F),
+    what weight decay on the factors penalizes (Khodak et al., section 4); of three factors ½(‖U M‖²_F + ‖V‖²_F).
     """
     values = torch.linalg.svdvals(core(*factors))
     return {"frobenius": values.square().sum().sqrt(), "nuclear": values.sum(), "bound": bound(*factors)}

@@ -51,7 +51,7 @@ class HeadMixing:
 class Truncation:
     """What a product lost: ``singular_values`` (H, r), descending, of which ``rank`` are kept in each head.
 
-    ``name`` and ``kind`` are those of :func:`factor_pairs`.
+    ``name`` and ``kind`` are those of :func:`fnl_hf.factor_pairs`.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Truncation:
 
     @property
     def lost(self) -> float:
-        """(Σ discarded σ²)^½ over all heads: the Frobenius norm of the error, in the metric of the moments."""
+        """(Σ discarded σ²)^½ over all heads, the Frobenius norm of the error in the metric of the moments."""
         return float(self.singular_values[:, self.rank :].square().sum().sqrt())
 
 

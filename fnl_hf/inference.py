@@ -50,7 +50,7 @@ def ask(
         doc_stride: tokens from the start of one window of a context to that of the next.
         max_answer_length: tokens in an answer, at most.
         version_2_with_negative: allow no answer, "" with start = end = 0.
-        null_score_diff_threshold: as in :func:`fnl_hf.data.squad_answers.answers_from_logits`.
+        null_score_diff_threshold: no answer if its score less the best span's is above this.
         batch_size: windows that go through the model at once.
 
     Returns:

@@ -9,10 +9,11 @@ _ATTRIBUTE = "_registered_products"  # on the module: attributes of parameters w
 
 
 def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads: int = 1, name: str = "") -> None:
-    """Declare that parameters of ``module`` are the factors of a product, for decay and diagnostics.
+    """Declare that parameters of ``module`` are the factors of a product, for decay and diagnostics::
 
-        register_product(block, "linear", "up.weight", "down.weight")                # up(down(x)): U Vᵀ
-        register_product(block, "deep", "up.weight", "mid.weight", "down.weight")    # up(mid(down(x))): U M Vᵀ
+        register_product(adapter, "linear", "up.weight", "down.weight")  # up(down(x)): U Vᵀ
+        # up(mid(down(x))): U M Vᵀ
+        register_product(block, "deep", "up.weight", "mid.weight", "down.weight")
 
     Args:
         module: any module; the registration stays with it through copies, pickling, DDP and FSDP2.

@@ -23,7 +23,7 @@ WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
 
 
 def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn.Module:
-    """Replace layers of ``model`` by products of two or three matrices, in place.
+    """Replace layers of ``model`` by products of two or three matrices, in place::
 
         model = fnl_hf.factorize(model, fnl_hf.FactorizationConfig(target_ratio=0.1))
         optimizer = fnl_hf.FrobeniusAdamW(fnl_hf.frobenius_param_groups(model, weight_decay=0.01), lr=1e-4)
@@ -112,8 +112,12 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
     }
     for entry in (*wanted, *config.exclude):
         if not any(_is_named(entry, name, layer) for name, layer in candidates.items()) and entry not in TYPE_NAMES:
+            kinds = sorted({type(m).__name__ for name, m in model.named_modules() if matches(name, entry)})
             known = ", ".join(list(candidates)[:8]) + (", ..." if len(candidates) > 8 else "")
-            raise ValueError(f"no layer is named {entry!r}; those that can be factorized are {known}")
+            raise ValueError(
+                f"{entry!r} names no layer that can be factorized ({', '.join(kinds) or 'nothing at all'}); "
+                f"those are {known}"
+            )
     protected = _protected(model, candidates)
     layers = {}
     for name, layer in candidates.items():

@@ -17,8 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, constants
 
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".png")
 REPOSITORY = r"(?P<name>[\w.-]+/[\w.-]+)"
@@ -96,6 +97,15 @@ class Hub:
             "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home),
             "HF_TOKEN": token or "", "HF_HUB_DISABLE_TELEMETRY": "1",
         }  # fmt: skip
+
+    def serve_this_process(self, monkeypatch, home) -> None:
+        """Pushes and downloads of this process, too, go here, as the user."""
+        for name, value in {"ENDPOINT": self.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "no-token"))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+        monkeypatch.setenv("HF_TOKEN", self.token)
 
     def cut(self, pattern: str, times: float = math.inf) -> None:
         """End the connection in the middle of the next requests whose "METHOD /path" the pattern matches."""

@@ -11,9 +11,18 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from fnl_hf import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, frobenius_param_groups
+from fnl_hf import (
+    FactorizationConfig,
+    FrobeniusAdamW,
+    FrobeniusLamb,
+    FrobeniusSGD,
+    factorize,
+    frobenius_param_groups,
+)
 from fnl_hf.data.masking import MaskedLMDataset, MaskingTransform
 from fnl_hf.training.fsdp import (
     load_whole_optimizer_state,
@@ -110,6 +119,34 @@ def training(case, folder):
         "tied": cut.cls.predictions.decoder.weight is cut.bert.embeddings.word_embeddings.weight
         and cut.cls.predictions.decoder.bias is cut.cls.predictions.bias,
     }
+
+
+def factorized(mode):
+    """Grouped convolution, convolution and Linear layers as products, as ``factorize`` makes them."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 6, 3, groups=2), nn.Tanh(), nn.Conv2d(6, 5, (2, 3)), nn.Flatten(), nn.Linear(5 * 4, 7)
+    sizes = {"low_rank": (4, 5, 3), "wide": (7, 13, 9), "deep": (7, 13, 9)}[mode]
+    model = nn.Sequential(*layers)
+    return factorize(model, FactorizationConfig(mode=mode, ranks=dict(zip(("0", "2", "4"), sizes))))
+
+
+@check_each(*(f"{mode}-{way}" for mode in ("low_rank", "wide", "deep") for way in ("fsdp2", "ddp")))
+def factorized_layers(case, folder):
+    """Forward, backward and Frobenius decay, each process with its part of the batch."""
+    mode, way = case.split("-")
+    start = factorized(mode)
+    alone, others = copy.deepcopy(start), copy.deepcopy(start)
+    wrapped = shard(others) if way == "fsdp2" else DistributedDataParallel(others)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for model in (alone, wrapped):
+        optimizer = optimizer_of(model, "sgd")
+        for step in range(5):
+            x = torch.randn(6 * world, 4, 5, 6, generator=torch.Generator().manual_seed(step))
+            part = x if model is alone else x[6 * rank : 6 * rank + 6]
+            model(part).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"difference": largest_difference(alone, others), "effect": largest_difference(start, alone)}
 
 
 @check_each(*(f"{name}-{direction}" for name in OPTIMIZERS for direction in ("gathering", "scattering")))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -113,12 +112,7 @@ def published(hub, corpus, tmp_path_factory):
 @pytest.fixture
 def here(hub, monkeypatch, tmp_path):
     """Pushes of this process, too, go to the server, as its user."""
-    for name, value in {"ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.serve_this_process(monkeypatch, tmp_path)
     yield monkeypatch
     hub.cut("", 0)
 

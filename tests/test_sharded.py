@@ -74,6 +74,12 @@ def test_sharded_training_equals_unsharded(figures, case):
         assert process["effect"] > NOTICEABLE  # of the decay: without it the first line would prove nothing
 
 
+@for_each("factorized_layers")
+def test_factorized_layers_train_alike_on_several_processes(figures, case):
+    for process in figures(f"factorized_layers[{case}]"):
+        assert process["difference"] <= TOLERANCE and process["effect"] > NOTICEABLE
+
+
 def test_lamb_clips_by_the_norm_over_all_processes(figures):
     for process in figures("plain_lamb_clips"):
         assert process["difference"] <= TOLERANCE and process["effect"] > NOTICEABLE

@@ -130,9 +130,10 @@ class FactorizedLayer(nn.Module):
 
         Args:
             layer: a ``dense_class``, of random or pretrained weights. On the meta device nothing is computed.
-            rank: r. "low_rank" takes at most min(m, n), "wide" and "deep" at least that.
+            rank: r; "low_rank" takes at most min(m, n), "wide" and "deep" at least that.
             mode: "low_rank" and "wide" have two factors, "deep" has three.
-            init: "spectral" (:func:`spectral_initialization`) or "default" (:meth:`draw_factors`).
+            init: "spectral" (:func:`~fnl_hf.layers.initialization.spectral_initialization`) or "default"
+                (:meth:`draw_factors`).
             seed: of what is drawn.
 
         Raises:

@@ -8,9 +8,9 @@ from fnl_hf.optim.base import ProductGroups
 class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
     """``torch.optim.AdamW`` with decoupled Frobenius decay on products of parameters.
 
-    Before AdamW's own step with learning rate η, each product is decayed (Khodak et al., ICLR 2021):
+    Before AdamW's own step with learning rate η, each product is decayed (Khodak et al., ICLR 2021)::
 
-        U ← U − ηλ U VᵀV,    V ← V − ηλ V UᵀU        (U M Vᵀ: see :mod:`fnl_hf.optim.frobenius`)
+        U ← U − ηλ U VᵀV,    V ← V − ηλ V UᵀU        (U, M and V of U M Vᵀ likewise)
 
     Everything else is ``torch.optim.AdamW``, kernels included; with λ = 0 the two agree to the last bit.
 
@@ -21,7 +21,7 @@ class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
         lr: η.
         frobenius_decay: λ of groups of products that have none of their own; >= 0. Groups from
             ``frobenius_param_groups`` have.
-        *args, **kwargs: everything that ``torch.optim.AdamW`` takes.
+        args, kwargs: everything that ``torch.optim.AdamW`` takes.
 
     Raises:
         ValueError: λ < 0, λ on a group without products, factors that do not match, or factors in half precision.

@@ -27,7 +27,7 @@ MANY_STEPS = 1e8  # β ** MANY_STEPS is 0: Adam's kernels then correct no bias
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB: Adam's direction, rescaled so that each parameter moves by a multiple of its own norm.
+    """LAMB: Adam's direction, rescaled so that each parameter moves by a multiple of its own norm::
 
         m ← β₁m + (1 − β₁)g,    v ← β₂v + (1 − β₂)g²,    m̂ = m/(1 − β₁ᵗ),    v̂ = v/(1 − β₂ᵗ)
         u = m̂/(√v̂ + ε) + λw
@@ -234,7 +234,7 @@ class FrobeniusLamb(ProductGroups, Lamb):
     The paper (Khodak et al., ICLR 2021) names such an optimizer FLAMBé, but its algorithm could not be found: this
     definition is our own.
 
-    ``decay="decoupled"``: before LAMB's update, outside the trust ratio,
+    ``decay="decoupled"``: before LAMB's update, outside the trust ratio::
 
         U ← U − ηλ U VᵀV,    V ← V − ηλ V UᵀU,    all other matrices w ← (1 − ηλ)w.
 
@@ -249,7 +249,7 @@ class FrobeniusLamb(ProductGroups, Lamb):
         lr: η.
         frobenius_decay: λ of groups of products that have none of their own; >= 0.
         decay: where all decay, of products and of other matrices, is applied; a group may have its own.
-        **kwargs: everything that :class:`Lamb` takes.
+        kwargs: everything that :class:`Lamb` takes.
 
     Raises:
         ValueError: as :class:`Lamb` and :class:`FrobeniusAdamW`.

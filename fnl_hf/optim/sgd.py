@@ -14,7 +14,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
     """``torch.optim.SGD`` with Frobenius decay on products of parameters.
 
     By default the decay is part of the gradient, before momentum, as weight decay in SGD always is (the ResNet runs of
-    Khodak et al., ICLR 2021):
+    Khodak et al., ICLR 2021)::
 
         g_U ← ∇_U + λ U VᵀV,    g_V ← ∇_V + λ V UᵀU,    then SGD's step with g.
 
@@ -26,7 +26,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         lr: η.
         frobenius_decay: λ of groups of products that have none of their own; >= 0.
         decoupled: decay outside gradient and momentum; a group may have its own.
-        *args, **kwargs: everything that ``torch.optim.SGD`` takes: momentum, nesterov, weight_decay, ...
+        args, kwargs: everything that ``torch.optim.SGD`` takes: momentum, nesterov, weight_decay, ...
 
     Raises:
         ValueError: λ < 0, λ on a group without products, factors that do not match, or factors in half precision.

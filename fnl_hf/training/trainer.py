@@ -69,7 +69,7 @@ class FnlTrainer(PushingTrainer):
 
     Under gradient accumulation and on several processes each loss is the mean over all items of the global batch
     (masked tokens, sentence pairs, questions), not a mean of the micro-batches' means. Logs of the loss and the
-    training metrics say how fast it trains: :class:`ThroughputMeter`.
+    training metrics say how fast it trains.
     """
 
     def __init__(self, model=None, args=None, **kwargs):
