@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 import train
 from data import ImageDataset, Images, Preparation, class_balanced, crop_and_flip, load_idx, to_images
 from fnl_hf import UserInputError
+from fnl_hf.training.arguments import parse_arguments
 from resnet import BasicBlock, CifarResNetConfig, CifarResNetForImageClassification
 
 from .conftest import ROOT, assert_same_weights, launch
@@ -359,6 +362,14 @@ def test_a_data_set_in_the_layout_of_the_hub(tmp_path):
         train.run(command(tmp_path / "bad", **flags, label_column_name="img"))
 
 
+def test_the_commands_of_the_documentation_parse():
+    text = (ROOT / "examples" / "image_classification" / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^python train.py (.*)$", text, flags=re.MULTILINE)
+    assert len(commands) == 6
+    for words in commands:
+        parse_arguments(train.ARGUMENTS, [*shlex.split(words, comments=True), "--use_cpu", "true"])
+
+
 def damage(name, change):
     def apply(folder):
         file = folder / name
@@ -424,7 +435,7 @@ def test_bad_images_and_labels_are_refused(folders, tmp_path):
         ({"method": "wider"}, "invalid choice: 'wider'"),
         ({"method": "low_rank", "rank_scale": 0.5, "target_ratio": 0.5}, "low_rank: rank_scale and target_ratio are"),
         ({"method": "low_rank", "rank_scale": -1.0}, r"rank_scale \(-1.0\) must be"),
-        ({"method": "low_rank", "include": "nowhere"}, "no layer is named 'nowhere'"),
+        ({"method": "low_rank", "include": "nowhere"}, "'nowhere' names no layer"),
         ({"lr_milestones": "0.5 1.5"}, r"--lr_milestones \(1.5\) must be above 0 and below 1"),
         ({"crop_padding": -1}, r"--crop_padding \(-1\) must be at least 0"),
         ({"max_train_samples": 700}, "need 100 images of class 0, there are 12"),

@@ -137,6 +137,9 @@ class ImageTrainingArguments(FnlTrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
 
 
+ARGUMENTS = (ModelArguments, DataArguments, ImageTrainingArguments)
+
+
 class ImageTrainer(FnlTrainer):
     """FnlTrainer for images: epochs of whole batches, and a learning rate in steps.
 
@@ -311,7 +314,7 @@ def evaluate(trainer: ImageTrainer, test: ImageDataset, prepare: Preparation) ->
 
 
 def run(argv):
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, ImageTrainingArguments), argv)
+    model_args, data_args, args = parse_arguments(ARGUMENTS, argv)
     name = model_args.model_name_or_path
     if model_args.method == "pruning" and name is None:
         raise UserInputError("--method pruning needs --model_name_or_path: a trained model to prune")
