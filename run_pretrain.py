@@ -22,7 +22,7 @@ from fnl_hf.training.models import build_pretraining_config, build_pretraining_m
 from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of, validate_phases
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
-from fnl_hf.training.runs import validate_resume
+from fnl_hf.training.runs import DATA_FINGERPRINT, validate_resume
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
 
@@ -116,7 +116,7 @@ def train_phase(model_args, data_args, args, planned, longest, later):
         return
     set_seed(args.seed)
     tokenizer, config, data = prepare(model_args, data_args, args, planned.plan, longest)
-    planned.trains_on(data.fingerprint)
+    planned.uses_data({DATA_FINGERPRINT: data.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
     trainer = make_trainer(model, tokenizer, args, data, planned.plan)
     planned.start(later)
@@ -135,7 +135,6 @@ def train_phase(model_args, data_args, args, planned, longest, later):
         description="A BERT with factorized attention, pretrained with masked language modelling.",
         auto_class=AUTO_CLASSES[data_args.objective],
         factorized=True,
-        task="fill-mask",
         dataset=data_args.dataset_name,
     )
 

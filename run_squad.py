@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import DataCollatorWithPadding, set_seed
+from transformers.utils import logging
 
 from fnl_hf import FnlBertForQuestionAnswering, UserInputError
 from fnl_hf.data.corpus import first_rows
@@ -24,11 +25,13 @@ from fnl_hf.data.squad import (
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.models import build_question_answering_model
-from fnl_hf.training.runs import validate_resume
+from fnl_hf.training.runs import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.seeds import commands_of_seeds, summarize_seeds
 from fnl_hf.training.squad_trainer import AnswerOptions, SquadTrainer, write_answers
 from fnl_hf.training.trainer import build_trainer, train_and_save
+
+logger = logging.get_logger("fnl_hf.run_squad")
 
 
 @dataclass
@@ -104,6 +107,7 @@ class SquadTrainingArguments(FnlTrainingArguments):
     )
 
 
+FINGERPRINTS = {"train": DATA_FINGERPRINT, "validation": VALIDATION_FINGERPRINT, "test": TEST_FINGERPRINT}
 ARGUMENTS = (ModelArguments, DataArguments, SquadTrainingArguments)
 
 
@@ -130,30 +134,45 @@ def load_examples(data_args, split):
     return examples
 
 
-def make_features(data_args, args, tokenizer):
-    """(questions, features) of the splits that the flags ask for, (None, None) of the others."""
+def load_splits(data_args, args):
+    """{split: questions} of the splits that the flags ask for, and what identifies them in the run's description."""
+    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    with args.main_process_first(desc="reading questions"):
+        questions = {split: load_examples(data_args, split) for split, do in wanted.items() if do}
+    return questions, {FINGERPRINTS[split]: questions_fingerprint(examples) for split, examples in questions.items()}
+
+
+def validate_finished(planned, data_args, args):
+    """Compare the questions of a finished run with those of its start; their files may be gone since."""
+    try:
+        _, fingerprints = load_splits(data_args, args)
+    except UserInputError as error:
+        logger.warning(f"The questions of the finished run in {args.output_dir} cannot be compared: {error}")
+        return
+    planned.uses_data(fingerprints)
+
+
+def make_features(data_args, args, tokenizer, questions):
+    """{split: features} for the questions of :func:`load_splits`."""
     lengths = (data_args.max_seq_length, data_args.doc_stride)
     maker = FeatureMaker(tokenizer, *lengths, data_args.cache_dir, data_args.preprocessing_num_workers)
-    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    made = {}
     with args.main_process_first(desc="making features"):
-        for split, do in wanted.items():
-            examples = load_examples(data_args, split) if do else None
-            make = maker.train if split == "train" else maker.evaluation
-            made[split] = (examples, make(examples)) if do else (None, None)
-    return made
+        return {
+            split: (maker.train if split == "train" else maker.evaluation)(examples)
+            for split, examples in questions.items()
+        }
 
 
-def make_trainer(model, tokenizer, data_args, args, data):
-    """A SquadTrainer for the features that :func:`make_features` made."""
+def make_trainer(model, tokenizer, data_args, args, questions, features):
+    """A SquadTrainer for what :func:`load_splits` and :func:`make_features` give."""
     padding = {"padding": "max_length", "max_length": data_args.max_seq_length} if data_args.pad_to_max_length else {}
     return build_trainer(
         SquadTrainer,
         model=model,
         args=args,
-        train_dataset=data["train"][1],
-        eval_dataset=data["validation"][1],
-        eval_examples=data["validation"][0],
+        train_dataset=features.get("train"),
+        eval_dataset=features.get("validation"),
+        eval_examples=questions.get("validation"),
         answer_options=AnswerOptions(
             data_args.n_best_size,
             data_args.max_answer_length,
@@ -175,6 +194,8 @@ def plan_one(arguments, argv):
 
 def run_one(model_args, data_args, args, planned):
     """Train, evaluate and predict, as far as the flags ask for it."""
+    if planned.plan.finished:
+        validate_finished(planned, data_args, args)
     if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)
@@ -183,10 +204,10 @@ def run_one(model_args, data_args, args, planned):
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
     if checkpoint is not None:
         validate_resume(checkpoint, model)
-    data = make_features(data_args, args, tokenizer)
-    if args.do_train:
-        planned.trains_on(questions_fingerprint(data["train"][0]))
-    trainer = make_trainer(model, tokenizer, data_args, args, data)
+    questions, fingerprints = load_splits(data_args, args)
+    planned.uses_data(fingerprints)
+    features = make_features(data_args, args, tokenizer, questions)
+    trainer = make_trainer(model, tokenizer, data_args, args, questions, features)
     planned.start()
 
     metrics = {}
@@ -195,7 +216,7 @@ def run_one(model_args, data_args, args, planned):
     if args.do_eval:
         metrics["eval"] = trainer.evaluate()
     if args.do_predict:
-        answers, metrics["predict"] = trainer.answers(data["test"][1], data["test"][0], "predict")
+        answers, metrics["predict"] = trainer.answers(features["test"], questions["test"], "predict")
         if trainer.is_world_process_zero():
             write_answers(args.output_dir, "predict", answers)
     planned.finish(
@@ -206,7 +227,6 @@ def run_one(model_args, data_args, args, planned):
         description="Fine-tuned for extractive question answering.",
         auto_class="AutoModelForQuestionAnswering",
         factorized=isinstance(trainer.model, FnlBertForQuestionAnswering),
-        task="question-answering",
         dataset=data_args.dataset_name,
     )
 

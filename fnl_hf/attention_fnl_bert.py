@@ -58,8 +58,10 @@ class FnlBertLayer(BertLayer):
         these positions of its (B, S, d), of which keys and values are still computed everywhere."""
         if output_positions is None or not self.is_last:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        # FlashAttention's ways to say what belongs together, lengths and a mask (B, S), want a query for each key.
-        if kwargs.get("cu_seq_lens_q") is not None or (attention_mask is not None and attention_mask.dim() != 4):
+        # FlashAttention's ways to say what belongs together, lengths and a mask (B, S), and flex_attention's, blocks,
+        # want a query for each key.
+        by_pairs = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
+        if kwargs.get("cu_seq_lens_q") is not None or not by_pairs:
             return take_positions(super().forward(hidden_states, attention_mask, *args, **kwargs), output_positions)
         rows = take_positions(hidden_states, output_positions)
         if attention_mask is not None:

@@ -5,17 +5,22 @@ import sys
 from collections.abc import Sequence
 
 from fnl_hf import export
+from fnl_hf.compress import Compression, factorize_checkpoint, merge_checkpoint
 from fnl_hf.convert import SPECTRA_FILE, convert, load_model, truncation_table
 from fnl_hf.data.squad import read_squad_file
 from fnl_hf.errors import UserInputError
+from fnl_hf.factorization_config import DEFAULT_RANK_SCALES, TYPES, FactorizationConfig
 from fnl_hf.inference import ask
+from fnl_hf.layers.base import INITS, MODES
+from fnl_hf.surgery import factorization_table
+from fnl_hf.training.arguments import join_negative_numbers
 from fnl_hf.training.hub import push_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit status 2 and one line on stderr for bad input."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
     except UserInputError as error:
@@ -41,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     converting.add_argument("--max_seq_length", type=int, default=128, help="tokens of each (%(default)s)")
     converting.set_defaults(run=run_convert)
 
+    add_compression(commands)
+
     exporting = commands.add_parser("export", help="write a model as ONNX, checked against PyTorch in onnxruntime")
     exporting.add_argument("model", help="a checkpoint with its head: folder or Hub name")
     exporting.add_argument("file", help="the .onnx file to write")
@@ -54,6 +61,30 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_ask(commands)
     return parser
+
+
+def add_compression(commands) -> None:
+    factorizing = commands.add_parser(
+        "factorize", help="layers of a checkpoint of any architecture as products of matrices"
+    )
+    merging = commands.add_parser("merge", help="a checkpoint's factorized layers back to dense ones")
+    for parser in (factorizing, merging):
+        parser.add_argument("source", help="a checkpoint: folder or Hub name")
+        parser.add_argument("folder", help="where the new one goes; empty or new")
+    factorizing.add_argument("--mode", choices=MODES, default=MODES[0], help="(%(default)s)")
+    sizes = factorizing.add_mutually_exclusive_group()
+    scales = ", ".join(f"{mode} {scale}" for mode, scale in DEFAULT_RANK_SCALES.items())
+    sizes.add_argument("--rank_scale", type=float, help=f"rank over the full rank; the default: {scales}")
+    sizes.add_argument("--target_ratio", type=float, help="parameters of these layers over those of the dense ones")
+    sizes.add_argument("--energy", type=float, help="share of the squared singular values that each layer keeps")
+    factorizing.add_argument("--init", choices=INITS, default=INITS[0], help="(%(default)s)")
+    factorizing.add_argument(
+        "--include", nargs="+", default=list(TYPES), help="types or patterns of names (%(default)s)"
+    )
+    factorizing.add_argument("--exclude", nargs="+", default=[], help="types or patterns of names")
+    factorizing.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    factorizing.set_defaults(run=run_factorize)
+    merging.set_defaults(run=run_merge)
 
 
 def add_ask(commands) -> None:
@@ -76,7 +107,7 @@ def add_ask(commands) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    before, model, truncations = convert(
+    original, model, truncations = convert(
         args.source,
         args.folder,
         args.to,
@@ -88,7 +119,28 @@ def run_convert(args: argparse.Namespace) -> None:
     if truncations:
         print(truncation_table(truncations))
         print(f"spectra: {args.folder}/{SPECTRA_FILE}")
-    print(f"{type(model).__name__}: {model.num_parameters():,} parameters, before {before:,}; in {args.folder}")
+    before, after = original.num_parameters(), model.num_parameters()
+    print(f"{type(model).__name__}: {after:,} parameters, before {before:,}; in {args.folder}")
+
+
+def run_factorize(args: argparse.Namespace) -> None:
+    names = ("mode", "rank_scale", "target_ratio", "energy", "init", "include", "exclude", "seed")
+    try:
+        config = FactorizationConfig(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        raise UserInputError(f"--{error}") from error
+    result = factorize_checkpoint(args.source, args.folder, config)
+    print(factorization_table(result.model))
+    print_sizes(result, args.folder)
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    print_sizes(merge_checkpoint(args.source, args.folder), args.folder)
+
+
+def print_sizes(result: Compression, folder: str) -> None:
+    name, parameters = type(result.model).__name__, result.model.num_parameters()
+    print(f"{name}: {parameters:,} parameters, before {result.original_parameters:,}; in {folder}")
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -4,12 +4,13 @@
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BertConfig, PreTrainedModel
+from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.bert import modeling_bert
 from transformers.utils import logging
 
@@ -85,12 +86,13 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         source = bert if isinstance(bert, PreTrainedModel) else cls.load_bert(bert, **kwargs)
         if not isinstance(source, modeling_bert.BertPreTrainedModel):
             raise ValueError(f"{_named(source)} is no BERT: {_why_not(source.config)}")
-        available = _embedding_size(source.config)
+        available = embedding_size_of(source.config)
         embedding_size = available if attention_embedding_size is None else attention_embedding_size
         _validate_embedding_size(embedding_size, source.config)
         config = FnlBertConfig(**_entries(source.config), attention_embedding_size=embedding_size)
         target: Any = cls(config)
         target = target.to(device=source.device, dtype=source.dtype).eval()
+        _copy_products(source, target)
         _copy_weights(source, target)
         if embedding_size == available:
             return (target, []) if output_truncations else target
@@ -125,6 +127,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         config = BertConfig(**_entries(self.config))
         target: Any = self.bert_class()(config)
         target = target.to(device=self.device, dtype=self.dtype).eval()
+        _copy_products(self, target)
         _copy_weights(self, target)
         padded = config.hidden_size // config.num_attention_heads
         for name, source_layer, target_layer in _attentions(self, target):
@@ -141,7 +144,8 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         return target
 
 
-def _embedding_size(config: BertConfig) -> int:
+def embedding_size_of(config: PreTrainedConfig) -> int:
+    """E of an FNL-BERT, and the hidden size of a stock BERT."""
     return getattr(config, "mha_embedding_size", config.hidden_size)
 
 
@@ -159,7 +163,7 @@ def _why_not(config) -> str:
 
 
 def _validate_embedding_size(embedding_size: int, config: BertConfig) -> None:
-    largest, heads = _embedding_size(config), config.num_attention_heads
+    largest, heads = embedding_size_of(config), config.num_attention_heads
     if not 1 <= embedding_size <= largest or embedding_size % heads:
         raise ValueError(
             f"attention_embedding_size ({embedding_size}) must be a multiple of num_attention_heads ({heads}) and at "
@@ -179,6 +183,26 @@ def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
     left = sorted(name for name in set(wanted) - fitting if ".attention." not in name)
     if left:
         logger.warning(f"newly initialized, because {_named(source)} does not have them: {', '.join(left)}")
+
+
+def _copy_products(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Layers that are products of matrices themselves (``fnl_hf.factorize``) stay so.
+
+    Raises:
+        ValueError: they are attention's; only dense ones have heads of another rank.
+    """
+    prefix = target.base_model_prefix + "."
+    there = {_in_full(name, target, prefix): name for name, _ in target.named_modules()}
+    for name, layer in source.named_modules():
+        if not hasattr(layer, "to_dense"):
+            continue
+        if ".attention." in name:
+            raise ValueError(
+                f"{_named(source)}: {name} is a product of matrices: make it dense first, fnl_hf.merge(model)"
+            )
+        full = _in_full(name, source, prefix)
+        if full in there:
+            target.set_submodule(there[full], copy.deepcopy(layer))
 
 
 def _in_full(name: str, model: PreTrainedModel, prefix: str) -> str:

@@ -2,30 +2,47 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import torch
+import yaml
+from huggingface_hub import metadata_load
 from matplotlib import pyplot as plt
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
 
 from fnl_hf import modeling_fnl_bert
+from fnl_hf.conversion_fnl_bert import embedding_size_of
 from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError
 from fnl_hf.head_mixing import Truncation
+from fnl_hf.model_card import CARD_FILE, architecture_facts, write_card
 
+logger = logging.get_logger(__name__)
 SPECTRA_FILE = "spectra.png"
 BATCH_SIZE = 16
+KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")  # of the original's card
 TITLES = {"qk": "$Q_h K_h^T$", "vo": "$V_h O_h^T$"}
+
+TRUNCATION = """## Truncation
+
+Each product's Frobenius norm, what was kept of it and what was lost, (Σ σ²)^½ over its heads:
+
+```
+{table}
+```
+
+![spectra]({plot})"""
 
 
 class Conversion(NamedTuple):
-    """Parameters of the original, the converted model, and what each of its products lost."""
+    """The original and the converted model, and what each product lost."""
 
-    original_parameters: int
+    original: PreTrainedModel
     model: PreTrainedModel
     truncations: list[Truncation]
 
@@ -48,15 +65,14 @@ def convert(
             which directions count; without any, the weights do.
 
     Returns:
-        The model, its size before, and what its products lost. Where E became smaller, their spectra are drawn in
-        ``folder/spectra.png``.
+        Both models, and what each product lost. The folder has a model card, too; where E became smaller, the spectra
+        of the products are drawn in ``spectra.png``.
 
     Raises:
         UserInputError: a folder in use, no such checkpoint, another architecture, or sizes that do not fit.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
+    refuse_used_folder(folder)
     if to == "bert" and (attention_embedding_size is not None or calibration_files):
         raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
     for name, value in (("calibration_samples", calibration_samples), ("max_seq_length", max_seq_length)):
@@ -66,13 +82,12 @@ def convert(
     original = load_model(source)
     ours = _class_named(type(original).__name__)
     try:
+        calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
         if to == "bert":
-            model = original.to_bert() if isinstance(original, ours) else original
-            result = Conversion(original.num_parameters(), model, [])
+            result = Conversion(original, original.to_bert() if isinstance(original, ours) else original, [])
         else:
-            calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
             converted = ours.from_bert(original, attention_embedding_size, calibration or None, True)
-            result = Conversion(original.num_parameters(), *converted)
+            result = Conversion(original, *converted)
         result.model.save_pretrained(folder)
     except UserInputError:
         raise
@@ -81,7 +96,20 @@ def convert(
     tokenizer.save_pretrained(folder)
     if result.truncations:
         plot_spectra(result.truncations, folder / SPECTRA_FILE)
+    documents = sum(len(batch["input_ids"]) for batch in calibration)
+    names = ", ".join(Path(file).name for file in calibration_files)
+    text = f"{documents} documents of {names}, at most {max_seq_length} tokens of each" if documents else None
+    _write_conversion_card(folder, source, result, text)
     return result
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserInputError: there is something in it, or it is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
 
 
 def _class_named(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
@@ -117,6 +145,53 @@ def calibration_batches(
                 return_tensors="pt",
             )
         )
+
+
+def _write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:
+    """Write ``folder/README.md``; licence, language and base model are those that the original's card names.
+
+    Args:
+        calibration: the text whose activations weighed the truncation; None for a truncation by the weights alone.
+    """
+    original, model, truncations = result
+    factorized = isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel)
+    on_hub = not Path(source).exists()
+    name = source if on_hub else Path(source).resolve().name  # not where it lies on this machine
+    kind = "An FNL-BERT" if factorized else "A stock BERT"
+    description, section, truncated = f"{kind} that computes what {name} does.", "", "none"
+    if truncations:
+        description = f"{kind} of a smaller attention, truncated from {name} and not trained since."
+        section = TRUNCATION.format(table=truncation_table(truncations), plot=SPECTRA_FILE)
+        way = f"whitened SVD, weighed by the activations on {calibration}" if calibration else "plain SVD"
+        truncated = f"each Q_h K_hᵀ and V_h O_hᵀ to rank {truncations[0].rank} by {way}"
+    facts = {
+        "converted from": f"{name}, {type(original).__name__}",
+        "E before": embedding_size_of(original.config),
+        "parameters before": f"{original.num_parameters():,}",
+        "truncation": truncated,
+    }
+    head = type(model).__name__.removeprefix("Fnl")
+    write_card(
+        folder,
+        title=folder.resolve().name,
+        description=description,
+        auto_class=next(auto for auto, ours in modeling_fnl_bert.AUTO_CLASSES.items() if ours == f"Fnl{head}"),
+        factorized=factorized,
+        facts=architecture_facts(model) | facts,
+        metadata=_source_metadata(source) | ({"base_model": source} if on_hub else {}),
+        section=section,
+        cites=True,
+    )
+
+
+def _source_metadata(source: str) -> dict[str, Any]:
+    """What the card of a checkpoint says that also holds for what is made from it; nothing if it has no card."""
+    try:
+        found = metadata_load(str(cached_file(source, CARD_FILE))) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.info(f"{source} has no model card that can be read: {error}")
+        return {}
+    return {name: found[name] for name in KEPT_METADATA if found.get(name) is not None}
 
 
 def truncation_table(truncations: Sequence[Truncation]) -> str:

@@ -79,8 +79,14 @@ def record_layers(model: nn.Module) -> None:
     layers = factorized_layers(model)
     if layers:
         model.config.quantization_config = FactorizedLayersConfig(layers=layers)
-    elif isinstance(getattr(model.config, "quantization_config", None), FactorizedLayersConfig):
+    elif quantization_method(model) == METHOD:
         del model.config.quantization_config
+
+
+def quantization_method(model: nn.Module) -> str | None:
+    """What the configuration of a Transformers model says was done to its layers: METHOD if they are factorized."""
+    entry = getattr(getattr(model, "config", None), "quantization_config", None)
+    return entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
 
 
 def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> list[str]:

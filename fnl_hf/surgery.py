@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fnl_hf.attention_fnl_bert import factor_pairs
 from fnl_hf.factorization_config import FactorizationConfig, matches
-from fnl_hf.factorized_checkpoints import record_layers, replace_modules
+from fnl_hf.factorized_checkpoints import METHOD, quantization_method, record_layers, replace_modules
 from fnl_hf.layer_ranks import FACTORIZED, LayerSize, choose_ranks
 from fnl_hf.layers import FactorizedLayer
 
@@ -45,7 +45,7 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
             the model is unchanged then.
     """
     config = config or FactorizationConfig()
-    _refuse_wrapped(model)
+    _refuse_unfit(model)
     layers = selected_layers(model, config)
     ranks = choose_ranks(layers, config)
     factorized: dict[int, nn.Module] = {}
@@ -74,7 +74,7 @@ def merge(model: nn.Module) -> nn.Module:
     Returns:
         ``model``; an optimizer of the factors is of no use to it.
     """
-    _refuse_wrapped(model)
+    _refuse_unfit(model)
     layers = {id(m): m.to_dense().layer for m in model.modules() if isinstance(m, FactorizedLayer)}
     replace_modules(model, layers)
     record_layers(model)
@@ -154,7 +154,9 @@ def _heads(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterator[nn.Mo
         yield list(candidates.values())[-1]
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def _refuse_unfit(model: nn.Module) -> None:
+    if quantization_method(model) not in (None, METHOD):
+        raise ValueError(f"the model is quantized ({quantization_method(model)}): its weights cannot be factorized")
     for module in model.modules():
         sharded = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
         if isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod") or sharded:

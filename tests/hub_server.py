@@ -1,7 +1,8 @@
 """A Hub on loopback: the part of its HTTP API by which huggingface_hub creates, fills, lists and reads models.
 
 It lives in memory and believes nothing: tokens, visibility, checksums, the objects that a commit names and the metadata
-of cards are checked as the Hub does. Large files go through Git LFS: Xet must be switched off (``Hub.environment``).
+of cards are checked as the Hub does. Large files go through Git LFS; with ``Hub.xet`` also over Xet, which
+``Hub.environment`` switches off, into a folder that hf_xet takes for a server.
 """
 
 import base64
@@ -9,11 +10,15 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import socket
+import tempfile
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -77,6 +82,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.received: Counter[str] = Counter()
         self.cuts: list[Any] = ["", 0]
+        self.xet: Path | None = None
         self.lock = threading.Lock()
 
     def __enter__(self) -> "Hub":
@@ -176,6 +182,12 @@ class Hub:
             self.received[oid] += 1
         return {}
 
+    def xet_token(self, user, body, name, revision):
+        self._may_write(user, name)
+        if self.xet is None:
+            raise Refused(404, "no Xet here")
+        return {"casUrl": f"local://{self.xet}", "accessToken": "ours", "exp": int(time.time()) + 3600}
+
     def commit(self, user, body, name, revision):
         self._may_write(user, name)
         head, *operations = body
@@ -184,8 +196,8 @@ class Hub:
             value = operation["value"]
             if operation["key"] == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), False)
-            elif operation["key"] == "lfsFile" and value["oid"] in self.objects:
-                files[value["path"]] = File(self.objects[value["oid"]], True)
+            elif operation["key"] == "lfsFile" and (content := self._stored(**value)) is not None:
+                files[value["path"]] = File(content, True)
             else:
                 raise Refused(400, f"cannot commit {operation}")
         oid = self._commit(name, head["value"]["summary"], files)
@@ -217,6 +229,25 @@ class Hub:
         file = commit.files[path]
         return file.content, {"X-Repo-Commit": commit.oid, "ETag": f'"{file.oid}"'}
 
+    def _stored(self, oid: str, size: int, **_) -> bytes | None:
+        """What was sent through LFS or over Xet. There, a file of one segment has its own hash three records of 48
+        bytes before its SHA-256, both as 64-bit words."""
+        if oid in self.objects or self.xet is None:
+            return self.objects.get(oid)
+        import hf_xet  # not installed everywhere
+
+        for shard in self.xet.rglob("shards/*.mdb"):
+            records = shard.read_bytes()
+            at = records.find(_swapped(bytes.fromhex(oid))) - 144
+            if at >= 0:
+                with tempfile.TemporaryDirectory() as copy:  # the client keeps the folder locked
+                    shutil.copytree(self.xet, f"{copy}/cas")
+                    own_hash = _swapped(records[at : at + 32]).hex()
+                    file = hf_xet.PyXetDownloadInfo(f"{copy}/file", own_hash, size)
+                    hf_xet.download_files([file], f"local://{copy}/cas", ("ours", int(1e10)), None, None)
+                    return Path(copy, "file").read_bytes()
+        return None
+
     def _commit(self, name, message, files) -> str:
         commits = self.repositories[name].commits
         oid = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
@@ -236,11 +267,16 @@ class Hub:
             raise Refused(403, f'You don\'t have the rights to write under "{name.split("/")[0]}"')
 
 
+def _swapped(digest: bytes) -> bytes:
+    return b"".join(digest[at : at + 8][::-1] for at in range(0, len(digest), 8))
+
+
 ROUTES = [(re.compile(pattern), answer) for pattern, answer in (
     (r"GET /api/whoami-v2", Hub.whoami),
     (r"POST /api/repos/create", Hub.create),
     (r"POST /api/validate-yaml", Hub.validate_card),
     (rf"POST {MODEL}/preupload/(?P<revision>[^/]+)", Hub.preupload),
+    (rf"GET {MODEL}/xet-write-token/(?P<revision>[^/]+)", Hub.xet_token),
     (rf"POST {MODEL}/commit/(?P<revision>[^/]+)", Hub.commit),
     (rf"POST /{REPOSITORY}\.git/info/lfs/objects/batch", Hub.batch),
     (r"PUT /objects/(?P<oid>\w+)", Hub.store),

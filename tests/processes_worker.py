@@ -25,12 +25,13 @@ def run(command):
     return "done"
 
 
-def in_a_full_disk(method, rank, command):
-    """The disk is full for one process at step 5, in one part of the save."""
+def in_a_full_disk(method, rank, command, at_the_end=False):
+    """The disk is full for one process at step 5, or when training has ended, in one part of the save."""
     original = getattr(Trainer, method)
 
     def failing(self, *args, **kwargs):
-        if self.state.global_step == 5 and rank == RANK:
+        now = self._staging is None if at_the_end else self.state.global_step == 5
+        if now and rank == RANK:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(self, *args, **kwargs)
 
@@ -55,4 +56,8 @@ if __name__ == "__main__":
         "second fails": in_a_full_disk("_save_rng_state", 1, auto),
         "second sees none": without_checkpoints(1, auto),
     }
+    for name, method, rank in (("first", "_save", 0), ("second", "save_model", 1)):
+        (folder / "out" / runs.RESULTS_FILE).unlink(missing_ok=True)
+        said[f"{name} fails at the end"] = in_a_full_disk(method, rank, auto, at_the_end=True)
+    said["goes on"] = run(auto)
     (folder / f"{RANK}.json").write_text(json.dumps(said), encoding="utf-8")

@@ -91,9 +91,11 @@ def test_the_command_answers_one_question_or_a_file_of_them(model, tokenizer, tm
     assert capsys.readouterr().out.splitlines() == lines[:1]
     cli.main(["ask", folder, "--questions_file", str(file), *flags])
     assert capsys.readouterr().out.splitlines() == [f"q{i}\t{line}" for i, line in enumerate(lines)]
-    nothing = ["--version_2_with_negative", "--null_score_diff_threshold", "-1000"]
-    cli.main(["ask", folder, "--questions_file", str(file), *flags, *nothing])
-    assert [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()] == [[f"q{i}", ""] for i in range(3)]
+    for threshold in (["--null_score_diff_threshold", "-1e9"], ["--null_score_diff_threshold=-1000"]):
+        nothing = ["--version_2_with_negative", *threshold]
+        cli.main(["ask", folder, "--questions_file", str(file), *flags, *nothing])
+        found = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
+        assert found == [[f"q{i}", ""] for i in range(3)]
     for words in ([], ["Who?"], ["Who?", CONTEXT, "--questions_file", str(file)]):
         with pytest.raises(SystemExit) as stop:
             cli.main(["ask", folder, *words])

@@ -1,12 +1,14 @@
 """BERT to FNL-BERT and back: exact where it can be, and elsewhere the best that the rank allows."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModel, BertConfig, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
 from transformers.models.bert import modeling_bert
 
@@ -15,6 +17,7 @@ from fnl_hf import cli, modeling_fnl_bert
 from fnl_hf.convert import calibration_batches, convert, truncation_table
 from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.head_mixing import activation_moments, truncation
+from fnl_hf.model_card import name_repository
 
 from .conftest import DIMENSIONS
 
@@ -271,6 +274,41 @@ def test_the_command_converts_there_and_back(bert, batch, checkpoint, tmp_path, 
     loaded = BertForPreTraining(BertConfig(**DIMENSIONS)).eval()
     loaded.load_state_dict(torch.load(file))
     assert_same_outputs(loaded, expected, batch)
+
+
+def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint, tmp_path):
+    head = "license: other\nlicense_name: mine\nlanguage: en\nbase_model: ada/bert\ntags: [theirs]"
+    (checkpoint / "README.md").write_text(f"---\n{head}\n---\n# A BERT\n")
+    before = bert.num_parameters()
+    after = before - 2 * (3 * (42 * 21 + 21) + 21 * 42)  # two layers: query, key and value with biases, output
+    whitened = convert(str(checkpoint), tmp_path / "whitened", "fnl_bert", 21, [str(tmp_path / "text.txt")], 5, 11)
+    convert(str(checkpoint), tmp_path / "plain", "fnl_bert", 21)
+    convert(str(tmp_path / "plain"), tmp_path / "back", "bert")
+    (checkpoint / "README.md").write_text("---\n[broken\n---\n# A BERT\n")
+    convert(str(checkpoint), tmp_path / "same")
+    products = "each Q_h K_hᵀ and V_h O_hᵀ to rank 7 by"
+    ways = {"whitened": f"{products} whitened SVD, weighed by the activations on 5 documents of text.txt, at most 11 "
+            "tokens of each", "plain": f"{products} plain SVD", "back": "none", "same": "none"}  # fmt: skip
+    texts = {}
+    for name, way in ways.items():
+        file = tmp_path / name / "README.md"
+        card, texts[name] = ModelCard.load(file), file.read_text(encoding="utf-8")
+        assert f"| truncation | {way} |" in card.text and str(tmp_path) not in card.content
+        assert card.data.pipeline_tag == "fill-mask" and "@inproceedings{khodak2021initialization," in card.text
+        assert ("![spectra](spectra.png)" in card.text) == (tmp_path / name / "spectra.png").is_file()
+        kept = [getattr(card.data, entry) for entry in ("license", "license_name", "language", "base_model")]
+        assert kept == ([None] * 4 if name == "same" else ["other", "mine", "en", "ada/bert"])
+        assert card.data.tags == ["fnl_bert", "factorized-layers", "fill-mask"][2 if name == "back" else 0 :]
+        name_repository(file, str(tmp_path / name))
+        *_, code = re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        found = {}
+        exec(code, found)
+        assert type(found["model"]).__name__ == ("BertForPreTraining" if name == "back" else "FnlBertForPreTraining")
+    assert truncation_table(whitened.truncations) in texts["whitened"]
+    assert f"| attention embedding dimension E | 21 (50% of d) |\n| parameters | {after:,} |" in texts["plain"]
+    assert "| converted from | bert, BertForPreTraining |\n| E before | 42 |" in texts["plain"]
+    assert f"| parameters before | {before:,} |" in texts["plain"] and "not trained since." in texts["plain"]
+    assert "A stock BERT that computes what plain does." in texts["back"] and "trust_remote" not in texts["back"]
 
 
 def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenizer, tmp_path, capsys):

@@ -4,7 +4,9 @@ Runs and downloads are processes of their own, which know the server by HF_ENDPO
 """
 
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import save_file
+from transformers import BertConfig, BertForMaskedLM
 from transformers.integrations import is_tensorboard_available
 
 import run_pretrain
@@ -58,6 +62,28 @@ model = AutoModelForQuestionAnswering.from_pretrained("ada/answers", token=False
 torch.save([*found, model(**inputs).start_logits], sys.argv[1])
 """
 )
+
+CONVERTING = """
+from fnl_hf import cli
+cli.main(["convert", "ada/bert", "small", "--attention_embedding_size", "21"])
+cli.main(["push", "small", "small"])
+"""
+
+WITH_XET = """
+import os, sys
+from pathlib import Path
+del os.environ["HF_HUB_DISABLE_XET"]
+from fnl_hf import cli
+def push():
+    try:
+        cli.main(["push", sys.argv[1], "over-xet"])
+    except SystemExit:
+        pass
+    return {path.name: path.stat().st_mtime_ns for path in Path(sys.argv[2]).rglob("xorbs/default.*")}
+sent = push()
+if sent:
+    assert push() == sent, "what is there is not sent again"
+"""
 
 
 def run_python(hub, home, *arguments, token=None, check=True):
@@ -195,6 +221,21 @@ def test_a_card_of_no_repository_names_the_one_it_is_pushed_to(hub, here, publis
     assert hub.files("ada/named")["README.md"] == b'from_pretrained("ada/named")'
 
 
+def test_a_converted_model_is_pushed_with_its_card_which_says_how_it_loads(hub, here, tokenizer, dimensions, tmp_path):
+    dimensions["vocab_size"] = len(tokenizer)
+    for part in (BertForMaskedLM(BertConfig(**dimensions)), tokenizer):
+        part.save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# BERT")
+    push_folder(tmp_path / "bert", "bert")
+    run_python(hub, tmp_path, CONVERTING, token=hub.token)
+    card = ModelCard(hub.files("ada/small")["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "ada/bert")
+    assert "| converted from | ada/bert, BertForMaskedLM |" in card.text and "spectra.png" in hub.files("ada/small")
+    code, _ = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    checked = f"{WITHOUT_FNL_HF}\n{code}\nassert model.config.attention_embedding_size == 21 and tokenizer('the fox')"
+    run_python(hub, tmp_path, checked)
+
+
 # ---- failures ----
 
 
@@ -275,6 +316,23 @@ def test_a_push_that_is_cut_off_leaves_the_model_and_goes_on(hub, here, corpus, 
     assert tokens_in(hub, folder) == []
 
 
+@pytest.mark.skipif(importlib.util.find_spec("hf_xet") is None, reason="hf_xet is not installed")
+def test_large_files_go_over_xet_to_a_hub_that_has_it(hub, here, published, tmp_path):
+    name, cas = "ada/over-xet", tmp_path / "cas"
+    copy = shutil.copytree(published / "answers", tmp_path / "copy")
+    save_file({"unsent": torch.arange(9_000)}, copy / "model.safetensors")  # no other test has stored it
+    weights = (copy / "model.safetensors").read_bytes()
+    refused = run_python(hub, tmp_path, WITH_XET, copy, cas, token=hub.token)
+    remedy = "set HF_HUB_DISABLE_XET=1 to send them through Git LFS. "
+    assert remedy + f"{copy} is as it was" in refused.stderr and hub.messages(name) == ["initial commit"]
+    here.setattr(hub, "xet", cas)
+    cas.mkdir()
+    pushed = run_python(hub, tmp_path, WITH_XET, copy, cas, token=hub.token)
+    assert pushed.stdout.split() == [f"{hub.url}/{name}"] * 2 and hub.messages(name)[1:] == ["Upload model"]
+    assert hub.files(name)["model.safetensors"] == weights
+    assert hub.received[hashlib.sha256(weights).hexdigest()] == 0, "nothing went through LFS"
+
+
 # ---- the card ----
 
 
@@ -282,7 +340,6 @@ def test_the_card_says_what_it_is_given(tmp_path):
     given = {
         "title": "mini", "description": "Small.", "auto_class": "AutoModelForQuestionAnswering", "factorized": True,
         "facts": {"data": "SQuAD"}, "metrics": {"eval_f1": 64.03125, "eval_exact_match": 48.5, "eval_samples": 7},
-        "task": "question-answering",
     }  # fmt: skip
     write_model_card(tmp_path, **given, dataset="rajpurkar/squad", repository="ada/mini", license="apache-2.0")
     card = ModelCard.load(tmp_path / "README.md")

@@ -16,7 +16,10 @@ def test_processes_fail_together_and_go_on_from_the_same_checkpoint(corpus, tmp_
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first["checkpoints"] == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
-    assert first["second sees none"] == "done"
-    for name in ("first fails", "second fails"):
-        assert "checkpoint-5 could not be written: the disk is full ([Errno 28] No space" in first[name]
+    assert first["second sees none"] == first["goes on"] == "done"
+    for name, folder in (("fails", "checkpoint-5"), ("fails at the end", "out")):
+        for process in ("first", "second"):
+            said = f"{folder} could not be written: the disk is full ([Errno 28] No space"
+            assert said in first[f"{process} {name}"]
+    assert (tmp_path / "out" / "all_results.json").is_file()
     assert_same_weights(tmp_path / "whole", tmp_path / "out")

@@ -151,8 +151,8 @@ def test_other_data_are_refused(of_one_process, corpus, tmp_path):
 
 def test_a_run_of_an_earlier_version_has_no_fingerprint_and_goes_on(tmp_path):
     (tmp_path / "run_arguments.json").write_text("{}")
-    validate_data(RunPlan(continued=tmp_path), "3f")
-    validate_data(RunPlan(), "3f")
+    validate_data(RunPlan(continued=tmp_path), {"data_fingerprint": "3f", "validation_fingerprint": "5a"})
+    validate_data(RunPlan(), {"data_fingerprint": "3f"})
 
 
 def test_a_process_that_the_checkpoint_does_not_know_has_a_random_state_of_its_own(of_one_process, corpus, tmp_path):

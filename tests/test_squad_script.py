@@ -11,9 +11,10 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import run_squad
 from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask, cli
-from fnl_hf.training.arguments import parse_arguments
+from fnl_hf.training.arguments import join_negative_numbers, parse_arguments
 from fnl_hf.training.seeds import commands_of_seeds
 
+from .bad_inputs import edit
 from .conftest import ROOT, SENTENCES, assert_same_weights, launch
 
 
@@ -150,12 +151,52 @@ def test_several_seeds_are_several_runs_that_go_on_where_they_stood(pretrained, 
         run_squad.run(command)
 
     file.write_text(file.read_text().replace("what jumps", "who jumps", 1))  # one question is another
-    (tmp_path / "out" / "seed-7" / "all_results.json").unlink()
-    with pytest.raises(UserInputError, match="seed-7 holds a run on other data: their fingerprint is"):
+    with pytest.raises(UserInputError, match="seed-3 holds a run on other data: their fingerprint is"):
         run_squad.run(resumed)
-    shutil.rmtree(tmp_path / "out" / "seed-7")
-    with pytest.raises(UserInputError, match="the runs of --seeds cannot be compared: data_fingerprint is"):
+    file.unlink()
+    edit("seed-7/run_arguments.json", validation_fingerprint="5a")(tmp_path / "out")
+    with pytest.raises(UserInputError, match="cannot be compared: validation_fingerprint is .*, 5a in .*seed-7"):
         run_squad.run(resumed)
+
+
+def test_other_questions_to_evaluate_under_the_same_name_are_refused(pretrained, squad_files, tmp_path, caplog):
+    """By a run that goes on and by a finished one, whose scores would pass for those of the new files."""
+    files = {name: tmp_path / f"{name}.json" for name in ("train_file", "validation_file", "test_file")}
+    for file in files.values():
+        shutil.copy(squad_files / "v1.1.json", file)
+    out = tmp_path / "out"
+    flags = {"do_train": "true", "do_eval": "true", "do_predict": "true", "save_strategy": "steps", "save_steps": 4}
+    command = squad(pretrained, out, **files, **flags, resume_from_checkpoint="auto")
+    run_squad.run(command)
+    results = (out / "all_results.json").read_text()
+    text = files["test_file"].read_text()
+
+    def refused(name, kind):
+        for changed in (text.replace("the quick", "the cool!"), text.replace("what jumps", "who jumps", 1)):
+            files[name].write_text(changed)
+            with pytest.raises(
+                UserInputError, match=rf"out holds a run on other {kind}: their fingerprint is \w+ ther"
+            ):
+                run_squad.run(command)
+        files[name].write_text(text)
+
+    kinds = {"train_file": "data", "validation_file": "validation data", "test_file": "test data"}
+    for name, kind in kinds.items():
+        refused(name, kind)
+    run_squad.run(command)
+    assert f"The run in {out} is finished: nothing to do" in caplog.text
+    files["validation_file"].rename(tmp_path / "away")
+    run_squad.run(command)
+    assert f"finished run in {out} cannot be compared: {files['validation_file']}: no such file" in caplog.text
+    (tmp_path / "away").rename(files["validation_file"])
+    assert (out / "all_results.json").read_text() == results
+
+    (out / "all_results.json").unlink()
+    shutil.rmtree(out / "checkpoint-6")
+    refused("validation_file", "validation data")
+    run_squad.run(command)
+    scores = [json.loads(text)["eval_f1"] for text in (results, (out / "all_results.json").read_text())]
+    assert scores[0] == scores[1]
 
 
 def test_evaluation_alone_and_prediction_without_answers(pretrained, squad_files, tmp_path):
@@ -198,6 +239,18 @@ def test_the_commands_of_the_documentation_parse(tmp_path):
     assert [cli.build_parser().parse_args(shlex.split(words)).run for words in asking] == [cli.run_ask] * 2
 
 
+@pytest.mark.parametrize("written", ["-1e9", "-2.5E-3", "-.5e2", "-3.", "-7", "-0.5", "4e-2"])
+def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
+    (tmp_path / "run.yaml").write_text(
+        f"null_score_diff_threshold: {float(written) if written[-1] != 'f' else '-.inf'}"
+    )
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    for words in (["--null_score_diff_threshold", written, *common], [str(tmp_path / "run.yaml"), *common]):
+        assert parse_arguments(run_squad.ARGUMENTS, words)[1].null_score_diff_threshold == float(written)
+    asking = ["ask", "model", "Who?", "Ada.", "--null_score_diff_threshold", written]
+    assert cli.build_parser().parse_args(join_negative_numbers(asking)).null_score_diff_threshold == float(written)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -206,6 +259,7 @@ def test_the_commands_of_the_documentation_parse(tmp_path):
         ({"max_seq_length": 600}, r"--max_seq_length \(600\) exceeds"),
         ({"max_train_samples": -1}, r"--max_train_samples \(-1\) must be at least 1"),
         ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
+        ({"learning_rate": "-1e-4"}, r"--learning_rate \(-0.0001\) must be at least 0.0"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
         ({"do_predict": "true"}, "no questions to predict: give --test_file"),
         ({"seeds": 5}, r"--seeds \(5\) must be at least two different ones"),

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     ResNetConfig,
     ResNetForImageClassification,
@@ -180,6 +181,22 @@ def test_fnl_bert_is_factorized_beside_its_attention(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert torch.equal(again(IDS).logits, model(IDS).logits) and again.config.attention_embedding_size == 21
+
+
+def test_factorized_layers_stay_through_conversion(tmp_path):
+    """From a BERT to an FNL-BERT of a smaller E and back; attention that is factorized itself is refused."""
+    model = factorize(bert(BertForSequenceClassification), FactorizationConfig(include=["Linear", "classifier"]))
+    same = fnl_hf.FnlBertForSequenceClassification.from_bert(model)
+    assert torch.equal(same(IDS).logits, model(IDS).logits)
+    small = fnl_hf.FnlBertForSequenceClassification.from_bert(model, attention_embedding_size=21)
+    assert factorized_names(small) == factorized_names(model) and len(factorized_names(small)) == 6
+    small.save_pretrained(tmp_path)
+    again = fnl_hf.FnlBertForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.to_bert()(IDS).logits, small(IDS).logits, rtol=0, atol=1e-5)
+    assert not hasattr(merge(again).config, "quantization_config")
+    quietly(model, FactorizationConfig(rank_scale=0.5, include=["query"]))
+    with pytest.raises(ValueError, match=r"layer.0.attention.self.query is a product of matrices: make it dense first"):
+        fnl_hf.FnlBertModel.from_bert(model)
 
 
 def test_a_tied_embedding_that_is_named_has_its_own_weight_for_ever(tmp_path):
@@ -391,6 +408,10 @@ def test_bad_input(make, message):
 
 
 def test_a_refused_model_is_unchanged():
+    quantized = bert()
+    quantized.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ValueError, match=r"the model is quantized \(bitsandbytes\)"):
+        factorize(quantized)
     model = Small()
     with pytest.raises(ValueError, match=r"head: rank \(9\)"):
         factorize(model, FactorizationConfig(ranks={"up": 2, "head": 9}))

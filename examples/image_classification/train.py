@@ -25,7 +25,7 @@ from fnl_hf.layers import FactorizedLayer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
 from fnl_hf.training.models import as_user_input
 from fnl_hf.training.optimizers import OPTIMIZERS
-from fnl_hf.training.runs import validate_resume
+from fnl_hf.training.runs import DATA_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.training.sampling import epoch_sampler
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
@@ -329,8 +329,8 @@ def run(argv):
     checkpoint = planned.plan.checkpoint
     if checkpoint is not None:
         validate_resume(checkpoint, model)
-    if args.do_train:
-        planned.trains_on(splits["train"].fingerprint())
+    used = {"train": (args.do_train, DATA_FINGERPRINT), "test": (args.do_eval, VALIDATION_FINGERPRINT)}
+    planned.uses_data({name: splits[split].fingerprint() for split, (does, name) in used.items() if does})
     datasets = make_datasets(splits, data_args, prepare, args.seed)
     trainer = make_trainer(model, args, datasets, data_args.lr_milestones)
     planned.start()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -58,6 +59,7 @@ UNSUPPORTED = {
     "batch_eval_metrics": "leave it out",
     "save_only_model": "a run cannot go on from such checkpoints, leave it out",
 }
+NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # as argparse knows it before Python 3.14
 # flags that name a file, a folder, something on the Hub or a package
 NAMES = ("output_dir", "cache_dir", "train_file", "validation_file", "dataset_name", "tokenizer_name", "config_name",
          "model_name_or_path", "resume_from_checkpoint", "optimizer_state_from", "report_to")  # fmt: skip
@@ -257,6 +259,7 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
     for flag, word in zip(["", *argv], argv):
         if "\0" in word:
             raise UserInputError(f"{flag} ({word!r}) must not hold a null byte")
+    argv = join_negative_numbers(argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -270,6 +273,28 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
         if name in NAMES and value is not None and "" in ([value] if isinstance(value, str) else value):
             raise UserInputError(f"--{name} is empty: leave it out")
     return tuple(instances)
+
+
+def join_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """``--flag -1e9`` as ``--flag=-1e9``: before Python 3.14 argparse takes such a number for a flag."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1].startswith("--") and _is_unknown_number(word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _is_unknown_number(word: str) -> bool:
+    """Whether a word is a negative number that argparse does not know as one."""
+    if not word.startswith("-") or NEGATIVE_NUMBER.fullmatch(word):
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _left_over(argv: list[str], unknown: list[str]) -> UserInputError:

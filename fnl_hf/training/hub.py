@@ -14,9 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from fnl_hf.errors import UserInputError
+from fnl_hf.model_card import CARD_FILE, name_repository
 from fnl_hf.training.checkpoints import CHECKSUMS_FILE
 from fnl_hf.training.fsdp import ShardedTrainer
-from fnl_hf.training.model_card import CARD_FILE, name_repository
 from fnl_hf.training.processes import decided_by_first
 from fnl_hf.training.runs import STARTED_FILE
 
@@ -118,6 +118,8 @@ def reason(error: BaseException) -> str:
     if status in REFUSALS:
         return REFUSALS[status]
     found = f"{type(root).__name__}: {root}".rstrip(".")
+    if "404" in found and "/xet-write-token/" in found:  # hf_xet raises no HTTPError
+        return "it takes no large files over Xet: set HF_HUB_DISABLE_XET=1 to send them through Git LFS"
     return found if root is error else f"{error} ({found})"
 
 

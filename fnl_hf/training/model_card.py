@@ -1,12 +1,12 @@
-"""The README.md of a saved model: what it is, how it was trained, how to load it."""
+"""The card of a trained model: how it was trained, on what, and how good it is."""
 
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult
 
-CARD_FILE = "README.md"
-UNNAMED = "path/to/this/model"  # where the repository is not known
+from fnl_hf.model_card import TASKS, architecture_facts, write_card
+
 # The metrics that the Hub shows: of the evaluation -> its identifier there, and a name.
 SHOWN_METRICS = {
     "eval_f1": ("f1", "F1"),
@@ -16,62 +16,11 @@ SHOWN_METRICS = {
     "eval_perplexity": ("perplexity", "Perplexity of masked tokens"),
     "eval_nsp_accuracy": ("accuracy", "Accuracy of next sentence prediction"),
 }
-
-CARD = """---
-{metadata}
----
-
-# {title}
-
-{description}
-
-| | |
-|---|---|
-{facts}
-
-## Results
+RESULTS = """## Results
 
 | metric | value |
 |---|---|
-{metrics}
-{plot}
-## Use
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repository}")
-model = {auto_class}.from_pretrained("{repository}"{remote})
-```
-{method}"""
-
-METHOD = """
-The code of the model comes with its weights. Where fnl_hf is installed, its own is used:
-
-```python
-import fnl_hf
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{repository}")
-```
-
-## Method
-
-The attention of each layer is 2H factorized layers, Q_h K_hᵀ and V_h O_hᵀ, with an adjustable embedding dimension E
-(Khodak, Tenenholtz, Mackey and Fusi, *Initialization and Regularization of Factorized Neural Layers*, ICLR 2021,
-[arXiv:2105.01029](https://arxiv.org/abs/2105.01029)).
-
-```bibtex
-@inproceedings{{khodak2021initialization,
-  title = {{Initialization and Regularization of Factorized Neural Layers}},
-  author = {{Khodak, Mikhail and Tenenholtz, Neil and Mackey, Lester and Fusi, Nicol{{\\`o}}}},
-  booktitle = {{International Conference on Learning Representations}},
-  year = {{2021}},
-  eprint = {{2105.01029}},
-  archivePrefix = {{arXiv}}
-}}
-```
-"""
+{metrics}"""
 
 
 def write_model_card(
@@ -82,7 +31,6 @@ def write_model_card(
     factorized: bool,
     facts: dict[str, Any],
     metrics: dict[str, float],
-    task: str,
     dataset: str | None = None,
     repository: str | None = None,
     license: str | None = None,
@@ -91,42 +39,32 @@ def write_model_card(
     """Write ``folder/README.md`` from the facts and metrics given.
 
     Args:
+        auto_class: what loads the model.
         factorized: a model of ours, not a stock one.
         facts: their "data" is what the metrics are said to be measured on.
-        task: the Hub's name for it, as "question-answering".
         dataset: the Hub's name of the data; None for the user's own.
         repository: the Hub's name of the model, None if there is none.
         license: the Hub's identifier, as "apache-2.0"; None for none.
+        plot: a picture in the folder.
     """
     if dataset is not None and Path(dataset).exists():  # one of the user's own
         dataset = None
-    metadata = ModelCardData(
-        library_name="transformers",
-        license=license,
-        pipeline_tag=task,
-        tags=["fnl_bert", "factorized-layers", task] if factorized else [task],
-        datasets=None if dataset is None else [dataset],
-        model_name=title,
-        eval_results=evaluation_results(metrics, task, dataset, facts["data"]) or None,
-    )
+    metadata = {
+        "license": license,
+        "datasets": None if dataset is None else [dataset],
+        "model_name": title,
+        "eval_results": evaluation_results(metrics, TASKS[auto_class], dataset, facts["data"]) or None,
+    }
     shown = {
         name: f"{value:.4g}" if isinstance(value, float) else str(value)
         for name, value in metrics.items()
         if not name.endswith(("_runtime", "_per_second", "epoch"))
     }
-    names = {"auto_class": auto_class, "repository": repository or UNNAMED}
-    card = CARD.format(
-        metadata=metadata.to_yaml(),
-        title=title,
-        description=description,
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        metrics="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
-        remote=", trust_remote_code=True" if factorized else "",
-        method=METHOD.format(**names) if factorized else "",
-        plot=f"\n![training report]({plot})\n" if plot else "",
-        **names,
+    results = RESULTS.format(metrics="\n".join(f"| {name} | {value} |" for name, value in shown.items()))
+    picture = f"\n\n![training report]({plot})" if plot else ""
+    write_card(
+        folder, title, description, auto_class, factorized, facts, metadata, results + picture, repository=repository
     )
-    ModelCard(card).save(Path(folder) / CARD_FILE)
 
 
 def evaluation_results(metrics: dict[str, float], task: str, dataset: str | None, data: str) -> list[EvalResult]:
@@ -144,12 +82,6 @@ def evaluation_results(metrics: dict[str, float], task: str, dataset: str | None
         for key, (kind, name) in SHOWN_METRICS.items()
         if key in metrics
     ]
-
-
-def name_repository(card: Path, repository: str) -> None:
-    """Let a card that was written before its model had a place on the Hub load it from there."""
-    if card.is_file() and UNNAMED in (text := card.read_text(encoding="utf-8")):
-        card.write_text(text.replace(UNNAMED, repository), encoding="utf-8")
 
 
 def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
@@ -176,15 +108,8 @@ def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
 
 def model_facts(model, args, data: str) -> dict[str, Any]:
     """The rows that describe architecture, data and optimizer."""
-    config = model.config
     options = f" ({args.optim_args})" if args.optim_args else ""
-    embedding_size = getattr(config, "mha_embedding_size", config.hidden_size)
-    return {
-        # Sharded, the model is of a class of FSDP2's.
-        "architecture": f"{config.architectures[0]}, {config.num_hidden_layers} layers, "
-        f"hidden size {config.hidden_size}, {config.num_attention_heads} heads",
-        "attention embedding dimension E": f"{embedding_size} ({embedding_size / config.hidden_size:.0%} of d)",
-        "parameters": f"{model.num_parameters():,}",
+    return architecture_facts(model) | {
         "data": Path(data).name if Path(data).exists() else data,  # not where it lies on this machine
         "optimizer": f"{args.optimizer}{options}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
         "decay of the attention pairs": args.decay_mode

@@ -63,6 +63,8 @@ NO_DIFFERENCE = ("cache_dir", "preprocessing_num_workers")
 SPLIT = ("world_size", "gradient_accumulation_steps")
 LENGTH = "length"  # a run may be made longer or shorter
 DATA_FINGERPRINT = "data_fingerprint"
+VALIDATION_FINGERPRINT = "validation_fingerprint"
+TEST_FINGERPRINT = "test_fingerprint"
 START_WEIGHTS = "start_weights"
 # What an optimizer's state depends on.
 ARCHITECTURE = (
@@ -240,19 +242,21 @@ def _validate_split(folder: Path, started: dict[str, Any], here: dict[str, Any],
     )
 
 
-def validate_data(plan: RunPlan, fingerprint: str) -> None:
-    """Compare the data that were prepared with those that the run was started on.
+def validate_data(plan: RunPlan, description: dict[str, Any]) -> None:
+    """Compare the data that were prepared, by the fingerprints in ``description``, with those of the run's start.
 
     Raises:
-        UserInputError: the run that is continued has other data.
+        UserInputError: the run that is continued, or finished, has other data.
     """
     started = {} if plan.continued is None else read_started(plan.continued)
-    there = started.get(DATA_FINGERPRINT, fingerprint)
-    if there != fingerprint:
-        raise UserInputError(
-            f"{plan.continued} holds a run on other data: their fingerprint is {there} there and {fingerprint} here. "
-            "Bring the old files back to go on, or choose another --output_dir"
-        )
+    kinds = {DATA_FINGERPRINT: "data", VALIDATION_FINGERPRINT: "validation data", TEST_FINGERPRINT: "test data"}
+    for name, kind in kinds.items():
+        here, there = description.get(name), started.get(name)
+        if None not in (here, there) and here != there:
+            raise UserInputError(
+                f"{plan.continued} holds a run on other {kind}: their fingerprint is {there} there and {here} here. "
+                "Bring the old files back to go on, or choose another --output_dir"
+            )
 
 
 def weights_checksum(name: str | None) -> str | None:

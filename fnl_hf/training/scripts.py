@@ -1,6 +1,6 @@
 """What the training scripts have in common: a run is planned, checked against its folder, recorded and reported."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.provenance import read_starts, record_start
 from fnl_hf.training.runs import (
-    DATA_FINGERPRINT,
     START_WEIGHTS,
     describe_run,
     plan_run,
@@ -56,14 +55,14 @@ class ScriptRun:
         push_finished(self.args)
         return True
 
-    def trains_on(self, fingerprint: str) -> None:
-        """Note what the training data are.
+    def uses_data(self, fingerprints: Mapping[str, str]) -> None:
+        """Note what the data are, by the names that :func:`fnl_hf.training.runs.validate_data` knows.
 
         Raises:
-            UserInputError: the run that is continued has other data.
+            UserInputError: the run that is continued, or finished, has others.
         """
-        self.description[DATA_FINGERPRINT] = fingerprint
-        validate_data(self.plan, fingerprint)
+        self.description |= fingerprints
+        validate_data(self.plan, self.description)
 
     def start(self, later: Sequence["ScriptRun"] = ()) -> None:
         """Make the output folder and record this start. ``later`` are the runs that follow on this one: if it starts

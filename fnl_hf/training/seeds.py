@@ -7,13 +7,20 @@ from pathlib import Path
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.training.arguments import validate_bounds
-from fnl_hf.training.runs import DATA_FINGERPRINT, LENGTH, RESULTS_FILE, START_WEIGHTS, read_started
+from fnl_hf.training.runs import (
+    DATA_FINGERPRINT,
+    LENGTH,
+    RESULTS_FILE,
+    START_WEIGHTS,
+    VALIDATION_FINGERPRINT,
+    read_started,
+)
 
 SEEDS_FILE = "seeds.json"
 # Entries of the evaluation that are no scores.
 NO_SCORES = ("_runtime", "_per_second", "_time", "_total", "_thresh")
 # What else than the arguments, which are compared when a run goes on, must be the same in all runs.
-IN_COMMON = (DATA_FINGERPRINT, START_WEIGHTS, LENGTH)
+IN_COMMON = (DATA_FINGERPRINT, VALIDATION_FINGERPRINT, START_WEIGHTS, LENGTH)
 
 
 def seed_folder(output_dir: str | Path, seed: int) -> Path:

@@ -58,9 +58,7 @@ def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, f
     """Train, from ``checkpoint`` if given, and save model, tokenizer and state at once: whatever an evaluation
     does or dies of afterwards, the trained model is there. Returns the training metrics."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model(_internal_call=True)  # it is pushed when its card is written
-    trainer.save_state()
-    trainer.accelerator.wait_for_everyone()  # another machine's first process may read at once what this one has saved
+    trainer.save_end()
     return metrics
 
 
@@ -74,6 +72,7 @@ class FnlTrainer(PushingTrainer):
 
     def __init__(self, model=None, args=None, **kwargs):
         self._staging: Path | None = None  # where a checkpoint is being written
+        self._saving_together = False
         self._save_error: Exception | None = None
         self.preemption = PreemptionCallback()
         with _without_jit_checkpoint(args):
@@ -254,12 +253,26 @@ class FnlTrainer(PushingTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
 
+    def save_end(self) -> None:
+        """Save model, tokenizer and state in the output folder. All processes leave together, as from a checkpoint's
+        save: another machine's first process may read at once what this one's has written.
+
+        Raises:
+            UserInputError: the disk is full.
+        """
+        with self._failing_together(Path(self.args.output_dir)):
+            self.save_model(_internal_call=True)  # it is pushed when its card is written
+            self.save_state()
+
     @contextmanager
-    def _failing_together(self, checkpoint: Path) -> Iterator[None]:
+    def _failing_together(self, folder: Path) -> Iterator[None]:
         """All processes leave the context together, with an error if one of them had one."""
-        self._save_error = None
-        with self._kept_error():
-            yield
+        self._save_error, self._saving_together = None, True
+        try:
+            with self._kept_error():
+                yield
+        finally:
+            self._saving_together = False
         error = self._save_error
         failures = [failure for failure in gathered(error and (is_disk_full(error), str(error))) if failure]
         if not failures:
@@ -269,10 +282,10 @@ class FnlTrainer(PushingTrainer):
         full = [text for is_full, text in failures if is_full]
         if full:
             raise UserInputError(
-                f"{checkpoint} could not be written: the disk is full ({full[0]}). The checkpoints written before it "
+                f"{folder} could not be written: the disk is full ({full[0]}). The checkpoints written before it "
                 "are as they were: make room and go on with --resume_from_checkpoint auto"
             ) from error
-        raise error or RuntimeError(f"{checkpoint} could not be written by another process: {failures[0][1]}")
+        raise error or RuntimeError(f"{folder} could not be written by another process: {failures[0][1]}")
 
     @contextmanager
     def _kept_error(self) -> Iterator[None]:
@@ -280,7 +293,7 @@ class FnlTrainer(PushingTrainer):
         try:
             yield
         except Exception as error:
-            if self._staging is None:
+            if not self._saving_together:
                 raise
             self._save_error = self._save_error or error
 
