@@ -9,7 +9,6 @@ accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --a
 from pathlib import Path
 
 from transformers import set_seed
-from transformers.utils import logging
 
 from fnl_hf import UserInputError
 from fnl_hf.data.corpus import load_corpus
@@ -18,29 +17,15 @@ from fnl_hf.data.pretraining import prepare_data, prepare_stream
 from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script
-from fnl_hf.training.hub import push_finished
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
-from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model
 from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of, validate_phases
-from fnl_hf.training.plots import REPORT_FILE, plot_report
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
-from fnl_hf.training.provenance import read_starts, record_start
-from fnl_hf.training.runs import (
-    DATA_FINGERPRINT,
-    START_WEIGHTS,
-    describe_run,
-    plan_run,
-    start_run,
-    validate_data,
-    validate_resume,
-    validate_start_weights,
-    weights_checksum,
-)
+from fnl_hf.training.runs import DATA_FINGERPRINT, validate_resume
+from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
 
-logger = logging.get_logger("fnl_hf.run_pretrain")
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
@@ -57,32 +42,6 @@ def get_tokenizer(model_args, plan, corpus=None):
         tokenizer = train_tokenizer(corpus["train"], model_args.vocab_size, model_max_length=512)
     validate_mlm_tokenizer(tokenizer)
     return tokenizer
-
-
-def save_results(trainer, args, data_args, metrics):
-    """Report and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
-    if args.do_train and trainer.is_world_process_zero():
-        held_out = metrics.get("eval", {})
-        plot_report(trainer.state.log_history, Path(args.output_dir) / REPORT_FILE, held_out.get("unigram_entropy"))
-        files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
-        source = data_args.dataset_name or ", ".join(files) or "embedded corpus"
-        write_model_card(
-            args.output_dir,
-            title=Path(args.output_dir).resolve().name,
-            description="A BERT with factorized attention, pretrained with masked language modelling.",
-            auto_class=AUTO_CLASSES[data_args.objective],
-            factorized=True,
-            facts=model_facts(trainer.model, args, source)
-            | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
-            metrics=held_out,
-            dataset=data_args.dataset_name,
-            repository=trainer.hub_model_id,
-            license=args.hub_license,
-            plot=REPORT_FILE,
-        )
-    for split, values in metrics.items():
-        trainer.log_metrics(split, values)
-        trainer.save_metrics(split, values)
 
 
 def with_quickstart(argv):
@@ -117,17 +76,16 @@ def prepare(model_args, data_args, args, plan, longest):
 
 
 def plan_phase(argv):
-    """The arguments of one phase, its command line and description, and what is to be done."""
+    """The arguments of one phase, and the run that they describe."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
     validate_kernel(model_args, args)
-    description = describe_run(args, model_args, data_args)
-    plan = plan_run(args, description)
-    if not plan.finished:
+    planned = ScriptRun(args, argv, model_args, data_args)
+    if not planned.plan.finished:
         for file in [*(data_args.train_file or ()), *(data_args.validation_file or ())]:
             check_file(file)
-    return model_args, data_args, args, argv, description, plan
+    return model_args, data_args, args, planned
 
 
 def make_trainer(model, tokenizer, args, data, plan):
@@ -151,43 +109,42 @@ def make_trainer(model, tokenizer, args, data, plan):
     return trainer
 
 
-def train_phase(model_args, data_args, args, argv, description, plan, longest, later):
+def train_phase(model_args, data_args, args, planned, longest, later):
     """One phase; ``longest`` is the longest sequence of all phases, which the model must hold from the first. ``later``
-    are arguments and descriptions of the phases that follow: if this one starts anew, so do they."""
-    description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
-    validate_start_weights(plan, description[START_WEIGHTS])
-    if plan.finished:
-        logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
-        push_finished(args)
+    are the runs of the phases that follow."""
+    if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)
-    tokenizer, config, data = prepare(model_args, data_args, args, plan, longest)
-    description[DATA_FINGERPRINT] = data.fingerprint
-    validate_data(plan, description)
+    tokenizer, config, data = prepare(model_args, data_args, args, planned.plan, longest)
+    planned.uses_data({DATA_FINGERPRINT: data.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
-    trainer = make_trainer(model, tokenizer, args, data, plan)
-    if args.should_save:
-        for of_run in [(args, description), *(later if args.overwrite_output_dir else ())]:
-            start_run(*of_run)
-    if args.should_save and args.do_train:
-        record_start(args, plan.checkpoint, argv, description)
+    trainer = make_trainer(model, tokenizer, args, data, planned.plan)
+    planned.start(later)
 
     metrics = {}
     if args.do_train:
-        metrics["train"] = train_and_save(trainer, plan.checkpoint)
+        metrics["train"] = train_and_save(trainer, planned.plan.checkpoint)
     if args.do_eval:
         metrics["eval"] = trainer.evaluate() | {"unigram_entropy": data.unigram_entropy}
-    save_results(trainer, args, data_args, metrics)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
+    planned.finish(
+        trainer,
+        metrics,
+        source=data_args.dataset_name or ", ".join(files) or "embedded corpus",
+        title=Path(args.output_dir).resolve().name,
+        description="A BERT with factorized attention, pretrained with masked language modelling.",
+        auto_class=AUTO_CLASSES[data_args.objective],
+        factorized=True,
+        dataset=data_args.dataset_name,
+    )
 
 
 def run(argv):
     # Every phase's command line is checked before the first one takes its time.
     phases = [plan_phase(command) for command in phases_of(with_quickstart(list(argv)))]
-    validate_phases([(args, plan) for _, _, args, _, _, plan in phases])
+    validate_phases([(args, planned.plan) for _, _, args, planned in phases])
     longest = max(data_args.max_seq_length for _, data_args, *_ in phases)
-    runs = [(args, description) for _, _, args, _, description, _ in phases]
+    runs = [planned for *_, planned in phases]
     for number, phase in enumerate(phases, start=1):
         train_phase(*phase, longest, later=runs[number:])
 

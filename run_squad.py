@@ -24,24 +24,9 @@ from fnl_hf.data.squad import (
 )
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
-from fnl_hf.training.hub import push_finished
-from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
 from fnl_hf.training.models import build_question_answering_model
-from fnl_hf.training.plots import REPORT_FILE, plot_report
-from fnl_hf.training.provenance import read_starts, record_start
-from fnl_hf.training.runs import (
-    DATA_FINGERPRINT,
-    START_WEIGHTS,
-    TEST_FINGERPRINT,
-    VALIDATION_FINGERPRINT,
-    describe_run,
-    plan_run,
-    start_run,
-    validate_data,
-    validate_resume,
-    validate_start_weights,
-    weights_checksum,
-)
+from fnl_hf.training.runs import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
+from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.seeds import commands_of_seeds, summarize_seeds
 from fnl_hf.training.squad_trainer import AnswerOptions, SquadTrainer, write_answers
 from fnl_hf.training.trainer import build_trainer, train_and_save
@@ -149,30 +134,6 @@ def load_examples(data_args, split):
     return examples
 
 
-def save_results(trainer, args, data_args, metrics):
-    """Report and card, then ``all_results.json``, the sign of a finished run. The model itself is saved already."""
-    if args.do_train and trainer.is_world_process_zero():
-        plot_report(trainer.state.log_history, Path(args.output_dir) / REPORT_FILE)
-        source = data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf"
-        write_model_card(
-            args.output_dir,
-            title=f"{Path(args.output_dir).resolve().name} (question answering)",
-            description="Fine-tuned for extractive question answering.",
-            auto_class="AutoModelForQuestionAnswering",
-            factorized=isinstance(trainer.model, FnlBertForQuestionAnswering),
-            facts=model_facts(trainer.model, args, source)
-            | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
-            metrics=metrics.get("eval", {}),
-            dataset=data_args.dataset_name,
-            repository=trainer.hub_model_id,
-            license=args.hub_license,
-            plot=REPORT_FILE,
-        )
-    for split, values in metrics.items():
-        trainer.log_metrics(split, values)
-        trainer.save_metrics(split, values)
-
-
 def load_splits(data_args, args):
     """{split: questions} of the splits that the flags ask for, and what identifies them in the run's description."""
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
@@ -181,14 +142,14 @@ def load_splits(data_args, args):
     return questions, {FINGERPRINTS[split]: questions_fingerprint(examples) for split, examples in questions.items()}
 
 
-def validate_finished(plan, data_args, args):
+def validate_finished(planned, data_args, args):
     """Compare the questions of a finished run with those of its start; their files may be gone since."""
     try:
         _, fingerprints = load_splits(data_args, args)
     except UserInputError as error:
         logger.warning(f"The questions of the finished run in {args.output_dir} cannot be compared: {error}")
         return
-    validate_data(plan, fingerprints)
+    planned.uses_data(fingerprints)
 
 
 def make_features(data_args, args, tokenizer, questions):
@@ -224,50 +185,50 @@ def make_trainer(model, tokenizer, data_args, args, questions, features):
 
 
 def plan_one(arguments, argv):
-    """The arguments of one run, its command line and description, and what is to be done."""
+    """The arguments of one run, and the run that they describe."""
     model_args, data_args, args = arguments
     if model_args.tokenizer_name is None and model_args.model_name_or_path is None:
         raise UserInputError("give --model_name_or_path, or --config_name and --tokenizer_name")
-    description = describe_run(args, model_args, data_args)
-    return model_args, data_args, args, argv, description, plan_run(args, description)
+    return model_args, data_args, args, ScriptRun(args, argv, model_args, data_args)
 
 
-def run_one(model_args, data_args, args, argv, description, plan):
+def run_one(model_args, data_args, args, planned):
     """Train, evaluate and predict, as far as the flags ask for it."""
-    description[START_WEIGHTS] = weights_checksum(model_args.model_name_or_path)
-    validate_start_weights(plan, description[START_WEIGHTS])
-    if plan.finished:
-        validate_finished(plan, data_args, args)
-        logger.warning(f"The run in {args.output_dir} is finished: nothing to do")
-        push_finished(args)
+    if planned.plan.finished:
+        validate_finished(planned, data_args, args)
+    if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)
-    tokenizer = load_tokenizer(plan.checkpoint or model_args.tokenizer_name or model_args.model_name_or_path)
+    checkpoint = planned.plan.checkpoint
+    tokenizer = load_tokenizer(checkpoint or model_args.tokenizer_name or model_args.model_name_or_path)
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
-    if plan.checkpoint is not None:
-        validate_resume(plan.checkpoint, model)
+    if checkpoint is not None:
+        validate_resume(checkpoint, model)
     questions, fingerprints = load_splits(data_args, args)
-    description |= fingerprints
-    validate_data(plan, description)
+    planned.uses_data(fingerprints)
     features = make_features(data_args, args, tokenizer, questions)
     trainer = make_trainer(model, tokenizer, data_args, args, questions, features)
-    if args.should_save:
-        start_run(args, description)
-    if args.should_save and args.do_train:
-        record_start(args, plan.checkpoint, argv, description)
+    planned.start()
 
     metrics = {}
     if args.do_train:
-        metrics["train"] = train_and_save(trainer, plan.checkpoint)
+        metrics["train"] = train_and_save(trainer, checkpoint)
     if args.do_eval:
         metrics["eval"] = trainer.evaluate()
     if args.do_predict:
         answers, metrics["predict"] = trainer.answers(features["test"], questions["test"], "predict")
         if trainer.is_world_process_zero():
             write_answers(args.output_dir, "predict", answers)
-    save_results(trainer, args, data_args, metrics)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    planned.finish(
+        trainer,
+        metrics,
+        source=data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf",
+        title=f"{Path(args.output_dir).resolve().name} (question answering)",
+        description="Fine-tuned for extractive question answering.",
+        auto_class="AutoModelForQuestionAnswering",
+        factorized=isinstance(trainer.model, FnlBertForQuestionAnswering),
+        dataset=data_args.dataset_name,
+    )
 
 
 def run(argv):

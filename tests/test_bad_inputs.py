@@ -80,7 +80,7 @@ CORPORA = {
     "shorter than a sequence": (corpus("c.txt", "a b\nc"), r"^training data: .* \(1 documents\) is shorter than one"),
     "held-out shorter than one": (flags(max_seq_length=512), "^held-out data: .* shorter .* --max_seq_length 512$"),
     "fewer than a global batch": (
-        flags(max_train_samples=23, gradient_accumulation_steps=3), "are 23 sequences, fewer than .* batch of 24 "
+        flags(max_train_samples=23, gradient_accumulation_steps=3), "are 23 samples, fewer than .* batch of 24 "
     ),
     "a stream of another column": (corpus("c.jsonl", '{"body": "a"}\n' * 99, **STREAM), "c.jsonl: no column 'text'"),
     "a stream of broken records": (

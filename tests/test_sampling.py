@@ -65,7 +65,7 @@ def test_the_sampler_is_found_below_what_shares_and_skips_batches():
 
 def test_fewer_samples_than_a_global_batch_are_refused():
     assert len(EpochSampler(12, 12, seed=0)) == 12
-    with pytest.raises(UserInputError, match="are 11 sequences, fewer than one global batch of 12"):
+    with pytest.raises(UserInputError, match="are 11 samples, fewer than one global batch of 12"):
         EpochSampler(11, 12, seed=0)
 
 

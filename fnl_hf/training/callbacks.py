@@ -90,13 +90,14 @@ class _Readable:
             return
         if "loss" in logs:
             logs = {name: value for name, value in logs.items() if name not in NOT_PRINTED}
-        if "tokens_per_second" in logs and self.training_bar is not None:
-            self.training_bar.set_postfix_str(f"{logs['tokens_per_second']:,.0f} tokens/s")
+        for unit in ("tokens", "images"):
+            if f"{unit}_per_second" in logs and self.training_bar is not None:
+                self.training_bar.set_postfix_str(f"{logs[f'{unit}_per_second']:,.0f} {unit}/s")
         super().on_log(args, state, control, logs=logs, **kwargs)  # type: ignore[misc]
 
 
 class ReadableProgressCallback(_Readable, ProgressCallback):
-    """Trainer's progress bar with the rate of the last log, in tokens a second."""
+    """Trainer's progress bar with the rate of the last log, in tokens or images a second."""
 
 
 class ReadablePrinterCallback(_Readable, PrinterCallback):

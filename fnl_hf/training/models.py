@@ -151,7 +151,7 @@ def build_pretraining_model(model_args, config: FnlBertConfig, objective: str) -
     if objective == "mlm_nsp" and config.type_vocab_size < 2:
         raise UserInputError(f"--objective mlm_nsp needs a type_vocab_size ({config.type_vocab_size}) of at least 2")
     name_or_path = model_args.model_name_or_path
-    with _as_user_input(name_or_path or "this configuration"):
+    with as_user_input(name_or_path or "this configuration"):
         if name_or_path is None:
             config._attn_implementation = model_args.attn_implementation
             return model_class(config)
@@ -192,7 +192,7 @@ def build_question_answering_model(
     name = model_args.model_name_or_path or model_args.config_name
     factorized = model_args.model_type == FnlBertConfig.model_type
     config = load_bert_config(name) if factorized else None
-    with _as_user_input(name):
+    with as_user_input(name):
         if model_args.model_name_or_path is None:
             config = config or AutoConfig.from_pretrained(name)
             config.dtype = torch.float32
@@ -205,7 +205,7 @@ def build_question_answering_model(
 
 
 @contextmanager
-def _as_user_input(name):
+def as_user_input(name):
     """What Transformers raises for a configuration or checkpoint that it cannot build."""
     try:
         yield

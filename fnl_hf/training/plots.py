@@ -91,9 +91,10 @@ def plot_optimizer(axes, log_history: list[dict[str, Any]]) -> None:
 
 
 def plot_throughput(axes, log_history: list[dict[str, Any]]) -> None:
-    """Non-padding tokens a second on the left axis, share of the time that data were waited for on the right one."""
+    """Non-padding tokens, or images, a second on the left axis, share of the time waiting for data on the right one."""
     right = axes.twinx()
-    _plot_from_zero(axes, log_history, "tokens_per_second", "tokens per second", "tab:blue")
+    unit = "images" if any("images_per_second" in entry for entry in log_history) else "tokens"
+    _plot_from_zero(axes, log_history, f"{unit}_per_second", f"{unit} per second", "tab:blue")
     _plot_from_zero(right, log_history, "data_wait", "share of the time waiting for data", "tab:orange")
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.yaxis.set_major_formatter(lambda share, position: f"{100 * share:.3g}%")

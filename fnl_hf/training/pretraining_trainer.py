@@ -10,19 +10,9 @@ from transformers.trainer_utils import has_length
 
 from fnl_hf.data.pretraining import STREAM_STATE
 from fnl_hf.data.streaming import StreamingDataset
-from fnl_hf.errors import UserInputError
 from fnl_hf.training.preemption import ignore_sigterm
-from fnl_hf.training.sampling import EpochSampler
+from fnl_hf.training.sampling import epoch_sampler, validate_sampling_strategy
 from fnl_hf.training.trainer import FnlTrainer
-
-SAMPLING_STRATEGIES = ("random", "sequential")
-
-
-def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:
-    """The order of the training data that ``args`` describe, for micro-batches of ``batch_size`` a process."""
-    global_batch = batch_size * args.world_size * args.gradient_accumulation_steps
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
 
 
 class StreamProgressCallback(TrainerCallback):
@@ -44,10 +34,7 @@ class PretrainingTrainer(FnlTrainer):
 
     def __init__(self, model=None, args=None, train_dataset=None, **kwargs):
         # Trainer's constructor makes the output folder: what is refused is refused before.
-        if args.train_sampling_strategy not in SAMPLING_STRATEGIES:
-            raise UserInputError(
-                f"--train_sampling_strategy ({args.train_sampling_strategy}) must be one of {SAMPLING_STRATEGIES}"
-            )
+        validate_sampling_strategy(args)
         if args.do_train and has_length(train_dataset):
             epoch_sampler(train_dataset, args, args.train_batch_size)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fnl_hf.errors import UserInputError
 
+SAMPLING_STRATEGIES = ("random", "sequential")
 _BLOCK = 2**16  # indices that are Python integers at a time: an epoch of a large corpus would be gigabytes of them
 
 
@@ -30,7 +31,7 @@ class EpochSampler(Sampler[int]):
     def __init__(self, length: int, global_batch: int, seed: int, shuffle: bool = True):
         if length < global_batch:
             raise UserInputError(
-                f"the training data are {length} sequences, fewer than one global batch of {global_batch} "
+                f"the training data are {length} samples, fewer than one global batch of {global_batch} "
                 "(--per_device_train_batch_size x processes x --gradient_accumulation_steps)"
             )
         self.length = length
@@ -52,6 +53,22 @@ class EpochSampler(Sampler[int]):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)[: self.used]
         for start in range(0, self.used, _BLOCK):
             yield from order[start : start + _BLOCK].tolist()
+
+
+def validate_sampling_strategy(args) -> None:
+    """Raise UserInputError unless :class:`EpochSampler` has the order that ``args`` ask for."""
+    if args.train_sampling_strategy not in SAMPLING_STRATEGIES:
+        raise UserInputError(
+            f"--train_sampling_strategy ({args.train_sampling_strategy}) must be one of {SAMPLING_STRATEGIES}"
+        )
+
+
+def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:
+    """The order of the training data that ``args`` describe, for micro-batches of ``batch_size`` a process."""
+    validate_sampling_strategy(args)
+    global_batch = batch_size * args.world_size * args.gradient_accumulation_steps
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
 
 
 def sampler_of(dataloader: DataLoader) -> Sampler | None:

@@ -1,4 +1,4 @@
-"""What a training run gets done: non-padding tokens a second, model FLOPs utilisation, waiting for data, memory."""
+"""What a training run gets done: tokens or images a second, model FLOPs utilisation, waiting for data, memory."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ class Window:
 
     seconds: float = 0.0  # of training
     waited: float = 0.0  # of these, for batches
-    tokens: int | torch.Tensor = 0
+    tokens: int | torch.Tensor = 0  # or images
     flops: int = 0
     predicted: int | torch.Tensor = 0  # positions of the masked language modelling head that ``flops`` lacks
 
@@ -39,6 +39,7 @@ class Window:
 
 class ThroughputMeter:
     """Counts and times the batches that a training loop takes, on each process; figures are those of all together.
+    Batches of "pixel_values" are counted in images, all others in tokens.
 
     The clock starts with the first batch and stands still in :meth:`paused`. Reading figures is a collective operation
     and waits for the device; counting never does. Positions beyond the sequence's end are computed, so that they count
@@ -64,6 +65,7 @@ class ThroughputMeter:
             self.predicts_tokens = model.get_output_embeddings() is not None
             self.pools_first_token = model.base_model.pooler is not None
         self.device, self.dtype, self.gather = device, dtype, gather
+        self.unit = "tokens"
         self._reset()
 
     def _reset(self) -> None:
@@ -100,9 +102,9 @@ class ThroughputMeter:
                 self._running_since = time.perf_counter()
 
     def close_window(self) -> dict[str, float]:
-        """Figures since the last call: "tokens_per_second", "mfu" (0 to 1), "data_wait" (share of the training time, of
-        the process that waited longest) and "peak_memory_gb" (10⁹ bytes, of the process that needs most: the tensors
-        on its GPU since the run began, elsewhere all that it has had since its start)."""
+        """Figures since the last call: "tokens_per_second" or "images_per_second", "mfu" (0 to 1), "data_wait" (share
+        of the training time, of the process that waited longest) and "peak_memory_gb" (10⁹ bytes, of the process that
+        needs most: the tensors on its GPU since the run began, elsewhere all that it has had since its start)."""
         window, self._window = self._window, Window()
         if self._first is None:
             self._first = window
@@ -136,6 +138,10 @@ class ThroughputMeter:
         return True
 
     def _count(self, batch: Mapping[str, torch.Tensor]) -> None:
+        if "pixel_values" in batch:
+            self.unit = "images"
+            self._window.tokens += len(batch["pixel_values"])
+            return
         ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
         mask = batch.get("attention_mask")
         if mask is not None and mask.shape == ids.shape:
@@ -167,7 +173,7 @@ class ThroughputMeter:
         tokens, flops, seconds, waited, peaks, memories = rows.cpu().unbind(dim=1)
         if not seconds.min() > 0.0:
             return {}
-        figures = {"tokens_per_second": tokens.sum() / seconds.max()}
+        figures = {f"{self.unit}_per_second": tokens.sum() / seconds.max()}
         if self.config is not None:
             figures["mfu"] = flops.sum() / (seconds.max() * peaks.sum())
         figures["data_wait"] = (waited / seconds).max()

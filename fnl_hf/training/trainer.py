@@ -63,7 +63,7 @@ def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, f
 
 
 class FnlTrainer(PushingTrainer):
-    """Trainer for ``FnlTrainingArguments`` and any BERT-like model, ours or stock.
+    """Trainer for ``FnlTrainingArguments`` and any BERT-like or image model, ours or stock.
 
     Under gradient accumulation and on several processes each loss is the mean over all items of the global batch
     (masked tokens, sentence pairs, questions), not a mean of the micro-batches' means. Logs of the loss and the
@@ -164,7 +164,7 @@ class FnlTrainer(PushingTrainer):
         """As Trainer's, which walks all parameters of the model in every micro-batch."""
         if self._parameters is None:
             return super().floating_point_ops(inputs)
-        return 6 * inputs["input_ids"].numel() * self._parameters
+        return 6 * inputs[self.model.main_input_name].numel() * self._parameters
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Items per label argument; Trainer itself knows only ``labels`` and counts them over all processes."""

@@ -1,0 +1,103 @@
+"""What the training scripts have in common: a run is planned, checked against its folder, recorded and reported."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from fnl_hf.training.hub import push_finished
+from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
+from fnl_hf.training.plots import REPORT_FILE, plot_report
+from fnl_hf.training.provenance import read_starts, record_start
+from fnl_hf.training.runs import (
+    START_WEIGHTS,
+    describe_run,
+    plan_run,
+    start_run,
+    validate_data,
+    validate_start_weights,
+    weights_checksum,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class ScriptRun:
+    """One run of a training script, from its command line to the results in its output folder. Planning changes no
+    file.
+
+    Args:
+        args: ``FnlTrainingArguments``.
+        argv: the command line without the script's name.
+        *script_arguments: the script's own dataclasses.
+
+    Raises:
+        UserInputError: see :func:`fnl_hf.training.runs.plan_run`.
+    """
+
+    def __init__(self, args, argv: Sequence[str], *script_arguments):
+        self.args, self.argv = args, argv
+        self.description = describe_run(args, *script_arguments)
+        self.plan = plan_run(args, self.description)
+
+    def is_finished(self, model_name_or_path: str | None) -> bool:
+        """Whether nothing is left to do; an upload that failed is tried again.
+
+        Raises:
+            UserInputError: the run was started from other weights than those in ``model_name_or_path``.
+        """
+        self.description[START_WEIGHTS] = weights_checksum(model_name_or_path)
+        validate_start_weights(self.plan, self.description[START_WEIGHTS])
+        if not self.plan.finished:
+            return False
+        logger.warning(f"The run in {self.args.output_dir} is finished: nothing to do")
+        push_finished(self.args)
+        return True
+
+    def uses_data(self, fingerprints: Mapping[str, str]) -> None:
+        """Note what the data are, by the names that :func:`fnl_hf.training.runs.validate_data` knows.
+
+        Raises:
+            UserInputError: the run that is continued, or finished, has others.
+        """
+        self.description |= fingerprints
+        validate_data(self.plan, self.description)
+
+    def start(self, later: Sequence["ScriptRun"] = ()) -> None:
+        """Make the output folder and record this start. ``later`` are the runs that follow on this one: if it starts
+        anew, so do they."""
+        if not self.args.should_save:
+            return
+        for run in (self, *(later if self.args.overwrite_output_dir else ())):
+            start_run(run.args, run.description)
+        if self.args.do_train:
+            record_start(self.args, self.plan.checkpoint, self.argv, self.description)
+
+    def finish(self, trainer, metrics: dict[str, dict[str, Any]], source: str = "", **card) -> None:
+        """Report, card, metrics by split (``all_results.json`` is the sign of a finished run) and upload. The model
+        itself is saved already.
+
+        Args:
+            source: the data's name for the card.
+            **card: what else :func:`write_model_card` takes; without any no card is written.
+        """
+        if self.args.do_train and trainer.is_world_process_zero():
+            folder, held_out = Path(self.args.output_dir), metrics.get("eval", {})
+            plot_report(trainer.state.log_history, folder / REPORT_FILE, held_out.get("unigram_entropy"))
+            if card:
+                facts = model_facts(trainer.model, self.args, source)
+                write_model_card(
+                    folder,
+                    facts=facts | run_facts(read_starts(folder)[-1], metrics["train"]),
+                    metrics=held_out,
+                    repository=trainer.hub_model_id,
+                    license=self.args.hub_license,
+                    plot=REPORT_FILE,
+                    **card,
+                )
+        for split, values in metrics.items():
+            trainer.log_metrics(split, values)
+            trainer.save_metrics(split, values)
+        if self.args.push_to_hub:
+            trainer.push_to_hub()
