@@ -137,8 +137,8 @@ def least_gradient(layer, x):
 @pytest.mark.parametrize("mode, rank", [("wide", 6), ("wide", 9), ("deep", 6), ("deep", 9), ("wide", 40), ("deep", 40)])
 @pytest.mark.parametrize("kept", [0, 3, 5])
 def test_what_exceeds_the_rank_of_the_weight_is_exact_and_moves(layer, x, mode, rank, kept):
-    """Also for weights that are zero or of lower rank themselves. In a deep layer a gradient of rank 5 moves 5 directions
-    and, through a weight of rank 3, 3 others."""
+    """Also for weights that are zero or of lower rank themselves. In a deep layer a gradient of rank 5 moves 5
+    directions and, through a weight of rank 3, 3 others."""
     layer = seeded(copy.deepcopy(layer))
     whole = factorized(layer, 3 if kept == 3 else min(layer.weight.shape[0], 5)) if kept else None
     with torch.no_grad():
