@@ -53,6 +53,19 @@ def test_the_exported_program_and_the_onnx_file_give_the_same_outputs(model, tmp
         export_onnx(model, file)
 
 
+@pytest.mark.parametrize("mode", ["low_rank", "wide", "deep"])
+def test_factorized_layers_are_exported_for_any_size(mode):
+    """Which of their ways is the cheapest depends on the number of rows, which a program must not."""
+    torch.manual_seed(0)
+    model = fnl_hf.FnlBertForQuestionAnswering(fnl_hf.FnlBertConfig(**DIMENSIONS)).eval()
+    config = fnl_hf.FactorizationConfig(mode=mode, include=["intermediate.dense", "word_embeddings"])
+    program = export_program(fnl_hf.factorize(model, config)).module()
+    for sizes in ((2, 3), (5, 19), (1, 1)):
+        given = inputs(*sizes)
+        for theirs, ours in zip(model(*given).to_tuple(), program(*given), strict=True):
+            torch.testing.assert_close(ours[given[1].bool()], theirs[given[1].bool()], atol=1e-5, rtol=0)
+
+
 def test_bfloat16_inference_is_close_to_float32(model):
     ids, mask, segments = inputs(3, 11)
     with torch.no_grad():

@@ -301,9 +301,34 @@ def test_what_a_layer_carries_over():
     assert [name for name, p in new.named_parameters() if p.requires_grad] == ["bias"]
     meta = factorized(nn.Conv2d(4, 6, 3, device="meta"), 3, "low_rank")
     assert all(p.is_meta for p in meta.parameters()) and meta.error is None
+    assert meta.merged().weight.is_meta
     for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
         assert_close(twin.weight, new.weight)
         assert len(find_products(twin)) == 1
+
+
+def test_what_is_set_around_it_does_not_matter():
+    """Autocast, a default device; channels last in memory; no number is drawn from the global generator."""
+    layer = seeded(nn.Linear(5, 7)).float()
+    expected, state = factorized(layer, 9, "wide").left, torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(factorized(layer, 9, "wide").left, expected)
+    with torch.device("meta"):
+        assert torch.equal(factorized(layer, 9, "wide").left, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    convolution = FactorizedConv2d(4, 6, 3, 2).to(memory_format=torch.channels_last)
+    before = convolution.left.clone()
+    convolution.reset_parameters()
+    assert not torch.equal(convolution.left, before)
+
+
+def test_a_padding_row_of_zeros_stays_zero():
+    table = nn.Embedding(7, 5, padding_idx=2)
+    new = factorized(table, 9, "wide")
+    optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
+    new(torch.arange(7)).square().sum().backward()
+    optimizer.step()
+    assert not new(torch.tensor([2])).any() and new(torch.tensor([3])).any()
 
 
 @MODES

@@ -177,7 +177,8 @@ class FactorizedLayer(nn.Module):
     @torch.no_grad()
     def multiplied_out(self, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight, computed in ``dtype``."""
-        with torch.autocast(self.left.device.type, enabled=False):
+        device = "cpu" if self.left.is_meta else self.left.device.type  # autocast does not know meta
+        with torch.autocast(device, enabled=False):
             return self._product(tuple(factor.to(dtype) for factor in self.factors()))
 
     @torch.no_grad()
