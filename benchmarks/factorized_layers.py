@@ -33,6 +33,7 @@ LAYERS = {
     "Conv 64 → 64, 3x3, 32 of 8x8": (lambda: nn.Conv2d(64, 64, 3, padding=1), (32, 64, 8, 8)),
     "Conv 128 → 128, 3x3, 8 of 28x28": (lambda: nn.Conv2d(128, 128, 3, padding=1), (8, 128, 28, 28)),
     "Conv 512 → 512, 3x3, 8 of 7x7": (lambda: nn.Conv2d(512, 512, 3, padding=1), (8, 512, 7, 7)),
+    "Conv 96 → 96, 3x3, depthwise, 8 of 28x28": (lambda: nn.Conv2d(96, 96, 3, 1, 1, groups=96), (8, 96, 28, 28)),
     "Conv 256 → 256, 1x1, 8 of 14x14": (lambda: nn.Conv2d(256, 256, 1), (8, 256, 14, 14)),
 }
 
