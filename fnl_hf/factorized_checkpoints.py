@@ -47,8 +47,15 @@ class FactorizedLayersLoader(HfQuantizer):
         config: Any = self.quantization_config
         rebuild_layers(model, config.layers)
         untie_factorized(model)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, parameter in model.named_parameters():
+            if parameter.shape != self._shapes.get(name, parameter.shape):  # 5.17 does not look
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)} in the checkpoint and {tuple(self._shapes[name])} in "
+                    f"{type(model).__name__}: make the checkpoint dense first (fnl_hf.merge)"
+                )
         for layer in model.modules():
             if isinstance(layer, FactorizedLayer):
                 _initialize_missing(layer)

@@ -248,7 +248,11 @@ def test_what_a_checkpoint_lacks_is_initialized(tmp_path):
     model = bert(BertForSequenceClassification)
     quietly(model, FactorizationConfig(ranks={"classifier": 2, "intermediate.dense": 3}))
     model.save_pretrained(tmp_path)
-    again = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    try:
+        again = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    except ValueError as error:  # older versions of transformers have loaded them by then
+        assert "classifier.left has shape (2, 2) in the checkpoint and (5, 2) in" in str(error)
+        pytest.skip("this version of transformers takes weights of another shape")
     head, bound = again.classifier, 42**-0.5
     assert 0 < head.bias.abs().max() <= bound and 0.1 * bound < head.right.std() < bound
     dense = again.bert.encoder.layer[0].intermediate.dense
