@@ -16,7 +16,7 @@ from fnl_hf import FnlBertConfig, FrobeniusAdamW, UserInputError, frobenius_para
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.errors import TrainingDiverged
 from fnl_hf.training.arguments import FnlTrainingArguments, run_script
-from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
+from fnl_hf.training.trainer import FnlTrainer, build_trainer
 
 LENGTH = 11
 
@@ -193,13 +193,6 @@ def test_a_process_uses_one_gpu(tmp_path, monkeypatch, caplog):
     args = FnlTrainingArguments(str(tmp_path), per_device_train_batch_size=5, global_train_batch_size=35)
     assert (args.n_gpu, args.train_batch_size, args.gradient_accumulation_steps) == (1, 5, 7)
     assert "3 GPUs are visible, but a process trains on one: to use all, start the script with `torchrun" in caplog.text
-
-
-def test_processes_wait_for_the_model_that_another_may_read():
-    trainer = MagicMock()
-    train_and_save(trainer, None)
-    names = [name for name, _, _ in trainer.mock_calls]
-    assert names == ["train", "save_model", "save_state", "accelerator.wait_for_everyone"]
 
 
 @pytest.mark.parametrize("backend, error, status, left", [
