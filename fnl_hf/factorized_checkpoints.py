@@ -132,15 +132,15 @@ def _initialize_missing(layer: FactorizedLayer) -> None:
 def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
     """Replace the dense layers of these names, as far as the model has them, by factorized ones without weights."""
     prefix = _base_prefix(model)
-    modules = dict(model.named_modules())
+    modules, replacements = dict(model.named_modules()), {}
     for name, entry in layers.items():
         full = next((n for n in (f"{prefix}{name}", name) if type(modules.get(n)) in FACTORIZED), None)
         if full is None:
             continue
         dense: Any = modules[full]
         factory = {"device": "meta", "dtype": dense.weight.dtype}
-        new = FACTORIZED[type(dense)].like(dense, entry["rank"], entry["deep"], **factory)
-        replace_modules(model, {id(dense): new})
+        replacements[id(dense)] = FACTORIZED[type(dense)].like(dense, entry["rank"], entry["deep"], **factory)
+    replace_modules(model, replacements)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
@@ -173,7 +173,8 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     try:
         layers = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))["layers"]
-        missing = [name for name in layers if type(dict(model.named_modules()).get(name)) not in FACTORIZED]
+        modules = dict(model.named_modules())
+        missing = [name for name in layers if type(modules.get(name)) not in FACTORIZED]
         if missing:
             raise ValueError(f"{type(model).__name__} has no dense layer {missing[0]!r}")
         rebuild_layers(model, layers)

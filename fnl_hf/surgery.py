@@ -136,9 +136,9 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
         excluded = any(is_named(entry, name, layer) for entry in config.exclude)
         if found and (by_name or id(layer.weight) not in protected) and not excluded:
             layers[name] = layer
-    for name, layer in layers.items():
-        others = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not layer
-                  and isinstance(layer, nn.Embedding) and m.weight is layer.weight]  # fmt: skip
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    for name in [name for name in tables if name in layers]:
+        others = [n for n, m in tables.items() if m is not layers[name] and m.weight is layers[name].weight]
         if others:
             raise ValueError(f"{name}: its table is also that of {others[0]}, which would keep the dense one")
     if not layers:

@@ -86,20 +86,27 @@ class FactorizedLayer(nn.Module):
         return self.to_weight(left @ middle[0] @ right.mT if middle else left @ right.mT)
 
     def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
-        """(G, m, n) as the dense layer stores its weight."""
-        raise NotImplementedError
+        """(G, m, n) as the dense layer stores its weight: here (m, n), with G = 1."""
+        return matrices[0]
 
     def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """A dense layer's weight as (G, m, n)."""
-        raise NotImplementedError
+        return weight[None]
 
     def default_stds(self, std: float) -> tuple[float, float, float]:
         """Standard deviations of U, M and V where a dense weight has ``std``."""
         raise NotImplementedError
 
+    @property
+    def fan_in(self) -> int:
+        """How many inputs an output of the dense layer has."""
+        raise NotImplementedError
+
     def reset_parameters(self) -> None:
         """Draw factors and bias from the global generator, each factor as a layer of its own would be drawn."""
-        raise NotImplementedError
+        self.draw_factors((3 * self.fan_in) ** -0.5)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(self.fan_in**-0.5), self.fan_in**-0.5)
 
     @torch.no_grad()
     def draw_factors(self, std: float, generator: torch.Generator | None = None) -> None:

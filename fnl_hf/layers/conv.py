@@ -87,18 +87,13 @@ class FactorizedConv2d(FactorizedLayer):
         around = {"valid": 0, "same": reach}[padding] if isinstance(padding, str) else 2 * padding[axis]
         return (size + around - reach - 1) // self.stride[axis] + 1
 
-    def reset_parameters(self) -> None:
-        fan_in = self._fan_in()
-        self.draw_factors((3 * fan_in) ** -0.5)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
-
-    def _fan_in(self) -> int:
+    @property
+    def fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)
 
     def default_stds(self, std: float) -> tuple[float, float, float]:
         height = self.kernel_size[0]
-        return fan_in_stds(std, self._fan_in(), self.rank * height, self.rank, self._fan_in() // height)
+        return fan_in_stds(std, self.fan_in, self.rank * height, self.rank, self.fan_in // height)
 
     def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
         height, width = self.kernel_size

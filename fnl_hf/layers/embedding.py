@@ -59,12 +59,6 @@ class FactorizedEmbedding(FactorizedLayer):
         """A table has no inputs to sum over: U and V of equal size, so that the entries of the product have ``std``."""
         return (std / self.rank**0.5) ** 0.5, self.rank**-0.5, (std / self.rank**0.5) ** 0.5
 
-    def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
-        return matrices[0]
-
-    def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight[None]
-
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedEmbedding":
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):

@@ -55,19 +55,12 @@ class FactorizedLinear(FactorizedLayer):
             return self.left @ self.middle, self.right
         return self.left, self.middle @ self.right
 
-    def reset_parameters(self) -> None:
-        self.draw_factors((3 * self.in_features) ** -0.5)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+    @property
+    def fan_in(self) -> int:
+        return self.in_features
 
     def default_stds(self, std: float) -> tuple[float, float, float]:
-        return fan_in_stds(std, self.in_features, left=self.rank, rank=self.rank, right=self.in_features)
-
-    def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
-        return matrices[0]
-
-    def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight[None]
+        return fan_in_stds(std, self.fan_in, left=self.rank, rank=self.rank, right=self.in_features)
 
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedLinear":
