@@ -16,7 +16,7 @@ from fnl_hf.convert import refuse_used_folder
 from fnl_hf.errors import UserInputError
 from fnl_hf.factorization_config import FactorizationConfig
 from fnl_hf.factorized_checkpoints import factorized_layers
-from fnl_hf.model_card import FACTORIZED_LAYERS, write_card
+from fnl_hf.model_card import FACTORIZED_LAYERS, describe_source, write_card
 from fnl_hf.surgery import factorization_table, factorize, merge
 
 # What a checkpoint has beside weights and tokenizer.
@@ -66,7 +66,7 @@ def _save_changed(source: str, folder: str | Path, change: Callable[[Any], Any],
     except (OSError, ValueError) as error:
         raise UserInputError(str(error)) from error
     _copy_the_rest(source, folder)
-    name = Path(source).resolve().name if Path(source).exists() else source  # not where it lies on this machine
+    name, metadata = describe_source(source)
     layers = factorized_layers(model)
     facts = {"architecture": type(model).__name__, "parameters": f"{model.num_parameters():,}, before {before:,}"}
     write_card(
@@ -76,7 +76,7 @@ def _save_changed(source: str, folder: str | Path, change: Callable[[Any], Any],
         auto_class=_auto_class_of(model),
         factorized=isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel),
         facts=facts | ({FACTORIZED_LAYERS: len(layers)} if layers else {}),
-        metadata={} if Path(source).exists() else {"base_model": source},
+        metadata=metadata,
         section=f"## Layers\n\n```\n{factorization_table(model)}\n```" if layers else "",
         cites=True,
     )

@@ -2,17 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import torch
-import yaml
-from huggingface_hub import metadata_load
 from matplotlib import pyplot as plt
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
 
 from fnl_hf import modeling_fnl_bert
 from fnl_hf.conversion_fnl_bert import embedding_size_of
@@ -20,12 +17,10 @@ from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError
 from fnl_hf.head_mixing import Truncation
-from fnl_hf.model_card import CARD_FILE, architecture_facts, write_card
+from fnl_hf.model_card import architecture_facts, describe_source, write_card
 
-logger = logging.get_logger(__name__)
 SPECTRA_FILE = "spectra.png"
 BATCH_SIZE = 16
-KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")  # of the original's card
 TITLES = {"qk": "$Q_h K_h^T$", "vo": "$V_h O_h^T$"}
 
 TRUNCATION = """## Truncation
@@ -155,8 +150,7 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
     """
     original, model, truncations = result
     factorized = isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel)
-    on_hub = not Path(source).exists()
-    name = source if on_hub else Path(source).resolve().name  # not where it lies on this machine
+    name, metadata = describe_source(source)
     kind = "An FNL-BERT" if factorized else "A stock BERT"
     description, section, truncated = f"{kind} that computes what {name} does.", "", "none"
     if truncations:
@@ -178,20 +172,10 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
         auto_class=next(auto for auto, ours in modeling_fnl_bert.AUTO_CLASSES.items() if ours == f"Fnl{head}"),
         factorized=factorized,
         facts=architecture_facts(model) | facts,
-        metadata=_source_metadata(source) | ({"base_model": source} if on_hub else {}),
+        metadata=metadata,
         section=section,
         cites=True,
     )
-
-
-def _source_metadata(source: str) -> dict[str, Any]:
-    """What the card of a checkpoint says that also holds for what is made from it; nothing if it has no card."""
-    try:
-        found = metadata_load(str(cached_file(source, CARD_FILE))) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        logger.info(f"{source} has no model card that can be read: {error}")
-        return {}
-    return {name: found[name] for name in KEPT_METADATA if found.get(name) is not None}
 
 
 def truncation_table(truncations: Sequence[Truncation]) -> str:

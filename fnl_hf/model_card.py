@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from transformers.utils import cached_file, logging
 
 from fnl_hf.conversion_fnl_bert import embedding_size_of
 from fnl_hf.factorized_checkpoints import factorized_layers
 
+logger = logging.get_logger(__name__)
 CARD_FILE = "README.md"
+KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")  # of the original's card
 FACTORIZED_LAYERS = "factorized layers"
 UNNAMED = "path/to/this/model"  # where the repository is not known
 # auto class -> the Hub's name of its task, where it has one
@@ -117,6 +121,19 @@ def write_card(
         **names,
     )
     ModelCard(card).save(Path(folder) / CARD_FILE)
+
+
+def describe_source(source: str) -> tuple[str, dict[str, Any]]:
+    """A checkpoint's name for the card of what is made from it, and what its own card says that also holds there."""
+    on_hub = not Path(source).exists()
+    name = source if on_hub else Path(source).resolve().name  # not where it lies on this machine
+    try:
+        found = metadata_load(str(cached_file(source, CARD_FILE))) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.info(f"{source} has no model card that can be read: {error}")
+        found = {}
+    kept = {entry: found[entry] for entry in KEPT_METADATA if found.get(entry) is not None}
+    return name, kept | ({"base_model": source} if on_hub else {})
 
 
 def name_repository(card: Path, repository: str) -> None:

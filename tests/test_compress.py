@@ -19,6 +19,7 @@ from .test_surgery import IDS, IMAGES, bert, factorized_names, vit
 def checkpoint(tokenizer, tmp_path):
     bert().save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "README.md").write_text("---\nlicense: mit\n---\n")
     return tmp_path / "bert"
 
 
@@ -32,7 +33,8 @@ def test_there_and_back(checkpoint, tmp_path, capsys):
     assert len(factorized_names(model)) == 3 and f"{model.num_parameters():,} parameters, before" in printed
     card = (small / "README.md").read_text(encoding="utf-8")
     assert "import fnl_hf  # factorized layers\nfrom transformers import AutoModelForMaskedLM" in card
-    assert "bert, with factorized layers" in card and "layer.0.attention.self.query" in card and "bibtex" in card
+    assert "license: mit" in card and "bibtex" in card
+    assert "bert, with factorized layers" in card and "layer.0.attention.self.query" in card
     AutoTokenizer.from_pretrained(small)
 
     cli.main(["merge", str(small), str(dense)])
