@@ -14,7 +14,7 @@ from fnl_hf.factorization import RANK_DIMS, Product, product_norms, spectral_fac
 from fnl_hf.factorization_config import FactorizationConfig
 from fnl_hf.factorized_checkpoints import load_factorized, save_factorized
 from fnl_hf.inference import ask
-from fnl_hf.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
+from fnl_hf.layers import FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from fnl_hf.modeling_fnl_bert import (
     FnlBertForMaskedLM,
     FnlBertForMultipleChoice,
@@ -41,6 +41,7 @@ for _auto_class, _name in modeling_fnl_bert.AUTO_CLASSES.items():
 
 __all__ = [
     "FactorizationConfig",
+    "FactorizedConv1D",
     "FactorizedConv2d",
     "FactorizedEmbedding",
     "FactorizedLinear",

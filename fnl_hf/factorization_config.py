@@ -11,7 +11,7 @@ SIZES = ("rank_scale", "target_ratio", "energy", "ranks")
 # Where nothing is said: at a quarter of its rank a square layer has half its parameters; an overcomplete one has twice
 # (deep: three times) as many at full rank.
 DEFAULT_RANK_SCALES = {"low_rank": 0.25, "wide": 1.0, "deep": 1.0}
-TYPES = ("Linear", "Conv2d")
+TYPES = ("Linear", "Conv1D", "Conv2d")
 
 
 @dataclass
@@ -30,8 +30,8 @@ class FactorizationConfig:
         energy: the share of Σσ² that each layer keeps at least, above 0 and at most 1.
         ranks: {type or pattern: rank}; the layers that match, the first match counts, and no others.
         init: "spectral" (the paper's) or "default" (its baseline); see :class:`fnl_hf.layers.FactorizedLayer`.
-        include: types ("Linear", "Conv2d", "Embedding") or patterns of names, as in a shell. A pattern may leave out
-            the beginning of a name, up to a dot: "query" is every ``….query``.
+        include: types ("Linear", "Conv1D", "Conv2d", "Embedding") or patterns of names, as in a shell. A pattern may
+            leave out the beginning of a name, up to a dot: "query" is every ``….query``.
         exclude: types or patterns that are left alone.
         seed: of what is drawn.
 

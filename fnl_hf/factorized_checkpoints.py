@@ -8,7 +8,7 @@ packages can register their ways. Any other model has the list in a JSON file be
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fnl_hf.errors import UserInputError
+from fnl_hf.factorization_config import FactorizationConfig
 from fnl_hf.layer_ranks import FACTORIZED
 from fnl_hf.layers import FactorizedLayer
 
@@ -32,10 +33,16 @@ WEIGHTS_FILE = "model.safetensors"
 @register_quantization_config(METHOD)
 @dataclass
 class FactorizedLayersConfig(QuantizationConfigMixin):
-    """Name -> {"rank": r, "deep": whether it has three factors} of each factorized layer; names within the base model
-    are those that they have there, so that every head finds them."""
+    """What ``config.json`` tells of factorized layers.
+
+    Args:
+        layers: name -> {"rank": r, "deep": whether it has three factors}; names within the base model are those that
+            they have there, so that every head finds them.
+        factorizations: the :class:`~fnl_hf.FactorizationConfig` of each call that made them, for the reader.
+    """
 
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factorizations: list[dict[str, Any]] = field(default_factory=list)
     quant_method: str = METHOD  # type: ignore[assignment]  # Transformers' enumeration lists its own only
 
 
@@ -85,12 +92,25 @@ def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def record_layers(model: nn.Module) -> None:
-    """Write into the configuration of a Transformers model which layers are factorized.
-
-    It gets one of its own: other models may have been made from the one that it has.
-    """
+def factorizations(model: nn.Module) -> list[dict[str, Any]]:
+    """The settings of each call that factorized layers of ``model``, the first one first."""
     if not isinstance(model, PreTrainedModel):
+        return vars(model).get("_factorizations", [])
+    entry = getattr(model.config, "quantization_config", None) or {}
+    return (entry if isinstance(entry, dict) else vars(entry)).get("factorizations", [])
+
+
+def record_layers(model: nn.Module, made_with: FactorizationConfig | None = None) -> None:
+    """Write into the configuration of a Transformers model which layers are factorized, and ``made_with``.
+
+    It gets one of its own: other models may have been made from the one that it has. Any other model keeps
+    ``made_with`` itself.
+    """
+    history = list(factorizations(model))
+    if made_with is not None:
+        history.append({key: value for key, value in asdict(made_with).items() if value is not None})
+    if not isinstance(model, PreTrainedModel):
+        vars(model)["_factorizations"] = history if factorized_layers(model) else []
         return
     shared: Any = model.config
     own = copy.deepcopy(shared)
@@ -99,7 +119,7 @@ def record_layers(model: nn.Module) -> None:
             module.config = own
     layers = factorized_layers(model)
     if layers:
-        model.config.quantization_config = FactorizedLayersConfig(layers=layers)
+        model.config.quantization_config = FactorizedLayersConfig(layers=layers, factorizations=history)
     elif quantization_method(model) == METHOD:
         del model.config.quantization_config
 
@@ -153,11 +173,12 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
 
 
 def save_factorized(model: nn.Module, folder: str | Path) -> None:
-    """Save a model that is not one of Transformers: weights and the list of its factorized layers."""
+    """Save a model that is not one of Transformers: its weights, which of its layers are factorized, and the settings
+    that they were made with."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / WEIGHTS_FILE))
-    text = json.dumps({"layers": factorized_layers(model)}, indent=2)
+    text = json.dumps({"layers": factorized_layers(model), "factorizations": factorizations(model)}, indent=2)
     (folder / LAYERS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -172,7 +193,8 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     try:
-        layers = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))["layers"]
+        saved = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))
+        layers = saved["layers"]
         modules = dict(model.named_modules())
         missing = [name for name in layers if type(modules.get(name)) not in FACTORIZED]
         if missing:
@@ -180,6 +202,7 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
         rebuild_layers(model, layers)
         _materialize(model)
         load_model(model, str(folder / WEIGHTS_FILE))
+        vars(model)["_factorizations"] = saved["factorizations"]
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserInputError(f"{folder}: {error}") from error
     return model

@@ -8,14 +8,18 @@ import torch
 from torch import nn
 
 from fnl_hf.factorization_config import FactorizationConfig, matches
-from fnl_hf.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLayer, FactorizedLinear
+from fnl_hf.layers import (
+    FactorizedConv1D,
+    FactorizedConv2d,
+    FactorizedEmbedding,
+    FactorizedLayer,
+    FactorizedLinear,
+)
 
 FACTORIZED: dict[type[nn.Module], type[FactorizedLayer]] = {
-    nn.Linear: FactorizedLinear,
-    nn.Conv2d: FactorizedConv2d,
-    nn.Embedding: FactorizedEmbedding,
+    layer_class.dense_class: layer_class
+    for layer_class in (FactorizedLinear, FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding)
 }
-
 TYPE_NAMES = {kind.__name__: kind for kind in FACTORIZED}
 
 

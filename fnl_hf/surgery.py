@@ -40,9 +40,10 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
     :func:`save_factorized` and :func:`load_factorized`.
 
     Args:
-        model: any module; its layers of exactly the types ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` can be
-            replaced.
-        config: which, and how; by default each Linear and Conv2d at a quarter of its rank, but heads and tied weights.
+        model: any module; its layers of exactly the types ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and GPT-2's
+            ``Conv1D`` can be replaced.
+        config: which, and how; by default each Linear, Conv1D and Conv2d at a quarter of its rank, except heads and
+            tied weights.
 
     Returns:
         ``model``, or where it is such a layer itself what takes its place.
@@ -61,7 +62,7 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
         _warn_of_growth(layers, ranks)
     model = replace_modules(model, factorized)
     untie_factorized(model)
-    record_layers(model)
+    record_layers(model, config)
     return model
 
 

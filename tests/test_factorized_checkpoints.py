@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    GPT2LMHeadModel,
     Trainer,
     TrainingArguments,
 )
@@ -21,7 +23,7 @@ from fnl_hf import FactorizationConfig, UserInputError, factorize, load_factoriz
 from fnl_hf.layers import FactorizedEmbedding
 
 from .conftest import DIMENSIONS
-from .test_surgery import IDS, MODES, Small, bert, config_of, factorized_names, quietly, t5
+from .test_surgery import FULL, IDS, MODES, Small, bert, config_of, factorized_names, gpt2, quietly, t5
 
 
 def test_fnl_bert_is_factorized_beside_its_attention(tmp_path):
@@ -108,6 +110,8 @@ def test_saved_and_loaded_as_every_model(mode, tmp_path):
     model.save_pretrained(tmp_path)
     entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert entry["quant_method"] == "fnl_factorized" and "encoder.layer.0.intermediate.dense" in entry["layers"]
+    settings = {"mode": mode, "rank_scale": FULL[mode], "init": "spectral", "include": ["Linear", "query"]}
+    assert entry["factorizations"] == [settings | {"exclude": [], "seed": 0}]
     for again in (BertForMaskedLM.from_pretrained(tmp_path), AutoModelForMaskedLM.from_pretrained(tmp_path)):
         assert torch.equal(again(IDS).logits, model(IDS).logits)
         assert [p.kind for p in fnl_hf.find_products(again)] == [p.kind for p in fnl_hf.find_products(model)]
@@ -116,9 +120,26 @@ def test_saved_and_loaded_as_every_model(mode, tmp_path):
     assert torch.equal(base(IDS).last_hidden_state, model.bert(IDS).last_hidden_state)
     head = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert factorized_names(head) == factorized_names(model)
+    quietly(head, FactorizationConfig(ranks={"classifier": 2}, seed=5))
     head.save_pretrained(tmp_path / "head")
+    entry = json.loads((tmp_path / "head" / "config.json").read_text())["quantization_config"]
+    assert [made["seed"] for made in entry["factorizations"]] == [0, 5]
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "head", dtype=torch.bfloat16)
     assert again.bert.encoder.layer[0].intermediate.dense.left.dtype == torch.bfloat16
+
+
+def test_gpt2(tmp_path):
+    """Its layers are Conv1D, again after merging: stock GPT-2 loads what is merged."""
+    model = gpt2()
+    before = model(IDS).logits
+    quietly(model, FactorizationConfig(rank_scale=1.0)).save_pretrained(tmp_path)
+    assert len(factorized_names(model)) == 8 and model.lm_head.weight is model.transformer.wte.weight
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    merge(again).save_pretrained(tmp_path / "merged")
+    dense = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    assert factorized_names(dense) == []
+    torch.testing.assert_close(dense(IDS).logits, before, rtol=0, atol=1e-5)
 
 
 def test_one_line_for_the_model_and_one_for_the_optimizer(tmp_path):
@@ -154,6 +175,10 @@ def test_models_that_are_not_transformers(mode, tmp_path):
         again = load_factorized(fresh, tmp_path)
         assert torch.equal(again(IDS[:, :3] % 11), model(IDS[:, :3] % 11))
         assert again.out.weight is again.table.weight
+        save_factorized(again, tmp_path / "again")
+        texts = [(folder / "factorized_layers.json").read_text() for folder in (tmp_path, tmp_path / "again")]
+        assert texts[0] == texts[1]
+    assert json.loads(texts[0])["factorizations"][0]["mode"] == mode
     with pytest.raises(UserInputError, match="has no dense layer 'image'"):
         load_factorized(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")

@@ -8,12 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fnl_hf import find_products, frobenius_param_groups
-from fnl_hf.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, initialization
+from fnl_hf.layers import FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, initialization
 from fnl_hf.layers.initialization import spectral_initialization, truncated_svd
 
-CLASSES = {nn.Linear: FactorizedLinear, nn.Conv2d: FactorizedConv2d, nn.Embedding: FactorizedEmbedding}
+CLASSES = {
+    nn.Linear: FactorizedLinear,
+    Conv1D: FactorizedConv1D,
+    nn.Conv2d: FactorizedConv2d,
+    nn.Embedding: FactorizedEmbedding,
+}
 MODES = pytest.mark.parametrize("mode", ["low_rank", "wide", "deep"])
 
 
@@ -86,10 +92,14 @@ def test_a_convolution_at_full_rank_is_the_dense_one_in_either_way(data):
 @given(st.integers(1, 7), st.integers(1, 7), st.booleans(), st.sampled_from([(), (1,), (2, 40)]), st.data())
 def test_linear_and_embedding_at_full_rank_are_the_dense_ones(n, m, bias, batch, data):
     mode, rank = data.draw(ranks((m, n)))
-    layer, x = seeded(nn.Linear(n, m, bias)), torch.randn(*batch, n, dtype=torch.float64)
-    new = factorized(layer, rank, mode)
-    assert_close(new(x), layer(x))
-    assert repr(new.to_dense().layer) == repr(layer)
+    x = torch.randn(*batch, n, dtype=torch.float64)
+    for layer in (seeded(nn.Linear(n, m, bias)), seeded(Conv1D(m, n))):
+        new = factorized(layer, rank, mode)
+        assert_close(new(x), layer(x))
+        assert_close(new.weight, layer.weight)
+        back = new.to_dense().layer
+        assert repr(back) == repr(layer)
+        assert_close(back(x), layer(x))
     table, ids = seeded(nn.Embedding(n, m)), torch.randint(n, (3, 2))
     assert_close(factorized(table, rank, mode)(ids), table(ids))
     assert_close(factorized(table, rank, mode).to_dense().layer(ids), table(ids))
@@ -238,6 +248,7 @@ def test_state_dict_names_and_shapes():
     expected = {"left": (7, 3), "middle": (3, 3), "right": (3, 5), "bias": (7,)}
     assert shapes(FactorizedLinear(5, 7, 3, deep=True)) == expected
     assert shapes(FactorizedLinear(5, 7, 3, bias=False)) == {"left": (7, 3), "right": (3, 5)}
+    assert shapes(FactorizedConv1D(5, 7, 3)) == {"left": (7, 3), "right": (3, 5), "bias": (7,)}
     assert shapes(FactorizedEmbedding(5, 7, 3)) == {"left": (5, 3), "right": (3, 7)}
 
 

@@ -16,6 +16,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     ResNetConfig,
     ResNetForImageClassification,
     T5Config,
@@ -46,6 +48,13 @@ def t5(**entries):
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)).eval()
 
 
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 53, "n_positions": 20, "n_embd": 28, "n_layer": 2, "n_head": 7, "n_inner": 44}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropout)).eval()
+
+
 def vit():
     torch.manual_seed(0)
     sizes = {"hidden_size": 28, "num_hidden_layers": 2, "num_attention_heads": 7, "intermediate_size": 44}
@@ -66,6 +75,7 @@ MODELS = pytest.mark.parametrize(
     "make, inputs, types",
     [
         (bert, {"input_ids": IDS}, ("Linear", "*attention*")),
+        (gpt2, {"input_ids": IDS}, ("Conv1D",)),
         (vit, {"pixel_values": IMAGES}, ("Linear", "Conv2d")),
         (resnet, {"pixel_values": IMAGES}, ("Linear", "Conv2d")),
     ],

@@ -1,10 +1,11 @@
-"""A Linear layer whose weight is a product."""
+"""Linear layers whose weight is a product."""
 
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from fnl_hf.layers.base import FactorizedLayer, fan_in_stds, many_rows_if_exporting
 
@@ -18,7 +19,7 @@ class FactorizedLinear(FactorizedLayer):
     """
 
     kinds = ("linear", "deep")
-    dense_class = nn.Linear
+    dense_class: type[nn.Module] = nn.Linear
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class FactorizedLinear(FactorizedLayer):
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedLinear":
         return cls(layer.in_features, layer.out_features, rank, layer.bias is not None, deep, **factory)
 
-    def new_dense(self, **factory: Any) -> nn.Linear:
+    def new_dense(self, **factory: Any) -> nn.Module:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, **factory)
 
     def extra_repr(self) -> str:
@@ -74,3 +75,24 @@ class FactorizedLinear(FactorizedLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, deep={self.deep}"
         )
+
+
+class FactorizedConv1D(FactorizedLinear):
+    """:class:`FactorizedLinear` in the place of the Conv1D of GPT-2, a Linear layer that stores its weight as
+    (in_features, out_features)."""
+
+    dense_class = Conv1D
+
+    def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
+        return matrices[0].T
+
+    def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T[None]
+
+    @classmethod
+    def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedConv1D":
+        return cls(layer.nx, layer.nf, rank, True, deep, **factory)
+
+    def new_dense(self, **factory: Any) -> nn.Module:
+        with torch.device(factory.get("device") or torch.get_default_device()):
+            return Conv1D(self.out_features, self.in_features).to(dtype=factory.get("dtype"))
