@@ -8,7 +8,7 @@ packages can register their ways. Any other model has the list in a JSON file be
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fnl_hf.errors import UserInputError
-from fnl_hf.factorization_config import FactorizationConfig
 from fnl_hf.layer_ranks import FACTORIZED
 from fnl_hf.layers import FactorizedLayer
 
@@ -94,23 +93,22 @@ def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def factorizations(model: nn.Module) -> list[dict[str, Any]]:
     """The settings of each call that factorized layers of ``model``, the first one first."""
+    if not factorized_layers(model):  # from_config makes a dense model, whatever the configuration says
+        return []
     if not isinstance(model, PreTrainedModel):
         return vars(model).get("_factorizations", [])
     entry = getattr(model.config, "quantization_config", None) or {}
     return (entry if isinstance(entry, dict) else vars(entry)).get("factorizations", [])
 
 
-def record_layers(model: nn.Module, made_with: FactorizationConfig | None = None) -> None:
-    """Write into the configuration of a Transformers model which layers are factorized, and ``made_with``.
+def record_layers(model: nn.Module, history: list[dict[str, Any]]) -> None:
+    """Write into the configuration of a Transformers model which layers are factorized, and ``history``.
 
-    It gets one of its own: other models may have been made from the one that it has. Any other model keeps
-    ``made_with`` itself.
+    It gets one of its own: other models may have been made from the one that it has. Any other model keeps ``history``
+    itself.
     """
-    history = list(factorizations(model))
-    if made_with is not None:
-        history.append({key: value for key, value in asdict(made_with).items() if value is not None})
     if not isinstance(model, PreTrainedModel):
-        vars(model)["_factorizations"] = history if factorized_layers(model) else []
+        vars(model)["_factorizations"] = history
         return
     shared: Any = model.config
     own = copy.deepcopy(shared)

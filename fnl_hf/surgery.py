@@ -4,6 +4,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from fnl_hf.attention_fnl_bert import factor_pairs
 from fnl_hf.factorization_config import FactorizationConfig, matches
 from fnl_hf.factorized_checkpoints import (
     METHOD,
+    factorizations,
     quantization_method,
     record_layers,
     replace_modules,
@@ -60,9 +62,11 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
     factorized = {id(layer): _factorized(name, layer, ranks[name], config) for name, layer in layers.items()}
     if config.mode == "low_rank":
         _warn_of_growth(layers, ranks)
+    settings = {key: value for key, value in asdict(config).items() if value is not None}
+    history = [*factorizations(model), settings]
     model = replace_modules(model, factorized)
     untie_factorized(model)
-    record_layers(model, config)
+    record_layers(model, history)
     return model
 
 
@@ -88,7 +92,7 @@ def merge(model: nn.Module) -> nn.Module:
     _refuse_unfit(model)
     layers = {id(m): m.merged() for m in model.modules() if isinstance(m, FactorizedLayer)}
     model = replace_modules(model, layers)
-    record_layers(model)
+    record_layers(model, [])
     return model
 
 

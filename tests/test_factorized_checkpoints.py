@@ -116,6 +116,10 @@ def test_saved_and_loaded_as_every_model(mode, tmp_path):
         assert torch.equal(again(IDS).logits, model(IDS).logits)
         assert [p.kind for p in fnl_hf.find_products(again)] == [p.kind for p in fnl_hf.find_products(model)]
         again.half().float()
+    dense = AutoModel.from_config(again.config)
+    assert factorized_names(dense) == []
+    factorize(dense, FactorizationConfig(seed=7))
+    assert [made["seed"] for made in dense.config.quantization_config.factorizations] == [7]
     base = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
     assert torch.equal(base(IDS).last_hidden_state, model.bert(IDS).last_hidden_state)
     head = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertForQuestionAnswering, ElectraForMaskedLM
 
+import fnl_hf
 from fnl_hf import (
     FnlBertConfig,
     FnlBertForMaskedLM,
@@ -214,6 +215,15 @@ def test_flops_of_each_head(clock, model_class, entries, target, positions):
         predicted, last_layer = positions if isinstance(positions, tuple) else (positions, None)
         flops = ROWS * training_flops(model.config, LENGTH, predicted, last_layer)
         assert figures["mfu"] == pytest.approx(flops / (8.0 * PEAK))
+
+
+def test_no_utilisation_of_factorized_layers(clock):
+    model = fnl_hf.factorize(FnlBertForMaskedLM(FnlBertConfig(**DIMENSIONS)))
+    own = meter(model)
+    take(own, clock, {"input_ids": torch.ones(ROWS, LENGTH, dtype=torch.long)}, 6.0)
+    with own.paused():
+        figures = own.close_window()
+    assert figures["tokens_per_second"] > 0 and "mfu" not in figures
 
 
 def test_the_progress_bar_shows_the_rate_and_prints_little():

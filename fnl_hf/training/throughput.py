@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import BertPreTrainedModel
 
+from fnl_hf.layers import FactorizedLayer
 from fnl_hf.training.flops import device_peak_flops, synchronize, training_flops
 
 try:
@@ -46,7 +47,7 @@ class ThroughputMeter:
     for utilisation, but are no tokens.
 
     Args:
-        model: figures of utilisation are given for BERT, ours or stock.
+        model: figures of utilisation are given for BERT, ours or stock, unless it has factorized layers.
         device: where this process trains.
         dtype: of the matrix multiplications.
         gather: concatenates tensors (1, n) of all processes along the first dimension.
@@ -60,7 +61,8 @@ class ThroughputMeter:
         gather: Callable[[torch.Tensor], torch.Tensor],
     ):
         self.config, self.predicts_tokens, self.pools_first_token = None, False, False
-        if isinstance(model, BertPreTrainedModel):
+        is_factorized = any(isinstance(module, FactorizedLayer) for module in model.modules())
+        if isinstance(model, BertPreTrainedModel) and not is_factorized:
             self.config = model.config
             self.predicts_tokens = model.get_output_embeddings() is not None
             self.pools_first_token = model.base_model.pooler is not None
