@@ -134,7 +134,6 @@ def train_phase(model_args, data_args, args, planned, longest, later):
         title=Path(args.output_dir).resolve().name,
         description="A BERT with factorized attention, pretrained with masked language modelling.",
         auto_class=AUTO_CLASSES[data_args.objective],
-        factorized=True,
         dataset=data_args.dataset_name,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
-from fnl_hf import FnlBertForQuestionAnswering, UserInputError
+from fnl_hf import UserInputError
 from fnl_hf.data.corpus import first_rows
 from fnl_hf.data.squad import (
     FeatureMaker,
@@ -226,7 +226,6 @@ def run_one(model_args, data_args, args, planned):
         title=f"{Path(args.output_dir).resolve().name} (question answering)",
         description="Fine-tuned for extractive question answering.",
         auto_class="AutoModelForQuestionAnswering",
-        factorized=isinstance(trainer.model, FnlBertForQuestionAnswering),
         dataset=data_args.dataset_name,
     )
 

@@ -170,7 +170,7 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
         title=folder.resolve().name,
         description=description,
         auto_class=next(auto for auto, ours in modeling_fnl_bert.AUTO_CLASSES.items() if ours == f"Fnl{head}"),
-        factorized=factorized,
+        model=model,
         facts=architecture_facts(model) | facts,
         metadata=metadata,
         section=section,

@@ -61,6 +61,7 @@ class FactorizationConfig:
             entries = getattr(self, name)
             if isinstance(entries, str) or not all(isinstance(entry, str) for entry in entries):
                 raise ValueError(f"{name} ({entries!r}) must be a list of types and patterns")
+            setattr(self, name, list(entries))  # as JSON gives them back
         self._validate_sizes()
 
     def _validate_sizes(self):

@@ -6,10 +6,12 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from transformers import BertPreTrainedModel, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from fnl_hf.conversion_fnl_bert import embedding_size_of
 from fnl_hf.factorized_checkpoints import factorized_layers
+from fnl_hf.modeling_fnl_bert import FnlBertPreTrainedModel
 
 logger = logging.get_logger(__name__)
 CARD_FILE = "README.md"
@@ -25,6 +27,12 @@ TASKS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForImageClassification": "image-classification",
+}
+# What prepares a model's inputs: the file that tells of it -> a name, and the class that loads it.
+PREPARATIONS = {
+    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
+    "preprocessor_config.json": ("processor", "AutoProcessor"),
 }
 
 CARD = """---
@@ -42,10 +50,9 @@ CARD = """---
 ## Use
 
 ```python
-{imports}from transformers import {auto_class}, AutoTokenizer
+{imports}
 
-tokenizer = AutoTokenizer.from_pretrained("{repository}")
-model = {auto_class}.from_pretrained("{repository}"{remote})
+{preparation}model = {auto_class}.from_pretrained("{repository}"{remote})
 ```
 {with_fnl_hf}{method}"""
 
@@ -60,13 +67,16 @@ model = {auto_class}.from_pretrained("{repository}")
 ```
 """
 
+ATTENTION = """The attention of each layer is 2H factorized layers, Q_h K_hᵀ and V_h O_hᵀ, with an adjustable embedding
+dimension E. """
+LAYERS = "The weights of its factorized layers ({count}) are products of two or three matrices. "
 METHOD = """
 ## Method
 
-The attention of each layer is 2H factorized layers, Q_h K_hᵀ and V_h O_hᵀ, with an adjustable embedding dimension E
-(Khodak, Tenenholtz, Mackey and Fusi, *Initialization and Regularization of Factorized Neural Layers*, ICLR 2021,
-[arXiv:2105.01029](https://arxiv.org/abs/2105.01029)).
-
+{what}The method is that of Khodak, Tenenholtz, Mackey and Fusi, *Initialization and Regularization of Factorized
+Neural Layers*, ICLR 2021, [arXiv:2105.01029](https://arxiv.org/abs/2105.01029).
+"""
+CITATION = """
 ```bibtex
 @inproceedings{khodak2021initialization,
   title = {Initialization and Regularization of Factorized Neural Layers},
@@ -85,42 +95,56 @@ def write_card(
     title: str,
     description: str,
     auto_class: str,
-    factorized: bool,
+    model: PreTrainedModel,
     facts: Mapping[str, Any],
     metadata: Mapping[str, Any],
     section: str = "",
     cites: bool = False,
     repository: str | None = None,
 ) -> None:
-    """Write ``folder/README.md``.
+    """Write ``folder/README.md`` beside a model and what prepares its inputs.
 
     Args:
         auto_class: what loads the model; the Hub's task follows from it.
-        factorized: a model of ours, whose code comes with it, not a stock one.
-        facts: the rows of a table; with :data:`FACTORIZED_LAYERS` among them the model is loaded with fnl_hf only.
+        model: what is in the folder. With factorized layers it loads where fnl_hf is imported; else, if its class is
+            not one of Transformers, by its code, which comes with it.
+        facts: the rows of a table.
         metadata: more entries of ``huggingface_hub.ModelCardData``.
         section: Markdown between the facts and how the model is loaded.
-        cites: explain and cite the method for a stock model, too.
+        cites: cite the method where nothing of the model is a product, too.
         repository: the Hub's name of the model, None if there is none.
     """
+    own, layers = isinstance(model, FnlBertPreTrainedModel), factorized_layers(model)
     task = TASKS.get(auto_class)
-    tags = [*(("fnl_bert", "factorized-layers") if factorized else ()), *([task] if task else ())]
+    tags = [*["fnl_bert"] * own, *["factorized-layers"] * (own or bool(layers)), *([task] if task else ())]
     data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=tags or None, **metadata)
-    with_package = FACTORIZED_LAYERS in facts
+    remote = ", trust_remote_code=True" if model._auto_class is not None and not (own and layers) else ""
     names = {"auto_class": auto_class, "repository": repository or UNNAMED}
+    what = (ATTENTION if own else "") + (LAYERS.format(count=len(layers)) if layers else "")
+    imports, preparation = _loading_code(Path(folder), bool(layers), **names)
     card = CARD.format(
         metadata=data.to_yaml(),
         title=title,
         description=description,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         section=f"\n{section}\n" if section else "",
-        imports=f"import fnl_hf  # {FACTORIZED_LAYERS}\n" if with_package else "",
-        remote=", trust_remote_code=True" if factorized and not with_package else "",
-        with_fnl_hf=WITH_FNL_HF.format(**names) if factorized and not with_package else "",
-        method=METHOD if factorized or cites else "",
+        imports=imports,
+        preparation=preparation,
+        remote=remote,
+        with_fnl_hf=WITH_FNL_HF.format(**names) if own and not layers else "",
+        method=METHOD.format(what=what) + CITATION if what or cites else "",
         **names,
     )
     ModelCard(card).save(Path(folder) / CARD_FILE)
+
+
+def _loading_code(folder: Path, with_package: bool, auto_class: str, repository: str) -> tuple[str, str]:
+    """The imports of the code that loads the model, and its line for what prepares the inputs."""
+    found = next((entry for file, entry in PREPARATIONS.items() if (folder / file).exists()), None)
+    classes = ", ".join(sorted([auto_class, *([found[1]] if found else ())]))
+    imports = f"import fnl_hf  # {FACTORIZED_LAYERS}\n" if with_package else ""
+    line = f'{found[0]} = {found[1]}.from_pretrained("{repository}")\n' if found else ""
+    return f"{imports}from transformers import {classes}", line
 
 
 def describe_source(source: str) -> tuple[str, dict[str, Any]]:
@@ -145,14 +169,15 @@ def name_repository(card: Path, repository: str) -> None:
 def architecture_facts(model) -> dict[str, Any]:
     """The rows that describe the architecture."""
     config = model.config
-    size = embedding_size_of(config)
+    facts = {"architecture": config.architectures[0]}  # sharded, the model is of a class of FSDP2's
+    if isinstance(model, BertPreTrainedModel):
+        size = embedding_size_of(config)
+        facts["architecture"] += (
+            f", {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads"
+        )
+        facts["attention embedding dimension E"] = f"{size} ({size / config.hidden_size:.0%} of d)"
+    facts["parameters"] = f"{model.num_parameters():,}"
     ranks = [entry["rank"] for entry in factorized_layers(model).values()]
-    layers = {FACTORIZED_LAYERS: f"{len(ranks)}, of rank {min(ranks)} to {max(ranks)}"} if ranks else {}
-    return {
-        # Sharded, the model is of a class of FSDP2's.
-        "architecture": f"{config.architectures[0]}, {config.num_hidden_layers} layers, "
-        f"hidden size {config.hidden_size}, {config.num_attention_heads} heads",
-        "attention embedding dimension E": f"{size} ({size / config.hidden_size:.0%} of d)",
-        "parameters": f"{model.num_parameters():,}",
-        **layers,
-    }
+    if ranks:
+        facts[FACTORIZED_LAYERS] = f"{len(ranks)}, of rank {min(ranks)} to {max(ranks)}"
+    return facts

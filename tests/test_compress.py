@@ -32,7 +32,7 @@ def test_there_and_back(checkpoint, tmp_path, capsys):
     model = BertForMaskedLM.from_pretrained(small).eval()
     assert len(factorized_names(model)) == 3 and f"{model.num_parameters():,} parameters, before" in printed
     card = (small / "README.md").read_text(encoding="utf-8")
-    assert "import fnl_hf  # factorized layers\nfrom transformers import AutoModelForMaskedLM" in card
+    assert "import fnl_hf  # factorized layers\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n" in card
     assert "license: mit" in card and "bibtex" in card
     assert "bert, with factorized layers" in card and "layer.0.attention.self.query" in card
     AutoTokenizer.from_pretrained(small)
@@ -58,7 +58,9 @@ def test_image_models(tmp_path, capsys):
     assert (tmp_path / "new" / "preprocessor_config.json").exists()
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "new").eval()
     assert model(IMAGES).logits.shape == (3, 3) and len(factorized_names(model)) == 13
-    assert "AutoModelForImageClassification" in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert "from transformers import AutoModelForImageClassification, AutoProcessor\n" in card
+    assert "pipeline_tag: image-classification" in card and "attention" not in card.split("## Method")[1]
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,15 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 from transformers.integrations import is_tensorboard_available
 
 import run_pretrain
-from fnl_hf import UserInputError, cli
+from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering, UserInputError, cli
 from fnl_hf.training.hub import PushingTrainer, push_folder
 from fnl_hf.training.model_card import write_model_card
 
-from .conftest import ROOT, WITHOUT_FNL_HF, pretraining
+from .conftest import DIMENSIONS, ROOT, WITHOUT_FNL_HF, pretraining
 from .hub_server import Hub
 from .test_squad_script import squad
 
@@ -338,7 +338,8 @@ def test_large_files_go_over_xet_to_a_hub_that_has_it(hub, here, published, tmp_
 
 def test_the_card_says_what_it_is_given(tmp_path):
     given = {
-        "title": "mini", "description": "Small.", "auto_class": "AutoModelForQuestionAnswering", "factorized": True,
+        "title": "mini", "description": "Small.", "auto_class": "AutoModelForQuestionAnswering",
+        "model": FnlBertForQuestionAnswering(FnlBertConfig(**DIMENSIONS)),
         "facts": {"data": "SQuAD"}, "metrics": {"eval_f1": 64.03125, "eval_exact_match": 48.5, "eval_samples": 7},
     }  # fmt: skip
     write_model_card(tmp_path, **given, dataset="rajpurkar/squad", repository="ada/mini", license="apache-2.0")
@@ -347,9 +348,10 @@ def test_the_card_says_what_it_is_given(tmp_path):
     assert found == [(name, v, "rajpurkar/squad", "SQuAD") for name, v in (("f1", 64.0312), ("exact_match", 48.5))]
     assert card.data.model_name == "mini" and card.data.datasets == ["rajpurkar/squad"]
     assert card.data.license == "apache-2.0" and "| eval_samples | 7 |" in card.text
-    assert card.text.count('"ada/mini"') == 3 and "import fnl_hf\n" in card.text
+    assert card.text.count('"ada/mini"') == 2 and "import fnl_hf\n" in card.text
     assert r"Lester and Fusi, Nicol{\`o}}," in card.text and "eprint = {2105.01029}" in card.text
-    write_model_card(tmp_path, **given | {"factorized": False, "metrics": {}})
+    stock = BertForQuestionAnswering(BertConfig(**DIMENSIONS))
+    write_model_card(tmp_path, **given | {"model": stock, "metrics": {}})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.eval_results is None and "license" not in card.content and "Khodak" not in card.text
     assert 'from_pretrained("path/to/this/model")' in card.text and "trust_remote_code" not in card.text

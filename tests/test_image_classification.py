@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
@@ -202,6 +204,12 @@ def test_low_rank_launched(idx_dir, tmp_path):
     torch.testing.assert_close(logits(folder / "merged"), logits(folder), atol=1e-4, rtol=0)
     assert not any("left" in name for name in load_file(folder / "merged" / "model.safetensors"))
     assert any("left" in name for name in load_file(folder / "model.safetensors"))
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-classification" and f"| data | {idx_dir.name} |" in card.text
+    assert "| factorized layers | 6, of rank 12 to 48 |" in card.text and "images/s" in card.text
+    [code] = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    code = code.replace("path/to/this/model", str(folder)) + "\nassert processor.image_mean and model.config.depth == 8"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     flags = {"idx_dir": idx_dir, "model_name_or_path": folder, "do_eval": "true"}
     train.run(command(tmp_path / "again", **flags))
     again = results(tmp_path / "again")

@@ -33,6 +33,13 @@ from pruning import layers_to_prune, make_permanent, prune_by_magnitude, remaini
 from resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 MERGED_FOLDER = "merged"  # in the output folder
+DESCRIPTIONS = {  # of the methods, for the model's card
+    "dense": "An image classifier.",
+    "low_rank": "An image classifier with factorized layers of low rank.",
+    "wide": "An image classifier, trained with factorized layers of full rank.",
+    "deep": "An image classifier, trained with layers that are products of three matrices.",
+    "pruning": "An image classifier without its smallest weights.",
+}
 STEPPED = "constant_with_warmup"  # the schedule that --lr_milestones are for
 
 
@@ -346,7 +353,15 @@ def run(argv):
             trainer.save_model(_internal_call=True)
     if args.do_train and args.should_save:
         prepare.save(args.output_dir)
-    planned.finish(trainer, metrics)
+    planned.finish(
+        trainer,
+        metrics,
+        source=data_args.dataset_name or str(data_args.train_dir or data_args.idx_dir),
+        title=Path(str(args.output_dir)).resolve().name,
+        description=DESCRIPTIONS[model_args.method],
+        auto_class="AutoModelForImageClassification",
+        dataset=data_args.dataset_name,
+    )
 
 
 if __name__ == "__main__":

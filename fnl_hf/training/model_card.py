@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
+from transformers import PreTrainedModel
 
 from fnl_hf.model_card import TASKS, architecture_facts, write_card
+from fnl_hf.products import find_products
 
 # The metrics that the Hub shows: of the evaluation -> its identifier there, and a name.
 SHOWN_METRICS = {
     "eval_f1": ("f1", "F1"),
     "eval_exact_match": ("exact_match", "Exact match"),
     "eval_exact": ("exact_match", "Exact match"),
-    "eval_accuracy": ("accuracy", "Accuracy on masked tokens"),
+    "eval_accuracy": ("accuracy", "Accuracy"),
     "eval_perplexity": ("perplexity", "Perplexity of masked tokens"),
     "eval_nsp_accuracy": ("accuracy", "Accuracy of next sentence prediction"),
 }
@@ -28,7 +30,7 @@ def write_model_card(
     title: str,
     description: str,
     auto_class: str,
-    factorized: bool,
+    model: PreTrainedModel,
     facts: dict[str, Any],
     metrics: dict[str, float],
     dataset: str | None = None,
@@ -40,7 +42,7 @@ def write_model_card(
 
     Args:
         auto_class: what loads the model.
-        factorized: a model of ours, not a stock one.
+        model: what is in the folder.
         facts: their "data" is what the metrics are said to be measured on.
         dataset: the Hub's name of the data; None for the user's own.
         repository: the Hub's name of the model, None if there is none.
@@ -62,9 +64,7 @@ def write_model_card(
     }
     results = RESULTS.format(metrics="\n".join(f"| {name} | {value} |" for name, value in shown.items()))
     picture = f"\n\n![training report]({plot})" if plot else ""
-    write_card(
-        folder, title, description, auto_class, factorized, facts, metadata, results + picture, repository=repository
-    )
+    write_card(folder, title, description, auto_class, model, facts, metadata, results + picture, repository=repository)
 
 
 def evaluation_results(metrics: dict[str, float], task: str, dataset: str | None, data: str) -> list[EvalResult]:
@@ -94,11 +94,10 @@ def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
             facts[name] = start[key]
     devices = ", ".join(sorted(set(start["devices"])))
     facts["trained on"] = f"{start['world_size']} process{'es' * (start['world_size'] > 1)}, {devices}"
-    if "train_tokens_per_second" in metrics:
-        facts["throughput"] = (
-            f"{metrics['train_tokens_per_second']:,.0f} non-padding tokens/s, waiting for data "
-            f"{metrics['train_data_wait']:.1%} of the time"
-        )
+    for unit, name in (("tokens", "non-padding tokens"), ("images", "images")):
+        if f"train_{unit}_per_second" in metrics:
+            rate, waited = metrics[f"train_{unit}_per_second"], metrics["train_data_wait"]
+            facts["throughput"] = f"{rate:,.0f} {name}/s, waiting for data {waited:.1%} of the time"
     if "train_mfu" in metrics:
         facts["model FLOPs utilisation"] = f"{metrics['train_mfu']:.1%} of {metrics['train_mfu_peak']}"
     if "train_peak_memory_gb" in metrics:
@@ -109,10 +108,11 @@ def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
 def model_facts(model, args, data: str) -> dict[str, Any]:
     """The rows that describe architecture, data and optimizer."""
     options = f" ({args.optim_args})" if args.optim_args else ""
-    return architecture_facts(model) | {
+    facts = architecture_facts(model) | {
         "data": Path(data).name if Path(data).exists() else data,  # not where it lies on this machine
         "optimizer": f"{args.optimizer}{options}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
-        "decay of the attention pairs": args.decay_mode
-        if args.decay_mode == "none"
-        else f"{args.decay_mode}, λ = {args.weight_decay if args.frobenius_decay is None else args.frobenius_decay}",
     }
+    if find_products(model):
+        decay = args.weight_decay if args.frobenius_decay is None else args.frobenius_decay
+        facts["decay of the products"] = args.decay_mode + (f", λ = {decay}" if args.decay_mode != "none" else "")
+    return facts

@@ -89,6 +89,7 @@ class ScriptRun:
                 facts = model_facts(trainer.model, self.args, source)
                 write_model_card(
                     folder,
+                    model=trainer.model,
                     facts=facts | run_facts(read_starts(folder)[-1], metrics["train"]),
                     metrics=held_out,
                     repository=trainer.hub_model_id,
