@@ -29,7 +29,8 @@ class FactorizationConfig:
             the full ones.
         energy: the share of Σσ² that each layer keeps at least, above 0 and at most 1.
         ranks: {type or pattern: rank}; the layers that match, the first match counts, and no others.
-        init: "spectral" (the paper's) or "default" (its baseline); see :class:`fnl_hf.layers.FactorizedLayer`.
+        init: "spectral" (the paper's) or "default" (its baseline); see
+            :meth:`fnl_hf.layers.FactorizedLayer.from_dense`.
         include: types ("Linear", "Conv1D", "Conv2d", "Embedding") or patterns of names, as in a shell. A pattern may
             leave out the beginning of a name, up to a dot: "query" is every ``….query``.
         exclude: types or patterns that are left alone.

@@ -210,15 +210,16 @@ def test_seeds_choose_what_is_drawn():
 
 
 @pytest.mark.parametrize("mode, rank", [("low_rank", 90), ("deep", 200)])
-def test_the_default_draws_each_factor_as_a_layer_of_its_own(mode, rank):
-    """A ReLU network's initialization, gain √2: std √(2/fan_in) of the dense layer and of each factor."""
+def test_the_default_draws_each_factor_as_a_matrix_of_its_own(mode, rank):
+    """As the authors do: nn.init.kaiming_normal_ of U (m, r) and of Vᵀ (r, n), where the dense layer has it."""
     convolution = nn.Conv2d(50, 70, 3)
     nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
     new = factorized(convolution, rank, mode, "default")
-    expected = {"left": 2 / (3 * rank), "middle": 2 / rank, "right": 2 / (50 * 3)}
-    for name, variance in expected.items():
-        factor = getattr(new, name)
-        assert factor is None or factor.var().item() == pytest.approx(variance, rel=0.05)
+    left, *middle, right = new.factors()
+    for factor, own in ((left[0], torch.empty(210, rank)), (right[0].T, torch.empty(rank, 150))):
+        assert factor.shape == own.shape
+        assert factor.std().item() == pytest.approx(nn.init.kaiming_normal_(own).std().item(), rel=0.05)
+    assert len(middle) == (mode == "deep") and all(torch.equal(m[0], torch.eye(rank)) for m in middle)
     table = nn.Embedding(400, 300)
     assert factorized(table, 30, init="default").weight.std().item() == pytest.approx(1.0, rel=0.05)
 
@@ -230,7 +231,7 @@ def test_a_new_layer_begins_like_a_dense_one(mode):
     deep = mode == "deep"
     layer = FactorizedConv2d(20, 40, 3, 60, groups=2, deep=deep)
     assert layer.right.var().item() == pytest.approx(1 / (3 * 30), rel=0.1)
-    assert layer.left.var().item() == pytest.approx(1 / (3 * 180), rel=0.1)
+    assert layer.left.var().item() == pytest.approx(1 / (3 * 60), rel=0.1)
     assert 0 < layer.bias.abs().max() <= 90**-0.5
     linear = FactorizedLinear(200, 70, 60, deep=deep)
     assert linear.right.var().item() == pytest.approx(1 / 600, rel=0.1)

@@ -93,9 +93,10 @@ class FactorizedLayer(nn.Module):
         """A dense layer's weight as (G, m, n)."""
         return weight[None]
 
-    def default_stds(self, std: float) -> tuple[float, float, float]:
-        """Standard deviations of U, M and V where a dense weight has ``std``."""
-        raise NotImplementedError
+    def default_stds(self, std: float) -> tuple[float, float]:
+        """Standard deviations of U and V where a dense weight has ``std``: the gain of each is the dense one's."""
+        gain = std * math.sqrt(self.fan_in)
+        return gain / math.sqrt(self.rank), gain / math.sqrt(self.matrix_shape()[1])
 
     @property
     def fan_in(self) -> int:
@@ -103,21 +104,28 @@ class FactorizedLayer(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draw factors and bias from the global generator, each factor as a layer of its own would be drawn."""
+        """Draw factors and bias from the global generator."""
         self.draw_factors((3 * self.fan_in) ** -0.5)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -(self.fan_in**-0.5), self.fan_in**-0.5)
 
     @torch.no_grad()
     def draw_factors(self, std: float, generator: torch.Generator | None = None) -> None:
-        """The default initialization, the baseline of the paper: each factor normal, as a layer of its own would be.
+        """The default initialization, the baseline of the paper: U and Vᵀ normal, each as a Linear layer of its own
+        would be drawn, M the identity.
+
+        For a dense weight that is drawn with He et al.'s variance 2/fan_in, U has 2/r and V has 2/n, as in the authors'
+        code, in convolutions too.
 
         Args:
-            std: standard deviation of the dense weight; √fan_in times it is the gain of every factor.
+            std: standard deviation of the dense weight; √fan_in times it is the gain of U and V.
         """
-        stds = self.default_stds(std)
-        sizes = zip(self.factors(), stds if self.deep else stds[::2], strict=True)
-        self.set_factors(*(size * torch.randn(f.shape, generator=generator, device="cpu") for f, size in sizes))
+        left, *middle, right = self.factors()
+        u, v = (
+            size * torch.randn(factor.shape, generator=generator, device="cpu")
+            for factor, size in zip((left, right), self.default_stds(std), strict=True)
+        )
+        self.set_factors(u, *(torch.eye(self.rank).expand_as(factor) for factor in middle), v)
 
     @torch.no_grad()
     def set_factors(self, *factors: torch.Tensor) -> None:
@@ -227,9 +235,3 @@ def check_rank(rank: int, shape: tuple[int, int], mode: str) -> None:
 def many_rows_if_exporting(rows: int) -> int:
     """``rows``, or in an export, whose program is for any number of them, a large number."""
     return 2**30 if torch.compiler.is_exporting() else rows
-
-
-def fan_in_stds(std: float, fan_in: int, left: int, rank: int, right: int) -> tuple[float, float, float]:
-    """gain/√fan_in of three factors, with the gain of a dense layer whose weight has the standard deviation ``std``."""
-    gain = std * math.sqrt(fan_in)
-    return gain / math.sqrt(left), gain / math.sqrt(rank), gain / math.sqrt(right)

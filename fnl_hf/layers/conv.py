@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.layers.base import FactorizedLayer, fan_in_stds
+from fnl_hf.layers.base import FactorizedLayer
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -90,10 +90,6 @@ class FactorizedConv2d(FactorizedLayer):
     @property
     def fan_in(self) -> int:
         return self.in_channels // self.groups * math.prod(self.kernel_size)
-
-    def default_stds(self, std: float) -> tuple[float, float, float]:
-        height = self.kernel_size[0]
-        return fan_in_stds(std, self.fan_in, self.rank * height, self.rank, self.fan_in // height)
 
     def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
         height, width = self.kernel_size

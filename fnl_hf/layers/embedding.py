@@ -55,9 +55,9 @@ class FactorizedEmbedding(FactorizedLayer):
         if self.padding_idx is not None:
             self.left[self.padding_idx] = 0.0
 
-    def default_stds(self, std: float) -> tuple[float, float, float]:
+    def default_stds(self, std: float) -> tuple[float, float]:
         """A table has no inputs to sum over: U and V of equal size, so that the entries of the product have ``std``."""
-        return (std / self.rank**0.5) ** 0.5, self.rank**-0.5, (std / self.rank**0.5) ** 0.5
+        return ((std / self.rank**0.5) ** 0.5,) * 2
 
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedEmbedding":

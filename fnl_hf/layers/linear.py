@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fnl_hf.layers.base import FactorizedLayer, fan_in_stds, many_rows_if_exporting
+from fnl_hf.layers.base import FactorizedLayer, many_rows_if_exporting
 
 
 class FactorizedLinear(FactorizedLayer):
@@ -59,9 +59,6 @@ class FactorizedLinear(FactorizedLayer):
     @property
     def fan_in(self) -> int:
         return self.in_features
-
-    def default_stds(self, std: float) -> tuple[float, float, float]:
-        return fan_in_stds(std, self.fan_in, left=self.rank, rank=self.rank, right=self.in_features)
 
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedLinear":
