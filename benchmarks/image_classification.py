@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import torch
+import transformers
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -41,7 +43,7 @@ ARMS = {
     "pruning, fine-tuned": "--method pruning --learning_rate 0.01",
 }
 RATIO = "0.1"  # of the factorized layers' parameters, for low rank and pruning
-FINE_TUNING = 4  # the share 1/4 of the epochs, after all of those of the dense run
+FINE_TUNING = 4  # the share 1/4 of the epochs, rounded down, after all of those of the dense run
 
 
 def folder_of(args, arm, seed):
@@ -59,7 +61,7 @@ def run(arm, seed, args):
         command += ["--target_ratio", RATIO]
     if "pruning" in flags:
         command += ["--model_name_or_path", str(folder_of(args, "dense", seed))]
-        epochs = max(1, args.epochs // FINE_TUNING)
+        epochs = fine_tuning_epochs(args)
     trains = "--do_eval" not in flags
     command += ["--validation_samples", "1000", "--eval_strategy", "epoch"] if trains else []
     command += ["--num_train_epochs", str(epochs)]
@@ -69,20 +71,25 @@ def run(arm, seed, args):
     return history, json.loads((folder / "all_results.json").read_text())
 
 
+def fine_tuning_epochs(args):
+    return max(1, args.epochs // FINE_TUNING)
+
+
 def spread(values, pattern):
     deviation = f" ± {pattern.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return f"{pattern.format(statistics.mean(values))}{deviation}"
 
 
-def row(arm, results):
-    """One line of the table."""
+def row(arm, results, dense):
+    """One line of the table; ``dense`` are the results of the dense runs, seed by seed, if there are any."""
     merged = ["merged_accuracy" in result for result in results]
-    cells = [spread([100 * result["eval_accuracy"] for result in results], "{:.2f}")]
+    accuracies = [100 * result["eval_accuracy"] for result in results]
+    cells = [spread(accuracies, "{:.2f}")]
+    references = [100 * result["eval_accuracy"] for result in dense]
+    cells.append(", ".join(f"{own - other:+.2f}" for own, other in zip(accuracies, references)))
     cells.append(spread([100 * result["merged_accuracy"] for result in results], "{:.2f}") if all(merged) else "")
     cells.append(f"{results[0]['eval_parameters']:,}")
     cells.append(f"{results[0]['merged_parameters']:,}" if all(merged) else "")
-    seconds = [result["train_runtime"] for result in results if "train_runtime" in result]
-    cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
     return f"| {arm} | {' | '.join(cells)} |"
 
 
@@ -119,11 +126,14 @@ def main():
     plot({arm: [history for history, _ in runs] for arm, runs in rows.items()}, file)
     print(f"\n{args.max_train_samples} images, {args.epochs} epochs, λ = {args.weight_decay}, seeds {args.seeds}")
     print(f"flags {args.flags}")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; plot in {file}\n")
-    print("| method | accuracy (%) | merged (%) | parameters in training | after merge | seconds |")
+    print(f"pruning, fine-tuned: {fine_tuning_epochs(args)} epochs at rate 0.01 after those of dense")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}; plot in {file}\n")
+    print("| method | accuracy (%) | minus dense, seed by seed | merged (%) | parameters not 0 | after merge |")
     print("|---|---|---|---|---|---|")
+    dense = [results for _, results in rows.get("dense", [])]
     for arm, runs in rows.items():
-        print(row(arm, [results for _, results in runs]))
+        print(row(arm, [results for _, results in runs], dense))
 
 
 if __name__ == "__main__":
