@@ -29,13 +29,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fnl-hf", description="Convert and use BERTs with factorized attention.")
+    parser = argparse.ArgumentParser(
+        prog="fnl-hf", description="Convert, factorize, export, upload and ask models whose layers are products."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     converting = commands.add_parser("convert", help="BERT to FNL-BERT of a smaller attention, or FNL-BERT to BERT")
     converting.add_argument("source", help="a checkpoint: folder or Hub name")
     converting.add_argument("folder", help="where the converted one goes; empty or new")
-    converting.add_argument("--to", choices=("fnl_bert", "bert"), default="fnl_bert")
+    converting.add_argument("--to", choices=("fnl_bert", "bert"), default="fnl_bert", help="(%(default)s)")
     converting.add_argument(
         "--attention_embedding_size", type=int, help="E, a multiple of the number of heads; default: unchanged"
     )
@@ -71,15 +73,19 @@ def add_compression(commands) -> None:
     for parser in (factorizing, merging):
         parser.add_argument("source", help="a checkpoint: folder or Hub name")
         parser.add_argument("folder", help="where the new one goes; empty or new")
-    factorizing.add_argument("--mode", choices=MODES, default=MODES[0], help="(%(default)s)")
+    factorizing.add_argument(
+        "--mode", choices=MODES, default=MODES[0], help="smaller, or larger until merged (%(default)s)"
+    )
     sizes = factorizing.add_mutually_exclusive_group()
     scales = ", ".join(f"{mode} {scale}" for mode, scale in DEFAULT_RANK_SCALES.items())
     sizes.add_argument("--rank_scale", type=float, help=f"rank over the full rank; the default: {scales}")
     sizes.add_argument("--target_ratio", type=float, help="parameters of these layers over those of the dense ones")
     sizes.add_argument("--energy", type=float, help="share of the squared singular values that each layer keeps")
-    factorizing.add_argument("--init", choices=INITS, default=INITS[0], help="(%(default)s)")
     factorizing.add_argument(
-        "--include", nargs="+", default=list(TYPES), help="types or patterns of names (%(default)s)"
+        "--init", choices=INITS, default=INITS[0], help="from the weights, or drawn anew (%(default)s)"
+    )
+    factorizing.add_argument(
+        "--include", nargs="+", default=list(TYPES), help=f"types or patterns of names ({' '.join(TYPES)})"
     )
     factorizing.add_argument("--exclude", nargs="+", default=[], help="types or patterns of names")
     factorizing.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
@@ -90,8 +96,8 @@ def add_compression(commands) -> None:
 def add_ask(commands) -> None:
     asking = commands.add_parser("ask", help="answer questions with spans of their contexts")
     asking.add_argument("model", help="a question answering model: folder or Hub name")
-    asking.add_argument("question", nargs="?")
-    asking.add_argument("context", nargs="?")
+    asking.add_argument("question", nargs="?", help="one question")
+    asking.add_argument("context", nargs="?", help="the text to answer it from")
     asking.add_argument(
         "--questions_file",
         help="instead of one: questions in SQuAD's JSON layout, answers may be missing; a line each with its id",

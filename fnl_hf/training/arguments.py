@@ -81,15 +81,18 @@ class FnlTrainingArguments(TrainingArguments):
     )
     weight_decay: float = field(
         default=0.01,
-        metadata={"help": "Weight decay of all matrices but the attention pairs."},
+        metadata={"help": "Weight decay of all matrices but the factors of products."},
     )
     frobenius_decay: float | None = field(
-        default=None, metadata={"help": "Decay of the attention pairs. Default: equal to --weight_decay."}
+        default=None,
+        metadata={
+            "help": "Decay of the products, of attention and of factorized layers. Default: equal to --weight_decay."
+        },
     )
     decay_mode: str = field(
         default="frobenius",
         metadata={
-            "help": "How the attention pairs are decayed, at --frobenius_decay: the product's Frobenius norm, the "
+            "help": "How products are decayed, at --frobenius_decay: the product's Frobenius norm, the "
             "factors' own (weight), or not at all. Every other decay is untouched.",
             "choices": DECAY_MODES,
         },
