@@ -12,7 +12,7 @@ from fnl_hf.diagnostics import diagnose_products
 from fnl_hf.errors import UserInputError
 from fnl_hf.factorization import RANK_DIMS, Product, product_norms, spectral_factors
 from fnl_hf.factorization_config import FactorizationConfig
-from fnl_hf.factorized_checkpoints import load_factorized, save_factorized
+from fnl_hf.factorized_checkpoints import load_factorized, record_layers, save_factorized
 from fnl_hf.inference import ask
 from fnl_hf.layers import FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from fnl_hf.modeling_fnl_bert import (
@@ -73,6 +73,7 @@ __all__ = [
     "load_factorized",
     "merge",
     "product_norms",
+    "record_layers",
     "register_product",
     "save_factorized",
     "spectral_factors",

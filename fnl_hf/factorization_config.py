@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import inf
+from numbers import Integral, Real
+from typing import Any
 
 from fnl_hf.layers.base import INITS, MODES
 
@@ -62,26 +64,36 @@ class FactorizationConfig:
             entries = getattr(self, name)
             if isinstance(entries, str) or not all(isinstance(entry, str) for entry in entries):
                 raise ValueError(f"{name} ({entries!r}) must be a list of types and patterns")
-            setattr(self, name, list(entries))  # as JSON gives them back
         self._validate_sizes()
 
     def _validate_sizes(self):
         given = [name for name in SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given: the ranks follow from one of them")
-        if not given:
-            self.rank_scale = DEFAULT_RANK_SCALES[self.mode]
         for name, largest in (("rank_scale", inf), ("target_ratio", inf), ("energy", 1.0)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0.0 < value <= largest and value < inf):
+            if value is not None and not (is_number(value, Real) and 0.0 < value <= largest and value < inf):
                 raise ValueError(
                     f"{name} ({value!r}) must be above 0 and {'finite' if largest == inf else 'at most 1'}"
                 )
         if self.energy is not None and self.mode != "low_rank":
             raise ValueError(f"energy ({self.energy}) chooses a rank below the full one, but mode is {self.mode!r}")
         for pattern, rank in (self.ranks or {}).items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            if not is_number(rank, Integral) or rank < 1:
                 raise ValueError(f"the rank of {pattern!r} ({rank!r}) must be a whole number of at least 1")
+
+    def settings(self) -> dict[str, Any]:
+        """All that is given or follows from it, as JSON has it."""
+        given: dict[str, Any] = {name: float(size) for name in SIZES[:3] if (size := getattr(self, name)) is not None}
+        if self.ranks is not None:
+            given["ranks"] = {pattern: int(rank) for pattern, rank in self.ranks.items()}
+        lists = {"include": list(self.include), "exclude": list(self.exclude)}
+        default = {"rank_scale": DEFAULT_RANK_SCALES[self.mode]}
+        return {"mode": self.mode, **(given or default), "init": self.init, **lists, "seed": int(self.seed)}
+
+
+def is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def matches(name: str, pattern: str) -> bool:

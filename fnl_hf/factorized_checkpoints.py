@@ -7,13 +7,13 @@ packages can register their ways. Any other model has the list in a JSON file be
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -95,37 +95,58 @@ def factorizations(model: nn.Module) -> list[dict[str, Any]]:
     """The settings of each call that factorized layers of ``model``, the first one first."""
     if not factorized_layers(model):  # from_config makes a dense model, whatever the configuration says
         return []
-    if not isinstance(model, PreTrainedModel):
-        return vars(model).get("_factorizations", [])
-    entry = getattr(model.config, "quantization_config", None) or {}
-    return (entry if isinstance(entry, dict) else vars(entry)).get("factorizations", [])
+    found = list(vars(model).get("_factorizations", []))
+    for part in configured_parts(model):
+        found += [made for made in _entry(part).get("factorizations", []) if made not in found]
+    return found
 
 
-def record_layers(model: nn.Module, history: list[dict[str, Any]]) -> None:
-    """Write into the configuration of a Transformers model which layers are factorized, and ``history``.
+def record_layers(model: nn.Module, history: list[dict[str, Any]] | None = None) -> None:
+    """Write into the configurations of the Transformers models in ``model`` which of their layers are factorized.
 
-    It gets one of its own: other models may have been made from the one that it has. Any other model keeps ``history``
-    itself.
+    :func:`factorize` and :func:`merge` do so themselves. It is for models that are put together from factorized ones,
+    or whose modules are replaced by hand, before they are saved. Each model gets a configuration of its own, because
+    others may have been made from the one that it has.
+
+    Args:
+        history: the settings that made the layers; by default those that are known.
     """
-    if not isinstance(model, PreTrainedModel):
-        vars(model)["_factorizations"] = history
-        return
-    shared: Any = model.config
-    own = copy.deepcopy(shared)
+    history = factorizations(model) if history is None else history
+    vars(model)["_factorizations"] = history
+    parts = configured_parts(model)
+    memo: dict[int, Any] = {}  # one for all, because the configuration of a model has those of its parts in it
+    own = {id(part.config): copy.deepcopy(part.config, memo) for part in parts}
     for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
-    layers = factorized_layers(model)
-    if layers:
-        model.config.quantization_config = FactorizedLayersConfig(layers=layers, factorizations=history)
-    elif quantization_method(model) == METHOD:
-        del model.config.quantization_config
+        config = getattr(module, "config", None)
+        if id(config) in own:
+            module.config = own[id(config)]  # type: ignore[assignment]
+    for part in parts:
+        if quantization_method(part) not in (None, METHOD):
+            continue
+        layers = factorized_layers(part)
+        if layers:
+            part.config.quantization_config = FactorizedLayersConfig(layers=layers, factorizations=history)
+        elif quantization_method(part) == METHOD:
+            del part.config.quantization_config
 
 
-def quantization_method(model: nn.Module) -> str | None:
+def configured_parts(model: nn.Module) -> list[PreTrainedModel]:
+    """The Transformers models in ``model``, itself included; of those that share a configuration the outermost."""
+    parts: dict[int, PreTrainedModel] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            parts.setdefault(id(module.config), module)
+    return list(parts.values())
+
+
+def quantization_method(model: PreTrainedModel) -> str | None:
     """What the configuration of a Transformers model says was done to its layers: METHOD if they are factorized."""
-    entry = getattr(getattr(model, "config", None), "quantization_config", None)
-    return entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    return _entry(model).get("quant_method")
+
+
+def _entry(model: PreTrainedModel) -> dict[str, Any]:
+    entry = getattr(model.config, "quantization_config", None) or {}
+    return entry if isinstance(entry, dict) else vars(entry)
 
 
 def untie_factorized(model: nn.Module) -> None:
@@ -133,32 +154,46 @@ def untie_factorized(model: nn.Module) -> None:
 
     Biases stay tied; ``config.tie_word_embeddings`` would be about both.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    factorized = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
-    for target, source in list(tied.items()):
-        if target in factorized or source in factorized:
-            del tied[target]
+    for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        tied = getattr(part, "all_tied_weights_keys", None) or {}
+        factorized = {f"{name}.weight" for name, m in part.named_modules() if isinstance(m, FactorizedLayer)}
+        kept = {target: source for target, source in tied.items() if not {target, source} & factorized}
+        if kept != tied:
+            part.all_tied_weights_keys = part._tied_weights_keys = kept
 
 
+@torch.no_grad()
 def _initialize_missing(layer: FactorizedLayer) -> None:
-    """Draw a layer whose parameters were not in the checkpoint; Transformers knows no initialization for it."""
-    own = list(layer.parameters(recurse=False))
-    if not all(p.is_meta or getattr(p, "_is_hf_initialized", False) for p in own):
+    """Draw the parameters of a layer that were not in the checkpoint; Transformers knows no initialization for it."""
+    found = {
+        name: parameter.clone()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
+    }
+    if len(found) < len(list(layer.parameters(recurse=False))):
         layer.reset_parameters()
+        for name, parameter in found.items():
+            layer.get_parameter(name).copy_(parameter)
 
 
-def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     """Replace the dense layers of these names, as far as the model has them, by factorized ones without weights."""
-    prefix = _base_prefix(model)
-    modules, replacements = dict(model.named_modules()), {}
-    for name, entry in layers.items():
-        full = next((n for n in (f"{prefix}{name}", name) if type(modules.get(n)) in FACTORIZED), None)
-        if full is None:
-            continue
-        dense: Any = modules[full]
+    replacements = {}
+    for name, dense in _dense_layers(model, layers).items():
+        rank, deep = layers[name]["rank"], layers[name]["deep"]
         factory = {"device": "meta", "dtype": dense.weight.dtype}
-        replacements[id(dense)] = FACTORIZED[type(dense)].like(dense, entry["rank"], entry["deep"], **factory)
-    replace_modules(model, replacements)
+        replacements[id(dense)] = FACTORIZED[type(dense)].like(dense, rank, deep, **factory)
+    return replace_modules(model, replacements)
+
+
+def _dense_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the names that the model has a dense layer of -> that layer."""
+    prefix, modules, found = _base_prefix(model), dict(model.named_modules()), {}
+    for name in names:
+        for full in (f"{prefix}{name}", name):
+            if name not in found and type(modules.get(full)) in FACTORIZED:
+                found[name] = modules[full]
+    return found
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
@@ -186,6 +221,9 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
     Args:
         model: of the architecture that was factorized; its weights are replaced. It may be on the meta device.
 
+    Returns:
+        ``model``, or where it is such a layer itself what takes its place.
+
     Raises:
         UserInputError: a file that is missing or broken, or layers and weights that do not fit the model.
     """
@@ -193,14 +231,15 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
     try:
         saved = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))
         layers = saved["layers"]
-        modules = dict(model.named_modules())
-        missing = [name for name in layers if type(modules.get(name)) not in FACTORIZED]
+        found = _dense_layers(model, layers)
+        missing = [name for name in layers if name not in found]
         if missing:
             raise ValueError(f"{type(model).__name__} has no dense layer {missing[0]!r}")
-        rebuild_layers(model, layers)
+        with safe_open(folder / WEIGHTS_FILE, "pt"):  # torn ones are refused while the model is as it was
+            model = rebuild_layers(model, layers)
         _materialize(model)
         load_model(model, str(folder / WEIGHTS_FILE))
-        vars(model)["_factorizations"] = saved["factorizations"]
+        record_layers(model, saved["factorizations"])
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserInputError(f"{folder}: {error}") from error
     return model

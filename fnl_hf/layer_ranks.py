@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fnl_hf.factorization_config import FactorizationConfig, matches
+from fnl_hf.factorization_config import DEFAULT_RANK_SCALES, FactorizationConfig, matches
 from fnl_hf.layers import (
     FactorizedConv1D,
     FactorizedConv2d,
@@ -65,8 +65,8 @@ def choose_ranks(layers: Mapping[str, nn.Module], config: FactorizationConfig) -
         return _ranks_of_ratio(sizes, config.target_ratio, config.mode)
     if config.energy is not None:
         return {name: _rank_of_energy(name, layer, config.energy) for name, layer in layers.items()}
-    assert config.rank_scale is not None
-    return {name: size.scaled(config.rank_scale, config.mode) for name, size in sizes.items()}
+    scale = DEFAULT_RANK_SCALES[config.mode] if config.rank_scale is None else config.rank_scale
+    return {name: size.scaled(scale, config.mode) for name, size in sizes.items()}
 
 
 def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> dict[str, int]:

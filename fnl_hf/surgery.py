@@ -4,7 +4,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -17,6 +16,7 @@ from fnl_hf.attention_fnl_bert import factor_pairs
 from fnl_hf.factorization_config import FactorizationConfig, matches
 from fnl_hf.factorized_checkpoints import (
     METHOD,
+    configured_parts,
     factorizations,
     quantization_method,
     record_layers,
@@ -37,8 +37,9 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
         optimizer = fnl_hf.FrobeniusAdamW(fnl_hf.frobenius_param_groups(model, weight_decay=0.01), lr=1e-4)
 
     Call it before an optimizer is made and before the model is wrapped, sharded or compiled. A model on the meta device
-    gets its new structure only. Models of Transformers remember it: ``save_pretrained`` and ``from_pretrained`` work as
-    ever, if this was called with the model that is saved and not with a part of it. For others there are
+    gets its new structure only; its weights are loaded, or drawn by each layer's ``reset_parameters``. Models of
+    Transformers, also those within ``model``, remember it: ``save_pretrained`` and ``from_pretrained`` work as ever.
+    One that has ``model`` as a part of it is told by :func:`record_layers`. For others there are
     :func:`save_factorized` and :func:`load_factorized`.
 
     Args:
@@ -51,19 +52,20 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
         ``model``, or where it is such a layer itself what takes its place.
 
     Raises:
-        ValueError: a model that is wrapped, sharded, offloaded or quantized, a pattern or a selection without a layer,
-            a rank that is out of range, or a layer with hooks or values that are not finite; the model is unchanged
-            then.
+        ValueError: a model that is wrapped, sharded, offloaded or quantized or has adapters, a pattern or a selection
+            without a layer, a rank that is out of range, or a layer with hooks or values that are not finite; the model
+            is unchanged then.
     """
     config = config or FactorizationConfig()
     _refuse_unfit(model)
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError("the model has adapters of PEFT: factorize it first, and add them then")
     layers = selected_layers(model, config)
     ranks = choose_ranks(layers, config)
     factorized = {id(layer): _factorized(name, layer, ranks[name], config) for name, layer in layers.items()}
     if config.mode == "low_rank":
         _warn_of_growth(layers, ranks)
-    settings = {key: value for key, value in asdict(config).items() if value is not None}
-    history = [*factorizations(model), settings]
+    history = [*factorizations(model), config.settings()]
     model = replace_modules(model, factorized)
     untie_factorized(model)
     record_layers(model, history)
@@ -73,9 +75,8 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
 def _factorized(name: str, layer: Any, rank: int, config: FactorizationConfig) -> nn.Module:
     # Each layer draws its own, whichever others are selected.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
+    _refuse_hooks(name, layer)
     try:
-        if any(getattr(layer, hooks) for hooks in HOOKS) or hasattr(layer, "_hf_hook"):
-            raise ValueError("it has hooks, which a new layer would not have: remove them, or add them afterwards")
         return FACTORIZED[type(layer)].from_dense(layer, rank, config.mode, config.init, seed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -88,10 +89,15 @@ def merge(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``, or where it is such a layer itself the dense one. An optimizer of the factors is of no use to it.
+
+    Raises:
+        ValueError: a model that is wrapped, sharded or offloaded, or a layer with hooks; the model is unchanged then.
     """
     _refuse_unfit(model)
-    layers = {id(m): m.merged() for m in model.modules() if isinstance(m, FactorizedLayer)}
-    model = replace_modules(model, layers)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
+    for name, layer in layers.items():
+        _refuse_hooks(name, layer)
+    model = replace_modules(model, {id(layer): layer.merged() for layer in layers.values()})
     record_layers(model, [])
     return model
 
@@ -175,9 +181,16 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
         yield from (module for module in [model.get_output_embeddings()] if module is not None)
 
 
+def _refuse_hooks(name: str, layer: nn.Module) -> None:
+    """Hooks, those of offloading among them, are about the layer that would go."""
+    if any(getattr(layer, hooks) for hooks in HOOKS) or hasattr(layer, "_hf_hook"):
+        raise ValueError(f"{name}: it has hooks, which a new layer would not have: remove them, or add them afterwards")
+
+
 def _refuse_unfit(model: nn.Module) -> None:
-    if quantization_method(model) not in (None, METHOD):
-        raise ValueError(f"the model is quantized ({quantization_method(model)}): its weights cannot be factorized")
+    for part in configured_parts(model):
+        if quantization_method(part) not in (None, METHOD):
+            raise ValueError(f"the model is quantized ({quantization_method(part)}): its weights cannot be factorized")
     for module in model.modules():
         sharded = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
         if isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod") or sharded:

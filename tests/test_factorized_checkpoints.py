@@ -13,6 +13,13 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertLMHeadModel,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    EncoderDecoderModel,
     GPT2LMHeadModel,
     Trainer,
     TrainingArguments,
@@ -23,7 +30,7 @@ from fnl_hf import FactorizationConfig, UserInputError, factorize, load_factoriz
 from fnl_hf.layers import FactorizedEmbedding
 
 from .conftest import DIMENSIONS
-from .test_surgery import FULL, IDS, MODES, Small, bert, config_of, factorized_names, gpt2, quietly, t5
+from .test_surgery import FULL, IDS, IMAGES, MODES, Small, bert, config_of, factorized_names, gpt2, quietly, t5
 
 
 def test_fnl_bert_is_factorized_beside_its_attention(tmp_path):
@@ -74,8 +81,55 @@ def test_tied_layers_that_are_named_have_weights_of_their_own_for_ever(make, inc
     merge(model).save_pretrained(tmp_path / "merged")
     again = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(again(**inputs).logits, after, rtol=0, atol=1e-4)
+    merged = type(model).from_pretrained(tmp_path)
+    merge(merged).tie_weights()
+    merged.resize_token_embeddings(60)
+    torch.testing.assert_close(merged(**inputs).logits[..., : after.shape[-1]], after, rtol=0, atol=1e-4)
     if make is bert:
         assert again.cls.predictions.decoder.bias is again.cls.predictions.bias
+
+
+def small_clip():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 28, "num_hidden_layers": 1, "num_attention_heads": 7, "intermediate_size": 44}
+    vision = sizes | {"image_size": 20, "patch_size": 5}
+    text = sizes | {"vocab_size": 53, "bos_token_id": 1, "eos_token_id": 2}
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).eval()
+
+
+class OwnModel(nn.Module):
+    """A model of Transformers with a head of one's own."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(42, 5)
+
+
+def test_parts_of_models_are_saved_too(tmp_path):
+    """A Transformers model in one's own, its two towers, an encoder and a decoder that were put together."""
+    own = factorize(OwnModel(bert(BertModel)))
+    own.encoder.save_pretrained(tmp_path / "part")
+    part = AutoModel.from_pretrained(tmp_path / "part").eval()
+    assert torch.equal(part(IDS).pooler_output, own.encoder(IDS).pooler_output)
+    merge(OwnModel(part)).encoder.save_pretrained(tmp_path / "merged")
+    again = BertModel.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(again(IDS).pooler_output, part(IDS).pooler_output) and factorized_names(again) == []
+
+    towers = factorize(small_clip())
+    towers.save_pretrained(tmp_path / "towers")
+    for kind in (CLIPVisionModel, CLIPVisionModelWithProjection):
+        tower = kind.from_pretrained(tmp_path / "towers").eval()
+        assert torch.equal(tower(IMAGES).last_hidden_state, towers.vision_model(IMAGES).last_hidden_state)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "towers")(IDS, IMAGES).logits_per_image,
+                       towers(IDS, IMAGES).logits_per_image)  # fmt: skip
+
+    decoder = BertLMHeadModel(BertConfig(**DIMENSIONS, is_decoder=True, add_cross_attention=True))
+    pair = EncoderDecoderModel(encoder=own.encoder, decoder=decoder).eval()
+    fnl_hf.record_layers(pair)
+    pair.save_pretrained(tmp_path / "pair")
+    again = EncoderDecoderModel.from_pretrained(tmp_path / "pair").eval()
+    assert torch.equal(again(IDS, decoder_input_ids=IDS).logits, pair(IDS, decoder_input_ids=IDS).logits)
+    assert len(again.config.quantization_config.factorizations) == 1
 
 
 def test_a_model_that_shares_its_configuration_stays_dense(tmp_path):
@@ -183,10 +237,18 @@ def test_models_that_are_not_transformers(mode, tmp_path):
         texts = [(folder / "factorized_layers.json").read_text() for folder in (tmp_path, tmp_path / "again")]
         assert texts[0] == texts[1]
     assert json.loads(texts[0])["factorizations"][0]["mode"] == mode
+    own = bert(BertForSequenceClassification)
+    quietly(own, config_of(mode, include=["Linear", "classifier"]))
+    for whole, dense in ((own, bert(BertForSequenceClassification)), (factorize(nn.Linear(8, 8)), nn.Linear(8, 8))):
+        save_factorized(whole, tmp_path / "whole")
+        again = load_factorized(dense, tmp_path / "whole")
+        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
     with pytest.raises(UserInputError, match="has no dense layer 'image'"):
         load_factorized(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
+    untouched = Small()
     with pytest.raises(UserInputError, match="header"):
-        load_factorized(Small(), tmp_path)
+        load_factorized(untouched, tmp_path)
+    assert factorized_names(untouched) == []
     with pytest.raises(UserInputError, match="factorized_layers.json"):
         load_factorized(Small(), tmp_path / "nowhere")

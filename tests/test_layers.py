@@ -77,11 +77,26 @@ def test_a_convolution_at_full_rank_is_the_dense_one_in_either_way(data):
     layer, x, shape = data.draw(convolutions())
     mode, rank = data.draw(ranks(shape))
     new = factorized(layer, rank, mode)
+    if data.draw(st.booleans()):
+        new.to(memory_format=torch.channels_last)
+    if x.dim() == 4 and data.draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
     expected = layer(x)
+    direction = torch.randn_like(expected)
+    [gradient] = torch.autograd.grad(expected, x, direction)
     assert_close(new(x), expected)
     for way in ("factor by factor", "one convolution", *(["with the middle"] if mode == "deep" else [])):
         new._cheapest_way = lambda x, padding, way=way: way
-        assert_close(new(x), expected)
+        y = new(x)
+        assert_close(y, expected)
+        factors = [parameter for parameter in (new.left, new.middle, new.right) if parameter is not None]
+        found, *gradients = torch.autograd.grad(y, [x, *factors], direction)
+        assert_close(found, gradient)
+        # Each factor's gradient, in the direction of the factor, is that of the product.
+        inner = [(factor * own).sum() for factor, own in zip(factors, gradients)]
+        without_bias = expected - (0 if layer.bias is None else layer.bias[:, None, None])
+        assert_close(torch.stack(inner), (without_bias * direction).sum().expand(len(inner)), 1e-7)
     assert_close(new.weight, layer.weight)
     back = new.to_dense()
     assert repr(back.layer) == repr(layer) and back.largest_error == 0.0
@@ -274,20 +289,26 @@ def test_the_cheaper_way_is_taken():
             layer(x)
         return counter.get_total_flops()
 
-    seen = set()
+    seen, chosen = set(), set()
     for rows in (1, 5, 60):
         for rank in (3, 20, 70):
             layer = FactorizedLinear(40, 30, rank)
             ways = 2 * rows * rank * 70, 2 * (rows + rank) * 1200
             assert flops(layer, torch.randn(rows, 40)) == min(ways)
             seen.add(ways[0] < ways[1])
+            for m, n in ((30, 40), (40, 30)):
+                fold = 2 * rank**2 * 30  # M with the smaller of the other factors
+                ways = [2 * rows * rank * 70 + 2 * rows * rank**2, 2 * rows * rank * 70 + fold]
+                ways += [2 * (rows + rank) * 1200 + fold]
+                assert flops(FactorizedLinear(n, m, rank, deep=True), torch.randn(rows, n)) == min(ways)
+                chosen.add(ways.index(min(ways)))
             image, convolution = torch.randn(2, 4, rows + 4, 9), FactorizedConv2d(4, 6, 3, rank, padding=1, stride=2)
             height, width = (rows + 4 + 1) // 2, 5
             two = 2 * 2 * width * rank * 3 * ((rows + 4) * 4 + height * 6)
             one = 2 * 18 * rank * 12 + 2 * 2 * height * width * 6 * 4 * 9
             assert flops(convolution, image) == min(one, two)
             seen.add(two < one)
-    assert seen == {True, False}
+    assert seen == {True, False} and chosen == {0, 1, 2}
 
 
 def test_channels_last_and_half_precision():
@@ -296,12 +317,17 @@ def test_channels_last_and_half_precision():
     x = torch.randn(2, 6, 7, 5).to(memory_format=torch.channels_last)
     assert_close(new(x), layer(x), 1e-5)
     assert new(x).is_contiguous(memory_format=torch.channels_last)
-    half = factorized(nn.Linear(5, 7).bfloat16(), 5)
+    # Where strides are ambiguous torch's grouped convolutions in float32 gave other results, not an error.
+    grouped, x = nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=2), torch.randn(4, 16, 2, 2)
+    new = factorized(grouped, 24)
+    new._cheapest_way = lambda x, padding: "factor by factor"
+    assert_close(new(x.to(memory_format=torch.channels_last)), grouped(x), 1e-5)
+    half = factorized(nn.Linear(40, 40).bfloat16(), 40, "deep")
     dense, error = half.to_dense()
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} == {dense.weight.dtype}
-    exact = half.left.double() @ half.right.double()
+    exact = half.left.double() @ half.middle.double() @ half.right.double()
     assert error == (dense.weight.double() - exact).abs().max().item() > 0
-    assert (dense.weight.double() - exact).abs().max() <= 2**-8 * exact.abs().max(), "rounded once"
+    assert ((dense.weight.double() - exact).abs() <= 1.01 * 2**-9 * exact.abs() + 1e-6).all(), "rounded once"
 
 
 def test_what_a_layer_carries_over():
@@ -311,6 +337,9 @@ def test_what_a_layer_carries_over():
     new = factorized(layer, 3)
     assert not new.training and new.bias is layer.bias
     assert [name for name, p in new.named_parameters() if p.requires_grad] == ["bias"]
+    back = new.to_dense().layer
+    assert not back.training and not back.weight.requires_grad and back.bias is layer.bias
+    assert factorized(nn.Linear(5, 7), 3).to_dense().layer.weight.requires_grad
     meta = factorized(nn.Conv2d(4, 6, 3, device="meta"), 3, "low_rank")
     assert all(p.is_meta for p in meta.parameters()) and meta.error is None
     assert meta.merged().weight.is_meta
@@ -338,7 +367,7 @@ def test_a_padding_row_of_zeros_stays_zero():
     table = nn.Embedding(7, 5, padding_idx=2)
     new = factorized(table, 9, "wide")
     optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
-    new(torch.arange(7)).square().sum().backward()
+    new(torch.arange(7)).sum().backward()
     optimizer.step()
     assert not new(torch.tensor([2])).any() and new(torch.tensor([3])).any()
 

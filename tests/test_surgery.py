@@ -1,9 +1,12 @@
 """Layers of whole models replaced by products, and back."""
 
 import copy
+import dataclasses
 import importlib.util
+import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -277,6 +280,16 @@ def test_table_of_the_layers():
     assert lines[3].split() == ["2", "layers", "149", "120", "0.805"]
 
 
+def test_settings_are_json():
+    config = FactorizationConfig(ranks={"up": np.int64(3)}, include=("a",), exclude=("b",), seed=np.int64(5))
+    settings = json.loads(json.dumps(config.settings()))
+    rest = {"mode": "low_rank", "init": "spectral", "include": ["a"], "exclude": ["b"], "seed": 5}
+    assert settings == rest | {"ranks": {"up": 3}}
+    other = dataclasses.replace(FactorizationConfig(mode="wide"), target_ratio=np.float32(0.5))
+    assert other.settings()["target_ratio"] == 0.5 and "rank_scale" not in other.settings()
+    assert FactorizationConfig(mode="deep").settings()["rank_scale"] == 1.0
+
+
 def test_structure_alone_on_the_meta_device():
     with torch.device("meta"):
         model = BertForMaskedLM(BertConfig(**DIMENSIONS))
@@ -321,6 +334,16 @@ def with_hook():
     return model
 
 
+def hooked(model):
+    model.up.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_adapters():
+    kind = type("Linear", (nn.Module,), {"__module__": "peft.tuners.lora.layer"})
+    return nn.Sequential(nn.Linear(5, 7), kind(), nn.Linear(7, 2))
+
+
 def with_infinity():
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
     model[0].weight.data[2, 3] = float("inf")
@@ -336,6 +359,7 @@ def with_infinity():
         (lambda: FactorizationConfig(rank_scale="0.1"), r"rank_scale \('0.1'\) must be"),
         (lambda: FactorizationConfig(ranks={"up": 2.5}), r"the rank of 'up' \(2.5\) must be a whole number"),
         (lambda: FactorizationConfig(include=[3]), r"include \(\[3\]\) must be a list of types and patterns"),
+        (lambda: FactorizationConfig(energy=True), r"energy \(True\) must be above 0"),
         (lambda: FactorizationConfig(energy=1.5), r"energy \(1.5\) must be above 0 and at most 1"),
         (lambda: FactorizationConfig(mode="wide", energy=0.5), r"energy \(0.5\) chooses .* mode is 'wide'"),
         (lambda: FactorizationConfig(mode="thin"), "mode must be one of .*, got 'thin'"),
@@ -355,6 +379,8 @@ def with_infinity():
         ),
         (lambda: factorize(t5(), FactorizationConfig(include=["shared"])), "shared: its table is also that of encoder"),
         (lambda: factorize(with_hook()), "0: it has hooks"),
+        (lambda: merge(hooked(factorize(Small()))), "up: it has hooks"),
+        (lambda: factorize(with_adapters()), "the model has adapters of PEFT: factorize it first"),
         (lambda: factorize(with_infinity()), "0: its weight has values that are not finite"),
         (lambda: factorize(torch.compile(Small())), "the model is wrapped in OptimizedModule"),
         (lambda: factorize(nn.DataParallel(Small())), "the model is wrapped in DataParallel"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class FactorizedLayer(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank ({rank}) must be at least 1")
-        self.rank, self.groups = rank, groups
+        self.rank, self.groups = index(rank), groups
         #: ‖W − U Vᵀ‖_F/‖W‖_F of the dense weight that :meth:`from_dense` began with
         self.error: float | None = None
 

@@ -38,10 +38,12 @@ class FactorizedEmbedding(FactorizedLayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = F.embedding(input, self.left, self.padding_idx)
         if self.middle is None:
-            return rows @ self.right
-        if many_rows_if_exporting(input.numel()) <= self.embedding_dim:
-            return rows @ self.middle @ self.right
-        return rows @ (self.middle @ self.right)
+            found = rows @ self.right
+        elif many_rows_if_exporting(input.numel()) <= self.embedding_dim:
+            found = rows @ self.middle @ self.right
+        else:
+            found = rows @ (self.middle @ self.right)
+        return found.to(self.left.dtype)  # under autocast, as a dense table's
 
     @torch.no_grad()
     def begin_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
