@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fashion-MNIST, ResNet20: dense, low rank, wide, deep and pruned, over several seeds.
 
-    .venv/bin/python benchmarks/image_classification.py --idx_dir fashion-mnist --seeds 1 2 3 --epochs 12
+    .venv/bin/python benchmarks/image_classification.py --idx_dir fashion-mnist --seeds 1 2 3 --epochs 10
 
 Every arm sees the same images and differs from the others only in the flags below. In training 1,000 held-out images
 of the training data are evaluated, the test images once at the end. Prints a table (mean and standard deviation over
@@ -67,7 +67,14 @@ def run(arm, seed, args):
     command += ["--num_train_epochs", str(epochs)]
     command += ["--resume_from_checkpoint", "auto"] if trains else ["--overwrite_output_dir", "true"]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"] if trains else []
+    history = []
+    if trains:
+        state = json.loads((folder / "trainer_state.json").read_text())
+        history = state["log_history"]
+        if state["num_train_epochs"] != epochs:
+            sys.exit(
+                f"{folder} is a run of {state['num_train_epochs']} epochs, not {epochs}: name another --output_dir"
+            )
     return history, json.loads((folder / "all_results.json").read_text())
 
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import train
-from data import ImageDataset, Images, Preparation, class_balanced, crop_and_flip, load_idx, to_images
+from data import ImageDataset, Images, class_balanced, crop_and_flip, load_folders, load_idx, to_images
 from fnl_hf import UserInputError
 from fnl_hf.training.arguments import parse_arguments
+from preparation import Preparation
 from resnet import BasicBlock, CifarResNetConfig, CifarResNetForImageClassification
 
 from .conftest import ROOT, assert_same_weights, launch
@@ -65,6 +66,8 @@ def command(folder, **flags):
         "save_strategy": "no", "report_to": "none", "use_cpu": "true", "logging_steps": 1, "crop_padding": 1,
         "disable_tqdm": "true",
     } | flags  # fmt: skip
+    if "model_name_or_path" in flags and "resnet_depth" not in flags:
+        del values["resnet_depth"]
     return [word for key, value in values.items() if value is not None for word in (f"--{key}", *str(value).split())]
 
 
@@ -295,6 +298,23 @@ def test_held_out_images_and_subsets(idx_dir, tmp_path):
     assert not [entry for entry in log if "eval_accuracy" in entry and entry["step"] < 14]
 
 
+def test_all_but_the_held_out_images_are_trained_on():
+    pixels, labels = torch.arange(49, dtype=torch.uint8).view(49, 1, 1, 1), torch.tensor([0] * 30 + [1] * 12 + [2] * 7)
+    images = Images(pixels, labels, ["a", "b", "c"])
+    used, held_out = train.hold_out(images, None, 5)
+    assert torch.bincount(held_out.labels).tolist() == [2, 2, 1]
+    assert sorted([*used.pixels.flatten().tolist(), *held_out.pixels.flatten().tolist()]) == list(range(49))
+
+
+def test_processes_evaluate_what_is_saved(idx_dir, tmp_path):
+    """Each has running statistics of its own images; one process that loads the model finds the same scores."""
+    flags = {"idx_dir": idx_dir, "per_device_eval_batch_size": 5}  # a divisor: Trainer's loss counts padding, too
+    launch(SCRIPT, *command(tmp_path / "out", **flags, method="low_rank"), processes=2)
+    train.run(command(tmp_path / "again", **flags, model_name_or_path=tmp_path / "out", do_eval="true"))
+    for name in ("eval_loss", "merged_loss"):
+        assert results(tmp_path / "out")[name] == pytest.approx(results(tmp_path / "again")[name], rel=1e-5)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Pictures of several sizes, some of them grey: train/red/0.png, ..."""
@@ -333,39 +353,74 @@ def test_image_folders_and_any_model_of_transformers(folders, tmp_path):
     assert load_file(tmp_path / "resnet" / "model.safetensors")["resnet.stem.weight"].shape == (16, 3, 3, 3)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5.20", reason="its processors need torchvision")
 @pytest.mark.parametrize(
-    "entries, exact",
+    "kind, entries, resized",
     [
-        ({"image_processor_type": "ViTImageProcessor", "size": {"height": 9, "width": 14}, "resample": 2}, True),
-        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 12}, "crop_pct": 0.75}, False),
-        ({"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 16}, "crop_size": 12}, False),
+        ("ViT", {"size": {"height": 9, "width": 14}, "resample": 3, "image_std": [0.2, 0.3, 0.5]}, (11, 11)),
+        ("ViT", {"size": 12, "do_normalize": False}, (11, 11)),
+        ("DeiT", {"size": 16, "crop_size": 12, "image_mean": [0.3, 0.4, 0.5], "do_rescale": False}, (11, 11)),
+        ("ConvNext", {"size": {"shortest_edge": 12}, "crop_pct": 0.75}, (11, 11)),
+        ("ConvNext", {"size": {"shortest_edge": 384}}, (11, 11)),
+        ("Bit", {"size": {"shortest_edge": 16}, "crop_size": 12}, (11, 11)),
     ],
 )
-def test_images_are_prepared_as_transformers_does(entries, exact, tmp_path):
-    """Except that one resampling does the work of scaling and cropping."""
-    entries |= {"do_rescale": False, "do_normalize": False}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(entries))
+def test_images_are_prepared_as_transformers_does(kind, entries, resized, tmp_path):
+    """Scaled, cropped and normalised by its processor for Pillow, and by the one that is saved."""
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(entries | {"image_processor_type": f"{kind}ImageProcessor"})
+    )
     rows, columns = np.mgrid[0:32, 0:41]
     image = Image.fromarray(np.stack([7 * rows, 6 * columns, 3 * (rows + columns)], axis=-1).astype(np.uint8))
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    expected = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    found = Preparation.of_model(str(tmp_path), ViTConfig())(image)
-    assert found.shape == expected.shape
-    difference = np.abs(found.astype(float) - expected).max()
-    assert difference == 0.0 if exact else difference < 6.0
+    processor = getattr(transformers, f"{kind}ImageProcessorPil")
+
+    def prepared(prepare):
+        images = Images(torch.from_numpy(prepare(image)[None]), torch.zeros(1, dtype=torch.int64), ["a"])
+        return ImageDataset(images, prepare.completed(images)).__getitems__([0])["pixel_values"][0]
+
+    prepare = Preparation.of_model(str(tmp_path), ViTConfig())
+    expected = torch.from_numpy(processor.from_pretrained(tmp_path)(image, return_tensors="np")["pixel_values"][0])
+    torch.testing.assert_close(prepared(prepare), expected.float(), rtol=1e-5, atol=1e-5)
+    prepare.save(tmp_path / "saved")
+    again = Preparation.of_model(str(tmp_path / "saved"), ViTConfig())
+    torch.testing.assert_close(prepared(again), expected.float(), rtol=1e-5, atol=1e-5)
+    assert prepared(prepare.resized(11)).shape[1:] == resized
+
+
+def test_pixels_of_more_than_eight_bits():
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    assert np.array_equal(Preparation()(Image.fromarray(257 * ramp))[:, :, 0], ramp)
+    for kind in (np.int32, np.float32):
+        with pytest.raises(UserInputError, match="here: an image cannot be read: its pixels have 32 bits"):
+            to_images([Image.fromarray(ramp.astype(kind))], [0], ["a"], Preparation(), "here")
+
+
+def test_names_of_splits_in_folders_mean_nothing(tmp_path):
+    for split in ("a [1]", "b"):
+        for label in ("bus", "train"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for name in ("my-train-0.png", "test_0.png", "7.png"):
+                Image.new("RGB", (5, 7)).save(tmp_path / split / label / name)
+    splits = load_folders(str(tmp_path / "a [1]"), str(tmp_path / "b"), Preparation(), str(tmp_path / "cache"))
+    for images in splits.values():
+        assert images.names == ["bus", "train"] and images.labels.tolist() == [0] * 3 + [1] * 3
 
 
 def test_a_data_set_in_the_layout_of_the_hub(tmp_path):
     generator = np.random.default_rng(0)
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
-    for split, count in (("train", 16), ("test", 6)):
+    for split, count in (("train", 16), ("validation", 10), ("test", 6)):
         pixels = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
         columns = {"img": [Image.fromarray(p) for p in pixels], "label": [n % 2 for n in range(count)]}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / f"{split}.parquet")
     flags = {"dataset_name": tmp_path / "set", "cache_dir": tmp_path / "cache", "max_steps": 2}
-    train.run(command(tmp_path / "out", **flags))
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best |= {"load_best_model_at_end": "true", "metric_for_best_model": "accuracy"}
+    train.run(command(tmp_path / "out", **flags, **best))
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "x", 1: "y"}
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    chosen = [entry["eval_validation_accuracy"] for entry in state["log_history"] if "eval_validation_loss" in entry]
+    assert state["best_metric"] == max(chosen) in [n / 10 for n in range(11)] and len(chosen) == 2
+    assert results(tmp_path / "out")["eval_accuracy"] in [n / 6 for n in range(7)]
     with pytest.raises(UserInputError, match="no images and classes in columns img and img"):
         train.run(command(tmp_path / "bad", **flags, label_column_name="img"))
 
@@ -450,6 +505,10 @@ def test_bad_images_and_labels_are_refused(folders, tmp_path):
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length. must be one of .'random', 'seq"),
         ({"per_device_train_batch_size": 90}, "84 samples, fewer than one global batch of 90"),
         ({"optimizer": "adagrad"}, "invalid choice: 'adagrad'"),
+        ({"target_ratio": 0.1}, r"--target_ratio \(0.1\) would change nothing: --method dense factorizes nothing"),
+        ({"model_name_or_path": "a", "resnet_depth": 56}, r"--resnet_depth \(56\) would change nothing"),
+        ({"image_column_name": "img"}, "--image_column_name .*: there is no --dataset_name"),
+        ({"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "epoch"}, "needs --validation"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused(flags, message, idx_dir, tmp_path):

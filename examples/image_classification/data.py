@@ -3,11 +3,11 @@
 All images of a split are one uint8 tensor. Shapes: N images, B of a batch, height H, width W, C channels.
 """
 
+import glob
 import gzip
-import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,102 +17,15 @@ import torch
 import xxhash
 from datasets import ClassLabel, Dataset
 from datasets.exceptions import DatasetGenerationError
-from PIL import Image, ImageOps
-from transformers.models.auto.image_processing_auto import get_image_processor_config
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from PIL import Image
 
 from fnl_hf.data.masking import hashed_words
 from fnl_hf.errors import UserInputError
+from preparation import Preparation
 
 IDX_SPLITS = {"train": "train", "test": "t10k"}  # as the files of MNIST and Fashion-MNIST are named
 IDX_UINT8 = 0x08
 SUBSET_SEED = 0  # runs with different seeds train on the same subset
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How a model wants its images; None where the data decide.
-
-    Args:
-        channels: 1 (grey) or 3.
-        size: (H, W).
-        crop_share: the share of each side that is kept around the centre when an image is brought to ``size``; None
-            stretches the whole image instead.
-        resample: Pillow's filter.
-        mean, std: of the channels, for pixels from 0 to 1.
-    """
-
-    channels: int | None = None
-    size: tuple[int, int] | None = None
-    crop_share: float | None = 1.0
-    resample: int = Image.Resampling.BILINEAR
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    @classmethod
-    def of_model(cls, name_or_path: str, config: Any) -> "Preparation":
-        """From ``preprocessor_config.json`` beside the weights; the processor itself would need torchvision."""
-        entries = get_image_processor_config(name_or_path)
-        channels = getattr(config, "num_channels", 3)
-        size, crop_share = _size_and_crop(entries.get("size") or getattr(config, "image_size", None), entries)
-        mean, std = (_per_channel(entries.get(name), channels) for name in ("image_mean", "image_std"))
-        resample = entries.get("resample", Image.Resampling.BILINEAR)
-        return cls(channels, size, crop_share, resample, mean, std)
-
-    def completed(self, train: "Images") -> "Preparation":
-        """With all that was left open as the training images have it."""
-        _, height, width, channels = train.pixels.shape
-        mean, std = train.mean_and_std()
-        found: dict[str, Any] = {"channels": channels, "size": (height, width), "mean": mean, "std": std}
-        return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``preprocessor_config.json``, for this script and for Transformers' processors."""
-        assert self.size is not None
-        entries: dict[str, Any] = {"image_processor_type": "ViTImageProcessor"}
-        entries["size"] = dict(zip(("height", "width"), self.size))
-        if self.crop_share is not None and self.size[0] == self.size[1]:
-            entries = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": self.size[0]}}
-            entries["crop_pct"] = self.crop_share
-        entries |= {"resample": int(self.resample), "image_mean": self.mean, "image_std": self.std}
-        entries |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
-        Path(folder, IMAGE_PROCESSOR_NAME).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """uint8 (H, W, C)."""
-        grey = image.mode in ("1", "L") if self.channels is None else self.channels == 1
-        image = image.convert("L" if grey else "RGB")
-        if self.size is not None and self.size != (image.height, image.width):
-            size, method = (self.size[1], self.size[0]), Image.Resampling(self.resample)
-            if self.crop_share is None:
-                image = image.resize(size, method)
-            else:
-                image = ImageOps.fit(image, size, method, bleed=(1 - self.crop_share) / 2)
-        pixels = np.asarray(image)
-        return pixels[:, :, None] if grey else pixels
-
-
-def _size_and_crop(found: Any, entries: dict[str, Any]) -> tuple[tuple[int, int] | None, float | None]:
-    """(H, W) and the share that a central crop keeps, from a processor's entries or a model's image size."""
-    if isinstance(found, int):
-        return (found, found), 1.0
-    if not isinstance(found, dict):
-        return (None if found is None else (found[0], found[1])), 1.0
-    crop = entries.get("crop_size") if entries.get("do_center_crop", "crop_size" in entries) else None
-    if "shortest_edge" not in found:
-        return (found["height"], found["width"]), None
-    edge = found["shortest_edge"]
-    if crop is not None:
-        height, width = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
-        return (height, width), min(1.0, height / edge)
-    return (edge, edge), entries.get("crop_pct") or 1.0
-
-
-def _per_channel(values: Any, channels: int) -> tuple[float, ...] | None:
-    """Those of a processor; for a model of one channel the mean of the three."""
-    if values is None or len(values) == channels:
-        return None if values is None else tuple(values)
-    return (sum(values) / len(values),) * channels
 
 
 @dataclass(frozen=True)
@@ -212,7 +125,9 @@ def load_folders(train_dir: str, validation_dir: str, prepare: Preparation, cach
     for split, flag, folder in (("train", "train_dir", train_dir), ("test", "validation_dir", validation_dir)):
         if not Path(folder).is_dir():
             raise UserInputError(f"--{flag} {folder}: no such folder")
-        loaded = _load(f"--{flag} {folder}", "imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+        # Given a folder's name, `datasets` would take "train" and "test" in names of files and classes for splits.
+        files = {"train": f"{glob.escape(folder)}/**"}
+        loaded = _load(f"--{flag} {folder}", "imagefolder", data_files=files, split="train", cache_dir=cache_dir)
         splits[split] = from_columns(loaded, "image", "label", prepare, f"--{flag} {folder}")
     train, test = (set(splits[split].names) for split in ("train", "test"))
     if train != test:
@@ -225,7 +140,8 @@ def load_folders(train_dir: str, validation_dir: str, prepare: Preparation, cach
 def load_hub(
     name: str, config: str | None, image: str | None, label: str | None, prepare: Preparation, cache_dir: str | None
 ) -> dict[str, Images]:
-    """Splits "train" and "test" (or "validation", if there is one) of a data set on the Hub.
+    """Splits "train", "test" and, if there is one, "validation" of a data set on the Hub; where there is none to test,
+    the one to validate takes its place.
 
     Args:
         image, label: the columns; None for the only one that holds images, or classes.
@@ -235,14 +151,19 @@ def load_hub(
     """
     where = f"--dataset_name {name}"
     loaded = _load(where, name, config, cache_dir=cache_dir)
-    test = "validation" if "validation" in loaded else "test"
-    if not {"train", test} <= set(loaded):
+    sources = {"train": "train", "test": "test", "validation": "validation"}
+    if "test" not in loaded:
+        sources = {"train": "train", "test": "validation"}
+    sources = {split: source for split, source in sources.items() if source in loaded}
+    if not {"train", "test"} <= set(sources):
         raise UserInputError(f"{where} needs splits train and test or validation, it has {sorted(loaded)}")
     features = loaded["train"].features
     image = image or _only_column(features, datasets.Image, "image_column_name", where)
     label = label or _only_column(features, ClassLabel, "label_column_name", where)
-    splits = {"train": loaded["train"], "test": loaded[test]}
-    return {key: from_columns(split, image, label, prepare, where) for key, split in splits.items()}
+    return {
+        split: from_columns(loaded[source], image, label, prepare, f"{where}, {source}")
+        for split, source in sources.items()
+    }
 
 
 def _load(where: str, *args, **kwargs) -> Any:

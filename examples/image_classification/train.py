@@ -9,26 +9,27 @@ python ... --method pruning --target_ratio 0.1 --model_name_or_path dense --lear
 
 import copy
 from bisect import bisect_right
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
 
 import fnl_hf
-from data import ImageDataset, Images, Preparation, class_balanced, load_folders, load_hub, load_idx
+from arguments import STEPPED, DataArguments, ImageTrainingArguments, ModelArguments
+from data import ImageDataset, Images, class_balanced, load_folders, load_hub, load_idx
 from fnl_hf import FactorizationConfig, UserInputError
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.layers import FactorizedLayer
-from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
+from fnl_hf.training.arguments import parse_arguments, run_script
 from fnl_hf.training.models import as_user_input
-from fnl_hf.training.optimizers import OPTIMIZERS
 from fnl_hf.training.runs import DATA_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.training.sampling import epoch_sampler
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
+from preparation import Preparation
 from pruning import layers_to_prune, make_permanent, prune_by_magnitude, remaining_parameters
 from resnet import CifarResNetConfig, CifarResNetForImageClassification
 
@@ -40,108 +41,6 @@ DESCRIPTIONS = {  # of the methods, for the model's card
     "deep": "An image classifier, trained with layers that are products of three matrices.",
     "pruning": "An image classifier without its smallest weights.",
 }
-STEPPED = "constant_with_warmup"  # the schedule that --lr_milestones are for
-
-
-@dataclass
-class ModelArguments:
-    """What to train, and as what products."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "An image classifier: folder or Hub name. Default: a new ResNet."}
-    )
-    resnet_depth: int = field(default=20, metadata={"help": "Layers of a new ResNet: 20, 32, 56, 110, ... (6n + 2)."})
-    width_multiplier: int = field(default=1, metadata={"help": "Its channels, times 16, 32 and 64."})
-    method: str = field(
-        default="dense",
-        metadata={
-            "help": "dense; low_rank, wide or deep factorization; or pruning: of the layers that low_rank would "
-            "factorize, keep the largest weights, as many as the factors would have.",
-            "choices": ["dense", "low_rank", "wide", "deep", "pruning"],
-        },
-    )
-    rank_scale: float | None = field(default=None, metadata={"help": "Rank, as a share of the full one."})
-    target_ratio: float | None = field(
-        default=None, metadata={"help": "Parameters of the factorized layers, as a share of what they had."}
-    )
-    energy: float | None = field(default=None, metadata={"help": "Share of each weight's squared norm to keep."})
-    factor_init: str = field(
-        default="spectral",
-        metadata={"help": "Factors of the dense weights, or drawn at random.", "choices": ["spectral", "default"]},
-    )
-    include: list[str] | None = field(
-        default=None, metadata={"help": "Only layers of these types or names. Default: Linear Conv2d, but no heads."}
-    )
-    exclude: list[str] | None = field(
-        default=None, metadata={"help": "No layers of these. Default: a ResNet's first, as in the authors' code."}
-    )
-
-
-@dataclass
-class DataArguments:
-    """One source of images, and how they are changed in training."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, as uoft-cs/cifar10."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    image_column_name: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
-    label_column_name: str | None = field(default=None, metadata={"help": "Default: the only column of classes."})
-    train_dir: str | None = field(default=None, metadata={"help": "A folder with a folder of images for each class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on."})
-    idx_dir: str | None = field(
-        default=None, metadata={"help": "A folder with the four files of MNIST or Fashion-MNIST, gzipped or not."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where data sets are kept and found again."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Bring all images to this size. Default: that of the model, or their own."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many images, of all classes alike, the same for every --seed."}
-    )
-    validation_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Hold out so many images of the training data for --eval_strategy; the final evaluation is on the "
-            "test images all the same. Default: all evaluations are on the test images."
-        },
-    )
-    crop_padding: int = field(default=4, metadata={"help": "Pixels of black around an image that is cropped anew."})
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror every other image."})
-    lr_milestones: list[float] = field(
-        default_factory=lambda: [0.5, 0.75],
-        metadata={
-            "help": f"Shares of the training after which the rate is divided by 10, with --lr_scheduler_type {STEPPED}."
-        },
-    )
-
-    def __post_init__(self):
-        given = [name for name in ("dataset_name", "train_dir", "idx_dir") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise UserInputError(f"give one of --dataset_name, --train_dir and --idx_dir, not {given or 'none'}")
-        if (self.train_dir is None) != (self.validation_dir is None):
-            raise UserInputError("--train_dir and --validation_dir go together")
-        for name in ("image_size", "max_train_samples", "validation_samples"):
-            validate_bounds(name, getattr(self, name), 1)
-        validate_bounds("crop_padding", self.crop_padding, 0)
-        for milestone in self.lr_milestones:
-            validate_bounds("lr_milestones", milestone, 0, 1, above=True)
-
-
-@dataclass
-class ImageTrainingArguments(FnlTrainingArguments):
-    """FnlTrainingArguments with the recipe of the authors' ResNets."""
-
-    optimizer: str = field(
-        default="sgd", metadata={"help": "The optimizer; SGD's momentum is 0.9.", "choices": list(OPTIMIZERS)}
-    )
-    learning_rate: float = field(default=0.1, metadata={"help": "The initial learning rate."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of all weights but the factors."})
-    num_train_epochs: float = field(default=200.0, metadata={"help": "Epochs to train."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images of a process in a micro-batch."})
-    per_device_eval_batch_size: int = field(default=500, metadata={"help": "Images of a process to evaluate at once."})
-    lr_scheduler_type: str = field(default=STEPPED, metadata={"help": "The schedule of the learning rate."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 does not."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
 
 
 ARGUMENTS = (ModelArguments, DataArguments, ImageTrainingArguments)
@@ -176,6 +75,13 @@ class ImageTrainer(FnlTrainer):
         self.lr_scheduler = LambdaLR(chosen, factor)
         return self.lr_scheduler
 
+    def evaluation_loop(self, *args, **kwargs):
+        """As Trainer's, with the running statistics that are saved: each process has gathered its own."""
+        if self.args.world_size > 1:
+            for buffer in self.accelerator.unwrap_model(self.model).buffers():
+                broadcast(buffer)
+        return super().evaluation_loop(*args, **kwargs)
+
     def evaluate_model(self, model: torch.nn.Module, dataset: ImageDataset, prefix: str) -> dict[str, float]:
         """``evaluate`` with another model in the place of the trained one."""
         trained = self.model, self.model_wrapped
@@ -189,32 +95,38 @@ class ImageTrainer(FnlTrainer):
 def load_images(
     data_args: DataArguments, args: ImageTrainingArguments, name_or_path: str | None
 ) -> tuple[dict[str, Images], Preparation]:
-    """Splits "train" and "test", and "validation" if some of the training images are to be held out, as the named model
-    wants them; a new one takes them as they are."""
+    """Splits "train" and "test", and "validation" if some of the training images are to be held out or the data set has
+    one, as the named model wants them; a new one takes them as they are."""
     prepare = Preparation()
     if name_or_path is not None:
         with as_user_input(name_or_path):
             prepare = Preparation.of_model(name_or_path, AutoConfig.from_pretrained(name_or_path))
     if data_args.image_size is not None:
-        prepare = replace(prepare, size=(data_args.image_size, data_args.image_size))
+        prepare = prepare.resized(data_args.image_size)
     with args.main_process_first(desc="reading the images"):
         splits = read_splits(data_args, prepare)
     train, test = splits["train"], splits["test"]
     if train.pixels.shape[1:] != test.pixels.shape[1:]:
         shapes = " and ".join(str(tuple(images.pixels.shape[1:])) for images in (train, test))
         raise UserInputError(f"images to train and test have different shapes (H, W, C), {shapes}: give --image_size")
-    held_out = data_args.validation_samples or 0
-    if data_args.max_train_samples is not None or held_out:
-        used = data_args.max_train_samples or len(train) - held_out
-        subset, validation = class_balanced(train.labels, [used, held_out], train.names)
-        splits["train"] = train[subset]
-        if held_out:
-            splits["validation"] = train[validation]
+    splits["train"], held_out = hold_out(train, data_args.max_train_samples, data_args.validation_samples or 0)
+    if len(held_out):
+        splits["validation"] = held_out
     return splits, prepare.completed(splits["train"])
 
 
+def hold_out(images: Images, used: int | None, held_out: int) -> tuple[Images, Images]:
+    """``used`` images to train on, or all that are left, and ``held_out`` others; of all classes alike."""
+    subset, validation = class_balanced(images.labels, [used or 0, held_out], images.names)
+    if used is None:
+        is_used = torch.ones(len(images), dtype=torch.bool)
+        is_used[validation] = False
+        subset = is_used.nonzero().flatten()
+    return images[subset], images[validation]
+
+
 def read_splits(data_args: DataArguments, prepare: Preparation) -> dict[str, Images]:
-    """Splits "train" and "test" of the source that the flags name."""
+    """Splits "train", "test" and perhaps "validation" of the source that the flags name."""
     if data_args.idx_dir is not None:
         return load_idx(data_args.idx_dir, prepare)
     if data_args.train_dir is not None and data_args.validation_dir is not None:
@@ -224,8 +136,8 @@ def read_splits(data_args: DataArguments, prepare: Preparation) -> dict[str, Ima
     return load_hub(str(name), config, *columns, prepare, data_args.cache_dir)
 
 
-def build_model(model_args: ModelArguments, images: Images) -> PreTrainedModel:
-    """The named model, with a new head if it has other classes, or a new ResNet; dense."""
+def build_model(model_args: ModelArguments, images: Images, trains: bool) -> PreTrainedModel:
+    """The named model, if it is trained with a new head where it has other classes, or a new ResNet; dense."""
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(images.names)),
         "label2id": {n: i for i, n in enumerate(images.names)},
@@ -233,16 +145,13 @@ def build_model(model_args: ModelArguments, images: Images) -> PreTrainedModel:
     name = model_args.model_name_or_path
     with as_user_input(name or f"--resnet_depth {model_args.resnet_depth}"):
         if name is None:
-            return CifarResNetForImageClassification(
-                CifarResNetConfig(
-                    depth=model_args.resnet_depth,
-                    width_multiplier=model_args.width_multiplier,
-                    num_channels=images.pixels.shape[-1],
-                    **labels,
-                )
-            )
+            given = {"depth": model_args.resnet_depth, "width_multiplier": model_args.width_multiplier}
+            sizes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+            config = CifarResNetConfig(**sizes, num_channels=images.pixels.shape[-1], **labels)
+            return CifarResNetForImageClassification(config)
+        new_head = trains and model_args.method != "pruning"
         return AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
+            name, dtype=torch.float32, ignore_mismatched_sizes=new_head, **labels
         )
 
 
@@ -285,6 +194,20 @@ def make_datasets(
     return datasets | {"train": ImageDataset(splits["train"], prepare, seed, *augmentation)}
 
 
+def choose_by_validation(args: ImageTrainingArguments, splits: dict[str, Images]) -> None:
+    """Let the best checkpoint be that with the best score on held-out images.
+
+    Raises:
+        UserInputError: there are none: the test images would choose.
+    """
+    if not args.load_best_model_at_end:
+        return
+    if "validation" not in splits:
+        raise UserInputError("--load_best_model_at_end needs --validation_samples: test images choose no model")
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    args.metric_for_best_model = metric if metric.startswith("validation_") else f"validation_{metric}"
+
+
 def make_trainer(
     model: Any, args: ImageTrainingArguments, datasets: dict[str, ImageDataset], milestones: list[float]
 ) -> Any:
@@ -323,8 +246,6 @@ def evaluate(trainer: ImageTrainer, test: ImageDataset, prepare: Preparation) ->
 def run(argv):
     model_args, data_args, args = parse_arguments(ARGUMENTS, argv)
     name = model_args.model_name_or_path
-    if model_args.method == "pruning" and name is None:
-        raise UserInputError("--method pruning needs --model_name_or_path: a trained model to prune")
     if args.do_predict:
         raise UserInputError("--do_predict: there is nothing to predict; use --do_eval")
     planned = ScriptRun(args, argv, model_args, data_args)
@@ -332,7 +253,8 @@ def run(argv):
         return
     set_seed(args.seed)
     splits, prepare = load_images(data_args, args, name)
-    model = apply_method(build_model(model_args, splits["train"]), model_args, args.seed)
+    choose_by_validation(args, splits)
+    model = apply_method(build_model(model_args, splits["train"], args.do_train), model_args, args.seed)
     checkpoint = planned.plan.checkpoint
     if checkpoint is not None:
         validate_resume(checkpoint, model)
