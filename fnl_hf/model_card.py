@@ -27,12 +27,19 @@ TASKS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForCausalLM": "text-generation",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForCTC": "automatic-speech-recognition",
 }
 # What prepares a model's inputs: the file that tells of it -> a name, and the class that loads it.
 PREPARATIONS = {
-    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
+    "processor_config.json": ("processor", "AutoProcessor"),  # with a tokenizer in it, where there is one
     "preprocessor_config.json": ("processor", "AutoProcessor"),
+    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
 }
 
 CARD = """---

@@ -2,17 +2,33 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, AutoTokenizer, BertForMaskedLM
+import transformers
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertModel,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+)
 
-from fnl_hf import cli
+from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, cli, compress
+from fnl_hf.model_card import TASKS
 
-from .conftest import ROOT, WITHOUT_FNL_HF
-from .test_surgery import IDS, IMAGES, bert, factorized_names, vit
+from .conftest import DIMENSIONS, ROOT, WITHOUT_FNL_HF
+from .test_surgery import IDS, IMAGES, bert, factorized_names, gpt2, vit
 
 
 @pytest.fixture
@@ -21,6 +37,19 @@ def checkpoint(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert" / "README.md").write_text("---\nlicense: mit\n---\n")
     return tmp_path / "bert"
+
+
+def change_config(folder, **entries):
+    """An entry that is None is left out."""
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
+
+
+def tear(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
 
 
 def test_there_and_back(checkpoint, tmp_path, capsys):
@@ -81,3 +110,121 @@ def test_a_folder_in_use_is_left_alone(checkpoint, capsys):
     with pytest.raises(SystemExit):
         cli.main(["factorize", str(checkpoint), str(checkpoint)])
     assert "is in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: tear(folder / "model.safetensors"), "it cannot be read: SafetensorError: "),
+        (lambda folder: change_config(folder, hidden_size="forty"), "Field 'hidden_size' expected int, got str"),
+        (
+            lambda folder: change_config(folder, vocab_size=60),
+            "BertForMaskedLM with this config.json has other shapes: "
+            "bert.embeddings.word_embeddings.weight (53, 42), not (60, 42), cls.predictions.bias (53,), not (60,)\n",
+        ),
+        (
+            lambda folder: change_config(folder, architectures=None),
+            "BertModel has no place for all weights: cls.predictions.bias, ",
+        ),
+        (
+            lambda folder: change_config(folder, architectures=["MyBertForMaskedLM"]),
+            "no model class MyBertForMaskedLM, which config.json names: load it in Python",
+        ),
+        (
+            lambda folder: change_config(folder, architectures=None, model_type="my", auto_map={"AutoModel": "my.My"}),
+            "the code of its model comes with it and is not run here: load it in Python",
+        ),
+        (
+            lambda folder: change_config(folder, architectures=["BertForTokenClassification"]),
+            "weights of BertForTokenClassification are missing: classifier.bias, classifier.weight; if",
+        ),
+        (lambda folder: tear(folder / "tokenizer.json"), "its tokenizer cannot be read: "),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "its tokenizer has no vocabulary, only 5 special tokens"),
+    ],
+)
+def test_broken_checkpoints_are_refused(checkpoint, tmp_path, capsys, damage, message):
+    damage(checkpoint)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["factorize", str(checkpoint), str(tmp_path / "new")])
+    *_, line = capsys.readouterr().err.splitlines(keepends=True)
+    assert stopped.value.code == 2 and message in line and not (tmp_path / "new").exists()
+
+
+def test_checkpoints_that_do_not_name_their_class(tmp_path, capsys):
+    """Keys that Transformers ignores are no reason to refuse one; where there is no tokenizer, none is made up."""
+    bert(BertModel).save_pretrained(tmp_path / "bert")
+    change_config(tmp_path / "bert", architectures=None)
+    weights = load_file(tmp_path / "bert" / "model.safetensors")
+    weights["embeddings.position_ids"] = torch.arange(19)[None]
+    save_file(weights, tmp_path / "bert" / "model.safetensors", {"format": "pt"})
+    cli.main(["factorize", str(tmp_path / "bert"), str(tmp_path / "new"), "--energy", "0.5"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("BertModel: ")
+    assert "AutoModel.from_pretrained" in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert not list((tmp_path / "new").glob("*token*"))
+
+
+def test_fnl_berts_need_no_code_of_the_checkpoint(tmp_path):
+    FnlBertForMaskedLM(FnlBertConfig(**DIMENSIONS)).save_pretrained(tmp_path / "fnl")
+    assert "auto_map" in json.loads((tmp_path / "fnl" / "config.json").read_text())
+    cli.main(["factorize", str(tmp_path / "fnl"), str(tmp_path / "new"), "--energy", "0.5"])
+    assert factorized_names(FnlBertForMaskedLM.from_pretrained(tmp_path / "new"))
+
+
+def test_processors_come_along(tmp_path):
+    source, new = tmp_path / "speech", tmp_path / "new"
+    sizes = {"vocab_size": 7, "hidden_size": 28, "num_hidden_layers": 1, "num_attention_heads": 7}
+    convolutions = {"conv_dim": (12,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 3}
+    small = {"intermediate_size": 44, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer"}
+    Wav2Vec2ForCTC(Wav2Vec2Config(**sizes, **convolutions, **small)).save_pretrained(source)
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", "a", "b"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000)
+    Wav2Vec2Processor(extractor, Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))).save_pretrained(source)
+    assert not (source / "preprocessor_config.json").exists()
+
+    cli.main(["factorize", str(source), str(new), "--energy", "0.5"])
+    processor = AutoProcessor.from_pretrained(new)
+    assert processor.feature_extractor.sampling_rate == 8000 and processor.tokenizer.get_vocab() == vocabulary
+    card = (new / "README.md").read_text(encoding="utf-8")
+    assert "from transformers import AutoModelForCTC, AutoProcessor\n" in card
+    assert "pipeline_tag: automatic-speech-recognition" in card
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_sentence_transformers_stay_usable(checkpoint, tmp_path, monkeypatch, on_hub):
+    names = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+    (checkpoint / "1_Pooling").mkdir()
+    for name in names:
+        (checkpoint / name).write_text(json.dumps({"of": name}))
+    if on_hub:  # as it lies in the cache
+        repository = tmp_path / "cache" / "models--ada--bert"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("5" * 40)
+        shutil.copytree(checkpoint, repository / "snapshots" / ("5" * 40))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    cli.main(["factorize", "ada/bert" if on_hub else str(checkpoint), str(tmp_path / "new"), "--energy", "0.5"])
+    assert [json.loads((tmp_path / "new" / name).read_text())["of"] for name in names] == list(names)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "new")) == len(AutoTokenizer.from_pretrained(checkpoint))
+
+
+def test_nothing_is_left_of_a_save_that_fails(checkpoint, tmp_path, monkeypatch, capsys):
+    def full(folder, **_):
+        assert (folder / "model.safetensors").exists()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compress, "write_card", full)
+    (tmp_path / "mine").mkdir()
+    for name, left in (("new", False), ("mine", True)):  # a folder that was there is not removed
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["factorize", str(checkpoint), str(tmp_path / name), "--energy", "0.5"])
+        assert stopped.value.code == 2 and "No space left on device" in capsys.readouterr().err
+        assert (tmp_path / name).exists() == left
+
+
+def test_cards_name_the_task_of_language_models(tmp_path):
+    """Transformers lists GPT-2's class for pretraining, too."""
+    assert all(hasattr(transformers, auto_class) for auto_class in TASKS)
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    cli.main(["factorize", str(tmp_path / "gpt2"), str(tmp_path / "new"), "--energy", "0.5"])
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-generation" in card and "AutoModelForCausalLM.from_pretrained" in card
