@@ -1,7 +1,7 @@
 """A checkpoint on disk or on the Hub whose layers are factorized or merged, and saved."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from fnl_hf import modeling_fnl_bert
 from fnl_hf.convert import refuse_used_folder
@@ -31,7 +31,8 @@ OTHER_FILES = (
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
     "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin",
 )  # fmt: skip
-NAMED_WEIGHTS = 3  # in an error
+NAMED_WEIGHTS = 3  # in a message
+logger = logging.get_logger(__name__)
 IN_PYTHON = (
     "load it in Python, call fnl_hf.factorize(model, config) or fnl_hf.merge(model), then model.save_pretrained(folder)"
 )
@@ -48,8 +49,8 @@ def factorize_checkpoint(source: str, folder: str | Path, config: FactorizationC
     """:func:`fnl_hf.factorize` a checkpoint of any architecture, with its head, and save it in ``folder``.
 
     Raises:
-        UserInputError: a folder in use or one that cannot be written, no such checkpoint, one that cannot be read, has
-            code of its own or lacks weights, or a configuration that does not fit it.
+        UserInputError: a folder in use or one that cannot be written, no such checkpoint, one that cannot be read or
+            has code of its own, or a configuration that does not fit it.
     """
     return _save_changed(
         source, folder, lambda model: factorize(model, config), "with factorized layers; not trained since"
@@ -108,7 +109,7 @@ def _complete_or_removed(folder: Path) -> Iterator[None]:
 
 
 def _load_model(source: str) -> PreTrainedModel:
-    """The model of a checkpoint, with its head and each of its weights.
+    """The model of a checkpoint, with its head.
 
     Raises:
         UserInputError: no such checkpoint, one that cannot be read, or weights and class that do not fit.
@@ -147,14 +148,19 @@ def _refuse_misfits(source: str, model: PreTrainedModel, info: Mapping[str, Any]
     name = type(model).__name__
     changed = [f"{key} {tuple(saved)}, not {tuple(own)}" for key, saved, own in info["mismatched_keys"]]
     unused = info["unexpected_keys"] if guessed else ()
-    for weights, problem, way_out in (
-        (changed, f"{name} with this config.json has other shapes", ""),
-        (unused, f"config.json does not name its class (architectures), and {name} has no place for all weights", ""),
-        (info["missing_keys"], f"weights of {name} are missing", f"; if they may be random, {IN_PYTHON}"),
+    for weights, problem in (
+        (changed, f"{name} with this config.json has other shapes"),
+        (unused, f"config.json does not name its class (architectures), and {name} has no place for all weights"),
     ):
         if weights:
-            named = ", ".join(sorted(weights)[:NAMED_WEIGHTS]) + ", ..." * (len(weights) > NAMED_WEIGHTS)
-            raise UserInputError(f"{source}: {problem}: {named}{way_out}")
+            raise UserInputError(f"{source}: {problem}: {_named(weights)}")
+    if info["missing_keys"]:  # some checkpoints lack what only pretraining needs
+        logger.warning(f"{source} lacks weights of {name}, which are random now: {_named(info['missing_keys'])}")
+
+
+def _named(weights: Iterable[str]) -> str:
+    names = sorted(weights)
+    return ", ".join(names[:NAMED_WEIGHTS]) + ", ..." * (len(names) > NAMED_WEIGHTS)
 
 
 def _load_tokenizer(source: str) -> Any:
