@@ -188,11 +188,15 @@ def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Mo
 
 def _dense_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Those of the names that the model has a dense layer of -> that layer."""
-    prefix, modules, found = _base_prefix(model), dict(model.named_modules()), {}
+    dense = {name: module for name, module in model.named_modules() if type(module) in FACTORIZED}
+    prefix, found = _base_prefix(model), {}
     for name in names:
-        for full in (f"{prefix}{name}", name):
-            if name not in found and type(modules.get(full)) in FACTORIZED:
-                found[name] = modules[full]
+        within = [full for full in dense if full.endswith(f".{name}")]  # the list may be that of a part of the model
+        full = next((full for full in (f"{prefix}{name}", name) if full in dense), None)
+        if full is None and len(within) == 1:
+            full = within[0]
+        if full is not None:
+            found[name] = dense[full]
     return found
 
 
