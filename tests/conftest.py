@@ -1,6 +1,7 @@
 """Fixtures shared by the tests. Sizes are distinct, so that a swapped axis fails."""
 
 import atexit
+import gzip
 import os
 import shutil
 import subprocess
@@ -15,9 +16,11 @@ if "HF_DATASETS_CACHE" not in os.environ:  # what an older version of the code h
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from safetensors.torch import load_file
 
 from fnl_hf.data.tokenizer import train_tokenizer
@@ -137,3 +140,44 @@ def assert_same_weights(first, second, **tolerance):
             torch.testing.assert_close(first[name], second[name], **tolerance)
         else:
             assert torch.equal(first[name], second[name]), name
+
+
+IMAGE_CLASSES, IMAGE_HEIGHT, IMAGE_WIDTH = 7, 11, 13  # of idx_dir
+
+
+def write_idx(file, array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    content = header + array.tobytes()
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+
+
+def picture(generator, label):
+    """A tile of its class's, repeated, and noise."""
+    tile = 180 * np.random.default_rng(label).integers(0, 2, (3, 3), dtype=np.uint8)
+    tiled = np.tile(tile, (4, 5))[:IMAGE_HEIGHT, :IMAGE_WIDTH]
+    return tiled + generator.integers(0, 60, (IMAGE_HEIGHT, IMAGE_WIDTH), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def idx_dir(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("idx"), np.random.default_rng(0)
+    for prefix, count, suffix in (("train", 84, ".gz"), ("t10k", 35, "")):
+        labels = (np.arange(count) % IMAGE_CLASSES).astype(np.uint8)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", np.stack([picture(generator, y) for y in labels]))
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Pictures of several sizes, some of them grey: train/red/0.png, ..."""
+    root, generator = tmp_path_factory.mktemp("folders"), np.random.default_rng(2)
+    for split, count in (("train", 12), ("test", 5)):
+        for label, color in enumerate(("blue", "green", "red")):
+            (root / split / color).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 90, (16 + index, 19, 3), dtype=np.uint8)
+                pixels[..., 2 - label] = 240
+                image = Image.fromarray(pixels)
+                (image.convert("L") if index == 1 else image).save(root / split / color / f"{index}.png")
+    return root

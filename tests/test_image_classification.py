@@ -1,6 +1,5 @@
 """examples/image_classification: its data, its ResNets, and the script on tiny images."""
 
-import gzip
 import json
 import os
 import re
@@ -13,51 +12,26 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import train
-from data import ImageDataset, Images, class_balanced, crop_and_flip, load_folders, load_idx, to_images
+from data import load_idx, to_images
 from fnl_hf import UserInputError
 from fnl_hf.training.arguments import parse_arguments
 from preparation import Preparation
 from resnet import BasicBlock, CifarResNetConfig, CifarResNetForImageClassification
 
-from .conftest import ROOT, assert_same_weights, launch
+from .conftest import IMAGE_HEIGHT, IMAGE_WIDTH, ROOT, assert_same_weights, launch
 
 SCRIPT = "examples/image_classification/train.py"
-CLASSES, HEIGHT, WIDTH = 7, 11, 13
 # Of a ResNet8 for one channel and seven classes.
 ELSEWHERE = 9 * 16 + 2 * (3 * 16 + 2 * 32 + 2 * 64) + 7 * 64 + 7  # stem, norms, classifier
 KERNELS = 9 * (2 * 16 * 16 + 16 * 32 + 32 * 32 + 32 * 64 + 64 * 64)
 # Ranks are quarters of the smaller sizes of the matrices: two of 48 x 48, then 96 x 48, 96 x 96, 192 x 96, 192 x 192.
 FACTORS = 2 * 12 * (48 + 48) + 12 * (96 + 48) + 24 * (96 + 96) + 24 * (192 + 96) + 48 * (192 + 192)
-
-
-def write_idx(file, array):
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    content = header + array.tobytes()
-    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
-
-
-def picture(generator, label):
-    """A tile of its class's, repeated, and noise."""
-    tile = 180 * np.random.default_rng(label).integers(0, 2, (3, 3), dtype=np.uint8)
-    tiled = np.tile(tile, (4, 5))[:HEIGHT, :WIDTH]
-    return tiled + generator.integers(0, 60, (HEIGHT, WIDTH), dtype=np.uint8)
-
-
-@pytest.fixture(scope="session")
-def idx_dir(tmp_path_factory):
-    folder, generator = tmp_path_factory.mktemp("idx"), np.random.default_rng(0)
-    for prefix, count, suffix in (("train", 84, ".gz"), ("t10k", 35, "")):
-        labels = (np.arange(count) % CLASSES).astype(np.uint8)
-        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", np.stack([picture(generator, y) for y in labels]))
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels)
-    return folder
 
 
 def command(folder, **flags):
@@ -76,7 +50,7 @@ def results(folder):
 
 
 def logits(folder, seed=0):
-    x = torch.randn(5, 1, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(5, 1, IMAGE_HEIGHT, IMAGE_WIDTH, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         return AutoModelForImageClassification.from_pretrained(folder).eval()(x).logits
 
@@ -119,64 +93,6 @@ def test_weights_begin_as_he_draws_them():
     model = CifarResNetForImageClassification(CifarResNetConfig(width_multiplier=2, num_labels=7))
     assert model.resnet.blocks[-1].conv2.weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     assert model.classifier.weight.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.1)
-
-
-def test_idx_files(idx_dir):
-    splits = load_idx(str(idx_dir), Preparation())
-    assert splits["train"].pixels.shape == (84, HEIGHT, WIDTH, 1) and splits["train"].pixels.dtype == torch.uint8
-    assert splits["test"].labels.tolist() == [n % CLASSES for n in range(35)]
-    assert splits["train"].names == ["0", "1", "2", "3", "4", "5", "6"]
-    generator = np.random.default_rng(0)
-    assert torch.equal(splits["train"].pixels[0, ..., 0], torch.from_numpy(picture(generator, 0)))
-    mean, std = splits["train"].mean_and_std()
-    pixels = splits["train"].pixels.double() / 255
-    assert (mean[0], std[0]) == pytest.approx((pixels.mean().item(), pixels.std(correction=0).item()))
-
-
-@pytest.mark.parametrize("padding, flip", [(2, True), (3, False), (0, True)])
-def test_crop_and_flip_against_a_loop(padding, flip):
-    generator = np.random.default_rng(1)
-    pixels = torch.from_numpy(generator.integers(1, 256, (50, 5, 7, 3), dtype=np.uint8))
-    words = generator.integers(0, 2**64, (50, 3), dtype=np.uint64)
-    found = crop_and_flip(pixels, words, padding, flip)
-    seen = set()
-    for image, word, result in zip(pixels, words.tolist(), found):
-        top, left, mirror = word[0] % (2 * padding + 1), word[1] % (2 * padding + 1), flip and word[2] >= 2**63
-        seen.add((top, left, mirror))
-        for row in range(5):
-            for column in range(7):
-                y, x = row + top - padding, (6 - column if mirror else column) + left - padding
-                inside = 0 <= y < 5 and 0 <= x < 7
-                assert result[row, column].tolist() == (image[y, x].tolist() if inside else [0, 0, 0])
-    assert len(seen) > 1
-
-
-def test_augmentation_is_a_function_of_seed_epoch_and_sample():
-    images = Images(torch.randint(0, 256, (29, 5, 7, 3), dtype=torch.uint8), torch.zeros(29, dtype=torch.int64), ["a"])
-    prepare = Preparation().completed(images)
-    dataset = ImageDataset(images, prepare, 5, 2, True)
-    whole = dataset.__getitems__(list(range(29)))["pixel_values"]
-    parts = [dataset.__getitems__(part)["pixel_values"] for part in ([11, 3], [28])]
-    assert torch.equal(torch.cat(parts), whole[[11, 3, 28]])
-    assert whole.shape == (29, 3, 5, 7) and whole.is_contiguous(memory_format=torch.channels_last)
-    dataset.set_epoch(1)
-    others = [dataset, ImageDataset(images, prepare, 6, 2, True), ImageDataset(images, prepare)]
-    for other in others:
-        assert not torch.equal(other.__getitems__(list(range(29)))["pixel_values"], whole)
-    plain = others[-1].__getitems__(list(range(29)))["pixel_values"].double()
-    assert plain.mean(dim=(0, 2, 3)).abs().max() < 1e-5
-    assert plain.std(dim=(0, 2, 3), correction=0).sub(1).abs().max() < 1e-5
-
-
-def test_subsets_are_balanced_and_disjoint():
-    labels = torch.tensor([0, 1, 2] * 9)
-    first, second = class_balanced(labels, [8, 6], ["a", "b", "c"])
-    assert torch.bincount(labels[first]).tolist() == [3, 3, 2] and torch.bincount(labels[second]).tolist() == [2, 2, 2]
-    assert not set(first.tolist()) & set(second.tolist())
-    again, _ = class_balanced(labels, [8, 1], ["a", "b", "c"])
-    assert torch.equal(first, again), "the training images do not depend on how many are held out"
-    with pytest.raises(UserInputError, match="need 11 images of class a, there are 9"):
-        class_balanced(labels, [28, 1], ["a", "b", "c"])
 
 
 def test_training_a_dense_model(dense, idx_dir):
@@ -298,14 +214,6 @@ def test_held_out_images_and_subsets(idx_dir, tmp_path):
     assert not [entry for entry in log if "eval_accuracy" in entry and entry["step"] < 14]
 
 
-def test_all_but_the_held_out_images_are_trained_on():
-    pixels, labels = torch.arange(49, dtype=torch.uint8).view(49, 1, 1, 1), torch.tensor([0] * 30 + [1] * 12 + [2] * 7)
-    images = Images(pixels, labels, ["a", "b", "c"])
-    used, held_out = train.hold_out(images, None, 5)
-    assert torch.bincount(held_out.labels).tolist() == [2, 2, 1]
-    assert sorted([*used.pixels.flatten().tolist(), *held_out.pixels.flatten().tolist()]) == list(range(49))
-
-
 def test_processes_evaluate_what_is_saved(idx_dir, tmp_path):
     """Each has running statistics of its own images; one process that loads the model finds the same scores."""
     flags = {"idx_dir": idx_dir, "per_device_eval_batch_size": 5}  # a divisor: Trainer's loss counts padding, too
@@ -313,21 +221,6 @@ def test_processes_evaluate_what_is_saved(idx_dir, tmp_path):
     train.run(command(tmp_path / "again", **flags, model_name_or_path=tmp_path / "out", do_eval="true"))
     for name in ("eval_loss", "merged_loss"):
         assert results(tmp_path / "out")[name] == pytest.approx(results(tmp_path / "again")[name], rel=1e-5)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Pictures of several sizes, some of them grey: train/red/0.png, ..."""
-    root, generator = tmp_path_factory.mktemp("folders"), np.random.default_rng(2)
-    for split, count in (("train", 12), ("test", 5)):
-        for label, color in enumerate(("blue", "green", "red")):
-            (root / split / color).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 90, (16 + index, 19, 3), dtype=np.uint8)
-                pixels[..., 2 - label] = 240
-                image = Image.fromarray(pixels)
-                (image.convert("L") if index == 1 else image).save(root / split / color / f"{index}.png")
-    return root
 
 
 def test_image_folders_and_any_model_of_transformers(folders, tmp_path):
@@ -351,58 +244,6 @@ def test_image_folders_and_any_model_of_transformers(folders, tmp_path):
         train.run(command(tmp_path / "none", **flags))
     train.run(command(tmp_path / "resnet", **flags, image_size=9))
     assert load_file(tmp_path / "resnet" / "model.safetensors")["resnet.stem.weight"].shape == (16, 3, 3, 3)
-
-
-@pytest.mark.parametrize(
-    "kind, entries, resized",
-    [
-        ("ViT", {"size": {"height": 9, "width": 14}, "resample": 3, "image_std": [0.2, 0.3, 0.5]}, (11, 11)),
-        ("ViT", {"size": 12, "do_normalize": False}, (11, 11)),
-        ("DeiT", {"size": 16, "crop_size": 12, "image_mean": [0.3, 0.4, 0.5], "do_rescale": False}, (11, 11)),
-        ("ConvNext", {"size": {"shortest_edge": 12}, "crop_pct": 0.75}, (11, 11)),
-        ("ConvNext", {"size": {"shortest_edge": 384}}, (11, 11)),
-        ("Bit", {"size": {"shortest_edge": 16}, "crop_size": 12}, (11, 11)),
-    ],
-)
-def test_images_are_prepared_as_transformers_does(kind, entries, resized, tmp_path):
-    """Scaled, cropped and normalised by its processor for Pillow, and by the one that is saved."""
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps(entries | {"image_processor_type": f"{kind}ImageProcessor"})
-    )
-    rows, columns = np.mgrid[0:32, 0:41]
-    image = Image.fromarray(np.stack([7 * rows, 6 * columns, 3 * (rows + columns)], axis=-1).astype(np.uint8))
-    processor = getattr(transformers, f"{kind}ImageProcessorPil")
-
-    def prepared(prepare):
-        images = Images(torch.from_numpy(prepare(image)[None]), torch.zeros(1, dtype=torch.int64), ["a"])
-        return ImageDataset(images, prepare.completed(images)).__getitems__([0])["pixel_values"][0]
-
-    prepare = Preparation.of_model(str(tmp_path), ViTConfig())
-    expected = torch.from_numpy(processor.from_pretrained(tmp_path)(image, return_tensors="np")["pixel_values"][0])
-    torch.testing.assert_close(prepared(prepare), expected.float(), rtol=1e-5, atol=1e-5)
-    prepare.save(tmp_path / "saved")
-    again = Preparation.of_model(str(tmp_path / "saved"), ViTConfig())
-    torch.testing.assert_close(prepared(again), expected.float(), rtol=1e-5, atol=1e-5)
-    assert prepared(prepare.resized(11)).shape[1:] == resized
-
-
-def test_pixels_of_more_than_eight_bits():
-    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    assert np.array_equal(Preparation()(Image.fromarray(257 * ramp))[:, :, 0], ramp)
-    for kind in (np.int32, np.float32):
-        with pytest.raises(UserInputError, match="here: an image cannot be read: its pixels have 32 bits"):
-            to_images([Image.fromarray(ramp.astype(kind))], [0], ["a"], Preparation(), "here")
-
-
-def test_names_of_splits_in_folders_mean_nothing(tmp_path):
-    for split in ("a [1]", "b"):
-        for label in ("bus", "train"):
-            (tmp_path / split / label).mkdir(parents=True)
-            for name in ("my-train-0.png", "test_0.png", "7.png"):
-                Image.new("RGB", (5, 7)).save(tmp_path / split / label / name)
-    splits = load_folders(str(tmp_path / "a [1]"), str(tmp_path / "b"), Preparation(), str(tmp_path / "cache"))
-    for images in splits.values():
-        assert images.names == ["bus", "train"] and images.labels.tolist() == [0] * 3 + [1] * 3
 
 
 def test_a_data_set_in_the_layout_of_the_hub(tmp_path):
@@ -431,35 +272,6 @@ def test_the_commands_of_the_documentation_parse():
     assert len(commands) == 6
     for words in commands:
         parse_arguments(train.ARGUMENTS, [*shlex.split(words, comments=True), "--use_cpu", "true"])
-
-
-def damage(name, change):
-    def apply(folder):
-        file = folder / name
-        file.write_bytes(change(file.read_bytes()))
-
-    return apply
-
-
-@pytest.mark.parametrize(
-    "apply, message",
-    [
-        (damage("t10k-images-idx3-ubyte", lambda b: b[:3] + b"\x01" + b[4:]), "begins with 0x00000801, not 0x0000080"),
-        (damage("t10k-images-idx3-ubyte", lambda b: b[:-1]), r"its header says \(35, 11, 13\), but 5004 bytes follow"),
-        (damage("t10k-images-idx3-ubyte", lambda b: b[:9]), "no IDX file of bytes in 3 dimension"),
-        (damage("t10k-images-idx3-ubyte", lambda b: b""), "begins with 0x, not 0x00000803"),
-        (damage("train-images-idx3-ubyte.gz", lambda b: b[:90]), "train-images-idx3-ubyte.gz: cannot be read"),
-        (damage("train-images-idx3-ubyte.gz", lambda b: b"P6" + b), "cannot be read: Not a gzipped file"),
-        (damage("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\x07"), "label 7 to test, but those to train are 0"),
-        (damage("t10k-labels-idx1-ubyte", lambda b: b[:7] + b"\x22" + b[8:-1]), "35 images and 34 labels to test"),
-        (lambda folder: (folder / "train-labels-idx1-ubyte").unlink(), "no file train-labels-idx1-ubyte or .*gz there"),
-    ],
-)  # fmt: skip
-def test_bad_idx_files_are_refused(apply, message, idx_dir, tmp_path):
-    shutil.copytree(idx_dir, tmp_path / "idx")
-    apply(tmp_path / "idx")
-    with pytest.raises(UserInputError, match=message):
-        load_idx(str(tmp_path / "idx"), Preparation())
 
 
 def test_bad_images_and_labels_are_refused(folders, tmp_path):
