@@ -7,7 +7,7 @@ packages can register their ways. Any other model has the list in a JSON file be
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,13 @@ class FactorizedLayersLoader(HfQuantizer):
 
 def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What :class:`FactorizedLayersConfig` holds of ``model``."""
-    prefix = _base_prefix(model)
-    return {
-        name.removeprefix(prefix): {"rank": layer.rank, "deep": layer.deep}
-        for name, layer in model.named_modules()
-        if isinstance(layer, FactorizedLayer)
-    }
+    prefix, modules, layers = _base_prefix(model), dict(model.named_modules()), {}
+    for name, layer in modules.items():
+        if isinstance(layer, FactorizedLayer):
+            short = name.removeprefix(prefix)
+            taken = short != name and short in modules  # by a layer of the head
+            layers[name if taken else short] = {"rank": layer.rank, "deep": layer.deep}
+    return layers
 
 
 def factorizations(model: nn.Module) -> list[dict[str, Any]]:
@@ -115,11 +116,12 @@ def record_layers(model: nn.Module, history: list[dict[str, Any]] | None = None)
     vars(model)["_factorizations"] = history
     parts = configured_parts(model)
     memo: dict[int, Any] = {}  # one for all, because the configuration of a model has those of its parts in it
-    own = {id(part.config): copy.deepcopy(part.config, memo) for part in parts}
+    for part in parts:
+        copy.deepcopy(part.config, memo)
     for module in model.modules():
         config = getattr(module, "config", None)
-        if id(config) in own:
-            module.config = own[id(config)]  # type: ignore[assignment]
+        if config is not None and id(config) in memo:
+            module.config = memo[id(config)]
     for part in parts:
         if quantization_method(part) not in (None, METHOD):
             continue
@@ -179,25 +181,23 @@ def _initialize_missing(layer: FactorizedLayer) -> None:
 def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     """Replace the dense layers of these names, as far as the model has them, by factorized ones without weights."""
     replacements = {}
-    for name, dense in _dense_layers(model, layers).items():
+    for name, dense in _dense_layers(model, layers, within_parts=True).items():
         rank, deep = layers[name]["rank"], layers[name]["deep"]
         factory = {"device": "meta", "dtype": dense.weight.dtype}
         replacements[id(dense)] = FACTORIZED[type(dense)].like(dense, rank, deep, **factory)
     return replace_modules(model, replacements)
 
 
-def _dense_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the names that the model has a dense layer of -> that layer."""
-    dense = {name: module for name, module in model.named_modules() if type(module) in FACTORIZED}
-    prefix, found = _base_prefix(model), {}
-    for name in names:
-        within = [full for full in dense if full.endswith(f".{name}")]  # the list may be that of a part of the model
-        full = next((full for full in (f"{prefix}{name}", name) if full in dense), None)
-        if full is None and len(within) == 1:
-            full = within[0]
-        if full is not None:
-            found[name] = dense[full]
-    return found
+def _dense_layers(model: nn.Module, names: Collection[str], within_parts: bool = False) -> dict[str, Any]:
+    """Those of the names that the model, or else a part of it, has a dense layer of -> that layer."""
+    modules = dict(model.named_modules())
+    dense = {name: module for name, module in modules.items() if type(module) in FACTORIZED}
+    prefix = _base_prefix(model)
+    found = {name: full for name in names for full in (f"{prefix}{name}", name) if full in dense}
+    if within_parts and names and not found:  # the list of a tower in a model that puts a head on it
+        part = next((part for part in modules if all(f"{part}.{name}" in dense for name in names)), None)
+        found = {} if part is None else {name: f"{part}.{name}" for name in names}
+    return {name: dense[full] for name, full in found.items()}
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:

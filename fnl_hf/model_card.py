@@ -128,7 +128,7 @@ def write_card(
     remote = ", trust_remote_code=True" if model._auto_class is not None and not (own and layers) else ""
     names = {"auto_class": auto_class, "repository": repository or UNNAMED}
     what = (ATTENTION if own else "") + (LAYERS.format(count=len(layers)) if layers else "")
-    imports, preparation = _loading_code(Path(folder), bool(layers), **names)
+    imports, preparation = _loading_code(Path(folder), bool(layers), remote, **names)
     card = CARD.format(
         metadata=data.to_yaml(),
         title=title,
@@ -145,12 +145,14 @@ def write_card(
     ModelCard(card).save(Path(folder) / CARD_FILE)
 
 
-def _loading_code(folder: Path, with_package: bool, auto_class: str, repository: str) -> tuple[str, str]:
+def _loading_code(folder: Path, with_package: bool, remote: str, auto_class: str, repository: str) -> tuple[str, str]:
     """The imports of the code that loads the model, and its line for what prepares the inputs."""
     found = next((entry for file, entry in PREPARATIONS.items() if (folder / file).exists()), None)
     classes = ", ".join(sorted([auto_class, *([found[1]] if found else ())]))
     imports = f"import fnl_hf  # {FACTORIZED_LAYERS}\n" if with_package else ""
-    line = f'{found[0]} = {found[1]}.from_pretrained("{repository}")\n' if found else ""
+    # A tokenizer is none of the model's code; a processor is looked for by the model's configuration.
+    own_code = remote if found and found[1] == "AutoProcessor" else ""
+    line = f'{found[0]} = {found[1]}.from_pretrained("{repository}"{own_code})\n' if found else ""
     return f"{imports}from transformers import {classes}", line
 
 

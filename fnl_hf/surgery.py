@@ -39,7 +39,8 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
     Call it before an optimizer is made and before the model is wrapped, sharded or compiled. A model on the meta device
     gets its new structure only; its weights are loaded, or drawn by each layer's ``reset_parameters``. Models of
     Transformers, also those within ``model``, remember it: ``save_pretrained`` and ``from_pretrained`` work as ever.
-    One that has ``model`` as a part of it is told by :func:`record_layers`. For others there are
+    One that has ``model`` as a part of it, as after ``factorize(model.bert)``, is told by :func:`record_layers`. For
+    others there are
     :func:`save_factorized` and :func:`load_factorized`.
 
     Args:

@@ -135,8 +135,10 @@ def test_parts_of_models_are_saved_too(tmp_path):
 def test_a_model_that_shares_its_configuration_stays_dense(tmp_path):
     config = BertConfig(**DIMENSIONS)
     first, second = BertForMaskedLM(config), BertForMaskedLM(config)
+    config.inner = first.cls.config = BertConfig()  # one of a module that is no model of Transformers
     factorize(first)
-    assert first.bert.config is first.config
+    assert first.bert.config is first.config is not config and first.cls.config is first.config.inner
+    del config.inner
     second.save_pretrained(tmp_path)
     assert factorized_names(BertForMaskedLM.from_pretrained(tmp_path)) == []
 
@@ -195,6 +197,7 @@ def test_gpt2(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     merge(again).save_pretrained(tmp_path / "merged")
+    assert all(parameter.is_contiguous() for parameter in again.parameters())  # as FSDP2 wants them
     dense = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     assert factorized_names(dense) == []
     torch.testing.assert_close(dense(IDS).logits, before, rtol=0, atol=1e-5)
@@ -243,6 +246,9 @@ def test_models_that_are_not_transformers(mode, tmp_path):
         save_factorized(whole, tmp_path / "whole")
         again = load_factorized(dense, tmp_path / "whole")
         assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+    with pytest.raises(UserInputError, match="has no dense layer '0'"):
+        save_factorized(factorize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), tmp_path / "whole")
+        load_factorized(nn.ModuleDict({"other": nn.Sequential(nn.Linear(8, 8))}), tmp_path / "whole")
     with pytest.raises(UserInputError, match="has no dense layer 'image'"):
         load_factorized(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")

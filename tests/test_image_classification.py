@@ -128,7 +128,8 @@ def test_low_rank_launched(idx_dir, tmp_path):
     assert "| factorized layers | 6, of rank 12 to 48 |" in card.text and "images/s" in card.text
     [code] = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     code = code.replace("path/to/this/model", str(folder)) + "\nassert processor.image_mean and model.config.depth == 8"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL)
     flags = {"idx_dir": idx_dir, "model_name_or_path": folder, "do_eval": "true"}
     train.run(command(tmp_path / "again", **flags))
     again = results(tmp_path / "again")
@@ -319,8 +320,11 @@ def test_bad_images_and_labels_are_refused(folders, tmp_path):
         ({"optimizer": "adagrad"}, "invalid choice: 'adagrad'"),
         ({"target_ratio": 0.1}, r"--target_ratio \(0.1\) would change nothing: --method dense factorizes nothing"),
         ({"model_name_or_path": "a", "resnet_depth": 56}, r"--resnet_depth \(56\) would change nothing"),
+        ({"factor_init": "default"}, r"--factor_init \(default\) would change nothing: --method dense"),
+        ({"lr_scheduler_type": "cosine", "lr_milestones": 0.1}, "--lr_milestones .*: --lr_scheduler_type is cosine"),
+        ({"validation_samples": 7}, r"--validation_samples \(7\) would change nothing: without --eval_strategy"),
         ({"image_column_name": "img"}, "--image_column_name .*: there is no --dataset_name"),
-        ({"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "epoch"}, "needs --validation"),
+        ({"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "epoch"}, "needs held-out"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused(flags, message, idx_dir, tmp_path):

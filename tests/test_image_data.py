@@ -94,6 +94,8 @@ def test_all_but_the_held_out_images_are_trained_on():
         ("ConvNext", {"size": {"shortest_edge": 12}, "crop_pct": 0.75}, (11, 11)),
         ("ConvNext", {"size": {"shortest_edge": 384}}, (11, 11)),
         ("Bit", {"size": {"shortest_edge": 16}, "crop_size": 12}, (11, 11)),
+        ("EfficientNet", {"size": {"height": 12, "width": 12}, "image_std": [0.5, 0.4, 0.3]}, (11, 11)),
+        ("EfficientNet", {"size": {"height": 12, "width": 12}, "include_top": False, "rescale_offset": True}, (11, 11)),
     ],
 )
 def test_images_are_prepared_as_transformers_does(kind, entries, resized, tmp_path):
@@ -116,6 +118,30 @@ def test_images_are_prepared_as_transformers_does(kind, entries, resized, tmp_pa
     again = Preparation.of_model(str(tmp_path / "saved"), ViTConfig())
     torch.testing.assert_close(prepared(again), expected.float(), rtol=1e-5, atol=1e-5)
     assert prepared(prepare.resized(11)).shape[1:] == resized
+
+
+@pytest.mark.parametrize("kind, message", [("ImageGPT", "cannot be used"), ("Pix2Struct", "cannot be used")])
+def test_processors_that_do_something_else_are_refused(kind, message, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor"}))
+    with pytest.raises(UserInputError, match=message):
+        Preparation.of_model(str(tmp_path), ViTConfig())
+
+
+def test_grey_models(tmp_path):
+    """The mean of a processor's three channels; what was trained here is prepared likewise when it is loaded."""
+    entries = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 5, "width": 7},
+        "image_mean": [0.1, 0.2, 0.6],
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(entries))
+    prepare = Preparation.of_model(str(tmp_path), ViTConfig(num_channels=1))
+    assert prepare.mean == pytest.approx((0.3,)) and prepare(Image.new("L", (9, 9), 7)).tolist() == [[[7]] * 7] * 5
+    images = to_images([Image.new("L", (7, 5), level) for level in (3, 90)], [0, 0], ["a"], Preparation(), "here")
+    own = Preparation().completed(images)
+    own.save(tmp_path / "own")
+    again = Preparation.of_model(str(tmp_path / "own"), ViTConfig(num_channels=1))
+    assert again.mean == pytest.approx(own.mean) and again.std == pytest.approx(own.std)
 
 
 def test_pixels_of_more_than_eight_bits():

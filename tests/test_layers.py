@@ -322,6 +322,9 @@ def test_channels_last_and_half_precision():
     new = factorized(grouped, 24)
     new._cheapest_way = lambda x, padding: "factor by factor"
     assert_close(new(x.to(memory_format=torch.channels_last)), grouped(x), 1e-5)
+    # ... and so did merged ones.
+    grouped, x = nn.Conv2d(6, 2, (3, 1), groups=2, padding=(1, 0)), torch.randn(1, 6, 5, 7)
+    assert_close(factorized(grouped, 3).to_dense().layer(x), grouped(x), 1e-5)
     half = factorized(nn.Linear(40, 40).bfloat16(), 40, "deep")
     dense, error = half.to_dense()
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} == {dense.weight.dtype}
@@ -361,6 +364,15 @@ def test_what_is_set_around_it_does_not_matter():
     before = convolution.left.clone()
     convolution.reset_parameters()
     assert not torch.equal(convolution.left, before)
+
+
+def test_zeros_are_no_dead_end():
+    layer = nn.Linear(5, 7)
+    nn.init.zeros_(layer.weight)
+    for mode, rank in (("low_rank", 3), ("deep", 5)):
+        new = factorized(layer, rank, mode, "default")
+        new(torch.randn(11, 5)).square().sum().backward()
+        assert not new.weight.any() and new.left.grad.any()
 
 
 def test_a_padding_row_of_zeros_stays_zero():

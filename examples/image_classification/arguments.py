@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fnl_hf import UserInputError
+from fnl_hf import FactorizationConfig, UserInputError
+from fnl_hf.factorization_config import TYPES
+from fnl_hf.layers.base import INITS, MODES
 from fnl_hf.training.arguments import FnlTrainingArguments, validate_bounds
 from fnl_hf.training.optimizers import OPTIMIZERS
 
 STEPPED = "constant_with_warmup"  # the schedule that --lr_milestones are for
+MILESTONES = [0.5, 0.75]
 
 
 def refuse_unused(arguments: Any, names: tuple[str, ...], why: str) -> None:
@@ -46,9 +49,12 @@ class ModelArguments:
         default=None, metadata={"help": "Parameters of the factorized layers, as a share of what they had."}
     )
     energy: float | None = field(default=None, metadata={"help": "Share of each weight's squared norm to keep."})
-    factor_init: str = field(
-        default="spectral",
-        metadata={"help": "Factors of the dense weights, or drawn at random.", "choices": ["spectral", "default"]},
+    factor_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Factors of the dense weights (spectral, the default), or drawn at random (default).",
+            "choices": list(INITS),
+        },
     )
     include: list[str] | None = field(
         default=None, metadata={"help": "Only layers of these types or names. Default: Linear Conv2d, but no heads."}
@@ -60,11 +66,38 @@ class ModelArguments:
     def __post_init__(self):
         layers = ("rank_scale", "target_ratio", "energy", "include", "exclude")
         if self.method == "dense":
-            refuse_unused(self, layers, "--method dense factorizes nothing")
+            refuse_unused(self, (*layers, "factor_init"), "--method dense factorizes nothing")
+        elif self.method == "pruning":
+            refuse_unused(self, ("factor_init",), "--method pruning factorizes nothing")
         if self.model_name_or_path is not None:
             refuse_unused(self, ("resnet_depth", "width_multiplier"), "--model_name_or_path names a model")
         elif self.method == "pruning":
             raise UserInputError("--method pruning needs --model_name_or_path: a trained model to prune")
+        self.factorization()
+
+    def factorization(self, seed: int = 0, excluded: list[str] | None = None) -> FactorizationConfig:
+        """What the flags say of the layers.
+
+        Args:
+            excluded: where no flag names any.
+
+        Raises:
+            UserInputError: values out of their ranges, or two sizes.
+        """
+        exclude = self.exclude if self.exclude is not None else excluded
+        try:
+            return FactorizationConfig(
+                mode=self.method if self.method in MODES else MODES[0],
+                rank_scale=self.rank_scale,
+                target_ratio=self.target_ratio,
+                energy=self.energy,
+                init=self.factor_init or INITS[0],
+                include=TYPES if self.include is None else self.include,
+                exclude=exclude or (),
+                seed=seed,
+            )
+        except ValueError as error:
+            raise UserInputError(f"--method {self.method}: {error}") from error
 
 
 @dataclass
@@ -90,16 +123,17 @@ class DataArguments:
     validation_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Hold out so many images of the training data for --eval_strategy; the final evaluation is on the "
+            "help": "Hold out so many images of the training data, for --eval_strategy; the final evaluation is on the "
             "test images all the same. Default: the data set's own split to validate, or else the test images."
         },
     )
     crop_padding: int = field(default=4, metadata={"help": "Pixels of black around an image that is cropped anew."})
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror every other image."})
-    lr_milestones: list[float] = field(
-        default_factory=lambda: [0.5, 0.75],
+    lr_milestones: list[float] | None = field(
+        default=None,
         metadata={
-            "help": f"Shares of the training after which the rate is divided by 10, with --lr_scheduler_type {STEPPED}."
+            "help": "Shares of the training after which the rate is divided by 10, with --lr_scheduler_type "
+            f"{STEPPED}. Default: {' '.join(map(str, MILESTONES))}."
         },
     )
 
@@ -115,7 +149,7 @@ class DataArguments:
         for name in ("image_size", "max_train_samples", "validation_samples"):
             validate_bounds(name, getattr(self, name), 1)
         validate_bounds("crop_padding", self.crop_padding, 0)
-        for milestone in self.lr_milestones:
+        for milestone in self.lr_milestones or ():
             validate_bounds("lr_milestones", milestone, 0, 1, above=True)
 
 

@@ -1,6 +1,7 @@
 """How a model wants its images. Transformers' processor scales and crops them, batches are normalised later."""
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class Preparation:
     Args:
         processor: one of Transformers, for Pillow (those for torchvision need it); None takes images as they are.
         channels: 1 (grey) or 3.
-        mean, std: of the channels, for pixels from 0 to 1.
+        mean, std: what the processor normalises the channels by, for pixels from 0 to 1; None if it does not.
     """
 
     processor: Any = None
@@ -39,40 +40,47 @@ class Preparation:
             size = getattr(config, "image_size", None)
             return cls(None if size is None else cropping_processor(size), channels)
         processor = _processor_of(name, entries)
-        if getattr(processor, "rescale_offset", False):
-            raise UserInputError(f"{name}: its processor, {type(processor).__name__}, shifts pixels (rescale_offset)")
-        mean, std = (0.0,) * channels, (1.0,) * channels
-        if processor.do_normalize:
-            mean, std = (_per_channel(values, channels) for values in (processor.image_mean, processor.image_std))
-        unit = 255 * processor.rescale_factor if processor.do_rescale else 255.0
-        return cls(processor, channels, tuple(m / unit for m in mean), tuple(s / unit for s in std))
+        if channels == 1 and len(processor.image_mean or ()) == 3:
+            for entry in ("image_mean", "image_std"):
+                setattr(processor, entry, [float(np.mean(getattr(processor, entry)))])
+        blank = _prepared_blank(name, processor, channels)
+        mean, std = -blank[0] / (blank[1] - blank[0]), 1 / (blank[1] - blank[0])
+        return cls(processor, channels, tuple(mean[:, 0, 0].tolist()), tuple(std[:, 0, 0].tolist()))
 
     def resized(self, size: int) -> "Preparation":
-        """The same for images of another size, with the same share of them cut off at the edges."""
-        if self.processor is None:
-            return replace(self, processor=cropping_processor(size))
-        before = dict(self.processor.size)
-        target, crop = {"height": size, "width": size}, getattr(self.processor, "crop_size", None)
-        if getattr(self.processor, "do_center_crop", False) and crop is not None:
-            self.processor.size = {key: round(edge * size / crop["height"]) for key, edge in before.items()}
-            self.processor.crop_size = target
+        """The same for square images of another size.
+
+        Raises:
+            UserInputError: a processor that cannot make such.
+        """
+        if self.mean is None or self.channels is None:
+            return Preparation(cropping_processor(size), self.channels)
+        processor = copy.deepcopy(self.processor)
+        before, square = dict(processor.size or {}), {"height": size, "width": size}
+        crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+        if crop is None:
+            processor.size = {"shortest_edge": size} if "shortest_edge" in before else square
         else:
-            self.processor.size = {"shortest_edge": size} if "shortest_edge" in before else target
-        return self
+            processor.size = {key: round(edge * size / crop["height"]) for key, edge in before.items()}
+            processor.crop_size = square
+        found = _prepared_blank("--image_size", processor, self.channels).shape[2:]
+        if found != (size, size):
+            raise UserInputError(f"--image_size {size}: {type(processor).__name__} makes {found} of it")
+        return Preparation(processor, self.channels, self.mean, self.std)
 
     def completed(self, train: Any) -> "Preparation":
         """With all that was left open as the training :class:`data.Images` have it."""
+        if self.mean is not None:
+            return self
         _, height, width, channels = train.pixels.shape
         mean, std = train.mean_and_std()
-        processor = transformers.ViTImageProcessorPil(size={"height": height, "width": width}, resample=2)
-        found = {"processor": processor, "channels": channels, "mean": mean, "std": std}
-        return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
+        processor = copy.deepcopy(self.processor) or cropping_processor((height, width))
+        processor.do_rescale = processor.do_normalize = True
+        processor.image_mean, processor.image_std = mean, std
+        return Preparation(processor, channels, mean, std)
 
     def save(self, folder: str | Path) -> None:
         """Write ``preprocessor_config.json``, for this script and for Transformers."""
-        self.processor.image_mean, self.processor.image_std = self.mean, self.std
-        self.processor.do_normalize = self.processor.do_rescale = True
-        self.processor.rescale_factor = 1 / 255
         self.processor.save_pretrained(folder)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -86,20 +94,24 @@ class Preparation:
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         grey = image.mode in ("1", "L") if self.channels is None else self.channels == 1
-        image = image.convert("L").convert("RGB") if grey else image.convert("RGB")
-        pixels = np.asarray(image)
-        if self.processor is not None:
-            scaled = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-            pixels = np.clip(np.rint(scaled), 0, 255).astype(np.uint8).transpose(1, 2, 0)
-        return pixels[:, :, :1] if grey else pixels
+        image = image.convert("L" if grey else "RGB")
+        if self.processor is None:
+            pixels = np.asarray(image)
+            return pixels[:, :, None] if grey else pixels
+        pixels = self.processor(image, return_tensors="np")["pixel_values"][0]
+        if self.mean is not None:  # back to bytes, as they were between scaling and normalising
+            mean, std = (np.array(values)[:, None, None] for values in (self.mean, self.std))
+            pixels = np.clip(np.rint(255 * (pixels * std + mean)), 0, 255)
+        return pixels.astype(np.uint8).transpose(1, 2, 0)
 
 
-def cropping_processor(size: Any) -> Any:
-    """Scales the shorter side to ``size`` and cuts the longer one; a pair (H, W) is stretched to."""
+def cropping_processor(size: int | tuple[int, int]) -> Any:
+    """Scales the shorter side to ``size`` and cuts the longer one, or stretches to (H, W). Normalises nothing."""
+    plain: dict[str, Any] = {"resample": Image.Resampling.BILINEAR, "do_rescale": False, "do_normalize": False}
     if not isinstance(size, int):
-        return transformers.ViTImageProcessorPil(size={"height": size[0], "width": size[1]}, resample=2)
+        return transformers.ViTImageProcessorPil(size={"height": size[0], "width": size[1]}, **plain)
     square = {"height": size, "width": size}
-    return transformers.BitImageProcessorPil(size={"shortest_edge": size}, crop_size=square, resample=2)
+    return transformers.BitImageProcessorPil(size={"shortest_edge": size}, crop_size=square, **plain)
 
 
 def _processor_of(name: str, entries: dict[str, Any]) -> Any:
@@ -111,8 +123,19 @@ def _processor_of(name: str, entries: dict[str, Any]) -> Any:
     return processor_class.from_dict(entries)
 
 
-def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
-    """Those of a processor; for a model of one channel the mean of the three."""
-    if isinstance(values, int | float):
-        return (float(values),) * channels
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+def _prepared_blank(name: str, processor: Any, channels: int) -> np.ndarray:
+    """A black and a white image (2, C, H, W) as the processor makes them: normalising is the line between the two.
+
+    Raises:
+        UserInputError: they are not of one colour then, or no images at all.
+    """
+    blanks = [Image.new("L", (300, 260), level) for level in (0, 255)]
+    try:
+        images = [blank if channels == 1 else blank.convert("RGB") for blank in blanks]
+        made = np.stack([processor(image, return_tensors="np")["pixel_values"][0] for image in images]).astype(float)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserInputError(f"{name}: {type(processor).__name__} cannot be used: {error}") from error
+    is_plain = made.ndim == 4 and made.shape[1] == channels and np.ptp(made, axis=(2, 3)).max() < 1e-5
+    if not is_plain or not (made[1] > made[0]).all():
+        raise UserInputError(f"{name}: {type(processor).__name__} does more than scale, crop and normalise images")
+    return made

@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
 
 import fnl_hf
-from arguments import STEPPED, DataArguments, ImageTrainingArguments, ModelArguments
+from arguments import MILESTONES, STEPPED, DataArguments, ImageTrainingArguments, ModelArguments, refuse_unused
 from data import ImageDataset, Images, class_balanced, load_folders, load_hub, load_idx
-from fnl_hf import FactorizationConfig, UserInputError
+from fnl_hf import UserInputError
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.layers import FactorizedLayer
 from fnl_hf.training.arguments import parse_arguments, run_script
@@ -105,10 +105,10 @@ def load_images(
         prepare = prepare.resized(data_args.image_size)
     with args.main_process_first(desc="reading the images"):
         splits = read_splits(data_args, prepare)
-    train, test = splits["train"], splits["test"]
-    if train.pixels.shape[1:] != test.pixels.shape[1:]:
-        shapes = " and ".join(str(tuple(images.pixels.shape[1:])) for images in (train, test))
-        raise UserInputError(f"images to train and test have different shapes (H, W, C), {shapes}: give --image_size")
+    train = splits["train"]
+    shapes = {split: tuple(images.pixels.shape[1:]) for split, images in splits.items()}
+    if len(set(shapes.values())) > 1:
+        raise UserInputError(f"the splits' images have different shapes (H, W, C), {shapes}: give --image_size")
     splits["train"], held_out = hold_out(train, data_args.max_train_samples, data_args.validation_samples or 0)
     if len(held_out):
         splits["validation"] = held_out
@@ -159,19 +159,9 @@ def apply_method(model: PreTrainedModel, model_args: ModelArguments, seed: int) 
     """Factorize or prune ``model`` as the flags say."""
     if model_args.method == "dense":
         return model
-    selection = {name: getattr(model_args, name) for name in ("include", "exclude")}
-    if model_args.exclude is None and isinstance(model, CifarResNetForImageClassification):
-        selection["exclude"] = ["stem"]
+    is_ours = isinstance(model, CifarResNetForImageClassification)
+    config = model_args.factorization(seed, excluded=["stem"] if is_ours else None)
     try:
-        config = FactorizationConfig(
-            mode="low_rank" if model_args.method == "pruning" else model_args.method,
-            rank_scale=model_args.rank_scale,
-            target_ratio=model_args.target_ratio,
-            energy=model_args.energy,
-            init=model_args.factor_init,
-            seed=seed,
-            **{name: patterns for name, patterns in selection.items() if patterns is not None},
-        )
         if model_args.method != "pruning":
             return fnl_hf.factorize(model, config)
         prune_by_magnitude(*layers_to_prune(model, config))
@@ -203,7 +193,9 @@ def choose_by_validation(args: ImageTrainingArguments, splits: dict[str, Images]
     if not args.load_best_model_at_end:
         return
     if "validation" not in splits:
-        raise UserInputError("--load_best_model_at_end needs --validation_samples: test images choose no model")
+        raise UserInputError(
+            "--load_best_model_at_end needs held-out images (--validation_samples): test images choose no model"
+        )
     metric = str(args.metric_for_best_model).removeprefix("eval_")
     args.metric_for_best_model = metric if metric.startswith("validation_") else f"validation_{metric}"
 
@@ -248,6 +240,10 @@ def run(argv):
     name = model_args.model_name_or_path
     if args.do_predict:
         raise UserInputError("--do_predict: there is nothing to predict; use --do_eval")
+    if args.lr_scheduler_type != STEPPED:
+        refuse_unused(data_args, ("lr_milestones",), f"--lr_scheduler_type is {args.lr_scheduler_type.value}")
+    if args.do_train and args.eval_strategy == "no":
+        refuse_unused(data_args, ("validation_samples",), "without --eval_strategy nobody looks at held-out images")
     planned = ScriptRun(args, argv, model_args, data_args)
     if planned.is_finished(name):
         return
@@ -261,7 +257,7 @@ def run(argv):
     used = {"train": (args.do_train, DATA_FINGERPRINT), "test": (args.do_eval, VALIDATION_FINGERPRINT)}
     planned.uses_data({name: splits[split].fingerprint() for split, (does, name) in used.items() if does})
     datasets = make_datasets(splits, data_args, prepare, args.seed)
-    trainer = make_trainer(model, args, datasets, data_args.lr_milestones)
+    trainer = make_trainer(model, args, datasets, data_args.lr_milestones or MILESTONES)
     planned.start()
 
     metrics = {}

@@ -186,7 +186,10 @@ class FactorizedLayer(nn.Module):
         if init == "spectral":
             self.set_factors(*spectral_initialization(self.to_matrices(weight), self.rank, self.deep, seed))
         else:
-            self.draw_factors(weight.square().mean().sqrt().item(), torch.Generator().manual_seed(seed))
+            std = weight.square().mean().sqrt().item()
+            self.draw_factors(std or (3 * self.fan_in) ** -0.5, torch.Generator().manual_seed(seed))
+            if not std:  # a layer that begins with zeros does so, but one of its factors has a gradient
+                self.left.zero_()
         norm = weight.norm()
         self.error = ((weight - self.multiplied_out(weight.dtype)).norm() / norm).item() if norm else 0.0
 
@@ -203,7 +206,7 @@ class FactorizedLayer(nn.Module):
         product = self.multiplied_out(torch.float64 if self.left.dtype == torch.float64 else torch.float32)
         layer = self.new_dense(device="meta", dtype=self.left.dtype)
         moves = any(parameter.requires_grad for parameter in (self.left, self.right))
-        layer.weight = nn.Parameter(product.to(self.left.dtype), requires_grad=moves)
+        layer.weight = nn.Parameter(plain_layout(product.to(self.left.dtype)), requires_grad=moves)
         if self.bias is not None:
             layer.bias = self.bias
         return layer.train(self.training)
@@ -231,6 +234,12 @@ def check_rank(rank: int, shape: tuple[int, int], mode: str) -> None:
         raise ValueError(f"rank ({rank}) of a low_rank layer must be between 1 and {full}, the smaller size of {shape}")
     if mode != "low_rank" and rank < full:
         raise ValueError(f"rank ({rank}) of a {mode} layer must be at least {full}, the smaller size of {shape}")
+
+
+def plain_layout(weight: torch.Tensor) -> torch.Tensor:
+    """In torch's default layout, also where a size of 1 leaves a stride open: its convolutions on the CPU take some of
+    those strides for another layout and give wrong results, or crash."""
+    return weight.reshape(-1).view(weight.shape)
 
 
 def many_rows_if_exporting(rows: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.layers.base import FactorizedLayer
+from fnl_hf.layers.base import FactorizedLayer, plain_layout
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -56,7 +56,7 @@ class FactorizedConv2d(FactorizedLayer):
             x, padding = F.pad(x, self._padding_around, self.padding_mode), (0, 0)
         way = self._cheapest_way(x, padding)
         if way == "one convolution":
-            kernel = _plain(self._product(self.factors()))
+            kernel = plain_layout(self._product(self.factors()))
             return F.conv2d(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
         across, down = (padding, padding) if isinstance(padding, str) else ((0, padding[1]), (padding[0], 0))
         (down_stride, across_stride), (down_dilation, across_dilation) = self.stride, self.dilation
@@ -66,7 +66,7 @@ class FactorizedConv2d(FactorizedLayer):
             x = F.conv2d(x, self.middle[..., None, None], groups=self.groups)  # type: ignore[index]
         elif middle:
             left = left @ middle[0]
-        vertical = _plain(left.reshape(self.out_channels, self.kernel_size[0], self.rank).mT[..., None])
+        vertical = plain_layout(left.reshape(self.out_channels, self.kernel_size[0], self.rank).mT[..., None])
         return F.conv2d(x, vertical, self.bias, (down_stride, 1), down, (down_dilation, 1), self.groups)
 
     def _cheapest_way(self, x: torch.Tensor, padding: str | tuple[int, ...]) -> str:
@@ -118,9 +118,3 @@ class FactorizedConv2d(FactorizedLayer):
     def extra_repr(self) -> str:
         dense = self.new_dense(device="meta").extra_repr()
         return f"{dense}, rank={self.rank}, deep={self.deep}"
-
-
-def _plain(kernel: torch.Tensor) -> torch.Tensor:
-    """In torch's default layout, also where a size of 1 leaves a stride open: its convolutions on the CPU take some of
-    those strides for another layout and give wrong results, or crash."""
-    return kernel.reshape(-1).view(kernel.shape)
