@@ -115,6 +115,12 @@ def test_parts_of_models_are_saved_too(tmp_path):
     again = BertModel.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(again(IDS).pooler_output, part(IDS).pooler_output) and factorized_names(again) == []
 
+    whole = bert()
+    factorize(whole.bert)
+    fnl_hf.record_layers(whole)
+    whole.save_pretrained(tmp_path / "whole")
+    assert torch.equal(AutoModelForMaskedLM.from_pretrained(tmp_path / "whole")(IDS).logits, whole(IDS).logits)
+
     towers = factorize(small_clip())
     towers.save_pretrained(tmp_path / "towers")
     for kind in (CLIPVisionModel, CLIPVisionModelWithProjection):
