@@ -25,6 +25,7 @@ _GIT_SECONDS = 5
 def provenance() -> dict[str, Any]:
     """Versions, git revision (None outside a checkout), platform and devices of this process. Not the host's name."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["torch"] = torch.__version__  # with its build, as in 2.13.0+cu130, which the package's metadata may lack
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         "versions": {"fnl_hf": fnl_hf.__version__, "python": platform.python_version(), **versions},
