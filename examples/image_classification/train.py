@@ -41,8 +41,6 @@ DESCRIPTIONS = {  # of the methods, for the model's card
     "deep": "An image classifier, trained with layers that are products of three matrices.",
     "pruning": "An image classifier without its smallest weights.",
 }
-
-
 ARGUMENTS = (ModelArguments, DataArguments, ImageTrainingArguments)
 
 
@@ -109,9 +107,11 @@ def load_images(
     shapes = {split: tuple(images.pixels.shape[1:]) for split, images in splits.items()}
     if len(set(shapes.values())) > 1:
         raise UserInputError(f"the splits' images have different shapes (H, W, C), {shapes}: give --image_size")
-    splits["train"], held_out = hold_out(train, data_args.max_train_samples, data_args.validation_samples or 0)
-    if len(held_out):
-        splits["validation"] = held_out
+    used, held_out = data_args.max_train_samples, data_args.validation_samples
+    if used is not None or held_out is not None:  # else no image is copied
+        splits["train"], validation = hold_out(train, used, held_out or 0)
+        if len(validation):
+            splits["validation"] = validation
     return splits, prepare.completed(splits["train"])
 
 
