@@ -167,15 +167,13 @@ def untie_factorized(model: nn.Module) -> None:
 @torch.no_grad()
 def _initialize_missing(layer: FactorizedLayer) -> None:
     """Draw the parameters of a layer that were not in the checkpoint; Transformers knows no initialization for it."""
-    found = {
-        name: parameter.clone()
-        for name, parameter in layer.named_parameters(recurse=False)
-        if parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
-    }
-    if len(found) < len(list(layer.parameters(recurse=False))):
+    own = list(layer.parameters(recurse=False))
+    loaded = [p for p in own if p.is_meta or getattr(p, "_is_hf_initialized", False)]
+    if len(loaded) < len(own):
+        values = [parameter.clone() for parameter in loaded]
         layer.reset_parameters()
-        for name, parameter in found.items():
-            layer.get_parameter(name).copy_(parameter)
+        for parameter, value in zip(loaded, values):
+            parameter.copy_(value)
 
 
 def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:

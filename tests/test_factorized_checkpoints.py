@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -150,10 +151,18 @@ def test_a_model_that_shares_its_configuration_stays_dense(tmp_path):
 
 
 def test_what_a_checkpoint_lacks_is_initialized(tmp_path):
-    """A head that was factorized, for another number of classes."""
+    """One factor of a layer, whose others stay as they are; a head that was factorized, for other classes."""
     model = bert(BertForSequenceClassification)
     quietly(model, FactorizationConfig(ranks={"classifier": 2, "intermediate.dense": 3}))
     model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["classifier.bias"] += 7.0
+    weights.pop("classifier.left")
+    (tmp_path / "part").mkdir()
+    save_file(weights, tmp_path / "part" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "part" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    head = BertForSequenceClassification.from_pretrained(tmp_path / "part").classifier
+    assert torch.equal(head.right, model.classifier.right) and (head.bias > 6).all() and head.left.abs().min() > 0
     try:
         again = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     except ValueError as error:  # older versions of transformers have loaded them by then
