@@ -16,13 +16,14 @@ from fnl_hf.data.masking import collate_batch
 from fnl_hf.data.pretraining import prepare_data, prepare_stream
 from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
-from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script
+from fnl_hf.runs.command_line import parse_arguments, run_script
+from fnl_hf.runs.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of, validate_phases
+from fnl_hf.runs.plan import DATA_FINGERPRINT, validate_resume
+from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model
-from fnl_hf.training.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of, validate_phases
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
-from fnl_hf.training.runs import DATA_FINGERPRINT, validate_resume
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
 

@@ -14,7 +14,12 @@ from transformers.utils import logging
 
 from fnl_hf import UserInputError
 from fnl_hf.data.corpus import first_rows
-from fnl_hf.data.squad import (
+from fnl_hf.data.tokenizer import load_tokenizer
+from fnl_hf.errors import validate_bounds
+from fnl_hf.runs.command_line import parse_arguments, run_script
+from fnl_hf.runs.plan import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
+from fnl_hf.runs.seeds import commands_of_seeds, summarize_seeds
+from fnl_hf.squad.features import (
     FeatureMaker,
     load_sample,
     load_squad_hub,
@@ -22,13 +27,10 @@ from fnl_hf.data.squad import (
     read_squad_file,
     validate_ids,
 )
-from fnl_hf.data.tokenizer import load_tokenizer
-from fnl_hf.training.arguments import FnlTrainingArguments, parse_arguments, run_script, validate_bounds
+from fnl_hf.squad.trainer import AnswerOptions, SquadTrainer, write_answers
+from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.models import build_question_answering_model
-from fnl_hf.training.runs import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.training.scripts import ScriptRun
-from fnl_hf.training.seeds import commands_of_seeds, summarize_seeds
-from fnl_hf.training.squad_trainer import AnswerOptions, SquadTrainer, write_answers
 from fnl_hf.training.trainer import build_trainer, train_and_save
 
 logger = logging.get_logger("fnl_hf.run_squad")

@@ -28,7 +28,7 @@ import torch
 from pytorch_optimizer import Lamb as OtherLamb
 
 from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FrobeniusAdamW, FrobeniusLamb, Lamb, frobenius_param_groups
-from fnl_hf.factorization import RANK_DIMS, head_rows
+from fnl_hf.bert.factorization import RANK_DIMS, head_rows
 from fnl_hf.optim.base import decoupled_decay_
 from fnl_hf.training.models import preset_config
 

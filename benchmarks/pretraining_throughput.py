@@ -26,7 +26,7 @@ from fnl_hf import FnlBertConfig
 from fnl_hf.data.corpus import embedded_corpus
 from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer
-from fnl_hf.training.flops import training_flops
+from fnl_hf.reports.flops import training_flops
 from fnl_hf.training.models import preset_config
 
 ROOT = Path(__file__).parent.parent

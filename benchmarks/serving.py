@@ -22,7 +22,7 @@ from conversion import default_model
 from transformers import BertForQuestionAnswering
 
 from fnl_hf import FnlBertForQuestionAnswering
-from fnl_hf.export import INPUTS, export_onnx
+from fnl_hf.commands.export import INPUTS, export_onnx
 
 SIZES = ((1, 128), (1, 384), (32, 128), (32, 384))
 

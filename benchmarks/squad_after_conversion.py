@@ -24,7 +24,7 @@ from conversion import default_model
 from decay_modes import spread
 from serving import in_torch, measure
 
-from fnl_hf.convert import convert, load_model
+from fnl_hf.commands.convert import convert, load_model
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "--num_train_epochs 3 --learning_rate 2e-4 --per_device_train_batch_size 12 --save_strategy no"

@@ -4,18 +4,15 @@ BERT whose attention is products of matrices, optimizers that decay the products
 scripts that pretrain and fine-tune such models (Khodak et al., ICLR 2021).
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 import transformers
 
-from fnl_hf import modeling_fnl_bert
-from fnl_hf.configuration_fnl_bert import FnlBertConfig
-from fnl_hf.diagnostics import diagnose_products
-from fnl_hf.errors import UserInputError
-from fnl_hf.factorization import RANK_DIMS, Product, product_norms, spectral_factors
-from fnl_hf.factorization_config import FactorizationConfig
-from fnl_hf.factorized_checkpoints import load_factorized, record_layers, save_factorized
-from fnl_hf.inference import ask
-from fnl_hf.layers import FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
-from fnl_hf.modeling_fnl_bert import (
+from fnl_hf.bert import modeling_fnl_bert
+from fnl_hf.bert.configuration_fnl_bert import FnlBertConfig
+from fnl_hf.bert.factorization import RANK_DIMS, Product, product_norms, spectral_factors
+from fnl_hf.bert.modeling_fnl_bert import (
     FnlBertForMaskedLM,
     FnlBertForMultipleChoice,
     FnlBertForNextSentencePrediction,
@@ -28,16 +25,31 @@ from fnl_hf.modeling_fnl_bert import (
     FnlBertSelfAttention,
     factor_pairs,
 )
+from fnl_hf.errors import UserInputError
+from fnl_hf.layers import FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups
-from fnl_hf.products import find_products, register_product
-from fnl_hf.surgery import factorization_table, factorize, merge
+from fnl_hf.products.diagnostics import diagnose_products
+from fnl_hf.products.discovery import find_products, register_product
+from fnl_hf.surgery.checkpoints import load_factorized, record_layers, save_factorized
+from fnl_hf.surgery.config import FactorizationConfig
+from fnl_hf.surgery.factorize import factorization_table, factorize, merge
+from fnl_hf.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from fnl_hf.squad.ask import ask
 
 transformers.AutoConfig.register("fnl_bert", FnlBertConfig, exist_ok=True)
 transformers.AutoTokenizer.register(FnlBertConfig, fast_tokenizer_class=transformers.BertTokenizer, exist_ok=True)
 for _auto_class, _name in modeling_fnl_bert.AUTO_CLASSES.items():
     getattr(transformers, _auto_class).register(FnlBertConfig, getattr(modeling_fnl_bert, _name), exist_ok=True)
+
+
+def __getattr__(name: str):
+    """``ask`` is imported when it is used: it needs the libraries for data sets, which models and optimizers do not."""
+    if name == "ask":
+        return importlib.import_module("fnl_hf.squad.ask").ask
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "FactorizationConfig",

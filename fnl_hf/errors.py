@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the end that a scheduler asks for."""
+"""Errors that a user can mend, the check of a bound, and the end that a scheduler asks for."""
 
 EX_TEMPFAIL = 75  # of sysexits.h: a temporary failure, the caller is invited to try again
 
@@ -14,6 +14,16 @@ class UserInputError(ValueError):
         # What a DataLoader's worker raises comes with its traceback, which ends in the message.
         message = message.rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+
+
+def validate_bounds(
+    name: str, value: float | None, smallest: float, bound: float = float("inf"), above: bool = False
+) -> None:
+    """Raise UserInputError unless ``smallest <= value < bound``, with ``above`` not ``smallest`` itself; None is a flag
+    that was not given."""
+    if value is not None and (not smallest <= value < bound or (above and value == smallest)):
+        least = "above" if above else "at least"
+        raise UserInputError(f"--{name} ({value}) must be {least} {smallest} and below {bound}")
 
 
 class TrainingDiverged(RuntimeError):

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fnl_hf import FactorizationConfig, UserInputError
-from fnl_hf.factorization_config import TYPES
+from fnl_hf.errors import validate_bounds
 from fnl_hf.layers.base import INITS, MODES
-from fnl_hf.training.arguments import FnlTrainingArguments, validate_bounds
+from fnl_hf.surgery.config import TYPES
+from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.optimizers import OPTIMIZERS
 
 STEPPED = "constant_with_warmup"  # the schedule that --lr_milestones are for

@@ -23,9 +23,9 @@ from data import ImageDataset, Images, class_balanced, load_folders, load_hub, l
 from fnl_hf import UserInputError
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.layers import FactorizedLayer
-from fnl_hf.training.arguments import parse_arguments, run_script
+from fnl_hf.runs.command_line import parse_arguments, run_script
+from fnl_hf.runs.plan import DATA_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.training.models import as_user_input
-from fnl_hf.training.runs import DATA_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.training.sampling import epoch_sampler
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save

@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, packed rows and pairs, streams, masking; SQuAD features and answers."""
+"""Text for pretraining: corpora, tokenizers, packed rows and pairs, streams, masks."""

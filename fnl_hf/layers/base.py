@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fnl_hf.factorization import RANK_DIMS, factor_views
+from fnl_hf.bert.factorization import RANK_DIMS, factor_views
 from fnl_hf.layers.initialization import spectral_initialization
-from fnl_hf.products import register_product
+from fnl_hf.products.discovery import register_product
 
 INITS = ("spectral", "default")
 MODES = ("low_rank", "wide", "deep")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fnl_hf.factorization import RANK_DIMS
+from fnl_hf.bert.factorization import RANK_DIMS
 from fnl_hf.optim.frobenius import DECAYED_DTYPES, add_frobenius_gradients_, products_of, validate_product_group
 from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.sharding import local

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fnl_hf.factorization import RANK_DIMS, validate_product
+from fnl_hf.bert.factorization import RANK_DIMS, validate_product
 from fnl_hf.optim.local_factors import ALL, LocalFactor, LocalProduct
 from fnl_hf.optim.sharding import gather_pieces, sum_over_processes
 

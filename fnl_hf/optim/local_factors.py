@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fnl_hf.factorization import head_rows
+from fnl_hf.bert.factorization import head_rows
 from fnl_hf.optim.sharding import RowPieces, cut_of, local, split_heads
 
 ALL = slice(None)

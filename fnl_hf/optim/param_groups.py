@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from fnl_hf.factorization import Product
-from fnl_hf.products import find_products
+from fnl_hf.bert.factorization import Product
+from fnl_hf.products.discovery import find_products
 
 DECAY_MODES = ("frobenius", "weight", "none")
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from fnl_hf.errors import TrainingDiverged
 from fnl_hf.optim import Lamb
-from fnl_hf.training.checkpoints import newest_complete_checkpoint
+from fnl_hf.runs.checkpoints import newest_complete_checkpoint
 
 logger = logging.get_logger(__name__)
 

@@ -15,9 +15,9 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from fnl_hf.configuration_fnl_bert import FnlBertConfig
+from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
+from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
 from fnl_hf.errors import UserInputError
-from fnl_hf.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
 PRESETS = {
@@ -43,8 +43,6 @@ BOUNDS = {
     "chunk_size_feed_forward": (0, 1),  # the masked positions are no multiple of a chunk
 }
 LIBRARY_ERRORS = (SafetensorError, StrictDataclassError)  # which are no kind of a built-in one
-# Entries of a saved configuration that say where it came from, not what it is.
-NOT_ENTRIES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
 
 
 def preset_config(preset: str) -> dict[str, int]:
@@ -80,7 +78,7 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
 def make_config(entries: dict) -> FnlBertConfig:
     """An ``FnlBertConfig``, with its errors as UserInputError."""
     try:
-        return FnlBertConfig(**{name: value for name, value in entries.items() if name not in NOT_ENTRIES})
+        return FnlBertConfig(**{name: value for name, value in entries.items() if name not in ORIGIN_ENTRIES})
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserInputError(f"configuration: {_reason(error)}") from error
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 
 from fnl_hf.data.packing import MIN_LENGTH
 from fnl_hf.data.pretraining import ATTENTION_KERNELS, OBJECTIVES, validate_choices
-from fnl_hf.errors import UserInputError
-from fnl_hf.training.arguments import validate_bounds
+from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.training.models import PRESETS
 
 COUNTS = (

@@ -10,7 +10,7 @@ from transformers.trainer_utils import has_length
 
 from fnl_hf.data.pretraining import STREAM_STATE
 from fnl_hf.data.streaming import StreamingDataset
-from fnl_hf.training.preemption import ignore_sigterm
+from fnl_hf.runs.preemption import ignore_sigterm
 from fnl_hf.training.sampling import epoch_sampler, validate_sampling_strategy
 from fnl_hf.training.trainer import FnlTrainer
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback
 
 from fnl_hf.errors import UserInputError
 
@@ -77,3 +78,14 @@ def sampler_of(dataloader: DataLoader) -> Sampler | None:
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
     return getattr(batches, "sampler", None)
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the training data and their sampler the epoch. On several processes Accelerate does not reach the data,
+    nor, in an epoch that is resumed in its middle, the sampler."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        for part in (train_dataloader.dataset, sampler_of(train_dataloader)):
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(int(state.epoch + 1e-6))

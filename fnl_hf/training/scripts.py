@@ -6,11 +6,10 @@ from typing import Any
 
 from transformers.utils import logging
 
-from fnl_hf.training.hub import push_finished
-from fnl_hf.training.model_card import model_facts, run_facts, write_model_card
-from fnl_hf.training.plots import REPORT_FILE, plot_report
-from fnl_hf.training.provenance import read_starts, record_start
-from fnl_hf.training.runs import (
+from fnl_hf.publishing.hub import push_finished
+from fnl_hf.publishing.run_cards import model_facts, run_facts, write_model_card
+from fnl_hf.reports.plots import REPORT_FILE, plot_report
+from fnl_hf.runs.plan import (
     START_WEIGHTS,
     describe_run,
     plan_run,
@@ -19,6 +18,7 @@ from fnl_hf.training.runs import (
     validate_start_weights,
     weights_checksum,
 )
+from fnl_hf.runs.provenance import read_starts, record_start
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +33,7 @@ class ScriptRun:
         *script_arguments: the script's own dataclasses.
 
     Raises:
-        UserInputError: see :func:`fnl_hf.training.runs.plan_run`.
+        UserInputError: see :func:`fnl_hf.runs.plan.plan_run`.
     """
 
     def __init__(self, args, argv: Sequence[str], *script_arguments):
@@ -56,7 +56,7 @@ class ScriptRun:
         return True
 
     def uses_data(self, fingerprints: Mapping[str, str]) -> None:
-        """Note what the data are, by the names that :func:`fnl_hf.training.runs.validate_data` knows.
+        """Note what the data are, by the names that :func:`fnl_hf.runs.plan.validate_data` knows.
 
         Raises:
             UserInputError: the run that is continued, or finished, has others.

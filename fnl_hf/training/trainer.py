@@ -16,16 +16,17 @@ from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fnl_hf.errors import Preempted, UserInputError
-from fnl_hf.training.callbacks import add_fnl_callbacks
-from fnl_hf.training.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish, set_aside_after
+from fnl_hf.reports.callbacks import add_fnl_callbacks
+from fnl_hf.reports.throughput import ThroughputMeter
+from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish, set_aside_after
+from fnl_hf.runs.preemption import PreemptionCallback, end_workers_at_exit, ignore_sigterm, sigterm_handled_by
+from fnl_hf.runs.processes import gathered
+from fnl_hf.runs.provenance import copy_provenance
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
-from fnl_hf.training.hub import PushingTrainer
 from fnl_hf.training.optimizers import build_optimizer, validate_optimization
-from fnl_hf.training.preemption import PreemptionCallback, end_workers_at_exit, ignore_sigterm, sigterm_handled_by
-from fnl_hf.training.processes import gathered
-from fnl_hf.training.provenance import copy_provenance
-from fnl_hf.training.throughput import ThroughputMeter
+from fnl_hf.training.pushing import PushingTrainer
+from fnl_hf.training.sampling import EpochCallback
 
 MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The label arguments of BERT's heads; each loss is a mean over the entries of one of them.
@@ -48,6 +49,7 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
             "(fsdp_version: 2 in Accelerate's configuration)"
         )
     add_fnl_callbacks(trainer)
+    trainer.add_callback(EpochCallback)
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
         warn_of_idle_cores()

@@ -1,0 +1,78 @@
+# Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of FNL-BERT. This file travels with checkpoints, so it imports nothing of ``fnl_hf``."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig
+
+ATTENTION_INITS = ("normal", "spectral")
+# Entries of a saved configuration that say where it came from, not what it is.
+ORIGIN_ENTRIES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
+
+
+@strict
+class FnlBertConfig(BertConfig):
+    """A :class:`~transformers.BertConfig` whose attention is 2H factorized layers (Khodak et al., ICLR 2021).
+
+    Args:
+        attention_embedding_size: E = H·r, the output width of query, key and value and the input width of the
+            attention's output projection. ``None`` means ``hidden_size``, the shapes of a stock BERT.
+        attention_init: how the products Q_h K_hᵀ and V_h O_hᵀ start. ``"normal"``: each factor drawn as BERT
+            draws its weights. ``"spectral"``: drawn at full head size d/H, product truncated by SVD to rank r and
+            split evenly (spectral initialization); needs E <= d.
+        sparse_prediction: with labels, run the masked language modelling head on the labelled positions only.
+            The loss is the same; ``logits`` then has shape (labelled positions, vocabulary).
+        sparse_last_layer: where the masked positions are given, run the last layer for them alone. The predictions are
+            the same; dropout draws other numbers, and the encoder's last hidden state is of these positions.
+
+    Raises:
+        StrictDataclassError: E not a positive multiple of ``num_attention_heads``, an unknown ``attention_init``,
+            ``"spectral"`` with E > ``hidden_size``, or decoder use.
+    """
+
+    model_type = "fnl_bert"
+
+    attention_embedding_size: int | None = None
+    attention_init: str = "normal"
+    sparse_prediction: bool = False
+    sparse_last_layer: bool = False
+
+    @property
+    def mha_embedding_size(self) -> int:
+        """E, with the default resolved."""
+        return self.hidden_size if self.attention_embedding_size is None else self.attention_embedding_size
+
+    @property
+    def attention_rank(self) -> int:
+        """r = E / H, the rank of each product and the size of each head."""
+        return self.mha_embedding_size // self.num_attention_heads
+
+    def validate_attention(self):
+        """Part of ``@strict``'s validation."""
+        embedding_size, heads = self.mha_embedding_size, self.num_attention_heads
+        if heads < 1:
+            raise ValueError(f"num_attention_heads ({heads}) must be at least 1")
+        if embedding_size < 1 or embedding_size % heads != 0:
+            raise ValueError(
+                f"attention_embedding_size ({embedding_size}) must be a positive multiple of "
+                f"num_attention_heads ({heads})"
+            )
+        if self.attention_init not in ATTENTION_INITS:
+            raise ValueError(f"attention_init must be one of {ATTENTION_INITS}, got {self.attention_init!r}")
+        if self.attention_init == "spectral" and embedding_size > self.hidden_size:
+            raise ValueError(
+                f"attention_init='spectral' truncates a product of rank hidden_size/heads, so it needs "
+                f"attention_embedding_size ({embedding_size}) <= hidden_size ({self.hidden_size}); "
+                f"use attention_init='normal'"
+            )
+
+    def validate_encoder_only(self):
+        """Part of ``@strict``'s validation."""
+        if self.is_decoder or self.add_cross_attention:
+            raise ValueError(
+                f"FNL-BERT is an encoder: is_decoder ({self.is_decoder}) and add_cross_attention "
+                f"({self.add_cross_attention}) must be False, because the key/value cache and cross-attention "
+                f"are not factorized"
+            )
+
+
+__all__ = ["FnlBertConfig"]

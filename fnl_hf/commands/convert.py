@@ -1,0 +1,210 @@
+"""A checkpoint on disk or on the Hub, converted and saved: BERT to FNL-BERT of another size, FNL-BERT to BERT."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fnl_hf.bert import modeling_fnl_bert
+from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
+from fnl_hf.bert.head_mixing import Truncation
+from fnl_hf.data.corpus import load_text_files
+from fnl_hf.data.tokenizer import load_tokenizer
+from fnl_hf.errors import UserInputError
+from fnl_hf.publishing.cards import architecture_facts, describe_source, write_card
+
+SPECTRA_FILE = "spectra.png"
+BATCH_SIZE = 16
+TITLES = {"qk": "$Q_h K_h^T$", "vo": "$V_h O_h^T$"}
+
+TRUNCATION = """## Truncation
+
+Each product's Frobenius norm, what was kept of it and what was lost, (Σ σ²)^½ over its heads:
+
+```
+{table}
+```
+
+![spectra]({plot})"""
+
+
+class Conversion(NamedTuple):
+    """The original and the converted model, and what each product lost."""
+
+    original: PreTrainedModel
+    model: PreTrainedModel
+    truncations: list[Truncation]
+
+
+def convert(
+    source: str,
+    folder: str | Path,
+    to: str = "fnl_bert",
+    attention_embedding_size: int | None = None,
+    calibration_files: Sequence[str] = (),
+    calibration_samples: int = 256,
+    max_seq_length: int = 128,
+) -> "Conversion":
+    """Convert the checkpoint ``source``, with its head, and save it and its tokenizer in ``folder``.
+
+    Args:
+        to: "fnl_bert" or "bert".
+        attention_embedding_size: E of an FNL-BERT; by default that of ``source``.
+        calibration_files: text whose first ``calibration_samples`` documents, cut to ``max_seq_length`` tokens, say
+            which directions count; without any, the weights do.
+
+    Returns:
+        Both models, and what each product lost. The folder has a model card, too; where E became smaller, the spectra
+        of the products are drawn in ``spectra.png``.
+
+    Raises:
+        UserInputError: a folder in use, no such checkpoint, another architecture, or sizes that do not fit.
+    """
+    folder = Path(folder)
+    refuse_used_folder(folder)
+    if to == "bert" and (attention_embedding_size is not None or calibration_files):
+        raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
+    for name, value in (("calibration_samples", calibration_samples), ("max_seq_length", max_seq_length)):
+        if value < 1:
+            raise UserInputError(f"--{name} ({value}) must be at least 1")
+    tokenizer = load_tokenizer(source)
+    original = load_model(source)
+    ours = _class_named(type(original).__name__)
+    try:
+        calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
+        if to == "bert":
+            result = Conversion(original, original.to_bert() if isinstance(original, ours) else original, [])
+        else:
+            converted = ours.from_bert(original, attention_embedding_size, calibration or None, True)
+            result = Conversion(original, *converted)
+        result.model.save_pretrained(folder)
+    except UserInputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserInputError(str(error)) from error
+    tokenizer.save_pretrained(folder)
+    if result.truncations:
+        plot_spectra(result.truncations, folder / SPECTRA_FILE)
+    documents = sum(len(batch["input_ids"]) for batch in calibration)
+    names = ", ".join(Path(file).name for file in calibration_files)
+    text = f"{documents} documents of {names}, at most {max_seq_length} tokens of each" if documents else None
+    _write_conversion_card(folder, source, result, text)
+    return result
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserInputError: there is something in it, or it is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
+
+
+def _class_named(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
+    """Our class for the head of a class, stock or ours; the encoder's for a head that we have not."""
+    return getattr(modeling_fnl_bert, f"Fnl{name.removeprefix('Fnl')}", modeling_fnl_bert.FnlBertModel)
+
+
+def load_model(source: str) -> PreTrainedModel:
+    """The BERT or FNL-BERT of a checkpoint, with its head.
+
+    Raises:
+        UserInputError: no such checkpoint, or another architecture.
+    """
+    try:
+        architectures = AutoConfig.from_pretrained(source).architectures or [""]
+        return _class_named(architectures[0]).load_bert(source)
+    except (OSError, ValueError) as error:
+        raise UserInputError(str(error)) from error
+
+
+def calibration_batches(
+    tokenizer: PreTrainedTokenizerBase, files: Sequence[str], samples: int, max_seq_length: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs from the first ``samples`` documents of text files: the ``calibration`` of ``from_bert``."""
+    texts = load_text_files(list(files))["text"][:samples] if files else []
+    for start in range(0, len(texts), BATCH_SIZE):
+        yield dict(
+            tokenizer(
+                texts[start : start + BATCH_SIZE],
+                truncation=True,
+                max_length=max_seq_length,
+                padding=True,
+                return_tensors="pt",
+            )
+        )
+
+
+def _write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:
+    """Write ``folder/README.md``; licence, language and base model are those that the original's card names.
+
+    Args:
+        calibration: the text whose activations weighed the truncation; None for a truncation by the weights alone.
+    """
+    original, model, truncations = result
+    factorized = isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel)
+    name, metadata = describe_source(source)
+    kind = "An FNL-BERT" if factorized else "A stock BERT"
+    description, section, truncated = f"{kind} that computes what {name} does.", "", "none"
+    if truncations:
+        description = f"{kind} of a smaller attention, truncated from {name} and not trained since."
+        section = TRUNCATION.format(table=truncation_table(truncations), plot=SPECTRA_FILE)
+        way = f"whitened SVD, weighed by the activations on {calibration}" if calibration else "plain SVD"
+        truncated = f"each Q_h K_hᵀ and V_h O_hᵀ to rank {truncations[0].rank} by {way}"
+    facts = {
+        "converted from": f"{name}, {type(original).__name__}",
+        "E before": embedding_size_of(original.config),
+        "parameters before": f"{original.num_parameters():,}",
+        "truncation": truncated,
+    }
+    head = type(model).__name__.removeprefix("Fnl")
+    write_card(
+        folder,
+        title=folder.resolve().name,
+        description=description,
+        auto_class=next(auto for auto, ours in modeling_fnl_bert.AUTO_CLASSES.items() if ours == f"Fnl{head}"),
+        model=model,
+        facts=architecture_facts(model) | facts,
+        metadata=metadata,
+        section=section,
+        cites=True,
+    )
+
+
+def truncation_table(truncations: Sequence[Truncation]) -> str:
+    """One line a product: its norm, what was kept and what was lost of it."""
+    lines = [f"{'product':<44}{'rank':>6}{'norm':>10}{'kept':>10}{'lost':>10}{'lost²':>9}"]
+    for product in truncations:
+        norm = (product.kept**2 + product.lost**2) ** 0.5
+        share = product.lost**2 / norm**2 if norm else 0.0
+        sizes = f"{product.rank:>6}{norm:>10.4g}{product.kept:>10.4g}{product.lost:>10.4g}{share:>9.2%}"
+        lines.append(f"{product.name:<44}{sizes}")
+    return "\n".join(lines)
+
+
+def plot_spectra(truncations: Sequence[Truncation], file: str | Path) -> None:
+    """Write a PNG: for each kind of product the singular values of its heads, a line for the median head of each layer
+    and a shade from the smallest to the largest, and the rank that was kept."""
+    kinds = list(dict.fromkeys(product.kind for product in truncations))
+    figure, rows = plt.subplots(1, len(kinds), figsize=(6.4 * len(kinds), 4.4), layout="constrained", squeeze=False)
+    for axes, kind in zip(rows[0], kinds):
+        chosen = [product for product in truncations if product.kind == kind]
+        for layer, product in enumerate(chosen):
+            values = product.singular_values.cpu()
+            index = range(1, values.shape[1] + 1)
+            color = plt.get_cmap("viridis")(0.9 * layer / max(1, len(chosen) - 1))
+            axes.plot(index, values.median(dim=0).values, color=color, label=f"layer {layer}")
+            axes.fill_between(index, values.amin(dim=0), values.amax(dim=0), color=color, alpha=0.08, linewidth=0)
+        axes.axvline(chosen[0].rank + 0.5, color="black", linestyle="--", linewidth=1)
+        axes.set(yscale="log", title=TITLES[kind], xlabel="index; kept to the left of the line")
+    rows[0][0].set_ylabel("singular values of the heads")
+    rows[0][0].legend(fontsize=8, ncols=2)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,72 @@
+"""What training does to the products: norms, effective step size, orthogonality of the factors.
+
+Everything goes through r×r cores; no m×n product is formed. The decompositions of all products of one shape are one
+call, so that an accelerator is waited for once and not once a layer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from fnl_hf.bert.factorization import Product, bound, core, factor_views, gram
+
+DIAGNOSTICS = ("frobenius", "nuclear", "bound", "effective_step", "non_orthogonality")
+
+
+@torch.no_grad()
+def diagnose_products(products: Sequence[Product], lr: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
+    """Diagnostics of each product by its name, as 0-d float32 tensors on the weights' device.
+
+    The H products of an attention layer count as one block-diagonal matrix W.
+
+    ===================== =============================================================================
+    ``frobenius``         ‖W‖_F = (Σ_h ‖U_h V_hᵀ‖²_F)^½
+    ``nuclear``           ‖W‖_* = Σ_h ‖U_h V_hᵀ‖_*
+    ``bound``             ½(‖U‖²_F + ‖V‖²_F) >= ‖W‖_*, what weight decay on the factors penalizes; of three factors
+                          ½(‖U M‖²_F + ‖V‖²_F)
+    ``effective_step``    η/‖W‖²_F, the step size relative to a scale-invariant layer's squared norm
+    ``non_orthogonality`` root mean square cosine between two columns of a factor of one head: 0 orthogonal (as after
+                          spectral initialization), 1 parallel
+    ===================== =============================================================================
+
+    Sharded weights are gathered one at a time: all processes must call this.
+
+    Args:
+        products: as :func:`fnl_hf.find_products` finds them.
+        lr: η.
+    """
+    cores: dict[tuple[torch.Size, torch.device], list[tuple[str, torch.Tensor]]] = {}
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for product in products:
+        weights = tuple(_whole(weight).float() for weight in product.weights)
+        factors = factor_views(weights, product.kind, product.num_heads)
+        small = core(*factors)
+        cores.setdefault((small.shape, small.device), []).append((product.name, small))
+        result[product.name] = {"bound": bound(*factors), "non_orthogonality": non_orthogonality(factors)}
+    for alike in cores.values():
+        values = torch.linalg.svdvals(torch.stack([small for _, small in alike])).flatten(1)  # (products, H·r)
+        squares, sums = values.square().sum(1), values.sum(1)
+        for (name, _), square, nuclear in zip(alike, squares, sums):
+            result[name] |= {"frobenius": square.sqrt(), "nuclear": nuclear, "effective_step": lr / square}
+    return {name: {key: values[key] for key in DIAGNOSTICS} for name, values in result.items()}
+
+
+def non_orthogonality(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Root mean square cosine between two different columns of a factor (H, n, r), over heads and outer factors.
+
+    Zero columns are orthogonal to all; with r = 1 there are no pairs, and the result is 0.
+    """
+    total, pairs = factors[0].new_zeros(()), 0
+    for factor in (factors[0], factors[-1]):
+        rank = factor.shape[-1]
+        cosines = gram(torch.nn.functional.normalize(factor, dim=-2, eps=1e-30))
+        off_diagonal = cosines - torch.diag_embed(torch.diagonal(cosines, dim1=-2, dim2=-1))
+        total += off_diagonal.square().sum()
+        pairs += factor.shape[0] * rank * (rank - 1)
+    return (total / max(pairs, 1)).sqrt()
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -1,0 +1,165 @@
+"""Checkpoints that are whole or not there: written aside, synced, named last; checked before they are trusted.
+
+A checkpoint is complete when its folder holds a list of its files with their checksums and they agree. The folder gets
+its name when everything in it has reached the disk, so whatever kills a run leaves the older checkpoints as they were.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from fnl_hf.runs.provenance import read_starts
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "trainer_state.json"
+CHECKSUMS_FILE = "checksums.json"
+# Within the output folder, so that renaming moves no data. Trainer uploads nothing whose name begins with "_".
+STAGING_FOLDER = "_incomplete"
+CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def newest_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that can be resumed; others are passed over with a warning that says why."""
+    for checkpoint in checkpoints(folder):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        logger.warning(f"{checkpoint} is passed over: {fault}")
+    return None
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. One without checksums, as stock Trainer writes it, is checked by its
+    files' presence, their ends and the header of its weights alone."""
+    needed = [*CHECKPOINT_FILES, *_random_states(checkpoint)]
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
+    if read_state(checkpoint) is None:
+        return f"{STATE_FILE} cannot be read"
+    if (checkpoint / CHECKSUMS_FILE).is_file():
+        return _wrong_file(checkpoint)
+    for path in sorted(checkpoint.glob("*.pt*")):
+        if not zipfile.is_zipfile(path):  # what torch.save writes; its directory is at the end
+            return f"{path.name} is torn"
+    if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return None
+    try:
+        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, "pt"):  # reads the header and checks the file's length
+            return None
+    except (OSError, SafetensorError) as error:
+        return f"{SAFE_WEIGHTS_NAME} cannot be read: {error}"
+
+
+def read_state(folder: Path) -> TrainerState | None:
+    """The Trainer's state in a folder, or None if it is missing or torn."""
+    try:
+        state = TrainerState.load_from_json(str(folder / STATE_FILE))
+    except (OSError, ValueError, TypeError):
+        return None
+    numbers = (state.global_step, state.max_steps, state.num_train_epochs, state.train_batch_size)
+    return state if all(isinstance(number, int) for number in numbers) else None
+
+
+def publish(staged: Path, checkpoint: Path) -> None:
+    """Give a checkpoint that was written to ``staged`` its checksums and, once all is on the disk, its name."""
+    files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
+    checksums = {path.relative_to(staged).as_posix(): checksum(path) for path in files}
+    (staged / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
+    for path in [*files, staged / CHECKSUMS_FILE, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
+        _sync(path)
+    if os.path.lexists(checkpoint):
+        _set_aside(checkpoint)
+    staged.rename(checkpoint)
+    _sync(checkpoint.parent)
+
+
+def set_aside_after(folder: Path, step: int, resumed: str | None) -> None:
+    """Rename what a run that now goes on from ``step`` had done beyond it, all but the checkpoint that is resumed.
+
+    Left as they are, these checkpoints would pass for newer ones than those that are to be written.
+    """
+    for checkpoint in checkpoints(folder):
+        if _step_of(checkpoint) > step and (resumed is None or checkpoint.resolve() != Path(resumed).resolve()):
+            _set_aside(checkpoint)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(f"_abandoned-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    logger.warning(f"{checkpoint} is set aside as {aside.name}: the run goes on from an earlier step")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _random_states(checkpoint: Path) -> list[str]:
+    """The files of all processes that wrote the checkpoint; none are known of one without a record of its run."""
+    starts = read_starts(checkpoint)
+    processes = starts[-1].get("world_size") if starts else None
+    if not isinstance(processes, int):
+        return []
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{process}.pth" for process in range(processes)]
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether writing failed for lack of space; torch and safetensors say so in their own ways."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    text = str(error)
+    return "No space left" in text or "PytorchStreamWriter failed" in text or "file in archive is not in" in text
+
+
+def _wrong_file(checkpoint: Path) -> str | None:
+    try:
+        checksums = json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        unlisted = [name for name in CHECKPOINT_FILES if name not in checksums]
+        if unlisted:
+            return f"{CHECKSUMS_FILE} does not list {unlisted[0]}"
+        for name, expected in checksums.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if checksum(path) != expected:
+                return f"{name} is not what was written: its checksum differs"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS_FILE} cannot be read: {error}"
+    return None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

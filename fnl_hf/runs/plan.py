@@ -1,0 +1,329 @@
+"""A run and its output folder: start, resume, or nothing left to do. Never overwrite what is there unasked."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES
+from fnl_hf.errors import UserInputError
+from fnl_hf.runs.checkpoints import (
+    STAGING_FOLDER,
+    STATE_FILE,
+    checkpoints,
+    checksum,
+    fault_of,
+    newest_complete_checkpoint,
+    read_state,
+)
+from fnl_hf.runs.processes import decided_by_first
+from fnl_hf.runs.provenance import read_starts, without_home
+
+logger = logging.get_logger(__name__)
+
+RESULTS_FILE = "all_results.json"
+STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
+PHASE_PREFIX = "_phase-"  # folders of earlier phases, in that of the last; Trainer uploads nothing that begins with "_"
+# What, beside the scripts' own arguments, makes two runs different ones.
+TRAINING_ARGUMENTS = (
+    "optimizer",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "frobenius_decay",
+    "decay_mode",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "ignore_data_skip",
+    "neftune_noise_alpha",
+    "bf16",
+    "fp16",
+)
+NO_DIFFERENCE = ("cache_dir", "preprocessing_num_workers")
+# How a global batch is split into micro-batches; on the same global batch a run can go on with another split.
+SPLIT = ("world_size", "gradient_accumulation_steps")
+LENGTH = "length"  # a run may be made longer or shorter
+DATA_FINGERPRINT = "data_fingerprint"
+VALIDATION_FINGERPRINT = "validation_fingerprint"
+TEST_FINGERPRINT = "test_fingerprint"
+START_WEIGHTS = "start_weights"
+# What an optimizer's state depends on.
+ARCHITECTURE = (
+    "model_type",
+    "architectures",
+    "vocab_size",
+    "type_vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "attention_embedding_size",
+)
+# Entries of a configuration that Trainer sets before it saves a model.
+SET_BY_TRAINER = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What to do with the output folder: continue from ``checkpoint``, start (None), or nothing (``finished``).
+
+    ``continued`` is the folder of the run that goes on, also from its beginning; None for a new one.
+    """
+
+    checkpoint: str | None = None
+    finished: bool = False
+    continued: Path | None = None
+
+
+def describe_run(args, *script_arguments) -> dict[str, Any]:
+    """What identifies a run: all of the script's own arguments, and those of Trainer's that change its result."""
+    described = {name: getattr(args, name) for name in TRAINING_ARGUMENTS}
+    described[LENGTH] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs} epochs"
+    for arguments in script_arguments:
+        described |= dataclasses.asdict(arguments)
+    return {name: value for name, value in described.items() if name not in NO_DIFFERENCE}
+
+
+def plan_run(args, description: dict[str, Any]) -> RunPlan:
+    """Decide from ``--output_dir``, ``--resume_from_checkpoint`` and ``--overwrite_output_dir``; changes no file.
+
+    The first process decides for all: disks do not show the same to every machine at the same time.
+
+    Raises:
+        UserInputError: the folder is in use, its run has other arguments, or the named checkpoint, or each of those
+            that there are, is not complete.
+    """
+    return decided_by_first(lambda: _plan(args, description))
+
+
+def _plan(args, description: dict[str, Any]) -> RunPlan:
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    _validate_place(folder)
+    if resume is not None and args.overwrite_output_dir:
+        raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
+    in_use = folder.is_dir() and any(not path.name.startswith(PHASE_PREFIX) for path in folder.iterdir())
+    if resume not in (None, "auto"):
+        return _plan_from_checkpoint(Path(resume), folder, in_use, description, args.allow_other_world_size)
+    if not in_use or args.overwrite_output_dir:
+        return RunPlan()
+    if resume is None or not args.do_train:
+        raise UserInputError(
+            f"--output_dir {folder} is not empty: choose another, continue its training with --resume_from_checkpoint "
+            "auto, or replace it with --overwrite_output_dir true"
+        )
+    _validate_same_run(folder, description, args.allow_other_world_size)
+    if is_finished(folder, args):
+        return RunPlan(finished=True, continued=folder)
+    checkpoint = newest_complete_checkpoint(folder)
+    if checkpoint is None and (faulty := checkpoints(folder)):
+        raise UserInputError(
+            f"--resume_from_checkpoint auto: {folder} has no complete checkpoint: "
+            f"{'; '.join(f'{path.name}: {fault_of(path)}' for path in faulty)}. To start anew, give "
+            "--overwrite_output_dir true instead"
+        )
+    if checkpoint is None and not (folder / STARTED_FILE).is_file():
+        raise UserInputError(
+            f"--output_dir {folder} is not empty and holds no run to resume: choose another, or replace it with "
+            "--overwrite_output_dir true"
+        )
+    if checkpoint is None:
+        return RunPlan(continued=folder)
+    _warn_of_another_length(folder, description)
+    return RunPlan(checkpoint=str(checkpoint), continued=folder)
+
+
+def _validate_place(folder: Path) -> None:
+    """Raise UserInputError unless ``folder`` is one that can be written, or can be made."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # to be made
+    except OSError as error:
+        raise UserInputError(f"--output_dir {folder}: {error.strerror}") from error
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(place):
+        raise UserInputError(f"--output_dir {folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserInputError(f"--output_dir {folder}: {place} cannot be written")
+
+
+def _plan_from_checkpoint(
+    checkpoint: Path, folder: Path, in_use: bool, description: dict[str, Any], allow_other_world_size: bool
+) -> RunPlan:
+    fault = fault_of(checkpoint)
+    if fault is not None:
+        raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
+    if in_use and checkpoint.resolve().parent != folder.resolve():
+        raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
+    run = checkpoint.parent if read_started(checkpoint.parent) else checkpoint
+    _validate_same_run(run, description, allow_other_world_size)
+    _warn_of_another_length(run, description)
+    return RunPlan(checkpoint=str(checkpoint), continued=run)
+
+
+def read_started(folder: Path) -> dict[str, Any]:
+    """How the run in a folder was described when it was started or last continued; {} if it was not.
+
+    A checkpoint that was moved out of its run's folder has a record of its own.
+    """
+    try:
+        started = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        started = next((start.get("arguments") for start in reversed(read_starts(folder))), {})
+    return started if isinstance(started, dict) else {}
+
+
+def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_world_size: bool) -> None:
+    started = read_started(folder)
+    different = {  # the record in a checkpoint does not name the user's home folder
+        name
+        for name, value in description.items()
+        if name != LENGTH and name in started and started[name] not in (value, without_home(value))
+    }
+    if "world_size" in different and different <= {*SPLIT}:
+        _validate_split(folder, started, description, allow_other_world_size)
+    elif different:
+        differences = [f"{name} is {started[name]} there and {description[name]} here" for name in sorted(different)]
+        raise UserInputError(
+            f"{folder} holds another run: {'; '.join(differences)}. Choose another --output_dir, or replace it with "
+            "--overwrite_output_dir true"
+        )
+
+
+def _warn_of_another_length(folder: Path, description: dict[str, Any]) -> None:
+    there, here = read_started(folder).get(LENGTH), description.get(LENGTH)
+    if None not in (there, here) and there != here:
+        logger.warning(
+            f"{folder}: the run was started for {there} and goes on for {here} in all. Its learning rate changes at "
+            "this point: it is now that of a schedule for the new length"
+        )
+
+
+def _validate_split(folder: Path, started: dict[str, Any], here: dict[str, Any], allowed: bool) -> None:
+    """Refuse another number of processes unless it is allowed and the global batch is the same."""
+    batch, processes = here["per_device_train_batch_size"], here["world_size"]
+    micro_batches = started["world_size"] * started["gradient_accumulation_steps"]
+    if allowed and processes * here["gradient_accumulation_steps"] == micro_batches:
+        return
+    was = (
+        f"the run in {folder} was started on {started['world_size']} process(es) x "
+        f"{started['gradient_accumulation_steps']} accumulation step(s) x {batch} sequences, here are {processes} x "
+        f"{here['gradient_accumulation_steps']} x {batch}"
+    )
+    accumulation, rest = divmod(micro_batches, processes)
+    if rest:
+        raise UserInputError(
+            f"{was}: {processes} processes cannot share its global batch of {micro_batches * batch} sequences. Their "
+            f"number must divide {micro_batches}"
+        )
+    raise UserInputError(
+        f"{was}: go on at the same sample position with --allow_other_world_size true "
+        f"--gradient_accumulation_steps {accumulation}"
+    )
+
+
+def validate_data(plan: RunPlan, description: dict[str, Any]) -> None:
+    """Compare the data that were prepared, by the fingerprints in ``description``, with those of the run's start.
+
+    Raises:
+        UserInputError: the run that is continued, or finished, has other data.
+    """
+    started = {} if plan.continued is None else read_started(plan.continued)
+    kinds = {DATA_FINGERPRINT: "data", VALIDATION_FINGERPRINT: "validation data", TEST_FINGERPRINT: "test data"}
+    for name, kind in kinds.items():
+        here, there = description.get(name), started.get(name)
+        if None not in (here, there) and here != there:
+            raise UserInputError(
+                f"{plan.continued} holds a run on other {kind}: their fingerprint is {there} there and {here} here. "
+                "Bring the old files back to go on, or choose another --output_dir"
+            )
+
+
+def weights_checksum(name: str | None) -> str | None:
+    """Of the weights in a model's folder, SHA-256; None for another's name, and where they are in other files."""
+    file = None if name is None else Path(name, SAFE_WEIGHTS_NAME)
+    return checksum(file) if file is not None and file.is_file() else None
+
+
+def validate_start_weights(plan: RunPlan, found: str | None) -> None:
+    """Compare the weights that a run starts from, by their :func:`weights_checksum`, with those it was started from.
+
+    Raises:
+        UserInputError: the run that is continued, or finished, was started from others.
+    """
+    there = None if plan.continued is None else read_started(plan.continued).get(START_WEIGHTS)
+    if None not in (there, found) and there != found:
+        raise UserInputError(
+            f"{plan.continued} holds a run that was started from other weights: their checksum is {there} there and "
+            f"{found} here. Bring the old ones back to go on, or choose another --output_dir"
+        )
+
+
+def start_run(args, description: dict[str, Any]) -> None:
+    """Make the output folder, drop the checkpoints of a run that is overwritten, and record what this run is."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not args.do_train:
+        return
+    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+    if args.overwrite_output_dir:
+        for old in checkpoints(folder):
+            shutil.rmtree(old)
+        for name in (RESULTS_FILE, STATE_FILE):
+            (folder / name).unlink(missing_ok=True)
+    written = folder / f"{STARTED_FILE}.new"
+    written.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    os.replace(written, folder / STARTED_FILE)  # a torn one would let any other run go on
+
+
+def is_finished(folder: Path, args) -> bool:
+    """Whether the run in ``folder`` ended and reached what ``args`` ask for; the results are written last."""
+    state = read_state(folder)
+    if state is None or not (folder / RESULTS_FILE).is_file() or state.global_step < state.max_steps:
+        return False
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.num_train_epochs >= args.num_train_epochs
+
+
+def validate_resume(checkpoint: str | Path, model: PreTrainedModel, names: Collection[str] | None = None) -> None:
+    """Compare class and configuration of a checkpoint's model with ``model``'s; only the entries ``names``, if given.
+
+    Raises:
+        UserInputError: they differ, or the checkpoint's cannot be read.
+    """
+    here = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    try:
+        saved = dict(json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8")))
+        there = type(model.config).from_dict(saved).to_dict()  # it was saved without most defaults
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise UserInputError(f"checkpoint {checkpoint}: config.json cannot be read: {error}") from error
+    there |= {name: saved.get(name) for name in ("model_type", "architectures")}
+    ignored = {*ORIGIN_ENTRIES, *SET_BY_TRAINER} - {*ARCHITECTURE}
+    differences = [
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in names or sorted(here.keys() - ignored)
+        if there.get(name) != here.get(name) and not name.startswith("_")
+    ]
+    if differences:
+        raise UserInputError(f"checkpoint {checkpoint} is of another model: {'; '.join(differences)}")

@@ -1,0 +1,135 @@
+"""Answers to questions, from a model that is fine-tuned for it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
+
+from fnl_hf.data.tokenizer import load_tokenizer
+from fnl_hf.errors import UserInputError
+from fnl_hf.squad.answers import answers_from_logits
+from fnl_hf.squad.features import FeatureMaker, evaluation_features
+
+
+@overload
+def ask(
+    model: PreTrainedModel | str | Path, question: str, context: str, *args: Any, **kwargs: Any
+) -> dict[str, Any]: ...
+
+
+@overload
+def ask(
+    model: PreTrainedModel | str | Path, question: Sequence[str], context: Sequence[str], *args: Any, **kwargs: Any
+) -> list[dict[str, Any]]: ...
+
+
+def ask(
+    model: PreTrainedModel | str | Path,
+    question: str | Sequence[str],
+    context: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    max_seq_length: int = 384,
+    doc_stride: int = 128,
+    max_answer_length: int = 30,
+    version_2_with_negative: bool = False,
+    null_score_diff_threshold: float = 0.0,
+    batch_size: int = 32,
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Answer a question with a span of its context, or many questions, each with a span of its own.
+
+    Args:
+        model: a question answering model, used where it is, or the name or folder of one, which goes to the GPU if
+            there is one.
+        question: one, or a list.
+        context: its context, or a list as long as the questions'.
+        tokenizer: the model's; by default the one saved with it.
+        max_seq_length: tokens of question and window of the context together; bounded by the model's positions.
+        doc_stride: tokens from the start of one window of a context to that of the next.
+        max_answer_length: tokens in an answer, at most.
+        version_2_with_negative: allow no answer, "" with start = end = 0.
+        null_score_diff_threshold: no answer if its score less the best span's is above this.
+        batch_size: windows that go through the model at once.
+
+    Returns:
+        ``answer`` (text), ``start`` and ``end`` (characters in the context), ``score`` (probability among the n best),
+        for a list of questions a list of these.
+
+    Raises:
+        UserInputError: no such model, an empty question or context, lists of different length, or lengths that leave
+            no room for the context.
+    """
+    questions, contexts = _as_lists(question, context)
+    if batch_size < 1:
+        raise UserInputError(f"batch_size ({batch_size}) must be at least 1")
+    if not isinstance(model, PreTrainedModel):
+        model = _load(model)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = load_tokenizer(tokenizer or str(model.name_or_path))
+    if not questions:
+        return []
+    maker = FeatureMaker(tokenizer, min(max_seq_length, model.config.max_position_embeddings), doc_stride)
+    examples = {"id": list(map(str, range(len(questions)))), "question": questions, "context": contexts}
+    features = evaluation_features(examples, maker)
+    start, end = _logits(model, tokenizer, features, batch_size)
+    answers = answers_from_logits(
+        examples,
+        features,
+        start,
+        end,
+        max_answer_length=max_answer_length,
+        version_2_with_negative=version_2_with_negative,
+        null_score_diff_threshold=null_score_diff_threshold,
+    )
+    found = []
+    for name in examples["id"]:
+        text = answers.text[name]
+        entry = next(entry for entry in answers.nbest[name] if entry["text"] == text)
+        first, last = entry["offsets"]
+        found.append({"answer": text, "start": first, "end": last, "score": entry["probability"]})
+    return found[0] if isinstance(question, str) else found
+
+
+def _as_lists(question: str | Sequence[str], context: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    if isinstance(question, str) != isinstance(context, str):
+        raise UserInputError("give one question and one context, or a list of each")
+    questions, contexts = ([texts] if isinstance(texts, str) else list(texts) for texts in (question, context))
+    if len(questions) != len(contexts):
+        raise UserInputError(f"{len(questions)} questions and {len(contexts)} contexts: there must be one for each")
+    for index, texts in enumerate(zip(questions, contexts)):
+        if not all(text.strip() for text in texts):
+            raise UserInputError(f"question and context must not be empty: number {index + 1} has {texts!r}")
+    return questions, contexts
+
+
+def _load(name: str | Path) -> PreTrainedModel:
+    try:
+        model: Any = AutoModelForQuestionAnswering.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"no question answering model in {name}: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def _logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: dict[str, list], batch_size: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Start and end logits of each feature; long ones first, so that a batch has little padding."""
+    lengths = [len(ids) for ids in features["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    start, end = ([np.empty(0)] * len(order) for _ in range(2))
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            columns = {name: [features[name][row] for row in rows] for name in tokenizer.model_input_names}
+            outputs = model(**tokenizer.pad(columns, return_tensors="pt").to(model.device))
+            for logits, kept in ((outputs.start_logits, start), (outputs.end_logits, end)):
+                for row, values in zip(rows, logits.float().cpu().numpy()):
+                    kept[row] = values[: lengths[row]]
+    finally:
+        model.train(was_training)
+    return start, end

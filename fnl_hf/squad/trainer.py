@@ -1,0 +1,92 @@
+"""Fine-tuning on SQuAD: evaluation turns logits into answers and scores them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluate
+from datasets import Dataset
+
+from fnl_hf.errors import UserInputError
+from fnl_hf.squad import fnl_squad
+from fnl_hf.squad.answers import Answers, answers_from_logits
+from fnl_hf.squad.features import ANSWER_COLUMNS
+from fnl_hf.training.trainer import FnlTrainer
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How logits become answers: the arguments of :func:`answers_from_logits`."""
+
+    n_best_size: int = 20
+    max_answer_length: int = 30
+    version_2_with_negative: bool = False
+    null_score_diff_threshold: float = 0.0
+
+    def __post_init__(self):
+        for name in ("n_best_size", "max_answer_length"):
+            if getattr(self, name) < 1:
+                raise UserInputError(f"--{name} ({getattr(self, name)}) must be at least 1")
+
+
+class SquadTrainer(FnlTrainer):
+    """FnlTrainer whose ``evaluate`` reports exact match and F1.
+
+    Args:
+        eval_examples: the questions that ``eval_dataset``'s features belong to.
+        answer_options: how logits become answers.
+    """
+
+    def __init__(self, *args, eval_examples: Dataset | None = None, answer_options: AnswerOptions, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eval_examples = eval_examples
+        self.answer_options = answer_options
+        version = "v2.0" if answer_options.version_2_with_negative else "v1.1"
+        # Each process computes the same scores from the same gathered logits.
+        self.metric = evaluate.load(fnl_squad.__file__, version, experiment_id=f"rank{self.args.process_index}")
+
+    def answers(self, features: Dataset, examples: Dataset, metric_key_prefix: str) -> tuple[Answers, dict[str, Any]]:
+        """Answers to ``examples``, and the speed of the loop that found them."""
+        inputs = features.remove_columns(list(ANSWER_COLUMNS))
+        output = super().predict(inputs, metric_key_prefix=metric_key_prefix)
+        logits: Any = output.predictions  # start, end and, where the model returns more, others
+        answers = answers_from_logits(examples, features, logits[0], logits[1], **asdict(self.answer_options))
+        return answers, output.metrics or {}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Scores on the questions given at construction; writes their answers to the output folder."""
+        answers, metrics = self.answers(self.eval_dataset, self.eval_examples, metric_key_prefix)
+        scores = self.score(answers, self.eval_examples)
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        if self.is_world_process_zero():
+            write_answers(self.args.output_dir, metric_key_prefix, answers)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score(self, answers: Answers, examples: Dataset) -> dict[str, Any]:
+        """Exact match, F1 and, for v2.0, the best thresholds."""
+        references: list[dict[str, Any]] = [{"id": row["id"], "answers": row["answers"]} for row in examples]
+        predictions: list[dict[str, Any]]
+        if not self.answer_options.version_2_with_negative:
+            predictions = [{"id": i, "prediction_text": text} for i, text in answers.text.items()]
+            return self.metric.compute(predictions=predictions, references=references)
+        predictions = [
+            {"id": i, "prediction_text": text, "no_answer_probability": answers.null_odds[i]}
+            for i, text in answers.best_span.items()
+        ]
+        threshold = self.answer_options.null_score_diff_threshold
+        return self.metric.compute(predictions=predictions, references=references, no_answer_threshold=threshold)
+
+
+def write_answers(folder: str | Path, prefix: str, answers: Answers) -> None:
+    """``{prefix}_predictions.json``, ``{prefix}_nbest_predictions.json`` and, for v2.0, ``{prefix}_null_odds.json``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"predictions": answers.text, "nbest_predictions": answers.nbest}
+    if answers.null_odds:
+        files["null_odds"] = answers.null_odds
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / f"{prefix}_{name}.json").write_text(text + "\n", encoding="utf-8")

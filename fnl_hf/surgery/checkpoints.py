@@ -1,0 +1,271 @@
+"""Saving and loading of models with factorized layers.
+
+A Transformers model carries the list of its factorized layers in its configuration, under ``quantization_config``:
+there ``from_pretrained`` looks for what has to be done to a model's structure before its weights are loaded, and other
+packages can register their ways. Any other model has the list in a JSON file beside its weights.
+"""
+
+import copy
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fnl_hf.errors import UserInputError
+from fnl_hf.layers import FactorizedLayer
+from fnl_hf.surgery.ranks import FACTORIZED
+
+METHOD = "fnl_factorized"
+LAYERS_FILE = "factorized_layers.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@register_quantization_config(METHOD)
+@dataclass
+class FactorizedLayersConfig(QuantizationConfigMixin):
+    """What ``config.json`` tells of factorized layers.
+
+    Args:
+        layers: name -> {"rank": r, "deep": whether it has three factors}; names within the base model are those that
+            they have there, so that every head finds them.
+        factorizations: the :class:`~fnl_hf.FactorizationConfig` of each call that made them, for the reader.
+    """
+
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    factorizations: list[dict[str, Any]] = field(default_factory=list)
+    quant_method: str = METHOD  # type: ignore[assignment]  # Transformers' enumeration lists its own only
+
+
+@register_quantizer(METHOD)
+class FactorizedLayersLoader(HfQuantizer):
+    """Rebuilds the structure in ``from_pretrained``, on the meta device; afterwards the model is an ordinary one."""
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        config: Any = self.quantization_config
+        rebuild_layers(model, config.layers)
+        untie_factorized(model)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, parameter in model.named_parameters():
+            if parameter.shape != self._shapes.get(name, parameter.shape):  # 5.17 does not look
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)} in the checkpoint and {tuple(self._shapes[name])} in "
+                    f"{type(model).__name__}: make the checkpoint dense first (fnl_hf.merge)"
+                )
+        for layer in model.modules():
+            if isinstance(layer, FactorizedLayer):
+                _initialize_missing(layer)
+        # Nothing is quantized: half(), Trainer and save_pretrained work as for every model.
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            model.__dict__.pop(name, None)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        return model
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True
+
+
+def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What :class:`FactorizedLayersConfig` holds of ``model``."""
+    prefix, modules, layers = _base_prefix(model), dict(model.named_modules()), {}
+    for name, layer in modules.items():
+        if isinstance(layer, FactorizedLayer):
+            short = name.removeprefix(prefix)
+            taken = short != name and short in modules  # by a layer of the head
+            layers[name if taken else short] = {"rank": layer.rank, "deep": layer.deep}
+    return layers
+
+
+def factorizations(model: nn.Module) -> list[dict[str, Any]]:
+    """The settings of each call that factorized layers of ``model``, the first one first."""
+    if not factorized_layers(model):  # from_config makes a dense model, whatever the configuration says
+        return []
+    found = list(vars(model).get("_factorizations", []))
+    for part in configured_parts(model):
+        found += [made for made in _entry(part).get("factorizations", []) if made not in found]
+    return found
+
+
+def record_layers(model: nn.Module, history: list[dict[str, Any]] | None = None) -> None:
+    """Write into the configurations of the Transformers models in ``model`` which of their layers are factorized.
+
+    :func:`factorize` and :func:`merge` do so themselves. It is for models that are put together from factorized ones,
+    or whose modules are replaced by hand, before they are saved. Each model gets a configuration of its own, because
+    others may have been made from the one that it has.
+
+    Args:
+        history: the settings that made the layers; by default those that are known.
+    """
+    history = factorizations(model) if history is None else history
+    vars(model)["_factorizations"] = history
+    parts = configured_parts(model)
+    memo: dict[int, Any] = {}  # one for all, because the configuration of a model has those of its parts in it
+    for part in parts:
+        copy.deepcopy(part.config, memo)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and id(config) in memo:
+            module.config = memo[id(config)]
+    for part in parts:
+        if quantization_method(part) not in (None, METHOD):
+            continue
+        layers = factorized_layers(part)
+        if layers:
+            part.config.quantization_config = FactorizedLayersConfig(layers=layers, factorizations=history)
+        elif quantization_method(part) == METHOD:
+            del part.config.quantization_config
+
+
+def configured_parts(model: nn.Module) -> list[PreTrainedModel]:
+    """The Transformers models in ``model``, itself included; of those that share a configuration the outermost."""
+    parts: dict[int, PreTrainedModel] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            parts.setdefault(id(module.config), module)
+    return list(parts.values())
+
+
+def quantization_method(model: PreTrainedModel) -> str | None:
+    """What the configuration of a Transformers model says was done to its layers: METHOD if they are factorized."""
+    return _entry(model).get("quant_method")
+
+
+def _entry(model: PreTrainedModel) -> dict[str, Any]:
+    entry = getattr(model.config, "quantization_config", None) or {}
+    return entry if isinstance(entry, dict) else vars(entry)
+
+
+def untie_factorized(model: nn.Module) -> None:
+    """Factorized layers have weights of their own: Transformers must not tie them to those of others again.
+
+    Biases stay tied; ``config.tie_word_embeddings`` would be about both.
+    """
+    for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        tied = getattr(part, "all_tied_weights_keys", None) or {}
+        factorized = {f"{name}.weight" for name, m in part.named_modules() if isinstance(m, FactorizedLayer)}
+        kept = {target: source for target, source in tied.items() if not {target, source} & factorized}
+        if kept != tied:
+            part.all_tied_weights_keys = part._tied_weights_keys = kept
+
+
+@torch.no_grad()
+def _initialize_missing(layer: FactorizedLayer) -> None:
+    """Draw the parameters of a layer that were not in the checkpoint; Transformers knows no initialization for it."""
+    own = list(layer.parameters(recurse=False))
+    loaded = [p for p in own if p.is_meta or getattr(p, "_is_hf_initialized", False)]
+    if len(loaded) < len(own):
+        values = [parameter.clone() for parameter in loaded]
+        layer.reset_parameters()
+        for parameter, value in zip(loaded, values):
+            parameter.copy_(value)
+
+
+def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
+    """Replace the dense layers of these names, as far as the model has them, by factorized ones without weights."""
+    replacements = {}
+    for name, dense in _dense_layers(model, layers, within_parts=True).items():
+        rank, deep = layers[name]["rank"], layers[name]["deep"]
+        factory = {"device": "meta", "dtype": dense.weight.dtype}
+        replacements[id(dense)] = FACTORIZED[type(dense)].like(dense, rank, deep, **factory)
+    return replace_modules(model, replacements)
+
+
+def _dense_layers(model: nn.Module, names: Collection[str], within_parts: bool = False) -> dict[str, Any]:
+    """Those of the names that the model, or else a part of it, has a dense layer of -> that layer."""
+    modules = dict(model.named_modules())
+    dense = {name: module for name, module in modules.items() if type(module) in FACTORIZED}
+    prefix = _base_prefix(model)
+    found = {name: full for name in names for full in (f"{prefix}{name}", name) if full in dense}
+    if within_parts and names and not found:  # the list of a tower in a model that puts a head on it
+        part = next((part for part in modules if all(f"{part}.{name}" in dense for name in names)), None)
+        found = {} if part is None else {name: f"{part}.{name}" for name in names}
+    return {name: dense[full] for name, full in found.items()}
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Replace the modules with these ids everywhere, also where one has several places; returns the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+    return replacements.get(id(model), model)
+
+
+def save_factorized(model: nn.Module, folder: str | Path) -> None:
+    """Save a model that is not one of Transformers: its weights, which of its layers are factorized, and the settings
+    that they were made with."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / WEIGHTS_FILE))
+    text = json.dumps({"layers": factorized_layers(model), "factorizations": factorizations(model)}, indent=2)
+    (folder / LAYERS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Give a dense model the factorized layers and the weights that :func:`save_factorized` wrote, in place.
+
+    Args:
+        model: of the architecture that was factorized; its weights are replaced. It may be on the meta device.
+
+    Returns:
+        ``model``, or where it is such a layer itself what takes its place.
+
+    Raises:
+        UserInputError: a file that is missing or broken, or layers and weights that do not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))
+        layers = saved["layers"]
+        found = _dense_layers(model, layers)
+        missing = [name for name in layers if name not in found]
+        if missing:
+            raise ValueError(f"{type(model).__name__} has no dense layer {missing[0]!r}")
+        with safe_open(folder / WEIGHTS_FILE, "pt"):  # torn ones are refused while the model is as it was
+            model = rebuild_layers(model, layers)
+        _materialize(model)
+        load_model(model, str(folder / WEIGHTS_FILE))
+        record_layers(model, saved["factorizations"])
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserInputError(f"{folder}: {error}") from error
+    return model
+
+
+def _materialize(model: nn.Module) -> None:
+    """Memory for what is on the meta device, where the others are; shared tensors stay shared."""
+    tensors = [*model.parameters(), *model.buffers()]
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for entries in (module._parameters, module._buffers):
+            for name, tensor in entries.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if name in module._non_persistent_buffers_set:
+                    raise ValueError(f"{type(module).__name__}.{name} is saved nowhere: make the model on a device")
+                if id(tensor) not in made:
+                    new = torch.empty_like(tensor, device=device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                entries[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _base_prefix(model: nn.Module) -> str:
+    inner = isinstance(model, PreTrainedModel) and model.base_model is not model
+    return f"{model.base_model_prefix}." if inner else ""

@@ -1,0 +1,211 @@
+"""Layers of any model replaced by products, and back."""
+
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
+
+from fnl_hf.bert.attention_fnl_bert import factor_pairs
+from fnl_hf.layers import FactorizedLayer
+from fnl_hf.surgery.checkpoints import (
+    METHOD,
+    configured_parts,
+    factorizations,
+    quantization_method,
+    record_layers,
+    replace_modules,
+    untie_factorized,
+)
+from fnl_hf.surgery.config import FactorizationConfig, matches
+from fnl_hf.surgery.ranks import FACTORIZED, TYPE_NAMES, LayerSize, choose_ranks, is_named
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
+
+
+def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn.Module:
+    """Replace layers of ``model`` by products of two or three matrices, in place::
+
+        model = fnl_hf.factorize(model, fnl_hf.FactorizationConfig(target_ratio=0.1))
+        optimizer = fnl_hf.FrobeniusAdamW(fnl_hf.frobenius_param_groups(model, weight_decay=0.01), lr=1e-4)
+
+    Call it before an optimizer is made and before the model is wrapped, sharded or compiled. A model on the meta device
+    gets its new structure only; its weights are loaded, or drawn by each layer's ``reset_parameters``. Models of
+    Transformers, also those within ``model``, remember it: ``save_pretrained`` and ``from_pretrained`` work as ever.
+    One that has ``model`` as a part of it, as after ``factorize(model.bert)``, is told by :func:`record_layers`. For
+    others there are
+    :func:`save_factorized` and :func:`load_factorized`.
+
+    Args:
+        model: any module; its layers of exactly the types ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and GPT-2's
+            ``Conv1D`` can be replaced.
+        config: which, and how; by default each Linear, Conv1D and Conv2d at a quarter of its rank, except heads and
+            tied weights.
+
+    Returns:
+        ``model``, or where it is such a layer itself what takes its place.
+
+    Raises:
+        ValueError: a model that is wrapped, sharded, offloaded or quantized or has adapters, a pattern or a selection
+            without a layer, a rank that is out of range, or a layer with hooks or values that are not finite; the model
+            is unchanged then.
+    """
+    config = config or FactorizationConfig()
+    _refuse_unfit(model)
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError("the model has adapters of PEFT: factorize it first, and add them then")
+    layers = selected_layers(model, config)
+    ranks = choose_ranks(layers, config)
+    factorized = {id(layer): _factorized(name, layer, ranks[name], config) for name, layer in layers.items()}
+    if config.mode == "low_rank":
+        _warn_of_growth(layers, ranks)
+    history = [*factorizations(model), config.settings()]
+    model = replace_modules(model, factorized)
+    untie_factorized(model)
+    record_layers(model, history)
+    return model
+
+
+def _factorized(name: str, layer: Any, rank: int, config: FactorizationConfig) -> nn.Module:
+    # Each layer draws its own, whichever others are selected.
+    seed = zlib.crc32(f"{config.seed} {name}".encode())
+    _refuse_hooks(name, layer)
+    try:
+        return FACTORIZED[type(layer)].from_dense(layer, rank, config.mode, config.init, seed)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace the factorized layers of ``model`` by dense ones with the same outputs, in place.
+
+    Products are taken in float32. Attention of an FNL-BERT stays what it is; its ``to_bert()`` makes it a BERT's.
+
+    Returns:
+        ``model``, or where it is such a layer itself the dense one. An optimizer of the factors is of no use to it.
+
+    Raises:
+        ValueError: a model that is wrapped, sharded or offloaded, or a layer with hooks; the model is unchanged then.
+    """
+    _refuse_unfit(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
+    for name, layer in layers.items():
+        _refuse_hooks(name, layer)
+    model = replace_modules(model, {id(layer): layer.merged() for layer in layers.values()})
+    record_layers(model, [])
+    return model
+
+
+def factorization_table(model: nn.Module) -> str:
+    """One line for each factorized layer: its matrix, rank, parameters of the dense and of this layer, and the share of
+    the weight's norm that it began without, ‖W − U Vᵀ‖_F/‖W‖_F."""
+    lines, dense_total, total = [], 0, 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorizedLayer):
+            size = LayerSize(layer.new_dense(device="meta"))
+            dense, own = size.parameters(None), size.parameters(layer.rank, layer.deep)
+            shape = f"{size.groups}x " * (size.groups > 1) + f"{size.m} x {size.n}"
+            error = "" if layer.error is None else f"{layer.error:.3f}"
+            lines.append(f"{name:<48}{shape:>18}{layer.rank:>6}{dense:>12,}{own:>12,}{own / dense:>8.3f}{error:>8}")
+            dense_total, total = dense_total + dense, total + own
+    header = f"{'layer':<48}{'matrix':>18}{'rank':>6}{'dense':>12}{'factorized':>12}{'ratio':>8}{'error':>8}"
+    ratio = f"{total / dense_total:.3f}" if dense_total else ""
+    return "\n".join([header, *lines, f"{f'{len(lines)} layers':<72}{dense_total:>12,}{total:>12,}{ratio:>8}"])
+
+
+def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, nn.Module]:
+    """Name -> layer of all that ``config`` names.
+
+    Raises:
+        ValueError: none at all, or a pattern or type that is of no use.
+    """
+    wanted = list(config.include if config.ranks is None else config.ranks)
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in FACTORIZED and "weight" in module._parameters
+    }
+    for entry in (*wanted, *config.exclude):
+        if not any(is_named(entry, name, layer) for name, layer in candidates.items()) and entry not in TYPE_NAMES:
+            kinds = sorted({type(m).__name__ for name, m in model.named_modules() if matches(name, entry)})
+            known = ", ".join(list(candidates)[:8]) + (", ..." if len(candidates) > 8 else "")
+            raise ValueError(
+                f"{entry!r} names no layer that can be factorized ({', '.join(kinds) or 'nothing at all'}); "
+                f"those are {known}"
+            )
+    protected = _protected(model)
+    layers = {}
+    for name, layer in candidates.items():
+        found = [entry for entry in wanted if is_named(entry, name, layer)]
+        by_name = any(entry not in TYPE_NAMES for entry in found)
+        excluded = any(is_named(entry, name, layer) for entry in config.exclude)
+        if found and (by_name or id(layer.weight) not in protected) and not excluded:
+            layers[name] = layer
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    for name in [name for name in tables if name in layers]:
+        others = [n for n, m in tables.items() if m is not layers[name] and m.weight is layers[name].weight]
+        if others:
+            raise ValueError(f"{name}: its table is also that of {others[0]}, which would keep the dense one")
+    if not layers:
+        chosen = f"include={wanted}, exclude={list(config.exclude)}"
+        raise ValueError(f"{type(model).__name__} has no layer to factorize with {chosen}")
+    return layers
+
+
+def _protected(model: nn.Module) -> set[int]:
+    """ids of the weights that are left alone unless they are named."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    protected = {key for key, count in owners.items() if count > 1}
+    protected |= {id(weight) for pair in factor_pairs(model) for weight in pair.weights}
+    return protected | {id(getattr(layer, "weight", None)) for layer in _heads(model) if type(layer) in FACTORIZED}
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """What a Transformers model, or one inside of ``model``, has outside its base model; of a model for a task that has
+    none its own layers and output embeddings; of any other model with several layers the last of them."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.base_model is not part:
+            inside = {id(module) for module in part.base_model.modules()}
+            yield from (module for module in part.modules() if id(module) not in inside)
+    if not isinstance(model, PreTrainedModel):
+        layers = [m for m in model.modules() if type(m) in FACTORIZED or isinstance(m, FactorizedLayer)]
+        yield from layers[-1:] if len(layers) > 1 else ()
+    elif model.base_model is model and not type(model).__name__.endswith("Model"):
+        yield from model.children()
+        yield from (module for module in [model.get_output_embeddings()] if module is not None)
+
+
+def _refuse_hooks(name: str, layer: nn.Module) -> None:
+    """Hooks, those of offloading among them, are about the layer that would go."""
+    if any(getattr(layer, hooks) for hooks in HOOKS) or hasattr(layer, "_hf_hook"):
+        raise ValueError(f"{name}: it has hooks, which a new layer would not have: remove them, or add them afterwards")
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    for part in configured_parts(model):
+        if quantization_method(part) not in (None, METHOD):
+            raise ValueError(f"the model is quantized ({quantization_method(part)}): its weights cannot be factorized")
+    for module in model.modules():
+        sharded = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+        if isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod") or sharded:
+            what = "sharded" if sharded else f"wrapped in {type(module).__name__}"
+            raise ValueError(f"the model is {what}: factorize or merge it first, and wrap, shard or compile it then")
+
+
+def _warn_of_growth(layers: dict[str, nn.Module], ranks: dict[str, int]) -> None:
+    grown = []
+    for name, layer in layers.items():
+        size = LayerSize(layer)
+        if size.parameters(ranks[name]) > size.parameters(None):
+            limit = size.m * size.n // (size.m + size.n)
+            grown.append(f"{name} (rank {ranks[name]}, at most {limit} saves)")
+    if grown:
+        listed = ", ".join(grown[:5]) + (f" and {len(grown) - 5} more" if len(grown) > 5 else "")
+        warnings.warn(f"{len(grown)} of {len(layers)} layers get more parameters than they had: {listed}", stacklevel=3)

@@ -1,0 +1,98 @@
+"""Uploads of a training run: the scripts' model card is kept, and what fails is one line that says what to do."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress, logging
+
+from fnl_hf.publishing.cards import CARD_FILE
+from fnl_hf.publishing.hub import NOT_UPLOADED, create_repository, hub_errors, reason, repository_name
+from fnl_hf.runs.processes import decided_by_first
+from fnl_hf.training.fsdp import ShardedTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class PushingTrainer(ShardedTrainer):
+    """Trainer whose uploads keep the scripts' model card, and fail in one line that says what to do.
+
+    Where one fails while training goes on, that is a warning: the last one sends what is missing.
+    """
+
+    hub_model_id: Any
+    push_in_progress: Any
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As Trainer's, but a refusal ends all processes alike."""
+        private = self.args.hub_private_repo if private is None else private
+
+        def create() -> str:
+            with hub_errors(repository_name(self.args), "Nothing is lost: mend it, or train without --push_to_hub"):
+                return create_repository(repository_name(self.args), private, token or self.args.hub_token)
+
+        self.hub_model_id = decided_by_first(create)
+        self.push_in_progress = None
+
+    def push_to_hub(self, *args, **kwargs):
+        """As Trainer's.
+
+        Raises:
+            UserInputError: the Hub refuses, or the connection fails; the model is in the output folder.
+        """
+        name = self.hub_model_id or repository_name(self.args)
+        command = f"`fnl-hf push {self.args.output_dir} {name}`"
+        with hub_errors(name, f"The model is saved: {command} sends what is missing"):
+            return super().push_to_hub(*args, **kwargs)
+
+    @cached_property
+    def _api(self) -> HfApi:
+        return HfApi(library_name="fnl_hf")  # the same one makes one upload after the other
+
+    def is_pushing(self) -> bool:
+        """Whether an upload is under way."""
+        running = getattr(self, "push_in_progress", None)  # set by init_hf_repo
+        return running is not None and not running.is_done()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, but of the checkpoint itself: the output folder may be written to while it is uploaded."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if self.is_pushing() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._upload(checkpoint_folder, message, None, NOT_UPLOADED)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", name, ()))
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if self.is_pushing() else ()), *jobs])
+
+    def _upload(self, folder: str, message: str, path: str | None, left_out: Sequence[str]) -> Future:
+        job = self._api.upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            path_in_repo=path,
+            commit_message=message,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            ignore_patterns=list(left_out),
+            run_as_future=True,
+        )
+        job.add_done_callback(_warn_if_failed)
+        return job
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
+        if not Path(self.args.output_dir, CARD_FILE).is_file():
+            super().create_model_card(*args, **kwargs)
+
+
+def _warn_if_failed(job: Future) -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning(f"A checkpoint could not be pushed: {reason(error)}. The run goes on; its end pushes again")

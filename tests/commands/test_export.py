@@ -1,0 +1,83 @@
+"""Exported models compute what the model does, for any batch size and length."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fnl_hf
+from fnl_hf.commands import cli
+from fnl_hf.commands.export import export_onnx, export_program
+from tests.conftest import DIMENSIONS
+
+
+@pytest.fixture(params=["fnl_bert", "bert"])
+def model(request):
+    """For question answering, weights large enough that attention counts; E halved, and the same as a stock BERT."""
+    torch.manual_seed(0)
+    ours = fnl_hf.FnlBertForQuestionAnswering(fnl_hf.FnlBertConfig(**DIMENSIONS, attention_embedding_size=21)).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_(std=0.3)
+    return ours if request.param == "fnl_bert" else ours.to_bert()
+
+
+def inputs(batch, length):
+    ids = torch.randint(DIMENSIONS["vocab_size"], (batch, length))
+    mask = torch.ones_like(ids)
+    mask[0, (length + 1) // 2 :] = 0
+    return ids, mask, (torch.arange(length) > 2).long().expand(batch, -1)
+
+
+def test_the_exported_program_and_the_onnx_file_give_the_same_outputs(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = export_program(model).module()
+    file = tmp_path / "deep" / "model.onnx"
+    assert export_onnx(model, file) < 1e-4
+    session = onnxruntime.InferenceSession(str(file))
+    assert [output.name for output in session.get_outputs()] == ["start_logits", "end_logits"]
+    for sizes in ((2, 3), (5, 19), (1, 1)):
+        given = inputs(*sizes)
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        with torch.no_grad():
+            expected = model(**dict(zip(names, given))).to_tuple()
+            exported = program(*given)
+        run = session.run(None, {name: value.numpy() for name, value in zip(names, given)})
+        for theirs, ours, onnx in zip(expected, exported, run, strict=True):
+            present = given[1].bool()
+            torch.testing.assert_close(ours[present], theirs[present], atol=1e-5, rtol=0)
+            torch.testing.assert_close(torch.from_numpy(onnx)[present], theirs[present], atol=1e-4, rtol=0)
+    with pytest.raises(fnl_hf.UserInputError, match="model.onnx exists: name another file"):
+        export_onnx(model, file)
+
+
+@pytest.mark.parametrize("mode", ["low_rank", "wide", "deep"])
+def test_factorized_layers_are_exported_for_any_size(mode):
+    """Which of their ways is the cheapest depends on the number of rows, which a program must not."""
+    torch.manual_seed(0)
+    model = fnl_hf.FnlBertForQuestionAnswering(fnl_hf.FnlBertConfig(**DIMENSIONS)).eval()
+    config = fnl_hf.FactorizationConfig(mode=mode, include=["intermediate.dense", "word_embeddings"])
+    program = export_program(fnl_hf.factorize(model, config)).module()
+    for sizes in ((2, 3), (5, 19), (1, 1)):
+        given = inputs(*sizes)
+        for theirs, ours in zip(model(*given).to_tuple(), program(*given), strict=True):
+            torch.testing.assert_close(ours[given[1].bool()], theirs[given[1].bool()], atol=1e-5, rtol=0)
+
+
+def test_bfloat16_inference_is_close_to_float32(model):
+    ids, mask, segments = inputs(3, 11)
+    with torch.no_grad():
+        expected = model(ids, mask, segments).start_logits
+        found = model.bfloat16()(ids, mask, segments).start_logits
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float()[mask.bool()], expected[mask.bool()], atol=0.1 * expected.std(), rtol=0.1)
+
+
+def test_the_command_exports_a_checkpoint(model, tmp_path, capsys, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(
+        "fnl_hf.commands.export.export_onnx", lambda model, file: Path(file).write_text(type(model).__name__)
+    )
+    cli.main(["export", str(tmp_path / "model"), str(tmp_path / "model.onnx")])
+    assert (tmp_path / "model.onnx").read_text() == type(model).__name__

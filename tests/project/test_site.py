@@ -1,0 +1,47 @@
+"""The documentation site: it builds without a warning, names all that is public and loads nothing from elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+import fnl_hf
+from fnl_hf.commands import convert, export
+from fnl_hf.training.trainer import FnlTrainer
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Built as ``make docs`` does; a reference that leads nowhere is a warning, and a warning is an error."""
+    pytest.importorskip("sphinx")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "docs", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (built.returncode, built.stderr) == (0, "")
+    return folder
+
+
+def test_every_public_name_is_in_the_reference(site):
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    documented = {line.split()[0] for line in inventory.splitlines() if " py:" in line}
+    public = {f"fnl_hf.{name}" for name in fnl_hf.__all__}
+    public.add(f"{FnlTrainer.__module__}.{FnlTrainer.__name__}")
+    for module in (convert, export):
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        public |= {f"{module.__name__}.{name}" for name in own if not name.startswith("_")}
+    assert len(public) > 30 and public - documented == set()
+
+
+def test_the_pages_load_nothing_from_the_network(site):
+    pages, styles = sorted(site.rglob("*.html")), sorted(site.rglob("*.css"))
+    assert {page.stem for page in pages} > {path.stem for path in (ROOT / "docs").glob("*.md")}
+    loaded = r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^"']*"""
+    imported = r"""(?:url\(|@import)\s*["']?(?:https?:)?//[^"')]*"""
+    searched = [(page, loaded) for page in pages] + [(style, imported) for style in styles]
+    found = [(file.name, request) for file, pattern in searched for request in re.findall(pattern, file.read_text())]
+    assert found == []

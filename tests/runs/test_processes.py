@@ -1,0 +1,25 @@
+"""Several processes go on, and end, together, whatever one of them alone sees or fails at."""
+
+import json
+
+from tests.conftest import assert_same_weights, launch, pretraining
+
+
+def test_processes_fail_together_and_go_on_from_the_same_checkpoint(corpus, tmp_path):
+    """Each process would otherwise wait for another one, or go on from elsewhere."""
+    flags = {
+        "per_device_train_batch_size": 4, "max_steps": 7, "save_steps": 1, "eval_strategy": "steps",
+        "eval_steps": 1, "load_best_model_at_end": "true", "metric_for_best_model": "loss", "ddp_timeout": 60,
+    }  # fmt: skip
+    launch("run_pretrain.py", *pretraining(corpus, tmp_path / "whole", **flags), processes=2)
+    launch("tests/runs/processes_worker.py", tmp_path, *pretraining(corpus, tmp_path / "out", **flags), processes=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["checkpoints"] == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    assert first["second sees none"] == first["goes on"] == "done"
+    for name, folder in (("fails", "checkpoint-5"), ("fails at the end", "out")):
+        for process in ("first", "second"):
+            said = f"{folder} could not be written: the disk is full ([Errno 28] No space"
+            assert said in first[f"{process} {name}"]
+    assert (tmp_path / "out" / "all_results.json").is_file()
+    assert_same_weights(tmp_path / "whole", tmp_path / "out")

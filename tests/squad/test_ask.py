@@ -1,0 +1,105 @@
+"""Questions asked one by one and many at once, from Python and the command line."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering, UserInputError, ask
+from fnl_hf.commands import cli
+from fnl_hf.data.tokenizer import train_tokenizer
+
+CONTEXT = "Ada Lovelace wrote the first programme for Babbage’s engine. " * 3 + "Grace Hopper built a compiler in 1952."
+SHORT = "Ada wrote the programme,\tGrace\nthe compiler."
+QUESTIONS = ["Who built a compiler?", "Who wrote the first programme for the engine?", "When?"]
+CONTEXTS = [CONTEXT, SHORT, CONTEXT[61:]]
+LENGTHS = {"max_seq_length": 50, "doc_stride": 16}
+
+
+@pytest.fixture
+def tokenizer():
+    return train_tokenizer(Dataset.from_dict({"text": [CONTEXT, *QUESTIONS]}), 90, 64)
+
+
+@pytest.fixture
+def model(tokenizer, dimensions):
+    dimensions |= {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    return FnlBertForQuestionAnswering(FnlBertConfig(**dimensions))
+
+
+def test_ask_answers_from_the_context(model, tokenizer):
+    model.train()
+    answer = ask(model, QUESTIONS[0], CONTEXT, tokenizer, doc_stride=16)
+    assert CONTEXT[answer["start"] : answer["end"]] == answer["answer"] and 0 < answer["score"] <= 1
+    assert model.training, "the model is left as it was"
+    refused = ask(model, "Who?", CONTEXT, tokenizer, doc_stride=16, version_2_with_negative=True,
+                  null_score_diff_threshold=-1e9)  # fmt: skip
+    assert (refused["answer"], refused["start"], refused["end"]) == ("", 0, 0)
+
+
+def test_many_questions_get_the_answers_that_each_gets_alone(model, tokenizer):
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args, inputs: sizes.append(inputs["input_ids"].shape), with_kwargs=True)
+    alone = [ask(model, *pair, tokenizer, **LENGTHS) for pair in zip(QUESTIONS, CONTEXTS)]
+    windows = sum(rows for rows, _ in sizes)
+    assert len(sizes) == 3 and windows > 7
+    for batch_size in (1, 5, 32):
+        sizes.clear()
+        together = ask(model, QUESTIONS, CONTEXTS, tokenizer, **LENGTHS, batch_size=batch_size)
+        assert [rows for rows, _ in sizes] == [batch_size] * (windows // batch_size) + [windows % batch_size] * (
+            windows % batch_size > 0
+        )
+        for one, other in zip(alone, together, strict=True):
+            assert one == other | {"score": pytest.approx(one["score"], rel=1e-4)}
+    assert ask(model, [], [], tokenizer) == []
+
+
+def test_what_cannot_be_asked_is_refused(model, tokenizer, tmp_path):
+    with pytest.raises(UserInputError, match="must not be empty: number 1 has"):
+        ask(model, " ", CONTEXT, tokenizer)
+    with pytest.raises(UserInputError, match="must not be empty: number 2 has"):
+        ask(model, ["Who?", "Who?"], [CONTEXT, ""], tokenizer)
+    with pytest.raises(UserInputError, match="one question and one context, or a list of each"):
+        ask(model, QUESTIONS, CONTEXT, tokenizer)
+    with pytest.raises(UserInputError, match="3 questions and 2 contexts"):
+        ask(model, QUESTIONS, CONTEXTS[:2], tokenizer)
+    with pytest.raises(UserInputError, match=r"batch_size \(0\)"):
+        ask(model, "Who?", CONTEXT, tokenizer, batch_size=0)
+    with pytest.raises(UserInputError, match="no question answering model in .*nothing"):
+        ask(tmp_path / "nothing", "Who?", CONTEXT)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_models_device_is_used(model, tokenizer):
+    expected = ask(model, QUESTIONS, CONTEXTS, tokenizer, **LENGTHS)
+    found = ask(model.cuda(), QUESTIONS, CONTEXTS, tokenizer, **LENGTHS)
+    assert [one["answer"] for one in found] == [one["answer"] for one in expected]
+
+
+def test_the_command_answers_one_question_or_a_file_of_them(model, tokenizer, tmp_path, capsys):
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    folder, file = str(tmp_path / "model"), tmp_path / "questions.json"
+    qas = [{"id": f"q{i}", "question": question} for i, question in enumerate(QUESTIONS)]  # without answers
+    file.write_text(json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": qas}]}]}))
+    transformers.logging.disable_progress_bar()
+    flags = ["--max_seq_length", "50", "--doc_stride", "16", "--batch_size", "3"]
+    cli.main(["ask", folder, QUESTIONS[0], CONTEXT, *flags])
+    expected = ask(folder, QUESTIONS, [CONTEXT] * 3, **LENGTHS)
+    lines = [f"{' '.join(found['answer'].split())}\t{found['score']:.3f}" for found in expected]
+    assert capsys.readouterr().out.splitlines() == lines[:1]
+    cli.main(["ask", folder, "--questions_file", str(file), *flags])
+    assert capsys.readouterr().out.splitlines() == [f"q{i}\t{line}" for i, line in enumerate(lines)]
+    for threshold in (["--null_score_diff_threshold", "-1e9"], ["--null_score_diff_threshold=-1000"]):
+        nothing = ["--version_2_with_negative", *threshold]
+        cli.main(["ask", folder, "--questions_file", str(file), *flags, *nothing])
+        found = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
+        assert found == [[f"q{i}", ""] for i in range(3)]
+    for words in ([], ["Who?"], ["Who?", CONTEXT, "--questions_file", str(file)]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["ask", folder, *words])
+        assert (
+            stop.value.code == 2 and "give a question and its context, or --questions_file" in capsys.readouterr().err
+        )
