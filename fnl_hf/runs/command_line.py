@@ -1,0 +1,140 @@
+"""Command lines of the scripts: dataclasses, an optional YAML or JSON file, flags that override it, and the exit status."""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+
+from fnl_hf.errors import Preempted, TrainingDiverged, UserInputError
+from fnl_hf.runs.config_files import as_arguments, is_config_file, read_config
+
+NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # as argparse knows it before Python 3.14
+# flags that name a file, a folder, something on the Hub or a package
+NAMES = ("output_dir", "cache_dir", "train_file", "validation_file", "dataset_name", "tokenizer_name", "config_name",
+         "model_name_or_path", "resume_from_checkpoint", "optimizer_state_from", "report_to")  # fmt: skip
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        """argparse would print two hundred flags and leave."""
+        raise UserInputError(message)
+
+
+def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
+    """Instances of the dataclasses from ``[config.yaml] [--flag value ...]``; flags override the file.
+
+    Raises:
+        UserInputError: an unreadable file, an unknown flag or key, or a value of the wrong kind.
+    """
+    argv = list(argv)
+    if argv and is_config_file(argv[0]):
+        argv = as_arguments(read_config(argv[0])) + argv[1:]
+    for flag, word in zip(["", *argv], argv):
+        if "\0" in word:
+            raise UserInputError(f"{flag} ({word!r}) must not hold a null byte")
+    argv = join_negative_numbers(argv)
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    try:
+        *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except UserInputError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:  # raised by the dataclasses' own checks
+        raise UserInputError(str(error)) from error
+    if unknown:
+        raise _left_over(argv, unknown)
+    for name, value in ((name, value) for instance in instances for name, value in vars(instance).items()):
+        if name in NAMES and value is not None and "" in ([value] if isinstance(value, str) else value):
+            raise UserInputError(f"--{name} is empty: leave it out")
+    return tuple(instances)
+
+
+def join_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """``--flag -1e9`` as ``--flag=-1e9``: before Python 3.14 argparse takes such a number for a flag."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1].startswith("--") and _is_unknown_number(word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _is_unknown_number(word: str) -> bool:
+    """Whether a word is a negative number that argparse does not know as one."""
+    if not word.startswith("-") or NEGATIVE_NUMBER.fullmatch(word):
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _left_over(argv: list[str], unknown: list[str]) -> UserInputError:
+    """Words that belong to no flag: one that does not exist, or a value too many."""
+    word = unknown[0]
+    if not word.startswith("-"):
+        for index, (before, found) in enumerate(zip(argv, argv[1:])):
+            if found == word and not before.startswith("-"):
+                flag = next(flag for flag in reversed(argv[: index + 1]) if flag.startswith("-"))
+                return UserInputError(f"{flag} takes one value, {word} is one too many")
+    return UserInputError(f"unknown argument: {' '.join(unknown)}")
+
+
+def run_script(run: Callable[[Sequence[str]], None]) -> None:
+    """``main`` of a script: its command line, and each end that is foreseen as one line and an exit status.
+
+    2 is bad input; 3 too many losses that are not finite; 75 (``EX_TEMPFAIL``) a stop by SIGTERM, in training after a
+    checkpoint, elsewhere at once.
+    ``torchrun`` and ``accelerate launch`` turn every status into 1.
+    """
+    script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _stop_at_once)
+    try:
+        run(sys.argv[1:])
+        _leave_processes()
+    except UserInputError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        _leave_processes(together=False)
+        sys.exit(2)
+    except TrainingDiverged as error:
+        _print_once(f"{script}: error: {error}")
+        _leave_processes()
+        sys.exit(3)
+    except Preempted as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _print_once(f"{script}: {stop.message}")
+        _leave_processes()
+        raise
+
+
+def _print_once(message: str) -> None:
+    """What all processes have to say is said by the first."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr)
+
+
+def _leave_processes(together: bool = True) -> None:
+    """End the work of several processes before the interpreter ends.
+
+    A thread of gloo's that has just finished the last collective frees its tensors, for which it needs the interpreter:
+    one that is ending makes it abort the process, after all work is done. NCCL needs none of this, and may wait for the
+    other processes: it is ended only if all of them come here ``together``.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if together or torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+        time.sleep(0.1)  # lets it have the interpreter
+
+
+def _stop_at_once(signum: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may pass it on once more
+    raise Preempted("stopped by SIGTERM: the same command with --resume_from_checkpoint auto goes on")
