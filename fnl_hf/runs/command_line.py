@@ -1,4 +1,4 @@
-"""Command lines of the scripts: dataclasses, an optional YAML or JSON file, flags that override it, and the exit status."""
+"""Command lines of the scripts: dataclasses, an optional YAML or JSON file, overriding flags, and the exit status."""
 
 import os
 import re

@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from fnl_hf.errors import UserInputError
-from fnl_hf.errors import validate_bounds
+from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.runs.plan import (
     DATA_FINGERPRINT,
     LENGTH,

@@ -10,13 +10,12 @@ import yaml
 
 import run_pretrain
 from fnl_hf import FnlBertForMaskedLM, UserInputError, frobenius_param_groups
-from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.runs.command_line import parse_arguments
-from fnl_hf.training.models import build_pretraining_config
 from fnl_hf.runs.phases import phases_of
-
-from tests.training.bad_inputs import contents
+from fnl_hf.training.arguments import FnlTrainingArguments
+from fnl_hf.training.models import build_pretraining_config
 from tests.conftest import ROOT, assert_same_weights, pretraining, weights
+from tests.training.bad_inputs import contents
 
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("squad"))
 PHASES = [

@@ -15,12 +15,11 @@ import torch
 
 import run_pretrain
 from fnl_hf.errors import Preempted
-from fnl_hf.training.arguments import FnlTrainingArguments
-from fnl_hf.runs.command_line import run_script
 from fnl_hf.runs.checkpoints import fault_of, newest_complete_checkpoint
+from fnl_hf.runs.command_line import run_script
 from fnl_hf.runs.preemption import PreemptionCallback
+from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.trainer import FnlTrainer
-
 from tests.conftest import ROOT, assert_same_weights, launch, pretraining
 
 # Seven steps an epoch; the default dropout is on.

@@ -15,7 +15,6 @@ from fnl_hf import UserInputError
 from fnl_hf.runs.checkpoints import newest_complete_checkpoint
 from fnl_hf.runs.plan import RunPlan, plan_run, validate_data
 from fnl_hf.training.trainer import FnlTrainer
-
 from tests.conftest import SENTENCES, TINY, assert_same_weights, launch, pretraining
 
 # Adam's ε keeps rounding noise of gradients that are zero in theory (key biases) from becoming whole steps.
