@@ -15,7 +15,7 @@ from transformers.utils import cached_file, logging
 from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.commands.convert import refuse_used_folder
 from fnl_hf.errors import UserInputError
-from fnl_hf.publishing.cards import FACTORIZED_LAYERS, TASKS, describe_source, write_card
+from fnl_hf.publishing.cards import FACTORIZED_LAYERS, PIPELINE_TAGS, describe_source, write_card
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.config import FactorizationConfig
 from fnl_hf.surgery.factorize import factorization_table, factorize, merge
@@ -215,4 +215,6 @@ def _auto_class_of(model: PreTrainedModel) -> str:
         if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
             names.append(name)
     # Most language models are listed for pretraining beside what they are for.
-    return min(names, key=lambda name: (name == "AutoModelForPreTraining", name not in TASKS), default="AutoModel")
+    return min(
+        names, key=lambda name: (name == "AutoModelForPreTraining", name not in PIPELINE_TAGS), default="AutoModel"
+    )

@@ -1,25 +1,30 @@
-"""The README.md of a saved model, as the Hub shows it: what it is, how it is loaded, what is to be cited."""
+"""The model card (README.md) of a saved model: what it is, how it was trained, how it is loaded, what is to be cited.
+
+Its text is in ``card_template.md``.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from transformers import BertPreTrainedModel, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
 from fnl_hf.bert.modeling_fnl_bert import FnlBertPreTrainedModel
+from fnl_hf.products.discovery import find_products
 from fnl_hf.surgery.checkpoints import factorized_layers
 
 logger = logging.get_logger(__name__)
 CARD_FILE = "README.md"
+TEMPLATE_FILE = Path(__file__).with_name("card_template.md")
+PLACEHOLDER = "path/to/this/model"  # where the repository is not known
 KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")  # of the original's card
 FACTORIZED_LAYERS = "factorized layers"
-UNNAMED = "path/to/this/model"  # where the repository is not known
 # auto class -> the Hub's name of its task, where it has one
-TASKS = {
+PIPELINE_TAGS = {
     "AutoModel": "feature-extraction",
     "AutoModelForPreTraining": "fill-mask",
     "AutoModelForMaskedLM": "fill-mask",
@@ -35,66 +40,21 @@ TASKS = {
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
     "AutoModelForCTC": "automatic-speech-recognition",
 }
-# What prepares a model's inputs: the file that tells of it -> a name, and the class that loads it.
-PREPARATIONS = {
-    "processor_config.json": ("processor", "AutoProcessor"),  # with a tokenizer in it, where there is one
-    "preprocessor_config.json": ("processor", "AutoProcessor"),
-    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
+# file of what prepares a model's inputs -> the class that loads it
+PREPROCESSORS = {
+    "processor_config.json": "AutoProcessor",  # with a tokenizer in it, where there is one
+    "preprocessor_config.json": "AutoProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
 }
-
-CARD = """---
-{metadata}
----
-
-# {title}
-
-{description}
-
-| | |
-|---|---|
-{facts}
-{section}
-## Use
-
-```python
-{imports}
-
-{preparation}model = {auto_class}.from_pretrained("{repository}"{remote})
-```
-{with_fnl_hf}{method}"""
-
-WITH_FNL_HF = """
-The code of the model comes with its weights. Where fnl_hf is installed, its own is used:
-
-```python
-import fnl_hf
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{repository}")
-```
-"""
-
-ATTENTION = """The attention of each layer is 2H factorized layers, Q_h K_hᵀ and V_h O_hᵀ, with an adjustable embedding
-dimension E. """
-LAYERS = "The weights of its factorized layers ({count}) are products of two or three matrices. "
-METHOD = """
-## Method
-
-{what}The method is that of Khodak, Tenenholtz, Mackey and Fusi, *Initialization and Regularization of Factorized
-Neural Layers*, ICLR 2021, [arXiv:2105.01029](https://arxiv.org/abs/2105.01029).
-"""
-CITATION = """
-```bibtex
-@inproceedings{khodak2021initialization,
-  title = {Initialization and Regularization of Factorized Neural Layers},
-  author = {Khodak, Mikhail and Tenenholtz, Neil and Mackey, Lester and Fusi, Nicol{\\`o}},
-  booktitle = {International Conference on Learning Representations},
-  year = {2021},
-  eprint = {2105.01029},
-  archivePrefix = {arXiv}
+# metric of an evaluation -> its identifier on the Hub, and a name
+HUB_METRICS = {
+    "eval_f1": ("f1", "F1"),
+    "eval_exact_match": ("exact_match", "Exact match"),
+    "eval_exact": ("exact_match", "Exact match"),
+    "eval_accuracy": ("accuracy", "Accuracy"),
+    "eval_perplexity": ("perplexity", "Perplexity of masked tokens"),
+    "eval_nsp_accuracy": ("accuracy", "Accuracy of next sentence prediction"),
 }
-```
-"""
 
 
 def write_card(
@@ -108,6 +68,8 @@ def write_card(
     section: str = "",
     cites: bool = False,
     repository: str | None = None,
+    results: Mapping[str, Any] | None = None,
+    plot: str | None = None,
 ) -> None:
     """Write ``folder/README.md`` beside a model and what prepares its inputs.
 
@@ -120,40 +82,94 @@ def write_card(
         section: Markdown between the facts and how the model is loaded.
         cites: cite the method where nothing of the model is a product, too.
         repository: the Hub's name of the model, None if there is none.
+        results: the rows of a table of metrics.
+        plot: a picture in the folder.
     """
-    own, layers = isinstance(model, FnlBertPreTrainedModel), factorized_layers(model)
-    task = TASKS.get(auto_class)
-    tags = [*["fnl_bert"] * own, *["factorized-layers"] * (own or bool(layers)), *([task] if task else ())]
-    data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=tags or None, **metadata)
-    remote = ", trust_remote_code=True" if model._auto_class is not None and not (own and layers) else ""
-    names = {"auto_class": auto_class, "repository": repository or UNNAMED}
-    what = (ATTENTION if own else "") + (LAYERS.format(count=len(layers)) if layers else "")
-    imports, preparation = _loading_code(Path(folder), bool(layers), remote, **names)
-    card = CARD.format(
-        metadata=data.to_yaml(),
+    is_fnl_bert, layers = isinstance(model, FnlBertPreTrainedModel), len(factorized_layers(model))
+    has_code = model._auto_class is not None and not (is_fnl_bert and layers)
+    tag = PIPELINE_TAGS.get(auto_class)
+    tags = {"fnl_bert": is_fnl_bert, "factorized-layers": is_fnl_bert or layers, str(tag): tag}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=tag,
+        tags=[name for name, holds in tags.items() if holds] or None,
+        **metadata,
+    )
+    card = ModelCard.from_template(
+        data,
+        str(TEMPLATE_FILE),
         title=title,
         description=description,
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        section=f"\n{section}\n" if section else "",
-        imports=imports,
-        preparation=preparation,
-        remote=remote,
-        with_fnl_hf=WITH_FNL_HF.format(**names) if own and not layers else "",
-        method=METHOD.format(what=what) + CITATION if what or cites else "",
-        **names,
+        facts=facts,
+        section=section,
+        cites=cites,
+        results=results,
+        plot=plot,
+        auto_class=auto_class,
+        preprocessor=next((name for file, name in PREPROCESSORS.items() if Path(folder, file).exists()), None),
+        repository=repository or PLACEHOLDER,
+        remote=", trust_remote_code=True" if has_code else "",
+        is_fnl_bert=is_fnl_bert,
+        layers=layers,
     )
-    ModelCard(card).save(Path(folder) / CARD_FILE)
+    card.save(Path(folder, CARD_FILE))
 
 
-def _loading_code(folder: Path, with_package: bool, remote: str, auto_class: str, repository: str) -> tuple[str, str]:
-    """The imports of the code that loads the model, and its line for what prepares the inputs."""
-    found = next((entry for file, entry in PREPARATIONS.items() if (folder / file).exists()), None)
-    classes = ", ".join(sorted([auto_class, *([found[1]] if found else ())]))
-    imports = f"import fnl_hf  # {FACTORIZED_LAYERS}\n" if with_package else ""
-    # A tokenizer is none of the model's code; a processor is looked for by the model's configuration.
-    own_code = remote if found and found[1] == "AutoProcessor" else ""
-    line = f'{found[0]} = {found[1]}.from_pretrained("{repository}"{own_code})\n' if found else ""
-    return f"{imports}from transformers import {classes}", line
+def write_run_card(
+    folder: str | Path,
+    title: str,
+    description: str,
+    auto_class: str,
+    model: PreTrainedModel,
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    dataset: str | None = None,
+    repository: str | None = None,
+    license: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Write the card of a trained model: how it was trained, on what, and how good it is.
+
+    Args:
+        facts: as for :func:`write_card`; their "data" is what the metrics are said to be measured on.
+        metrics: of the evaluation.
+        dataset: the Hub's name of the data; None for the user's own.
+        license: the Hub's identifier, as "apache-2.0"; None for none.
+    """
+    if dataset is not None and Path(dataset).exists():  # one of the user's own
+        dataset = None
+    metadata = {
+        "license": license,
+        "datasets": None if dataset is None else [dataset],
+        "model_name": title,
+        "eval_results": evaluation_results(metrics, PIPELINE_TAGS[auto_class], dataset, facts["data"]) or None,
+    }
+    results = {
+        name: f"{value:.4g}" if isinstance(value, float) else value
+        for name, value in metrics.items()
+        if not name.endswith(("_runtime", "_per_second", "epoch"))
+    }
+    write_card(
+        folder, title, description, auto_class, model, facts, metadata,
+        repository=repository, results=results, plot=plot,
+    )  # fmt: skip
+
+
+def evaluation_results(metrics: Mapping[str, float], task: str, dataset: str | None, data: str) -> list[EvalResult]:
+    """Those of the metrics that the Hub shows, for the card's model index."""
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset or "custom",
+            dataset_name=data,
+            dataset_split="validation",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(float(metrics[key]), 4),
+        )
+        for key, (kind, name) in HUB_METRICS.items()
+        if key in metrics
+    ]
 
 
 def describe_source(source: str) -> tuple[str, dict[str, Any]]:
@@ -171,8 +187,8 @@ def describe_source(source: str) -> tuple[str, dict[str, Any]]:
 
 def name_repository(card: Path, repository: str) -> None:
     """Let a card that was written before its model had a place on the Hub load it from there."""
-    if card.is_file() and UNNAMED in (text := card.read_text(encoding="utf-8")):
-        card.write_text(text.replace(UNNAMED, repository), encoding="utf-8")
+    if card.is_file() and PLACEHOLDER in (text := card.read_text(encoding="utf-8")):
+        card.write_text(text.replace(PLACEHOLDER, repository), encoding="utf-8")
 
 
 def architecture_facts(model) -> dict[str, Any]:
@@ -189,4 +205,38 @@ def architecture_facts(model) -> dict[str, Any]:
     ranks = [entry["rank"] for entry in factorized_layers(model).values()]
     if ranks:
         facts[FACTORIZED_LAYERS] = f"{len(ranks)}, of rank {min(ranks)} to {max(ranks)}"
+    return facts
+
+
+def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
+    """The rows that describe software, data and speed: from ``provenance.json``'s last start and training metrics."""
+    versions = start["versions"]
+    names = ("fnl_hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "python")
+    facts = {"versions": ", ".join(f"{name} {versions[name]}" for name in names)}
+    for key, name in (("git_revision", "git revision"), ("data_fingerprint", "data fingerprint")):
+        if start[key] is not None:
+            facts[name] = start[key]
+    devices = ", ".join(sorted(set(start["devices"])))
+    facts["trained on"] = f"{start['world_size']} process{'es' * (start['world_size'] > 1)}, {devices}"
+    for unit, name in (("tokens", "non-padding tokens"), ("images", "images")):
+        if f"train_{unit}_per_second" in metrics:
+            rate, waited = metrics[f"train_{unit}_per_second"], metrics["train_data_wait"]
+            facts["throughput"] = f"{rate:,.0f} {name}/s, waiting for data {waited:.1%} of the time"
+    if "train_mfu" in metrics:
+        facts["model FLOPs utilisation"] = f"{metrics['train_mfu']:.1%} of {metrics['train_mfu_peak']}"
+    if "train_peak_memory_gb" in metrics:
+        facts["peak memory"] = f"{metrics['train_peak_memory_gb']:.2f} GB a process"
+    return facts
+
+
+def model_facts(model, args, data: str) -> dict[str, Any]:
+    """The rows that describe architecture, data and optimizer."""
+    options = f" ({args.optim_args})" if args.optim_args else ""
+    facts = architecture_facts(model) | {
+        "data": Path(data).name if Path(data).exists() else data,  # not where it lies on this machine
+        "optimizer": f"{args.optimizer}{options}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
+    }
+    if find_products(model):
+        decay = args.weight_decay if args.frobenius_decay is None else args.frobenius_decay
+        facts["decay of the products"] = args.decay_mode + (f", λ = {decay}" if args.decay_mode != "none" else "")
     return facts

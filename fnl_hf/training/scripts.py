@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
 from fnl_hf.publishing.hub import push_finished
-from fnl_hf.publishing.run_cards import model_facts, run_facts, write_model_card
 from fnl_hf.reports.plots import REPORT_FILE, plot_report
 from fnl_hf.runs.plan import (
     START_WEIGHTS,
@@ -80,14 +80,14 @@ class ScriptRun:
 
         Args:
             source: the data's name for the card.
-            **card: what else :func:`write_model_card` takes; without any no card is written.
+            **card: what else :func:`write_run_card` takes; without any no card is written.
         """
         if self.args.do_train and trainer.is_world_process_zero():
             folder, held_out = Path(self.args.output_dir), metrics.get("eval", {})
             plot_report(trainer.state.log_history, folder / REPORT_FILE, held_out.get("unigram_entropy"))
             if card:
                 facts = model_facts(trainer.model, self.args, source)
-                write_model_card(
+                write_run_card(
                     folder,
                     model=trainer.model,
                     facts=facts | run_facts(read_starts(folder)[-1], metrics["train"]),

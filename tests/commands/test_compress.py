@@ -26,7 +26,7 @@ from transformers import (
 
 from fnl_hf import FnlBertConfig, FnlBertForMaskedLM
 from fnl_hf.commands import cli, compress
-from fnl_hf.publishing.cards import TASKS
+from fnl_hf.publishing.cards import PIPELINE_TAGS
 from tests.conftest import DIMENSIONS, ROOT, WITHOUT_FNL_HF
 from tests.surgery.test_surgery import IDS, IMAGES, bert, factorized_names, gpt2, vit
 
@@ -226,7 +226,7 @@ def test_nothing_is_left_of_a_save_that_fails(checkpoint, tmp_path, monkeypatch,
 
 def test_cards_name_the_task_of_language_models(tmp_path):
     """Transformers lists GPT-2's class for pretraining, too."""
-    assert all(hasattr(transformers, auto_class) for auto_class in TASKS)
+    assert all(hasattr(transformers, auto_class) for auto_class in PIPELINE_TAGS)
     gpt2().save_pretrained(tmp_path / "gpt2")
     cli.main(["factorize", str(tmp_path / "gpt2"), str(tmp_path / "new"), "--energy", "0.5"])
     card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")

@@ -10,10 +10,12 @@ import sys
 import fnl_hf
 from fnl_hf.squad.features import load_sample
 from fnl_hf.squad import fnl_squad
+from fnl_hf.publishing.cards import TEMPLATE_FILE
 import evaluate
 assert fnl_hf.__file__.startswith(sys.argv[1]), fnl_hf.__file__
 assert len(load_sample("train")) + len(load_sample("validation")) >= 80
 evaluate.load(fnl_squad.__file__, "v1.1")
+assert TEMPLATE_FILE.is_file()
 for name in fnl_hf.__all__:
     getattr(fnl_hf, name)
 """

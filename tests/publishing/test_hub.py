@@ -23,8 +23,8 @@ from transformers.integrations import is_tensorboard_available
 import run_pretrain
 from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering, UserInputError
 from fnl_hf.commands import cli
+from fnl_hf.publishing.cards import write_run_card
 from fnl_hf.publishing.hub import push_folder
-from fnl_hf.publishing.run_cards import write_model_card
 from fnl_hf.training.pushing import PushingTrainer
 from tests.conftest import DIMENSIONS, ROOT, WITHOUT_FNL_HF, pretraining
 from tests.publishing.hub_server import Hub
@@ -343,7 +343,7 @@ def test_the_card_says_what_it_is_given(tmp_path):
         "model": FnlBertForQuestionAnswering(FnlBertConfig(**DIMENSIONS)),
         "facts": {"data": "SQuAD"}, "metrics": {"eval_f1": 64.03125, "eval_exact_match": 48.5, "eval_samples": 7},
     }  # fmt: skip
-    write_model_card(tmp_path, **given, dataset="rajpurkar/squad", repository="ada/mini", license="apache-2.0")
+    write_run_card(tmp_path, **given, dataset="rajpurkar/squad", repository="ada/mini", license="apache-2.0")
     card = ModelCard.load(tmp_path / "README.md")
     found = [(r.metric_type, r.metric_value, r.dataset_type, r.dataset_name) for r in card.data.eval_results]
     assert found == [(name, v, "rajpurkar/squad", "SQuAD") for name, v in (("f1", 64.0312), ("exact_match", 48.5))]
@@ -352,7 +352,7 @@ def test_the_card_says_what_it_is_given(tmp_path):
     assert card.text.count('"ada/mini"') == 2 and "import fnl_hf\n" in card.text
     assert r"Lester and Fusi, Nicol{\`o}}," in card.text and "eprint = {2105.01029}" in card.text
     stock = BertForQuestionAnswering(BertConfig(**DIMENSIONS))
-    write_model_card(tmp_path, **given | {"model": stock, "metrics": {}})
+    write_run_card(tmp_path, **given | {"model": stock, "metrics": {}})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.eval_results is None and "license" not in card.content and "Khodak" not in card.text
     assert 'from_pretrained("path/to/this/model")' in card.text and "trust_remote_code" not in card.text

@@ -10,7 +10,7 @@ import transformers
 
 import fnl_hf
 import run_pretrain
-from fnl_hf.publishing.run_cards import run_facts
+from fnl_hf.publishing.cards import run_facts
 from fnl_hf.runs.provenance import PROVENANCE_FILE, git_revision, provenance, read_starts, record_start
 from fnl_hf.training import arguments
 from fnl_hf.training.arguments import FnlTrainingArguments
