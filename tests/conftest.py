@@ -3,10 +3,12 @@
 import atexit
 import gzip
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here as in launched runs: sums depend on it in their last bit
@@ -23,6 +25,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
+import run_pretrain
 from fnl_hf.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +121,42 @@ def pretraining(corpus, folder, **flags):
         "learning_rate": 1e-2, "seed": 7, "cache_dir": Path(corpus).parent / "cache", "use_cpu": "true",
     } | flags  # fmt: skip
     return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+# A streaming run, with the tokenizer of the run in "<run>".
+STREAM = {
+    "streaming": "true", "tokenizer_name": "<run>", "vocab_size": None, "shuffle_buffer_size": 21,
+    "streaming_validation_documents": 9,
+}  # fmt: skip
+
+
+@dataclass
+class Workspace:
+    """An empty folder for one bad input; a corpus, a finished run on it and a streaming one lie elsewhere."""
+
+    here: Path
+    corpus: Path
+    run: Path
+    stream: Path
+
+    def command(self, **flags) -> list[str]:
+        """A command line whose output folder is ``here/out``; "<run>" in a value stands for that folder."""
+        words = pretraining(self.corpus, self.here / "out", **{"max_steps": 4, "save_steps": 2} | flags)
+        return [re.sub("<(here|run|corpus)>", lambda found: str(getattr(self, found[1])), word) for word in words]
+
+
+@pytest.fixture(scope="session")
+def finished_runs(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    workspace = Workspace(folder, corpus, folder / "run", folder / "stream")
+    run_pretrain.run(workspace.command(output_dir=workspace.run))
+    run_pretrain.run(workspace.command(output_dir=workspace.stream, **STREAM))
+    return workspace
+
+
+@pytest.fixture
+def workspace(finished_runs, tmp_path):
+    return replace(finished_runs, here=tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import run_pretrain
 from fnl_hf import UserInputError
 from fnl_hf.runs.checkpoints import CHECKSUMS_FILE, STAGING_FOLDER, fault_of, newest_complete_checkpoint, publish
 from fnl_hf.training.trainer import FnlTrainer
+from tests.bad_inputs import edit
 from tests.conftest import assert_same_weights, launch, pretraining
-from tests.training.bad_inputs import edit
 
 
 def run(corpus, folder, **flags):

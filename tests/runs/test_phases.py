@@ -14,8 +14,8 @@ from fnl_hf.runs.command_line import parse_arguments
 from fnl_hf.runs.phases import phases_of
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.models import build_pretraining_config
+from tests.bad_inputs import contents
 from tests.conftest import ROOT, assert_same_weights, pretraining, weights
-from tests.training.bad_inputs import contents
 
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("squad"))
 PHASES = [

@@ -14,8 +14,8 @@ from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask
 from fnl_hf.commands import cli
 from fnl_hf.runs.command_line import join_negative_numbers, parse_arguments
 from fnl_hf.runs.seeds import commands_of_seeds
+from tests.bad_inputs import edit
 from tests.conftest import ROOT, SENTENCES, assert_same_weights, launch
-from tests.training.bad_inputs import edit
 
 
 @pytest.fixture(scope="session")

@@ -1,47 +1,54 @@
-"""What makes the bad inputs of test_bad_inputs.py: each function here gives one that does so in a place and returns the
-command line."""
+"""Bad inputs of run_pretrain.py, and how they are refused: in one clear line that names the thing, the bound and the
+value. No output folder is made, and what is there is as it was, to the byte.
+
+The tables are in the folders of their subjects: test_bad_*.py.
+"""
 
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from tests.conftest import SENTENCES, pretraining
+import run_pretrain
+from fnl_hf import UserInputError
+from tests.conftest import SENTENCES, STREAM, Workspace, launch
 
 TEXT = "\n".join(SENTENCES * 4)
-STREAM = {
-    "streaming": "true", "tokenizer_name": "<run>", "vocab_size": None, "shuffle_buffer_size": 21,
-    "streaming_validation_documents": 9,
-}  # fmt: skip
 SPECIALS = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
-
-@dataclass
-class Place:
-    """An empty folder for one bad input; a corpus, a finished run on it and a streaming one lie elsewhere."""
-
-    here: Path
-    corpus: Path
-    run: Path
-    stream: Path
-
-    def command(self, **flags) -> list[str]:
-        """A command line whose output folder is ``here/out``; "<run>" in a value stands for that folder."""
-        words = pretraining(self.corpus, self.here / "out", **{"max_steps": 4, "save_steps": 2} | flags)
-        return [re.sub("<(here|run|corpus)>", lambda found: str(getattr(self, found[1])), word) for word in words]
-
-
-Change = Callable[[Place], list[str]]
+BadInput = Callable[[Workspace], list[str]]  # makes one in a workspace, and gives the command line that meets it
 FolderChange = Callable[[Path], object]
+
+
+def assert_refused(workspace: Workspace, make: BadInput, message: str) -> None:
+    command = make(workspace)
+    before = contents(workspace.here)
+    with pytest.raises(UserInputError) as refusal:
+        run_pretrain.run(command)
+    said = str(refusal.value)
+    assert re.search(message, said) and len(said.splitlines()) == 1, said
+    assert contents(workspace.here) == before
+
+
+def assert_launch_refused(workspace: Workspace, make: BadInput, message: str) -> None:
+    """The same for the script as a user starts it."""
+    command = make(workspace)
+    before = contents(workspace.here)
+    result = launch("run_pretrain.py", *command, check=False)
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line.startswith("run_pretrain.py: error: ")]
+    assert len(said) == 1 and re.search(message, said[0].removeprefix("run_pretrain.py: error: "))
+    assert 'run_pretrain.py", line' not in result.stderr, "the launcher's own traceback is all there is"
+    assert contents(workspace.here) == before
 
 
 def contents(folder: Path) -> dict[str, bytes | str | None]:
@@ -56,101 +63,97 @@ def contents(folder: Path) -> dict[str, bytes | str | None]:
 # ---- command lines ----
 
 
-def flags(**given) -> Change:
-    return lambda place: place.command(**given)
+def flags(**given) -> BadInput:
+    return lambda workspace: workspace.command(**given)
 
 
-def words(*more) -> Change:
-    return lambda place: [*place.command(), *more]
+def words(*more) -> BadInput:
+    return lambda workspace: [*workspace.command(), *more]
 
 
-def prepared(make: FolderChange, **given) -> Change:
-    """Flags, after ``make`` has put something into the place's folder."""
+def prepared(change_folder: FolderChange, **given) -> BadInput:
+    """Flags, after something was put into the workspace's folder."""
 
-    def change(place):
-        make(place.here)
-        return place.command(**given)
+    def make(workspace):
+        change_folder(workspace.here)
+        return workspace.command(**given)
 
-    return change
+    return make
 
 
-def corpus(name, content, **given) -> Change:
+def corpus(name, content, **given) -> BadInput:
     """A file to train on."""
     return prepared(write(name, content), **{"train_file": f"<here>/{name}"} | given)
 
 
-def config(content, name="c.yaml", **given) -> Change:
+def config(content, name="c.yaml", **given) -> BadInput:
     """A config file before the flags."""
-    return lambda place: [str(place.here / name), *prepared(write(name, content), **given)(place)]
+    return lambda workspace: [str(workspace.here / name), *prepared(write(name, content), **given)(workspace)]
 
 
-def phases(content) -> Change:
-    return config(f"phases: {content}", max_steps=None)
-
-
-def bert(model_type="bert", **entries) -> Change:
+def bert(model_type="bert", **entries) -> BadInput:
     """The configuration of a small BERT with some other entries."""
     sizes = {"vocab_size": 60, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 9}
     values = BertConfig(**sizes, num_attention_heads=2).to_dict() | {"model_type": model_type} | entries
     return prepared(write("config.json", json.dumps(values)), config_name="<here>", config_overrides=None)
 
 
-def pretrained(change_model: FolderChange = lambda folder: None, **given) -> Change:
+def pretrained(change_model: FolderChange = lambda folder: None, **given) -> BadInput:
     """A copy of the run's model to go on from, changed."""
 
-    def change(place):
-        shutil.copytree(place.run, place.here / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
-        change_model(place.here / "model")
-        return place.command(**{"model_name_or_path": "<here>/model", "config_overrides": None} | given)
+    def make(workspace):
+        shutil.copytree(workspace.run, workspace.here / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+        change_model(workspace.here / "model")
+        return workspace.command(**{"model_name_or_path": "<here>/model", "config_overrides": None} | given)
 
-    return change
+    return make
 
 
-def tokenizer(change_tokenizer: FolderChange, **given) -> Change:
+def tokenizer(change_tokenizer: FolderChange, **given) -> BadInput:
     """A copy of the run's tokenizer, changed."""
 
-    def change(place):
-        for path in place.run.glob("tokenizer*"):
-            shutil.copy(path, place.here)
-        change_tokenizer(place.here)
-        return place.command(tokenizer_name="<here>", **given)
+    def make(workspace):
+        for path in workspace.run.glob("tokenizer*"):
+            shutil.copy(path, workspace.here)
+        change_tokenizer(workspace.here)
+        return workspace.command(tokenizer_name="<here>", **given)
 
-    return change
+    return make
 
 
-def resumed(change_run: FolderChange = lambda out: None, stream=False, **given) -> Change:
+def resumed(change_run: FolderChange = lambda out: None, stream=False, **given) -> BadInput:
     """A run that was stopped after the first of its two checkpoints, changed; then the same command with "auto"."""
 
-    def change(place):
-        out = place.here / "out"
-        shutil.copytree(place.stream if stream else place.run, out)
+    def make(workspace):
+        out = workspace.here / "out"
+        shutil.copytree(workspace.stream if stream else workspace.run, out)
         for name in ("all_results.json", "model.safetensors", "trainer_state.json"):
             (out / name).unlink()
         shutil.rmtree(out / "checkpoint-4")
         change_run(out)
-        return place.command(**(STREAM if stream else {}) | {"resume_from_checkpoint": "auto"} | given)
+        return workspace.command(**(STREAM if stream else {}) | {"resume_from_checkpoint": "auto"} | given)
 
-    return change
-
-
-def moved(**given) -> Change:
-    """The run's first checkpoint without its run, to go on from."""
-
-    def change(place):
-        shutil.copytree(place.run / "checkpoint-2", place.here / "checkpoint-2")
-        return place.command(resume_from_checkpoint="<here>/checkpoint-2", **given)
-
-    return change
+    return make
 
 
-def from_checkpoint(change_run: FolderChange) -> Change:
+def from_checkpoint(change_run: FolderChange) -> BadInput:
     """The same, with the checkpoint named."""
     return resumed(change_run, resume_from_checkpoint="<here>/out/checkpoint-2")
 
 
-def overwriting(**given) -> Change:
+def overwriting(**given) -> BadInput:
     """The same, to be started anew."""
     return resumed(**{"resume_from_checkpoint": None, "overwrite_output_dir": "true"} | given)
+
+
+def moved(**given) -> BadInput:
+    """The run's first checkpoint without its run, to go on from."""
+
+    def make(workspace):
+        shutil.copytree(workspace.run / "checkpoint-2", workspace.here / "checkpoint-2")
+        return workspace.command(resume_from_checkpoint="<here>/checkpoint-2", **given)
+
+    return make
 
 
 # ---- changes of a folder ----
@@ -187,10 +190,10 @@ def itself(path: Path) -> None:
     path.symlink_to(path)
 
 
-def replaced_by(make: FolderChange) -> FolderChange:
+def replaced_by(make_folder: FolderChange) -> FolderChange:
     def change(folder):
         shutil.rmtree(folder)
-        make(folder)
+        make_folder(folder)
 
     return change
 

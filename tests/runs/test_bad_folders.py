@@ -1,0 +1,160 @@
+"""Checkpoints and output folders that run_pretrain.py refuses."""
+
+import pytest
+
+from tests.bad_inputs import (
+    TEXT,
+    assert_launch_refused,
+    assert_refused,
+    corpus,
+    edit,
+    flags,
+    flip_a_bit,
+    from_checkpoint,
+    itself,
+    moved,
+    other_text_under_the_same_name,
+    overwriting,
+    prepared,
+    replaced_by,
+    resumed,
+    somebody_elses,
+    unrecorded,
+    without,
+    write,
+)
+
+# name -> what makes the bad input, and what the message says of it
+FOLDERS = {
+    "none": (flags(resume_from_checkpoint="/no/such"), "^--resume_from_checkpoint /no/such: no complete checkpoint"),
+    "a run's folder": (
+        resumed(resume_from_checkpoint="<here>/out"), "no complete checkpoint there: trainer_state.json is missing$"
+    ),
+    "bit flipped": (
+        from_checkpoint(flip_a_bit), "optimizer.pt is not what was written: its checksum"
+    ),
+    "bit flipped, no other one": (
+        resumed(flip_a_bit), "out has no complete checkpoint: checkpoint-2: optimizer.pt is not .* --overwrite_output_d"
+    ),
+    "checksums emptied": (
+        from_checkpoint(write("checkpoint-2/checksums.json", "{}")),
+        "checksums.json does not list trainer_state.json$",
+    ),
+    "torn weights": (
+        from_checkpoint(write("checkpoint-2/model.safetensors", "torn")),
+        "no complete checkpoint there: model.safetensors cannot be read",
+    ),
+    "torn optimizer": (
+        from_checkpoint(write("checkpoint-2/optimizer.pt", "torn")), "optimizer.pt is torn$"
+    ),
+    "torn random state": (
+        from_checkpoint(write("checkpoint-2/rng_state.pth", "")), "rng_state.pth is torn$"
+    ),
+    "empty state": (
+        from_checkpoint(write("checkpoint-2/trainer_state.json", "{}")),
+        "trainer_state.json cannot be read$",
+    ),
+    "configuration, a list": (resumed(write("checkpoint-2/config.json", "[]")), "^no tokenizer in .*checkpoint-2: "),
+    "other architecture": (
+        resumed(unrecorded, attention_embedding_size=8),
+        "is of another model: attention_embedding_size is None there and 8 here$",
+    ),
+    "other objective": (
+        resumed(unrecorded, objective="mlm_nsp"), "architectures is .*MaskedLM.* and .*PreTr"
+    ),
+    "other dropout": (
+        resumed(edit("checkpoint-2/config.json", hidden_dropout_prob=0.3)),
+        "checkpoint-2 is of another model: hidden_dropout_prob is 0.3 there and 0.1 here$",
+    ),
+    "other schedule": (
+        resumed(lr_scheduler_kwargs='{"num_cycles": 2}'), "lr_scheduler_kwargs is None there and {'num_cycles': 2} here"
+    ),
+    "other noise": (resumed(neftune_noise_alpha=5), "neftune_noise_alpha is None there and 5.0 here"),
+    "data from the start": (resumed(ignore_data_skip="true"), "ignore_data_skip is False there and True here"),
+    "other seed": (resumed(seed=8), "out holds another run: seed is 7 there and 8 here. Choose another"),
+    "other optimizer": (resumed(optimizer="sgd"), "holds another run: optimizer is adamw there and sgd here"),
+    "other batch": (
+        resumed(per_device_train_batch_size=4), "another run: per_device_train_batch_size is 8 there and 4 here"
+    ),
+    "other batch, arguments torn": (
+        resumed(write("run_arguments.json", "{"), per_device_train_batch_size=4), "batch_size is 8 there and 4 here"
+    ),
+    "other batch, moved": (moved(per_device_train_batch_size=4), "checkpoint-2 holds another run: per_device_tr"),
+    "other world size": (
+        resumed(edit("run_arguments.json", world_size=3)), r"on 3 process\(es\) .* --gradient_accumulation_steps 3$"
+    ),
+    "other file": (corpus("c.txt", TEXT, resume_from_checkpoint="<run>/checkpoint-2"), "another run: train_file is "),
+    "other text": (
+        resumed(other_text_under_the_same_name, train_file="<here>/corpus.txt"), "on other data: their fingerprint is "
+    ),
+    "stream: other text": (
+        resumed(other_text_under_the_same_name, stream=True, train_file="<here>/corpus.txt"), "on other data: their fi"
+    ),
+    "stream: no state of a process": (
+        resumed(without("checkpoint-2/stream_state_0.json"), stream=True),
+        "checkpoint-2 has no stream_state_0.json: where its stream stood is lost$",
+    ),
+    "stream: state of one of two": (
+        resumed(edit("checkpoint-2/stream_state_0.json", consumed=4), stream=True),
+        "shard 0 of 1 stands at micro-batch 2, not 4; the state of every process is needed$",
+    ),
+    "stream: torn state": (
+        resumed(write("checkpoint-2/stream_state_0.json", "{"), stream=True), "_state_0.json is not the state of a str"
+    ),
+    "stream: other buffer": (resumed(stream=True, shuffle_buffer_size=28), "buffer_size is 21 there and 28 here"),
+    "folder in use": (resumed(resume_from_checkpoint=None), "out is not empty: choose another, continue its training"),
+    "folder in use, no run": (resumed(replaced_by(somebody_elses)), "out is not empty and holds no run to resume"),
+    "folder in use, of another run": (
+        resumed(replaced_by(somebody_elses), resume_from_checkpoint="<run>/checkpoint-2"),
+        "out is not empty and not the folder of checkpoint .*checkpoint-2$",
+    ),
+    "folder is a file": (prepared(write("out", "mine")), "--output_dir .*: .*/out is not a folder$"),
+    "folder is a link to itself": (prepared(write("out", itself)), "--output_dir .*/out: Too many levels of symbolic"),
+    "folder below a file": (flags(output_dir="<corpus>/x"), "--output_dir .*/x: .*corpus.txt is not a folder$"),
+    "folder with too long a name": (flags(output_dir="<here>/" + "x" * 300), "--output_dir .*: File name too long$"),
+    "optimizer state of nothing": (flags(optimizer_state_from="/no/such"), "_from /no/such: no complete checkpoint"),
+    "optimizer state torn": (
+        resumed(write("checkpoint-2/optimizer.pt", "torn"), resume_from_checkpoint=None, output_dir="<here>/new",
+                optimizer_state_from="<here>/out"),
+        "^--optimizer_state_from .*/out: no complete checkpoint there$",
+    ),
+    "optimizer state of no model": (
+        resumed(edit("checkpoint-2/config.json", hidden_dropout_prob="much"), resume_from_checkpoint=None,
+                output_dir="<here>/new", optimizer_state_from="<here>/out"),
+        "checkpoint-2: config.json cannot be read: .*'hidden_dropout_prob' with value 'much'",
+    ),
+    "optimizer state of another one": (
+        flags(optimizer_state_from="<run>", optimizer="lamb"), "its optimizer is adamw, this one is lamb$"
+    ),
+    "optimizer state of other shapes": (
+        flags(optimizer_state_from="<run>", attention_embedding_size=8), "attention_embedding_size is None there and 8"
+    ),
+    "optimizer state to be deleted": (
+        overwriting(optimizer_state_from="<here>/out"),
+        "^--optimizer_state_from .*/out is the --output_dir that is to be overwritten$",
+    ),
+    # What is overwritten is overwritten only when nothing more can be refused.
+    "overwriting, no data": (
+        overwriting(max_train_samples=2), "fewer than one global b"
+    ),
+    "overwriting, no optimizer": (
+        overwriting(optimizer="sgd", optim_args="momentum=-1"),
+        "--optim_args momentum=-1: Invalid momentum",
+    ),
+    "overwriting, no schedule": (
+        overwriting(lr_scheduler_type="cosine_with_min_lr"),
+        "--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs None: One of min_lr",
+    ),
+    "overwriting, no tracker": (
+        overwriting(report_to="no_such_tracker"), "no_such_tracker"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_bad_folder_is_refused_in_one_line_and_nothing_is_changed(workspace, name):
+    assert_refused(workspace, *FOLDERS[name])
+
+
+def test_the_launched_script_prints_the_line_and_no_traceback(workspace):
+    assert_launch_refused(workspace, *FOLDERS["other batch"])
