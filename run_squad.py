@@ -160,7 +160,7 @@ def make_features(data_args, args, tokenizer, questions):
     maker = FeatureMaker(tokenizer, *lengths, data_args.cache_dir, data_args.preprocessing_num_workers)
     with args.main_process_first(desc="making features"):
         return {
-            split: (maker.train if split == "train" else maker.evaluation)(examples)
+            split: (maker.train_dataset if split == "train" else maker.eval_dataset)(examples)
             for split, examples in questions.items()
         }
 
@@ -218,7 +218,7 @@ def run_one(model_args, data_args, args, planned):
     if args.do_eval:
         metrics["eval"] = trainer.evaluate()
     if args.do_predict:
-        answers, metrics["predict"] = trainer.answers(features["test"], questions["test"], "predict")
+        answers, metrics["predict"] = trainer.answer(features["test"], questions["test"], "predict")
         if trainer.is_world_process_zero():
             write_answers(args.output_dir, "predict", answers)
     planned.finish(

@@ -24,7 +24,7 @@ from conversion import default_model
 from decay_modes import spread
 from serving import in_torch, measure
 
-from fnl_hf.commands.convert import convert, load_model
+from fnl_hf.commands.convert import convert_checkpoint, load_model
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "--num_train_epochs 3 --learning_rate 2e-4 --per_device_train_batch_size 12 --save_strategy no"
@@ -46,7 +46,7 @@ def start_of(arm, args):
     folder = Path(args.output_dir) / arm / "start"
     if not folder.exists():
         size = int(share * transformers.AutoConfig.from_pretrained(args.model).hidden_size)
-        convert(args.model, folder, "fnl_bert", size, args.calibration_file if whitened else ())
+        convert_checkpoint(args.model, folder, "fnl_bert", size, args.calibration_file if whitened else ())
     return str(folder)
 
 

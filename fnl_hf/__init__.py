@@ -36,7 +36,7 @@ from fnl_hf.surgery.factorize import factorization_table, factorize, merge
 from fnl_hf.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fnl_hf.squad.ask import ask
+    from fnl_hf.squad.inference import ask
 
 transformers.AutoConfig.register("fnl_bert", FnlBertConfig, exist_ok=True)
 transformers.AutoTokenizer.register(FnlBertConfig, fast_tokenizer_class=transformers.BertTokenizer, exist_ok=True)
@@ -47,7 +47,7 @@ for _auto_class, _name in modeling_fnl_bert.AUTO_CLASSES.items():
 def __getattr__(name: str):
     """``ask`` is imported when it is used: it needs the libraries for data sets, which models and optimizers do not."""
     if name == "ask":
-        return importlib.import_module("fnl_hf.squad.ask").ask
+        return importlib.import_module("fnl_hf.squad.inference").ask
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

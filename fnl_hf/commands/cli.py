@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from fnl_hf.commands import export
 from fnl_hf.commands.compress import Compression, factorize_checkpoint, merge_checkpoint
-from fnl_hf.commands.convert import SPECTRA_FILE, convert, load_model, truncation_table
+from fnl_hf.commands.convert import SPECTRA_FILE, convert_checkpoint, load_model, truncation_table
 from fnl_hf.errors import UserInputError
 from fnl_hf.layers.base import INITS, MODES
 from fnl_hf.publishing.hub import push_folder
 from fnl_hf.runs.command_line import join_negative_numbers
-from fnl_hf.squad.ask import ask
 from fnl_hf.squad.features import read_squad_file
+from fnl_hf.squad.inference import ask
 from fnl_hf.surgery.config import DEFAULT_RANK_SCALES, TYPES, FactorizationConfig
 from fnl_hf.surgery.factorize import factorization_table
 
@@ -113,7 +113,7 @@ def add_ask(commands) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    original, model, truncations = convert(
+    original, model, truncations = convert_checkpoint(
         args.source,
         args.folder,
         args.to,

@@ -76,7 +76,7 @@ def _save_changed(source: str, folder: str | Path, change: Callable[[Any], Any],
     folder = Path(folder)
     refuse_used_folder(folder)
     model = _load_model(source)
-    tokenizer, files = _load_tokenizer(source), _found(source, OTHER_FILES)
+    tokenizer, files = _load_tokenizer(source), _find_files(source, OTHER_FILES)
     before = model.num_parameters()
     try:
         model = change(model)
@@ -120,9 +120,9 @@ def _load_model(source: str) -> PreTrainedModel:
             source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
         )
     except Exception as error:  # configurations and weights are read without checks, and by several packages
-        told = isinstance(error, OSError | ValueError)  # other messages do not say what happened
-        how = "" if told else f"it cannot be read: {type(error).__name__}: "
-        raise UserInputError(f"{source}: {how}{error}") from error
+        says_what = isinstance(error, OSError | ValueError)  # a KeyError's message is a key
+        kind = "" if says_what else f"it cannot be read: {type(error).__name__}: "
+        raise UserInputError(f"{source}: {kind}{error}") from error
     _refuse_misfits(source, model, info, model_class is AutoModel)
     return model
 
@@ -131,34 +131,34 @@ def _class_of(source: str) -> Any:
     entries, _ = PreTrainedConfig.get_config_dict(source)
     name = (entries.get("architectures") or ["AutoModel"])[0]
     kind = getattr(modeling_fnl_bert, name, None) or getattr(transformers, name, None)
-    known = isinstance(kind, type) and issubclass(kind, PreTrainedModel | AutoModel)
-    if entries.get("auto_map") and (not known or entries.get("model_type") not in CONFIG_MAPPING):
+    is_known = isinstance(kind, type) and issubclass(kind, PreTrainedModel | AutoModel)
+    if entries.get("auto_map") and (not is_known or entries.get("model_type") not in CONFIG_MAPPING):
         raise ValueError(f"the code of its model comes with it and is not run here: {IN_PYTHON}")
-    if not known:
+    if not is_known:
         raise ValueError(f"Transformers has no model class {name}, which config.json names: {IN_PYTHON}")
     return kind
 
 
-def _refuse_misfits(source: str, model: PreTrainedModel, info: Mapping[str, Any], guessed: bool) -> None:
+def _refuse_misfits(source: str, model: PreTrainedModel, info: Mapping[str, Any], is_guessed: bool) -> None:
     """
     Args:
         info: what ``from_pretrained`` tells of the weights, without those that the class says may be ignored.
-        guessed: the checkpoint does not say which head it has. One that does may have weights that its class drops.
+        is_guessed: the checkpoint does not say which head it has. One that does may have weights that its class drops.
     """
     name = type(model).__name__
     changed = [f"{key} {tuple(saved)}, not {tuple(own)}" for key, saved, own in info["mismatched_keys"]]
-    unused = info["unexpected_keys"] if guessed else ()
+    unused = info["unexpected_keys"] if is_guessed else ()
     for weights, problem in (
         (changed, f"{name} with this config.json has other shapes"),
         (unused, f"config.json does not name its class (architectures), and {name} has no place for all weights"),
     ):
         if weights:
-            raise UserInputError(f"{source}: {problem}: {_named(weights)}")
+            raise UserInputError(f"{source}: {problem}: {_list_names(weights)}")
     if info["missing_keys"]:  # some checkpoints lack what only pretraining needs
-        logger.warning(f"{source} lacks weights of {name}, which are random now: {_named(info['missing_keys'])}")
+        logger.warning(f"{source} lacks weights of {name}, which are random now: {_list_names(info['missing_keys'])}")
 
 
-def _named(weights: Iterable[str]) -> str:
+def _list_names(weights: Iterable[str]) -> str:
     names = sorted(weights)
     return ", ".join(names[:NAMED_WEIGHTS]) + ", ..." * (len(names) > NAMED_WEIGHTS)
 
@@ -169,7 +169,7 @@ def _load_tokenizer(source: str) -> Any:
     Raises:
         UserInputError: its files do not make a tokenizer.
     """
-    if not _found(source, TOKENIZER_FILES):
+    if not _find_files(source, TOKENIZER_FILES):
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -180,7 +180,7 @@ def _load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def _found(source: str, names: tuple[str, ...]) -> dict[str, str]:
+def _find_files(source: str, names: tuple[str, ...]) -> dict[str, str]:
     """Those of the files that a checkpoint has -> where they are."""
     try:
         files = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names}

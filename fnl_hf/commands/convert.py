@@ -16,7 +16,7 @@ from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
 from fnl_hf.bert.head_mixing import Truncation
 from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.tokenizer import load_tokenizer
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import architecture_facts, describe_source, write_card
 
 SPECTRA_FILE = "spectra.png"
@@ -42,7 +42,7 @@ class Conversion(NamedTuple):
     truncations: list[Truncation]
 
 
-def convert(
+def convert_checkpoint(
     source: str,
     folder: str | Path,
     to: str = "fnl_bert",
@@ -50,7 +50,7 @@ def convert(
     calibration_files: Sequence[str] = (),
     calibration_samples: int = 256,
     max_seq_length: int = 128,
-) -> "Conversion":
+) -> Conversion:
     """Convert the checkpoint ``source``, with its head, and save it and its tokenizer in ``folder``.
 
     Args:
@@ -70,18 +70,17 @@ def convert(
     refuse_used_folder(folder)
     if to == "bert" and (attention_embedding_size is not None or calibration_files):
         raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
-    for name, value in (("calibration_samples", calibration_samples), ("max_seq_length", max_seq_length)):
-        if value < 1:
-            raise UserInputError(f"--{name} ({value}) must be at least 1")
+    validate_bounds("calibration_samples", calibration_samples, 1)
+    validate_bounds("max_seq_length", max_seq_length, 1)
     tokenizer = load_tokenizer(source)
     original = load_model(source)
-    ours = _class_named(type(original).__name__)
+    fnl_class = _fnl_class(type(original).__name__)
     try:
         calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
         if to == "bert":
-            result = Conversion(original, original.to_bert() if isinstance(original, ours) else original, [])
+            result = Conversion(original, original.to_bert() if isinstance(original, fnl_class) else original, [])
         else:
-            converted = ours.from_bert(original, attention_embedding_size, calibration or None, True)
+            converted = fnl_class.from_bert(original, attention_embedding_size, calibration or None, True)
             result = Conversion(original, *converted)
         result.model.save_pretrained(folder)
     except UserInputError:
@@ -107,7 +106,7 @@ def refuse_used_folder(folder: Path) -> None:
         raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
 
 
-def _class_named(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
+def _fnl_class(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
     """Our class for the head of a class, stock or ours; the encoder's for a head that we have not."""
     return getattr(modeling_fnl_bert, f"Fnl{name.removeprefix('Fnl')}", modeling_fnl_bert.FnlBertModel)
 
@@ -120,7 +119,7 @@ def load_model(source: str) -> PreTrainedModel:
     """
     try:
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
-        return _class_named(architectures[0]).load_bert(source)
+        return _fnl_class(architectures[0]).load_bert(source)
     except (OSError, ValueError) as error:
         raise UserInputError(str(error)) from error
 
@@ -149,9 +148,9 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
         calibration: the text whose activations weighed the truncation; None for a truncation by the weights alone.
     """
     original, model, truncations = result
-    factorized = isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel)
+    is_fnl_bert = isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel)
     name, metadata = describe_source(source)
-    kind = "An FNL-BERT" if factorized else "A stock BERT"
+    kind = "An FNL-BERT" if is_fnl_bert else "A stock BERT"
     description, section, truncated = f"{kind} that computes what {name} does.", "", "none"
     if truncations:
         description = f"{kind} of a smaller attention, truncated from {name} and not trained since."
@@ -197,7 +196,7 @@ def plot_spectra(truncations: Sequence[Truncation], file: str | Path) -> None:
     for axes, kind in zip(rows[0], kinds):
         chosen = [product for product in truncations if product.kind == kind]
         for layer, product in enumerate(chosen):
-            values = product.singular_values.cpu()
+            values = product.singular_values.cpu()  # (heads, rank before)
             index = range(1, values.shape[1] + 1)
             color = plt.get_cmap("viridis")(0.9 * layer / max(1, len(chosen) - 1))
             axes.plot(index, values.median(dim=0).values, color=color, label=f"layer {layer}")

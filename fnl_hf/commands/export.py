@@ -1,4 +1,7 @@
-"""Models for serving: ``torch.export`` programs and ONNX files, for any batch size and sequence length."""
+"""Models for serving: ``torch.export`` programs and ONNX files.
+
+Shapes: B batch, S sequence, both free in what is written.
+"""
 
 import warnings
 from pathlib import Path
@@ -14,7 +17,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TOLERANCE = 1e-4  # absolute, between onnxruntime and PyTorch
 
 
-class _Positional(nn.Module):
+class _PositionalModel(nn.Module):
     """A model with the three inputs in order and a tuple of tensors, as exporters want it."""
 
     def __init__(self, model: PreTrainedModel):
@@ -38,9 +41,9 @@ def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
         raise UserInputError(f"{type(model).__name__} reads (B, choices, S): export its encoder instead")
     model = model.eval()
     dimensions = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):  # exporters warn of their own insides
         return torch.export.export(
-            _Positional(model), _example(model, 3, 7), dynamic_shapes=dict.fromkeys(INPUTS, dimensions)
+            _PositionalModel(model), _example_inputs(model, 3, 7), dynamic_shapes=dict.fromkeys(INPUTS, dimensions)
         )
 
 
@@ -63,14 +66,14 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
         raise UserInputError(f"{file} exists: name another file")
     file.parent.mkdir(parents=True, exist_ok=True)
     model = model.float().cpu().eval()
-    names = list(_Positional(model).model(**dict(zip(INPUTS, _example(model, 2, 5))), return_dict=True))
-    with _quiet():
+    names = list(_PositionalModel(model).model(**dict(zip(INPUTS, _example_inputs(model, 2, 5))), return_dict=True))
+    with warnings.catch_warnings(action="ignore"):
         program: Any = torch.onnx.export(
             export_program(model), input_names=list(INPUTS), output_names=names, dynamo=True, verbose=False
         )
     program.save(str(file))
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    difference = max(_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8)))
+    difference = max(_largest_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8)))
     if not difference <= TOLERANCE:
         file.unlink()
         raise UserInputError(f"{file}: ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}")
@@ -78,11 +81,11 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
 
 
 @torch.no_grad()
-def _difference(session, model: PreTrainedModel, batch: int, length: int) -> float:
-    inputs = _example(model, batch, min(length, model.config.max_position_embeddings))
+def _largest_difference(session, model: PreTrainedModel, batch: int, length: int) -> float:
+    inputs = _example_inputs(model, batch, min(length, model.config.max_position_embeddings))
     present = inputs[1].bool()
     found = session.run(None, {name: value.numpy() for name, value in zip(INPUTS, inputs)})
-    expected = _Positional(model)(*inputs)
+    expected = _PositionalModel(model)(*inputs)
     pairs = [(torch.from_numpy(ours), theirs) for ours, theirs in zip(found, expected, strict=True)]
     return max(
         float((ours - theirs)[present if theirs.shape[:2] == present.shape else ...].abs().max())
@@ -90,8 +93,8 @@ def _difference(session, model: PreTrainedModel, batch: int, length: int) -> flo
     )
 
 
-def _example(model: PreTrainedModel, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random ids, a mask that pads the last row by a third, two segments."""
+def _example_inputs(model: PreTrainedModel, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random ids, a mask that pads the last row by a third, two segments; each (B, S)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -99,11 +102,3 @@ def _example(model: PreTrainedModel, batch: int, length: int) -> tuple[torch.Ten
     segments = (torch.arange(length) >= length // 2).long().expand(batch, -1)
     segments = segments.clamp(max=model.config.type_vocab_size - 1)
     return ids.to(model.device), mask.to(model.device), segments.to(model.device)
-
-
-class _quiet(warnings.catch_warnings):
-    """torch's exporters warn of their own insides."""
-
-    def __enter__(self):
-        super().__enter__()
-        warnings.simplefilter("ignore")

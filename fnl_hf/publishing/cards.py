@@ -174,15 +174,15 @@ def evaluation_results(metrics: Mapping[str, float], task: str, dataset: str | N
 
 def describe_source(source: str) -> tuple[str, dict[str, Any]]:
     """A checkpoint's name for the card of what is made from it, and what its own card says that also holds there."""
-    on_hub = not Path(source).exists()
-    name = source if on_hub else Path(source).resolve().name  # not where it lies on this machine
+    is_on_hub = not Path(source).exists()
+    name = source if is_on_hub else Path(source).resolve().name  # not where it lies on this machine
     try:
         found = metadata_load(str(cached_file(source, CARD_FILE))) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         logger.info(f"{source} has no model card that can be read: {error}")
         found = {}
     kept = {entry: found[entry] for entry in KEPT_METADATA if found.get(entry) is not None}
-    return name, kept | ({"base_model": source} if on_hub else {})
+    return name, kept | ({"base_model": source} if is_on_hub else {})
 
 
 def name_repository(card: Path, repository: str) -> None:

@@ -101,10 +101,10 @@ def hub_errors(name: str, advice: str) -> Iterator[None]:
     except UserInputError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise UserInputError(f"{name} on the Hub: {reason(error)}. {advice}") from error
+        raise UserInputError(f"{name} on the Hub: {explain(error)}. {advice}") from error
 
 
-def reason(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """Why a request to the Hub failed: what its status asks for, or the error with the one that it comes from."""
     root = error
     while root.__cause__ is not None and not isinstance(root, HTTPError):

@@ -56,9 +56,9 @@ class ProductNormsCallback(TrainerCallback):
 
     def _log(self, control, model=None, optimizer=None, **kwargs):
         should_log = control.should_log
-        plain = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)  # whose names are without prefix
+        unwrapped = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)  # its names have no prefix
         with self.paused():
-            self.trainer.log(logged_diagnostics(plain, _learning_rate(optimizer)))
+            self.trainer.log(logged_diagnostics(unwrapped, _learning_rate(optimizer)))
         control.should_log = should_log  # logging clears it; the loss of this step is still to come
 
 
@@ -68,7 +68,7 @@ def _learning_rate(optimizer) -> float:
     return float(groups[0]["lr"])
 
 
-class _Readable:
+class _ReadableLogs:
     """Prints logs without what is for plots and trackers alone."""
 
     training_bar: Any = None
@@ -84,11 +84,11 @@ class _Readable:
         super().on_log(args, state, control, logs=logs, **kwargs)  # type: ignore[misc]
 
 
-class ReadableProgressCallback(_Readable, ProgressCallback):
+class ReadableProgressCallback(_ReadableLogs, ProgressCallback):
     """Trainer's progress bar with the rate of the last log, in tokens or images a second."""
 
 
-class ReadablePrinterCallback(_Readable, PrinterCallback):
+class ReadablePrinterCallback(_ReadableLogs, PrinterCallback):
     """What Trainer prints with ``disable_tqdm``."""
 
 

@@ -45,9 +45,10 @@ def training_flops(
 
     With S = ``sequence_length``, of layers of hidden size d, attention embedding size E and feed-forward size i:
     query, key, value and output 8·S·d·E, scores and mixing 4·S²·E, feed-forward 4·S·d·i; of the masked language
-    modelling head 2·d·(d + V) for each of ``predicted_positions``. The same for stock BERT, where E = d. A last layer
-    that is run for ``last_layer_positions`` alone (``sparse_last_layer``) has keys and values everywhere, all else
-    there. Whole S × S attention is counted, whatever is masked out of it; recomputed activations are not.
+    modelling head, of a vocabulary of V, 2·d·(d + V) for each of ``predicted_positions``. The same for stock BERT,
+    where E = d. A last layer that is run for ``last_layer_positions`` alone (``sparse_last_layer``) has keys and values
+    everywhere, all else there. Whole S × S attention is counted, whatever is masked out of it; recomputed activations
+    are not.
     """
     hidden_size = config.hidden_size
     embedding_size = getattr(config, "mha_embedding_size", hidden_size)

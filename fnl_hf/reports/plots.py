@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from fnl_hf.reports.callbacks import NORM_PREFIX
 
 REPORT_FILE = "training_report.png"
-# diagnostic -> title, whether the axis is logarithmic
+# diagnostic -> title, whether its axis is logarithmic
 PANELS = {
     "frobenius": ("Frobenius norm", False),
     "nuclear": ("nuclear norm; dashed: its bound", False),
@@ -108,7 +108,7 @@ def plot_products(axes, log_history: list[dict[str, Any]], kind: str, names: lis
     "nuclear" is figure 2 of the article on Khodak et al.: under weight decay on the factors the bound is tight.
     """
     colors = plt.get_cmap("viridis")
-    title, logarithmic = PANELS[panel]
+    title, is_logarithmic = PANELS[panel]
     every = -(-len(names) // MOST_LABELS)
     for index, name in enumerate(names):
         color = colors(0.9 * index / max(1, len(names) - 1))
@@ -118,7 +118,7 @@ def plot_products(axes, log_history: list[dict[str, Any]], kind: str, names: lis
         if panel == "nuclear":
             _plot(axes, log_history, f"{stem}/bound", color=color, linestyle="--")
     axes.set_title(f"{KIND_TITLES.get(kind, kind)}: {title}", fontsize=10)
-    if logarithmic:
+    if is_logarithmic:
         axes.set_yscale("log", nonpositive="mask")  # a rate of 0, before warm-up and at the end
     else:
         axes.set_ylim(bottom=0)

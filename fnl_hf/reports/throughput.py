@@ -1,4 +1,7 @@
-"""What a training run gets done: tokens or images a second, model FLOPs utilisation, waiting for data, memory."""
+"""What a training run gets done: tokens or images a second, model FLOPs utilisation, waiting for data, memory.
+
+Shapes: P processes, B batch, S sequence, d hidden size.
+"""
 
 import sys
 import time
@@ -29,13 +32,7 @@ class Window:
     predicted: int | torch.Tensor = 0  # positions of the masked language modelling head that ``flops`` lacks
 
     def __add__(self, other: "Window") -> "Window":
-        return Window(
-            self.seconds + other.seconds,
-            self.waited + other.waited,
-            self.tokens + other.tokens,
-            self.flops + other.flops,
-            self.predicted + other.predicted,
-        )
+        return Window(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 class ThroughputMeter:
@@ -144,7 +141,7 @@ class ThroughputMeter:
             self.unit = "images"
             self._window.tokens += len(batch["pixel_values"])
             return
-        ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+        ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]  # (..., S)
         mask = batch.get("attention_mask")
         if mask is not None and mask.shape == ids.shape:
             self._window.tokens += mask.ne(0).sum()
@@ -171,7 +168,7 @@ class ThroughputMeter:
         peak = 0.0 if self.config is None else device_peak_flops(self.device, self.dtype)[0]
         memory = peak_memory(self.device)
         own = [int(window.tokens), window.flops + head_flops, window.seconds, window.waited, peak, memory]
-        rows = self.gather(torch.tensor([[float(value) for value in own]], device=self.device))
+        rows = self.gather(torch.tensor([[float(value) for value in own]], device=self.device))  # (P, 6)
         tokens, flops, seconds, waited, peaks, memories = rows.cpu().unbind(dim=1)
         if not seconds.min() > 0.0:
             return {}

@@ -2,6 +2,8 @@
 
 As ``write_predictions`` of ``run_squad.py`` in google-research/bert, but for two things: a feature's padding, which is
 ranked there among its tokens, is left out, and where no span can be had the answer is "", not "empty".
+
+Shapes: S tokens of a feature without its padding.
 """
 
 from collections import defaultdict
@@ -42,7 +44,7 @@ def answers_from_logits(
 
     Args:
         examples: columns ``id`` and ``context``.
-        features: the columns ``ANSWER_COLUMNS``, as ``FeatureMaker.evaluation`` makes them.
+        features: the columns ``ANSWER_COLUMNS``, as ``FeatureMaker.eval_dataset`` makes them.
         start_logits: of each feature; what is past its own length is ignored.
         end_logits: likewise.
         n_best_size: answers to keep for each question, and positions to combine in each feature.
@@ -59,7 +61,7 @@ def answers_from_logits(
         spans: list[Span] = []
         nulls: list[Span] = []
         for row in rows_of[example_id]:
-            offsets = np.asarray(offset_mappings[row])
+            offsets = np.asarray(offset_mappings[row])  # (S, 2)
             start, end = start_logits[row][: len(offsets)], end_logits[row][: len(offsets)]
             nulls.append((float(start[0]), float(end[0]), 0, 0))
             may_start = np.asarray(max_context[row], dtype=bool)
@@ -85,7 +87,8 @@ def best_spans(
     n_best_size: int,
     max_answer_length: int,
 ) -> list[Span]:
-    """The best spans of the context in a feature.
+    """The best spans of the context in a feature, from its tokens' logits ``start`` and ``end`` (S,), their characters
+    ``offsets`` (S, 2) and ``may_start`` (S,).
 
     Combines the ``n_best_size`` best starts of all tokens with as many ends, then keeps what lies in the context and
     starts where ``may_start`` has it, so that neighbouring windows do not answer with what another shows better.
@@ -93,7 +96,7 @@ def best_spans(
     starts = np.argsort(-start, kind="stable")[:n_best_size]
     ends = np.argsort(-end, kind="stable")[:n_best_size]
     starts, ends = starts[may_start[starts]], ends[offsets[ends, 0] >= 0]
-    length = ends[None, :] - starts[:, None] + 1
+    length = ends[None, :] - starts[:, None] + 1  # in tokens, (starts, ends)
     first, last = np.nonzero((length >= 1) & (length <= max_answer_length))
     return [
         (float(start[starts[i]]), float(end[ends[j]]), int(offsets[starts[i], 0]), int(offsets[ends[j], 1]))
@@ -112,11 +115,11 @@ def _nbest_list(context: str, spans: list[Span], n_best_size: int, null: Span | 
     for span in sorted(candidates, key=_score, reverse=True):
         if len(entries) == n_best_size:
             break
-        _add(entries, context, span)
+        _add_entry(entries, context, span)
     if null is not None:
-        _add(entries, context, null)
+        _add_entry(entries, context, null)
     if not entries:
-        _add(entries, context, (0.0, 0.0, 0, 0))
+        _add_entry(entries, context, (0.0, 0.0, 0, 0))
     nbest = list(entries.values())
     scores = np.array([entry["start_logit"] + entry["end_logit"] for entry in nbest])
     weights = np.exp(scores - scores.max())
@@ -125,7 +128,7 @@ def _nbest_list(context: str, spans: list[Span], n_best_size: int, null: Span | 
     return nbest
 
 
-def _add(entries: dict[str, dict[str, Any]], context: str, span: Span) -> None:
+def _add_entry(entries: dict[str, dict[str, Any]], context: str, span: Span) -> None:
     start_logit, end_logit, first, last = span
     text = context[first:last]
     entry = {"text": text, "start_logit": start_logit, "end_logit": end_logit, "offsets": [first, last]}

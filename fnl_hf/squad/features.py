@@ -3,6 +3,8 @@
 A long context is cut into overlapping windows ("features"); each holds the whole question and a part of the context.
 Windows, answers in them and the windows' claims on a token are those of ``run_squad.py`` in google-research/bert; but
 answers are characters of the context, which spares its search for the words behind the word pieces.
+
+Shapes: W windows of a context, N tokens of the context.
 """
 
 import json
@@ -24,14 +26,12 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from fnl_hf.data.arrow_cache import cached_dataset
 from fnl_hf.data.packing import plain_backend, threads_for
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import UserInputError, validate_bounds
 
-# BERT cuts questions to 64 tokens (``max_query_length`` of the original run_squad.py).
-MAX_QUESTION_TOKENS = 64
-FEATURES_VERSION = 1  # raise it when the same questions give other features: what is cached is not used then
-PIECE = 500  # questions whose features are made at once
-# What features for evaluation hold beside the model's inputs.
-ANSWER_COLUMNS = ("example_id", "offset_mapping", "token_is_max_context")
+MAX_QUESTION_TOKENS = 64  # ``max_query_length`` of the original run_squad.py
+FEATURES_VERSION = 1  # raise it when the same questions give other features, so that none from a cache are used
+BATCH_SIZE = 500  # questions whose features are made at once
+ANSWER_COLUMNS = ("example_id", "offset_mapping", "token_is_max_context")  # of evaluation, beside the model's inputs
 SAMPLE_FILES = {"train": "squad_sample_train.json", "validation": "squad_sample_validation.json"}
 EXAMPLE_FEATURES = Features(
     {
@@ -138,8 +138,8 @@ def validate_ids(examples: Dataset, split: str) -> None:
 def questions_fingerprint(examples: Dataset) -> str:
     """A checksum of all questions, contexts and answers, whatever file they come from."""
     digest = xxhash.xxh3_128()
-    for start in range(0, len(examples), PIECE):
-        digest.update(repr(examples[start : start + PIECE]).encode())
+    for start in range(0, len(examples), BATCH_SIZE):
+        digest.update(repr(examples[start : start + BATCH_SIZE]).encode())
     return digest.hexdigest()
 
 
@@ -165,16 +165,15 @@ class FeatureMaker:
         if self.tokenizer.cls_token_id is None or self.tokenizer.sep_token_id is None:
             raise UserInputError(f"{type(self.tokenizer).__name__} has no [CLS] or [SEP] token")
         for name in ("max_seq_length", "doc_stride"):
-            if getattr(self, name) < 1:
-                raise UserInputError(f"--{name} ({getattr(self, name)}) must be at least 1")
+            validate_bounds(name, getattr(self, name), 1)
 
-    def train(self, examples: Dataset) -> Dataset:
+    def train_dataset(self, examples: Dataset) -> Dataset:
         """Features with ``start_positions`` and ``end_positions``; both are the [CLS] token's where the window
         lacks the answer or a part of it."""
         position = Value("int32")
         return self._cached("train", train_features, examples, {"start_positions": position, "end_positions": position})
 
-    def evaluation(self, examples: Dataset) -> Dataset:
+    def eval_dataset(self, examples: Dataset) -> Dataset:
         """Features with ``example_id``, ``offset_mapping``: (start, end) in the context, (-1, -1) elsewhere, and
         ``token_is_max_context``: the tokens that no other window shows with more context around them."""
         kinds = (Value("string"), List(List(Value("int32"))), List(Value("bool")))
@@ -186,7 +185,7 @@ class FeatureMaker:
         lengths, tokenizer = (self.max_seq_length, self.doc_stride), plain_backend(self.tokenizer).to_str()
         for part in (FEATURES_VERSION, kind, questions_fingerprint(examples), lengths, tokenizer, list(inputs)):
             digest.update(repr(part).encode())
-        pieces = [(start, min(start + PIECE, len(examples))) for start in range(0, len(examples), PIECE)]
+        pieces = [(start, min(start + BATCH_SIZE, len(examples))) for start in range(0, len(examples), BATCH_SIZE)]
         features = Features(inputs | columns)
         arguments = {"make": make, "examples": examples, "maker": self, "schema": features.arrow_schema}
         with threads_for(self.num_proc):
@@ -293,11 +292,11 @@ def evaluation_features(batch: dict[str, list], maker: FeatureMaker) -> dict[str
 def _max_context(in_context: list[list[bool]], doc_stride: int) -> list[list[bool]]:
     """Of each window's tokens whether it, of all windows that hold the token, has most context on the poorer side;
     0.01 of the length and then the order decide between equal ones (``_check_is_max_context`` of the original)."""
-    lengths = np.array([sum(window) for window in in_context])[:, None]
-    starts = np.arange(len(lengths))[:, None] * min(lengths[0, 0], doc_stride)
-    positions = np.arange(starts[-1, 0] + lengths[-1, 0])
-    poorer_side = np.minimum(positions - starts, starts + lengths - 1 - positions)
-    best = np.where(poorer_side >= 0, poorer_side + 0.01 * lengths, -1.0).argmax(axis=0)
+    lengths = np.array([sum(window) for window in in_context])[:, None]  # (W, 1)
+    starts = np.arange(len(lengths))[:, None] * min(lengths[0, 0], doc_stride)  # (W, 1)
+    positions = np.arange(starts[-1, 0] + lengths[-1, 0])  # (N,)
+    poorer_side = np.minimum(positions - starts, starts + lengths - 1 - positions)  # (W, N)
+    best = np.where(poorer_side >= 0, poorer_side + 0.01 * lengths, -1.0).argmax(axis=0)  # (N,)
     marked = []
     for index, window in enumerate(in_context):
         flags = np.zeros(len(window), dtype=bool)

@@ -8,7 +8,7 @@ from typing import Any
 import evaluate
 from datasets import Dataset
 
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import validate_bounds
 from fnl_hf.squad import fnl_squad
 from fnl_hf.squad.answers import Answers, answers_from_logits
 from fnl_hf.squad.features import ANSWER_COLUMNS
@@ -26,8 +26,7 @@ class AnswerOptions:
 
     def __post_init__(self):
         for name in ("n_best_size", "max_answer_length"):
-            if getattr(self, name) < 1:
-                raise UserInputError(f"--{name} ({getattr(self, name)}) must be at least 1")
+            validate_bounds(name, getattr(self, name), 1)
 
 
 class SquadTrainer(FnlTrainer):
@@ -46,7 +45,7 @@ class SquadTrainer(FnlTrainer):
         # Each process computes the same scores from the same gathered logits.
         self.metric = evaluate.load(fnl_squad.__file__, version, experiment_id=f"rank{self.args.process_index}")
 
-    def answers(self, features: Dataset, examples: Dataset, metric_key_prefix: str) -> tuple[Answers, dict[str, Any]]:
+    def answer(self, features: Dataset, examples: Dataset, metric_key_prefix: str) -> tuple[Answers, dict[str, Any]]:
         """Answers to ``examples``, and the speed of the loop that found them."""
         inputs = features.remove_columns(list(ANSWER_COLUMNS))
         output = super().predict(inputs, metric_key_prefix=metric_key_prefix)
@@ -56,7 +55,7 @@ class SquadTrainer(FnlTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Scores on the questions given at construction; writes their answers to the output folder."""
-        answers, metrics = self.answers(self.eval_dataset, self.eval_examples, metric_key_prefix)
+        answers, metrics = self.answer(self.eval_dataset, self.eval_examples, metric_key_prefix)
         scores = self.score(answers, self.eval_examples)
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         if self.is_world_process_zero():

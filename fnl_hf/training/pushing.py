@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from fnl_hf.publishing.cards import CARD_FILE
-from fnl_hf.publishing.hub import NOT_UPLOADED, create_repository, hub_errors, reason, repository_name
+from fnl_hf.publishing.hub import NOT_UPLOADED, create_repository, explain, hub_errors, repository_name
 from fnl_hf.runs.processes import decided_by_first
 from fnl_hf.training.fsdp import ShardedTrainer
 
@@ -95,4 +95,4 @@ class PushingTrainer(ShardedTrainer):
 
 def _warn_if_failed(job: Future) -> None:
     if not job.cancelled() and (error := job.exception()) is not None:
-        logger.warning(f"A checkpoint could not be pushed: {reason(error)}. The run goes on; its end pushes again")
+        logger.warning(f"A checkpoint could not be pushed: {explain(error)}. The run goes on; its end pushes again")

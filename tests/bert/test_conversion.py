@@ -16,7 +16,7 @@ import fnl_hf
 from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.head_mixing import activation_moments, truncation
 from fnl_hf.commands import cli
-from fnl_hf.commands.convert import calibration_batches, convert, truncation_table
+from fnl_hf.commands.convert import calibration_batches, convert_checkpoint, truncation_table
 from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.publishing.cards import name_repository
 from tests.conftest import DIMENSIONS
@@ -281,11 +281,13 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
     (checkpoint / "README.md").write_text(f"---\n{head}\n---\n# A BERT\n")
     before = bert.num_parameters()
     after = before - 2 * (3 * (42 * 21 + 21) + 21 * 42)  # two layers: query, key and value with biases, output
-    whitened = convert(str(checkpoint), tmp_path / "whitened", "fnl_bert", 21, [str(tmp_path / "text.txt")], 5, 11)
-    convert(str(checkpoint), tmp_path / "plain", "fnl_bert", 21)
-    convert(str(tmp_path / "plain"), tmp_path / "back", "bert")
+    whitened = convert_checkpoint(
+        str(checkpoint), tmp_path / "whitened", "fnl_bert", 21, [str(tmp_path / "text.txt")], 5, 11
+    )
+    convert_checkpoint(str(checkpoint), tmp_path / "plain", "fnl_bert", 21)
+    convert_checkpoint(str(tmp_path / "plain"), tmp_path / "back", "bert")
     (checkpoint / "README.md").write_text("---\n[broken\n---\n# A BERT\n")
-    convert(str(checkpoint), tmp_path / "same")
+    convert_checkpoint(str(checkpoint), tmp_path / "same")
     products = "each Q_h K_hᵀ and V_h O_hᵀ to rank 7 by"
     ways = {"whitened": f"{products} whitened SVD, weighed by the activations on 5 documents of text.txt, at most 11 "
             "tokens of each", "plain": f"{products} plain SVD", "back": "none", "same": "none"}  # fmt: skip
@@ -331,7 +333,7 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
         assert message in capsys.readouterr().err and not new.exists()
     before = (checkpoint / "config.json").read_text()
     with pytest.raises(fnl_hf.UserInputError, match="is in use"):
-        convert(str(checkpoint), checkpoint)
+        convert_checkpoint(str(checkpoint), checkpoint)
     assert (checkpoint / "config.json").read_text() == before and json.loads(before)["model_type"] == "bert"
 
 

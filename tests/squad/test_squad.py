@@ -72,7 +72,7 @@ def context_tokens(tokenizer, context):
 
 @pytest.mark.parametrize("doc_stride", [1, 7, 16, 1000])
 def test_windows_and_their_claims_on_a_token_are_the_originals(tokenizer, doc_stride):
-    features = FeatureMaker(tokenizer, 40, doc_stride).evaluation(dataset(example()))
+    features = FeatureMaker(tokenizer, 40, doc_stride).eval_dataset(dataset(example()))
     whole = context_tokens(tokenizer, CONTEXT)
     question = len(tokenizer.tokenize(example()["question"]))
     spans = original_spans(len(whole), 40 - question - 3, doc_stride)
@@ -97,7 +97,7 @@ def test_training_positions_mark_the_answer_where_a_window_holds_all_of_it(token
         answers = {"text": [CONTEXT[start:end]], "answer_start": [start]}
         rows.append(example() | {"id": str(len(rows)), "answers": answers})
     rows.append(example(answer="") | {"id": str(len(rows))})
-    features = FeatureMaker(tokenizer, 40, doc_stride).train(dataset(*rows))
+    features = FeatureMaker(tokenizer, 40, doc_stride).train_dataset(dataset(*rows))
     question = len(tokenizer.tokenize(example()["question"]))
     spans = original_spans(len(whole), 40 - question - 3, doc_stride)
     expected = []
@@ -127,7 +127,7 @@ def test_offsets_count_characters_of_the_context(tokenizer, context):
          "answers": {"text": [context[start:end]], "answer_start": [start]}} for i, (start, end) in enumerate(answers)
     ]  # fmt: skip
     maker = FeatureMaker(tokenizer, 200, 7)
-    trained, read = maker.train(dataset(*rows)), maker.evaluation(dataset(*rows))
+    trained, read = maker.train_dataset(dataset(*rows)), maker.eval_dataset(dataset(*rows))
     assert len(trained) == len(rows), "one window each"
     for row, feature, evaluation in zip(rows, trained, read):
         offsets, text = evaluation["offset_mapping"], row["answers"]["text"][0]
@@ -141,16 +141,16 @@ def test_white_space_around_an_answer_has_no_token(tokenizer):
     text = " Grace Hopper "
     answers = {"text": [text], "answer_start": [CONTEXT.index(text)]}
     maker = FeatureMaker(tokenizer, 40, 7)
-    spaced, plain = (maker.train(dataset(row)) for row in (example() | {"answers": answers}, example()))
+    spaced, plain = (maker.train_dataset(dataset(row)) for row in (example() | {"answers": answers}, example()))
     assert spaced["start_positions"][:] == plain["start_positions"][:] and set(plain["start_positions"]) != {0}
     assert spaced["end_positions"][:] == plain["end_positions"][:]
 
 
 def test_features_are_made_once_and_the_same_on_several_processes(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(squad, "PIECE", 2)
+    monkeypatch.setattr(squad, "BATCH_SIZE", 2)
     examples = dataset(*(example() | {"id": str(i)} for i in range(5)))
-    made = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "one")).train(examples)
-    parallel = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "two"), num_proc=2).train(examples)
+    made = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "one")).train_dataset(examples)
+    parallel = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "two"), num_proc=2).train_dataset(examples)
     assert made.to_dict() == parallel.to_dict() and str(tmp_path / "one") in made.cache_files[0]["filename"]
     tokenizer("x", truncation=True, max_length=5, padding="max_length")  # leaves its mark on a fast tokenizer
 
@@ -158,11 +158,11 @@ def test_features_are_made_once_and_the_same_on_several_processes(tokenizer, tmp
         raise AssertionError("made again")
 
     monkeypatch.setattr(squad, "train_features", not_again)
-    again = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "one")).train(examples)
+    again = FeatureMaker(tokenizer, 40, 7, str(tmp_path / "one")).train_dataset(examples)
     assert again.to_dict() == made.to_dict()
     for other, length, stride in ((examples, 41, 7), (examples, 40, 8), (dataset(example(question="Who?")), 40, 7)):
         with pytest.raises(DatasetGenerationError):
-            FeatureMaker(tokenizer, length, stride, str(tmp_path / "one")).train(other)
+            FeatureMaker(tokenizer, length, stride, str(tmp_path / "one")).train_dataset(other)
 
 
 def test_the_fingerprint_covers_every_part_of_a_question():
@@ -173,7 +173,7 @@ def test_the_fingerprint_covers_every_part_of_a_question():
 
 
 def test_a_long_question_is_cut_to_64_tokens(tokenizer):
-    features = FeatureMaker(tokenizer, 100, 7).train(dataset(example(question="who built " * 60)))
+    features = FeatureMaker(tokenizer, 100, 7).train_dataset(dataset(example(question="who built " * 60)))
     separator = features["input_ids"][0].index(tokenizer.sep_token_id)
     assert separator == 1 + 64
 
@@ -185,7 +185,7 @@ def test_a_long_question_is_cut_to_64_tokens(tokenizer):
 )  # fmt: skip
 def test_impossible_lengths_are_refused(tokenizer, lengths, message):
     with pytest.raises(UserInputError, match=message):
-        FeatureMaker(tokenizer, *lengths).train(dataset(example()))
+        FeatureMaker(tokenizer, *lengths).train_dataset(dataset(example()))
 
 
 def squad_json(tmp_path, *questions, context=CONTEXT):
@@ -334,7 +334,7 @@ def logits_for(features, span_score, null_score):
 
 def test_answers_and_the_no_answer_threshold(tokenizer):
     examples = dataset(example())
-    features = FeatureMaker(tokenizer, 40, 7).evaluation(examples)
+    features = FeatureMaker(tokenizer, 40, 7).eval_dataset(examples)
     start, end = logits_for(features, span_score=6.0, null_score=8.0)
     plain = answers_from_logits(examples, features, start, end)
     assert plain.text == {"q1": "Grace Hopper"} and not plain.null_odds
@@ -354,7 +354,7 @@ def test_answers_and_the_no_answer_threshold(tokenizer):
 def test_positions_beyond_a_feature_are_ignored(tokenizer):
     """Logits are padded to the longest feature of the evaluation."""
     examples = dataset(example())
-    features = FeatureMaker(tokenizer, 40, 7).evaluation(examples)
+    features = FeatureMaker(tokenizer, 40, 7).eval_dataset(examples)
     start, end = logits_for(features, 6.0, 0.0)
     padded = [np.pad(logits, ((0, 0), (0, 5)), constant_values=100.0) for logits in (start, end)]
     assert answers_from_logits(examples, features, *padded).text == {"q1": "Grace Hopper"}
