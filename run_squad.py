@@ -19,6 +19,7 @@ from fnl_hf.errors import validate_bounds
 from fnl_hf.runs.command_line import parse_arguments, run_script
 from fnl_hf.runs.plan import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.runs.seeds import commands_of_seeds, summarize_seeds
+from fnl_hf.squad.answers import AnswerOptions
 from fnl_hf.squad.features import (
     FeatureMaker,
     load_sample,
@@ -27,7 +28,7 @@ from fnl_hf.squad.features import (
     read_squad_file,
     validate_ids,
 )
-from fnl_hf.squad.trainer import AnswerOptions, SquadTrainer, write_answers
+from fnl_hf.squad.trainer import SquadTrainer, write_answers
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.models import build_question_answering_model
 from fnl_hf.training.scripts import ScriptRun

@@ -136,7 +136,7 @@ def read_splits(data_args: DataArguments, prepare: Preparation) -> dict[str, Ima
     return load_hub(str(name), config, *columns, prepare, data_args.cache_dir)
 
 
-def build_model(model_args: ModelArguments, images: Images, trains: bool) -> PreTrainedModel:
+def build_model(model_args: ModelArguments, images: Images, is_trained: bool) -> PreTrainedModel:
     """The named model, if it is trained with a new head where it has other classes, or a new ResNet; dense."""
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(images.names)),
@@ -149,7 +149,7 @@ def build_model(model_args: ModelArguments, images: Images, trains: bool) -> Pre
             sizes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
             config = CifarResNetConfig(**sizes, num_channels=images.pixels.shape[-1], **labels)
             return CifarResNetForImageClassification(config)
-        new_head = trains and model_args.method != "pruning"
+        new_head = is_trained and model_args.method != "pruning"
         return AutoModelForImageClassification.from_pretrained(
             name, dtype=torch.float32, ignore_mismatched_sizes=new_head, **labels
         )
@@ -204,13 +204,13 @@ def make_trainer(
     model: Any, args: ImageTrainingArguments, datasets: dict[str, ImageDataset], milestones: list[float]
 ) -> Any:
     """An ImageTrainer whose evaluations in training are on the held-out images, or else on the test images."""
-    during = {"validation": datasets["validation"]} if "validation" in datasets else datasets["test"]
+    eval_dataset = {"validation": datasets["validation"]} if "validation" in datasets else datasets["test"]
     return build_trainer(
         ImageTrainer,
         model=model.to(memory_format=torch.channels_last),
         args=args,
         train_dataset=datasets["train"],
-        eval_dataset=during,
+        eval_dataset=eval_dataset,
         data_collator=collate_batch,
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
@@ -255,7 +255,7 @@ def run(argv):
     if checkpoint is not None:
         validate_resume(checkpoint, model)
     used = {"train": (args.do_train, DATA_FINGERPRINT), "test": (args.do_eval, VALIDATION_FINGERPRINT)}
-    planned.uses_data({name: splits[split].fingerprint() for split, (does, name) in used.items() if does})
+    planned.uses_data({name: splits[split].fingerprint() for split, (is_used, name) in used.items() if is_used})
     datasets = make_datasets(splits, data_args, prepare, args.seed)
     trainer = make_trainer(model, args, datasets, data_args.lr_milestones or MILESTONES)
     planned.start()

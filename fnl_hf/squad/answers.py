@@ -13,8 +13,31 @@ from typing import Any
 
 import numpy as np
 
+from fnl_hf.errors import validate_bounds
+
 Span = tuple[float, float, int, int]  # start logit, end logit, first character, end character
 NO_SPAN_ODDS = 1e9  # where a context has no token at all; finite, so that it can be written as JSON
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How logits become answers.
+
+    Args:
+        n_best_size: answers to keep for each question, and positions to combine in each feature.
+        max_answer_length: tokens in an answer, at most.
+        version_2_with_negative: allow no answer: the empty text, scored by the [CLS] positions.
+        null_score_diff_threshold: answer only if score(no answer) − score(best span) is not above it.
+    """
+
+    n_best_size: int = 20
+    max_answer_length: int = 30
+    version_2_with_negative: bool = False
+    null_score_diff_threshold: float = 0.0
+
+    def __post_init__(self):
+        validate_bounds("n_best_size", self.n_best_size, 1)
+        validate_bounds("max_answer_length", self.max_answer_length, 1)
 
 
 @dataclass
@@ -35,10 +58,7 @@ def answers_from_logits(
     features,
     start_logits: Sequence[np.ndarray] | np.ndarray,
     end_logits: Sequence[np.ndarray] | np.ndarray,
-    n_best_size: int = 20,
-    max_answer_length: int = 30,
-    version_2_with_negative: bool = False,
-    null_score_diff_threshold: float = 0.0,
+    options: AnswerOptions,
 ) -> Answers:
     """The best answers of all questions.
 
@@ -47,10 +67,6 @@ def answers_from_logits(
         features: the columns ``ANSWER_COLUMNS``, as ``FeatureMaker.eval_dataset`` makes them.
         start_logits: of each feature; what is past its own length is ignored.
         end_logits: likewise.
-        n_best_size: answers to keep for each question, and positions to combine in each feature.
-        max_answer_length: tokens in an answer, at most.
-        version_2_with_negative: allow no answer: the empty text, scored by the [CLS] positions.
-        null_score_diff_threshold: answer only if score(no answer) − score(best span) is not above it.
     """
     rows_of = defaultdict(list)
     for row, example_id in enumerate(features["example_id"]):
@@ -65,16 +81,16 @@ def answers_from_logits(
             start, end = start_logits[row][: len(offsets)], end_logits[row][: len(offsets)]
             nulls.append((float(start[0]), float(end[0]), 0, 0))
             may_start = np.asarray(max_context[row], dtype=bool)
-            spans += best_spans(start, end, offsets, may_start, n_best_size, max_answer_length)
+            spans += best_spans(start, end, offsets, may_start, options.n_best_size, options.max_answer_length)
         null = min(nulls, key=_score)
-        nbest = _nbest_list(context, spans, n_best_size, null if version_2_with_negative else None)
+        nbest = _nbest_list(context, spans, options.n_best_size, null if options.version_2_with_negative else None)
         answers.nbest[example_id] = nbest
         best = next((entry for entry in nbest if entry["text"]), None)
         answers.text[example_id] = answers.best_span[example_id] = best["text"] if best else ""
-        if version_2_with_negative:
+        if options.version_2_with_negative:
             odds = _score(null) - best["start_logit"] - best["end_logit"] if best else NO_SPAN_ODDS
             answers.null_odds[example_id] = odds
-            if odds > null_score_diff_threshold:
+            if odds > options.null_score_diff_threshold:
                 answers.text[example_id] = ""
     return answers
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
 from fnl_hf.data.tokenizer import load_tokenizer
-from fnl_hf.errors import UserInputError
-from fnl_hf.squad.answers import answers_from_logits
+from fnl_hf.errors import UserInputError, validate_bounds
+from fnl_hf.squad.answers import AnswerOptions, answers_from_logits
 from fnl_hf.squad.features import FeatureMaker, evaluation_features
 
 
@@ -62,8 +62,12 @@ def ask(
             no room for the context.
     """
     questions, contexts = _as_lists(question, context)
-    if batch_size < 1:
-        raise UserInputError(f"batch_size ({batch_size}) must be at least 1")
+    validate_bounds("batch_size", batch_size, 1)
+    options = AnswerOptions(
+        max_answer_length=max_answer_length,
+        version_2_with_negative=version_2_with_negative,
+        null_score_diff_threshold=null_score_diff_threshold,
+    )
     if not isinstance(model, PreTrainedModel):
         model = _load(model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -74,15 +78,7 @@ def ask(
     examples = {"id": list(map(str, range(len(questions)))), "question": questions, "context": contexts}
     features = evaluation_features(examples, maker)
     start, end = _logits(model, tokenizer, features, batch_size)
-    answers = answers_from_logits(
-        examples,
-        features,
-        start,
-        end,
-        max_answer_length=max_answer_length,
-        version_2_with_negative=version_2_with_negative,
-        null_score_diff_threshold=null_score_diff_threshold,
-    )
+    answers = answers_from_logits(examples, features, start, end, options)
     found = []
     for name in examples["id"]:
         text = answers.text[name]

@@ -1,32 +1,16 @@
 """Fine-tuning on SQuAD: evaluation turns logits into answers and scores them."""
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import evaluate
 from datasets import Dataset
 
-from fnl_hf.errors import validate_bounds
 from fnl_hf.squad import fnl_squad
-from fnl_hf.squad.answers import Answers, answers_from_logits
+from fnl_hf.squad.answers import AnswerOptions, Answers, answers_from_logits
 from fnl_hf.squad.features import ANSWER_COLUMNS
 from fnl_hf.training.trainer import FnlTrainer
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """How logits become answers: the arguments of :func:`answers_from_logits`."""
-
-    n_best_size: int = 20
-    max_answer_length: int = 30
-    version_2_with_negative: bool = False
-    null_score_diff_threshold: float = 0.0
-
-    def __post_init__(self):
-        for name in ("n_best_size", "max_answer_length"):
-            validate_bounds(name, getattr(self, name), 1)
 
 
 class SquadTrainer(FnlTrainer):
@@ -50,7 +34,7 @@ class SquadTrainer(FnlTrainer):
         inputs = features.remove_columns(list(ANSWER_COLUMNS))
         output = super().predict(inputs, metric_key_prefix=metric_key_prefix)
         logits: Any = output.predictions  # start, end and, where the model returns more, others
-        answers = answers_from_logits(examples, features, logits[0], logits[1], **asdict(self.answer_options))
+        answers = answers_from_logits(examples, features, logits[0], logits[1], self.answer_options)
         return answers, output.metrics or {}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fnl_hf import UserInputError
 from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.squad import features as squad
-from fnl_hf.squad.answers import answers_from_logits
+from fnl_hf.squad.answers import AnswerOptions, answers_from_logits
 from fnl_hf.squad.features import EXAMPLE_FEATURES, FeatureMaker, load_sample, questions_fingerprint, read_squad_file
 
 CONTEXT = "Ada Lovelace wrote the first programme for Babbage’s engine. " * 3 + "Grace Hopper built a compiler in 1952."
@@ -304,7 +304,8 @@ def test_answers_are_the_originals(seed, n_best, longest, negative, ties):
     logits = [[generator.normal(size=len(offsets)) for offsets, _ in windows] for _ in range(2)]
     if ties:
         logits = [[np.round(values) for values in column] for column in logits]
-    found = answers_from_logits({"id": ["q"], "context": [context]}, features, *logits, n_best, longest, negative)
+    options = AnswerOptions(n_best, longest, negative)
+    found = answers_from_logits({"id": ["q"], "context": [context]}, features, *logits, options)
     lists = [[values.tolist() for values in column] for column in logits]
     entries, odds = original_predictions(context, windows, *lists, n_best, longest, negative)
     ours = [(e["text"], e["start_logit"], e["end_logit"], e["probability"]) for e in found.nbest["q"]]
@@ -336,18 +337,17 @@ def test_answers_and_the_no_answer_threshold(tokenizer):
     examples = dataset(example())
     features = FeatureMaker(tokenizer, 40, 7).eval_dataset(examples)
     start, end = logits_for(features, span_score=6.0, null_score=8.0)
-    plain = answers_from_logits(examples, features, start, end)
+    plain = answers_from_logits(examples, features, start, end, AnswerOptions())
     assert plain.text == {"q1": "Grace Hopper"} and not plain.null_odds
     assert sum(entry["probability"] for entry in plain.nbest["q1"]) == pytest.approx(1.0)
-    negative = answers_from_logits(examples, features, start, end, version_2_with_negative=True)
+    negative = answers_from_logits(examples, features, start, end, AnswerOptions(version_2_with_negative=True))
     assert negative.text == {"q1": ""} and negative.best_span == {"q1": "Grace Hopper"}
     assert negative.null_odds["q1"] == pytest.approx(2.0)
     assert negative.nbest["q1"][0]["text"] == ""
-    lenient = answers_from_logits(
-        examples, features, start, end, version_2_with_negative=True, null_score_diff_threshold=2.5
-    )
+    options = AnswerOptions(version_2_with_negative=True, null_score_diff_threshold=2.5)
+    lenient = answers_from_logits(examples, features, start, end, options)
     assert lenient.text == {"q1": "Grace Hopper"}
-    short = answers_from_logits(examples, features, start, end, max_answer_length=1)
+    short = answers_from_logits(examples, features, start, end, AnswerOptions(max_answer_length=1))
     assert len(tokenizer.tokenize(short.text["q1"])) == 1
 
 
@@ -357,4 +357,4 @@ def test_positions_beyond_a_feature_are_ignored(tokenizer):
     features = FeatureMaker(tokenizer, 40, 7).eval_dataset(examples)
     start, end = logits_for(features, 6.0, 0.0)
     padded = [np.pad(logits, ((0, 0), (0, 5)), constant_values=100.0) for logits in (start, end)]
-    assert answers_from_logits(examples, features, *padded).text == {"q1": "Grace Hopper"}
+    assert answers_from_logits(examples, features, *padded, AnswerOptions()).text == {"q1": "Grace Hopper"}
