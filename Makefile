@@ -11,7 +11,10 @@ PRETRAINED ?= output/pretrain
 SQUAD ?= output/squad
 INSTALL := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: pretrain squad docs test quality format clean
+# Without its version pip would fetch a torch with gigabytes of CUDA libraries where one for the CPU is installed from.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: pretrain squad docs test compat quality format clean
 
 # Pretrain a tiny FNL-BERT on the embedded corpus: make pretrain ARGS="--decay_mode weight --output_dir output/weight"
 pretrain: $(VENV)/.run
@@ -32,6 +35,12 @@ docs: $(VENV)/.dev
 test: quality
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# The suite with the oldest and with the newest versions that pyproject.toml admits: make compat ARGS="tests/optim -x".
+compat: .venv-oldest/.test .venv-newest/.test
+	status=0; for each in oldest newest; do \
+		.venv-$$each/bin/python -m pytest -n 2 --dist worksteal $(ARGS) || status=1; \
+	done; exit $$status
+
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,5 +58,16 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.run
 
+.venv-oldest/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/project/oldest_versions.py pyproject.toml | grep -v '^torch==' > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt $(TORCH) -e '.[test]'
+	touch $@
+
+.venv-newest/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager $(TORCH) -e '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -9,6 +9,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from fnl_hf.products.diagnostics import diagnose_products
 from fnl_hf.products.discovery import find_products
+from fnl_hf.reports.throughput import ThroughputMeter
 
 NORM_PREFIX = "norms/"
 NOT_PRINTED = ("grad_norm", "data_wait", "peak_memory_gb", "epoch")  # beside the loss: for plots and trackers
@@ -66,6 +67,30 @@ def _learning_rate(optimizer) -> float:
     """That of the first group of products, or of the first group."""
     groups = sorted(optimizer.param_groups, key=lambda group: group.get("product") is None)
     return float(groups[0]["lr"])
+
+
+class TrainingClockCallback(TrainerCallback):
+    """Stops the clock of a :class:`ThroughputMeter` while Trainer logs, evaluates and saves after a step or an epoch.
+
+    The next batch starts it again, or the next epoch, which has its workers to start before.
+    """
+
+    def __init__(self, meter: ThroughputMeter):
+        self.meter = meter
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.has_begun = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.has_begun = True
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.meter.stop()
+
+    on_epoch_end = on_step_end
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.has_begun:
+            self.meter.start()
 
 
 class _ReadableLogs:

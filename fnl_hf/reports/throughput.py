@@ -77,8 +77,7 @@ class ThroughputMeter:
 
     def batches(self, iterator: Iterator[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
         """The same batches, counted, and the time measured that they are waited for."""
-        if self._running_since is None:
-            self._running_since = time.perf_counter()
+        self.start()
         while True:
             asked = time.perf_counter()
             try:
@@ -93,12 +92,12 @@ class ThroughputMeter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Logging, saving and evaluating are no training: what the device still has to do is, so it is waited for."""
-        was_running = self._stop()
+        was_running = self.stop()
         try:
             yield
         finally:
             if was_running:
-                self._running_since = time.perf_counter()
+                self.start()
 
     def close_window(self) -> dict[str, float]:
         """Figures since the last call: "tokens_per_second" or "images_per_second", "mfu" (0 to 1), "data_wait" (share
@@ -114,7 +113,7 @@ class ThroughputMeter:
     def close_run(self) -> dict[str, float]:
         """The same figures, as "train_...", of the whole run but its first window, in which caches fill and graphs are
         compiled; of that one if there was no other."""
-        self._stop()
+        self.stop()
         total = self._total + self._window
         if self._first is not None and not int(total.tokens):
             total = self._first
@@ -127,8 +126,13 @@ class ThroughputMeter:
         flops, origin = device_peak_flops(self.device, self.dtype)
         return f"{1e-12 * flops:.3g} TFLOP/s a device: {origin}"
 
-    def _stop(self) -> bool:
-        """Stop the clock; False if it stood still."""
+    def start(self) -> None:
+        """Start the clock, unless it is running."""
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def stop(self) -> bool:
+        """Stop the clock when the device has done what it was given; False if it stood still."""
         if self._running_since is None:
             return False
         synchronize(self.device)

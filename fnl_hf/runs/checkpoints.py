@@ -90,7 +90,7 @@ def publish(staged: Path, checkpoint: Path) -> None:
     _sync(checkpoint.parent)
 
 
-def set_aside_after(folder: Path, step: int, resumed: str | None) -> None:
+def set_aside_beyond(folder: Path, step: int, resumed: str | None) -> None:
     """Rename what a run that now goes on from ``step`` had done beyond it, all but the checkpoint that is resumed.
 
     Left as they are, these checkpoints would pass for newer ones than those that are to be written.
@@ -117,7 +117,12 @@ def _random_states(checkpoint: Path) -> list[str]:
     processes = starts[-1].get("world_size") if starts else None
     if not isinstance(processes, int):
         return []
-    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{process}.pth" for process in range(processes)]
+    return [random_state_file(process, processes) for process in range(processes)]
+
+
+def random_state_file(process: int, processes: int) -> str:
+    """The name that Trainer gives the random state of one of so many processes."""
+    return "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -8,19 +8,20 @@ import torch
 from transformers import get_scheduler
 
 from fnl_hf.errors import UserInputError
-from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups
+from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, frobenius_param_groups
 from fnl_hf.optim.lamb import DECAYS, FUSED_DEVICES
 
-OPTIMIZERS = {"adamw": FrobeniusAdamW, "lamb": FrobeniusLamb, "sgd": FrobeniusSGD}
-# Whose constructors take what ours pass on; what the command line sets elsewhere is not an argument of the optimizer's.
-SIGNATURES = {
-    "adamw": (torch.optim.AdamW,),
-    "lamb": (Lamb, FrobeniusLamb),
-    "sgd": (torch.optim.SGD, FrobeniusSGD),
+# Another optimizer is a line here: flags and --optim_args follow from what its constructor takes.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": FrobeniusAdamW,
+    "lamb": FrobeniusLamb,
+    "sgd": FrobeniusSGD,
 }
-SET_ELSEWHERE = ("self", "params", "lr", "betas", "eps", "weight_decay", "frobenius_decay", "max_grad_norm")
-VARIADIC = ("args", "kwargs")
+# Defaults that are not the classes' own.
 PREFERRED: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lamb": {"max_grad_norm": None}}
+# Arguments that --optim_args cannot set, because other flags do.
+SET_BY_FLAGS = ("params", "lr", "betas", "eps", "weight_decay", "frobenius_decay", "max_grad_norm")
+VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 WORDS = {"true": "True", "false": "False", "none": "None"} | {decay: repr(decay) for decay in DECAYS}
 
 
@@ -31,17 +32,23 @@ def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torc
     cut the parameters.
     """
     groups = frobenius_param_groups(model, args.weight_decay, args.frobenius_decay, args.decay_mode)
-    options: dict[str, Any] = {"lr": args.learning_rate}
-    if args.optimizer != "sgd":
-        options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     own = parse_optimizer_arguments(args.optimizer, args.optim_args)
-    if sharded and args.optimizer == "sgd":  # torch's fused kernel takes no cut parameters, and its default is a loop
+    flags = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "fused": args.device.type in FUSED_DEVICES,
+    }
+    optimizer_class: Any = OPTIMIZERS[args.optimizer]
+    taken = constructor_arguments(optimizer_class)
+    options = {name: value for name, value in flags.items() if name in taken}
+    if sharded and issubclass(optimizer_class, torch.optim.SGD):
+        options.pop("fused")  # torch's kernel takes no cut parameters, and its default is a loop
         options["foreach"] = True
-    elif not own.get("foreach"):
-        options["fused"] = args.device.type in FUSED_DEVICES
-    own = PREFERRED.get(args.optimizer, {}) | own
+    elif own.get("foreach"):
+        options.pop("fused", None)
     try:
-        return OPTIMIZERS[args.optimizer](groups, **options | own)
+        return optimizer_class(groups, **options | PREFERRED.get(args.optimizer, {}) | own)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserInputError(f"--optimizer {args.optimizer} --optim_args {args.optim_args}: {error}") from error
 
@@ -64,9 +71,8 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
     Raises:
         UserInputError: no ``name=value``, a name that the optimizer does not have, or another value.
     """
-    signatures = [inspect.signature(owner).parameters for owner in SIGNATURES[optimizer]]
-    known = {name: parameter.default for signature in signatures for name, parameter in signature.items()}
-    known = {name: default for name, default in known.items() if name not in (*SET_ELSEWHERE, *VARIADIC)}
+    taken = constructor_arguments(OPTIMIZERS[optimizer])
+    known = {name: default for name, default in taken.items() if name not in SET_BY_FLAGS}
     parsed: dict[str, Any] = {}
     for name, separator, value in (part.partition("=") for part in _split(text or "")):
         if not separator or name not in known:
@@ -80,6 +86,20 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
         if not _fits(parsed[name], known[name]):
             raise UserInputError(f"--optim_args {text}: {name} ({value}) must be like its default, {known[name]}")
     return parsed
+
+
+def constructor_arguments(optimizer_class: type) -> dict[str, Any]:
+    """The arguments of a class's constructor with their defaults, those with which it calls its bases' included."""
+    found: dict[str, Any] = {}
+    for each in inspect.getmro(optimizer_class):
+        if "__init__" not in vars(each):
+            continue
+        _, *parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
+        named = [parameter for parameter in parameters if parameter.kind not in (VAR_POSITIONAL, VAR_KEYWORD)]
+        found = {parameter.name: parameter.default for parameter in named} | found
+        if len(named) == len(parameters):  # it passes nothing on
+            break
+    return found
 
 
 def _fits(value: Any, default: Any) -> bool:

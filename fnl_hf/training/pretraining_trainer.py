@@ -66,15 +66,14 @@ class PretrainingTrainer(FnlTrainer):
             generator=torch.Generator(),
         )
 
-    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
-        samples, items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.stream is not None:
-            for batch in samples:
+            for batch in batches:
                 self.stream.state.take(batch.pop("cursor"), self.args.world_size)
-        return samples, items
+        return batches, items
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+    def save_data_position(self, folder: Path) -> None:
         if self.stream is not None:
-            file = Path(output_dir, STREAM_STATE.format(self.args.process_index))
+            file = folder / STREAM_STATE.format(self.args.process_index)
             file.write_text(self.stream.state.to_json() + "\n", encoding="utf-8")

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers.trainer_utils import HubStrategy
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from fnl_hf.publishing.cards import CARD_FILE
@@ -49,48 +49,60 @@ class PushingTrainer(ShardedTrainer):
         with hub_errors(name, f"The model is saved: {command} sends what is missing"):
             return super().push_to_hub(*args, **kwargs)
 
-    @cached_property
-    def _api(self) -> HfApi:
-        return HfApi(library_name="fnl_hf")  # the same one makes one upload after the other
-
     def is_pushing(self) -> bool:
         """Whether an upload is under way."""
         running = getattr(self, "push_in_progress", None)  # set by init_hf_repo
         return running is not None and not running.is_done()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, but of the checkpoint itself: the output folder may be written to while it is uploaded."""
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        if self.is_pushing() and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message = f"Training in progress, step {self.state.global_step}"
-        jobs = [self._upload(checkpoint_folder, message, None, NOT_UPLOADED)]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            jobs.append(self._upload(checkpoint_folder, f"{message}, checkpoint", name, ()))
-        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if self.is_pushing() else ()), *jobs])
-
-    def _upload(self, folder: str, message: str, path: str | None, left_out: Sequence[str]) -> Future:
-        job = self._api.upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=folder,
-            path_in_repo=path,
-            commit_message=message,
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            ignore_patterns=list(left_out),
-            run_as_future=True,
-        )
-        job.add_done_callback(_warn_if_failed)
-        return job
+        """Nothing: what Trainer calls it with is not whole yet. :class:`PushCallback` pushes it when it is."""
 
     def create_model_card(self, *args, **kwargs) -> None:
         """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
         if not Path(self.args.output_dir, CARD_FILE).is_file():
             super().create_model_card(*args, **kwargs)
+
+
+class PushCallback(TrainerCallback):
+    """Uploads each checkpoint that is saved, as ``hub_strategy`` says, from the checkpoint itself.
+
+    Trainer copies it into the output folder and uploads that one, while the next is copied there, without the model's
+    code but with all that the run keeps there, and says nothing of an upload that fails.
+    """
+
+    def __init__(self, trainer: PushingTrainer):
+        self.trainer = trainer
+        self.api = HfApi(library_name="fnl_hf")  # the same one makes one upload after the other
+
+    def on_save(self, args, state, control, **kwargs):
+        trainer, strategy = self.trainer, args.hub_strategy
+        if not trainer.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        running = trainer.push_in_progress.jobs if trainer.is_pushing() else []
+        if running and not args.hub_always_push:
+            return
+        trainer.callback_handler.on_push_begin(args, state, control)
+        checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        message = f"Training in progress, step {state.global_step}"
+        jobs = [self._upload(args, checkpoint, message, None, NOT_UPLOADED)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            jobs.append(self._upload(args, checkpoint, f"{message}, checkpoint", name, ()))
+        trainer.push_in_progress = PushInProgress([*running, *jobs])
+
+    def _upload(self, args, folder: Path, message: str, path: str | None, left_out: Sequence[str]) -> Future:
+        job = self.api.upload_folder(
+            repo_id=self.trainer.hub_model_id,
+            folder_path=folder,
+            path_in_repo=path,
+            commit_message=message,
+            token=args.hub_token,
+            revision=args.hub_revision,
+            ignore_patterns=list(left_out),
+            run_as_future=True,
+        )
+        job.add_done_callback(_warn_if_failed)
+        return job
 
 
 def _warn_if_failed(job: Future) -> None:

@@ -1,31 +1,31 @@
 """``transformers.Trainer`` with our optimizers and losses that are means over the whole global batch."""
 
 import inspect
-import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from transformers import set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from fnl_hf.errors import Preempted, UserInputError
-from fnl_hf.reports.callbacks import add_fnl_callbacks
+from fnl_hf.reports.callbacks import TrainingClockCallback, add_fnl_callbacks
 from fnl_hf.reports.throughput import ThroughputMeter
-from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish, set_aside_after
+from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
 from fnl_hf.runs.preemption import PreemptionCallback, end_workers_at_exit, ignore_sigterm, sigterm_handled_by
 from fnl_hf.runs.processes import gathered
 from fnl_hf.runs.provenance import copy_provenance
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
 from fnl_hf.training.optimizers import build_optimizer, validate_optimization
-from fnl_hf.training.pushing import PushingTrainer
+from fnl_hf.training.pushing import PushCallback, PushingTrainer
+from fnl_hf.training.resuming import ResumeCallback, expecting_other_steps, loading_tied_weights
 from fnl_hf.training.sampling import EpochCallback
 
 MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +83,10 @@ class FnlTrainer(PushingTrainer):
             self.add_callback(self.preemption)
         self.guard = LossGuard(self)
         self.add_callback(self.guard)
+        self.resuming = ResumeCallback()
+        self.add_callback(self.resuming)
+        if self.args.push_to_hub:
+            self.add_callback(PushCallback(self))
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._model_takes_items = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
         self.model_accepts_loss_kwargs = True
@@ -90,18 +94,38 @@ class FnlTrainer(PushingTrainer):
         self._parameters = count(exclude_embeddings=True) if count else None
         dtype = MATMUL_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
         self.throughput = ThroughputMeter(unwrapped, self.args.device, dtype, self.accelerator.gather)
+        self.add_callback(TrainingClockCallback(self.throughput))
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As Trainer's.
 
         Raises:
             Preempted: SIGTERM, and ``enable_jit_checkpoint``; the checkpoint is written.
+            UserInputError: an evaluation does not have the metric for the best model.
         """
-        if not self.args.enable_jit_checkpoint:
-            return super().train(*args, **kwargs)
-        self.preemption.reset()
-        with sigterm_handled_by(self.preemption.request):
-            return super().train(*args, **kwargs)
+        checkpoint: Any = resume_from_checkpoint or None
+        self.resuming.checkpoint = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        with ExitStack() as contexts:
+            contexts.enter_context(expecting_other_steps())
+            contexts.enter_context(loading_tied_weights(self.model))
+            contexts.enter_context(self._refusing_unknown_metrics())
+            if self.args.enable_jit_checkpoint:
+                self.preemption.reset()
+                contexts.enter_context(sigterm_handled_by(self.preemption.request))
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def _refusing_unknown_metrics(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyError as error:
+            if "metric_for_best_model" not in str(error):
+                raise
+            evaluated = next((row for row in reversed(self.state.log_history) if any(map(_is_metric, row))), {})
+            known = ", ".join(name.removeprefix("eval_") for name in filter(_is_metric, evaluated))
+            raise UserInputError(
+                f"--metric_for_best_model ({self.args.metric_for_best_model}) must be one of {known}"
+            ) from error
 
     def _run_epoch(self, *args, **kwargs):
         """As Trainer's, which trains a step more than there are when it goes on from the last checkpoint."""
@@ -124,8 +148,19 @@ class FnlTrainer(PushingTrainer):
             "--resume_from_checkpoint auto goes on"
         )
 
-    def _get_dataloader(self, *args, **kwargs):
-        loader = super()._get_dataloader(*args, **kwargs)
+    def get_train_dataloader(self) -> DataLoader:
+        return self._with_own_generator(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        return self._with_own_generator(super().get_eval_dataloader(*args, **kwargs))
+
+    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
+        return self._with_own_generator(super().get_test_dataloader(*args, **kwargs))
+
+    def _with_own_generator(self, loader: DataLoader) -> DataLoader:
+        """The loader with a generator of its own, and workers that ignore SIGTERM."""
+        if getattr(loader.worker_init_fn, "func", None) is ignore_sigterm:  # kept with its workers
+            return loader
         # Iterators draw from the global one, from which dropout draws: how often depends on whether workers persist.
         generator = torch.Generator().manual_seed(self.args.seed)
         for part in {loader, getattr(loader, "base_dataloader", loader)}:  # Accelerate's is a wrapper
@@ -140,17 +175,24 @@ class FnlTrainer(PushingTrainer):
             self.optimizer = build_optimizer(self.args, model or self.model, sharded=self.is_fsdp_enabled)
         return self.optimizer
 
-    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of a step, on the device, and how many items per label argument the global batch has."""
         # Streams and, after a resume within an epoch, Accelerate leave it to Trainer, which waits for each copy.
         pinned = self.args.dataloader_pin_memory
-        on_device = (send_to_device(batch, self.args.device, non_blocking=pinned) for batch in epoch_iterator)
-        return super().get_batch_samples(self.throughput.batches(on_device), *args, **kwargs)
+        on_device = (send_to_device(batch, device, non_blocking=pinned) for batch in epoch_iterator)
+        batches = list(islice(self.throughput.batches(on_device), num_batches))
+        return batches, self._count_items(batches)
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        if not (self.control.should_log or self.control.should_save or self.control.should_evaluate):
-            return
-        with self.throughput.paused():
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+    def _count_items(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
+        """Items per label argument; Trainer itself knows only ``labels``."""
+        names = [name for name in LABEL_NAMES if batches and name in batches[0]]
+        if not names:
+            return None
+        items = [[_labels_of(batch, name).ne(-100).sum() for batch in batches] for name in names]
+        counts = torch.stack([torch.stack(micro_batches).sum() for micro_batches in items])
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.gather(counts[None]).sum(dim=0)
+        return dict(zip(names, counts))
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """As Trainer's; with the loss come the figures since the last such log, with the metrics those of the run."""
@@ -168,15 +210,6 @@ class FnlTrainer(PushingTrainer):
             return super().floating_point_ops(inputs)
         return 6 * inputs[self.model.main_input_name].numel() * self._parameters
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        """Items per label argument; Trainer itself knows only ``labels`` and counts them over all processes."""
-        counts = {}
-        for name in LABEL_NAMES:
-            if batch_samples and name in batch_samples[0]:
-                as_labels = [{"labels": _labels_of(batch, name)} for batch in batch_samples]
-                counts[name] = super()._get_num_items_in_batch(as_labels, device)
-        return counts or None
-
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         loss, outputs = self._loss_and_outputs(model, inputs, num_items_in_batch)
         if loss.requires_grad:
@@ -192,41 +225,13 @@ class FnlTrainer(PushingTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * own * processes / count.flatten()[0], outputs
+        return loss * own * processes / count, outputs
 
     def _get_grad_norm(self, model, grad_norm=None):
         """As Trainer's, which calls it when the gradients of a step are complete and clipped."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.guard.examine(grad_norm)
         return grad_norm
-
-    def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial):
-        """As Trainer's, but logging, evaluation and saving follow the command line, not the checkpoint's. Checkpoints
-        beyond the one that is resumed are set aside."""
-        with _silenced("transformers.trainer_utils"):  # it would warn of the difference and keep the old ones
-            position = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
-        self.state.compute_steps(self.args, self.state.max_steps)
-        if self.args.should_save:
-            set_aside_after(Path(self._get_output_dir(trial)), self.state.global_step, checkpoint)
-        return position
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """As Trainer's, but a tied weight, which is saved once, is not missing."""
-        model: Any = self.model
-        names = dict(model.named_parameters(remove_duplicate=False))
-        loaded = {id(parameter) for name, parameter in names.items() if name not in load_result.missing_keys}
-        missing = [name for name in load_result.missing_keys if id(names.get(name)) not in loaded]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
-    def _load_rng_state(self, checkpoint) -> None:
-        """As Trainer's, but a process that the checkpoint does not know starts from a state that is its own."""
-        several = self.args.world_size > 1
-        file = f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth"
-        if checkpoint is None or Path(checkpoint, file).is_file():
-            super()._load_rng_state(checkpoint)
-        else:
-            entropy = [self.args.seed, self.state.global_step, self.args.process_index]
-            set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _save_checkpoint(self, model, trial) -> None:
         """As Trainer's, but written aside and named when complete, and older ones go only then. What one process cannot
@@ -245,6 +250,7 @@ class FnlTrainer(PushingTrainer):
             self.accelerator.wait_for_everyone()
             with self._failing_together(checkpoint):
                 super()._save_checkpoint(model, trial)
+                self.save_data_position(staged)
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(checkpoint)
             with self._failing_together(checkpoint):
@@ -252,8 +258,9 @@ class FnlTrainer(PushingTrainer):
                     self._publish(staged, checkpoint)
         finally:
             self._staging = None
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
+
+    def save_data_position(self, folder: Path) -> None:
+        """Add to a checkpoint what this process's training data go on from, if that does not follow from the step."""
 
     def save_end(self) -> None:
         """Save model, tokenizer and state in the output folder. All processes leave together, as from a checkpoint's
@@ -299,13 +306,12 @@ class FnlTrainer(PushingTrainer):
                 raise
             self._save_error = self._save_error or error
 
-    def save_model(self, *args, **kwargs) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, with the record of the run's starts."""
         with self._kept_error():
-            super().save_model(*args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._kept_error():
-            super()._save_optimizer_and_scheduler(output_dir)
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                copy_provenance(self.args.output_dir, output_dir or self.args.output_dir)
 
     def _publish(self, staged: Path, checkpoint: Path) -> None:
         self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
@@ -319,27 +325,8 @@ class FnlTrainer(PushingTrainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
 
-    def _determine_best_metric(self, metrics, trial) -> bool:
-        try:
-            return super()._determine_best_metric(metrics, trial)
-        except KeyError as error:
-            known = ", ".join(name.removeprefix("eval_") for name in metrics)
-            raise UserInputError(
-                f"--metric_for_best_model ({self.args.metric_for_best_model}) must be one of {known}"
-            ) from error
-
     def _get_output_dir(self, trial) -> str:
         return str(self._staging or super()._get_output_dir(trial))
-
-    def _push_from_checkpoint(self, checkpoint_folder) -> None:
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer's, with the record of the run's starts."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            copy_provenance(self.args.output_dir, output_dir or self.args.output_dir)
 
 
 @contextmanager
@@ -355,14 +342,8 @@ def _without_jit_checkpoint(args) -> Iterator[None]:
             args.enable_jit_checkpoint = True
 
 
-@contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+def _is_metric(name: str) -> bool:
+    return name.startswith("eval_")
 
 
 def _labels_of(batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:

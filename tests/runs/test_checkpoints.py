@@ -170,3 +170,10 @@ def test_limit_and_best_checkpoint(corpus, tmp_path):
     best = tmp_path / "out" / f"checkpoint-{state['best_global_step']}"
     assert state["best_model_checkpoint"] == str(best) and fault_of(best) is None
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "reduce_lr_on_plateau"])  # the second asks for it before
+def test_a_metric_that_no_evaluation_has_is_refused_with_those_that_it_has(corpus, tmp_path, scheduler):
+    flags = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "f1", "lr_scheduler_type": scheduler}
+    with pytest.raises(UserInputError, match=r"--metric_for_best_model \(f1\) must be one of loss, accuracy, perplex"):
+        run(corpus, tmp_path / "out", **flags)

@@ -14,6 +14,7 @@ import run_pretrain
 from fnl_hf import UserInputError
 from fnl_hf.runs.checkpoints import newest_complete_checkpoint
 from fnl_hf.runs.plan import RunPlan, plan_run, validate_data
+from fnl_hf.training.resuming import seed_new_process
 from fnl_hf.training.trainer import FnlTrainer
 from tests.conftest import SENTENCES, TINY, assert_same_weights, launch, pretraining
 
@@ -156,15 +157,16 @@ def test_a_run_of_an_earlier_version_has_no_fingerprint_and_goes_on(tmp_path):
 
 def test_a_process_that_the_checkpoint_does_not_know_has_a_random_state_of_its_own(of_one_process, corpus, tmp_path):
     def draws(seed, step, process):
-        trainer = FnlTrainer.__new__(FnlTrainer)
-        trainer.args = SimpleNamespace(seed=seed, world_size=3, process_index=process)
-        trainer.state = SimpleNamespace(global_step=step)
-        trainer._load_rng_state(str(of_one_process / "checkpoint-6"))
+        args = SimpleNamespace(seed=seed, world_size=3, process_index=process)
+        seed_new_process(args, str(of_one_process / "checkpoint-6"), step)
         return random.random(), np.random.rand(), torch.rand(()).item()
 
     assert draws(7, 6, 1) == draws(7, 6, 1)
     different = [draws(7, 6, 1), draws(8, 6, 1), draws(7, 9, 1), draws(7, 6, 2)]
     assert all(len(set(column)) == len(different) for column in zip(*different))
+    args, before = SimpleNamespace(seed=7, world_size=1, process_index=0), torch.get_rng_state()
+    seed_new_process(args, str(of_one_process / "checkpoint-6"), 6)
+    assert torch.equal(torch.get_rng_state(), before), "Trainer restores what the checkpoint knows"
 
 
 def test_a_run_can_be_made_longer_and_is_told_what_that_means(of_one_process, corpus, tmp_path, caplog):

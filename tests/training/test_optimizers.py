@@ -1,0 +1,40 @@
+"""The optimizer that the command line describes."""
+
+import pytest
+import torch
+
+from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, UserInputError
+from fnl_hf.optim.base import ProductGroups
+from fnl_hf.training.arguments import FnlTrainingArguments
+from fnl_hf.training.optimizers import OPTIMIZERS, build_optimizer
+
+FLAGS = {"learning_rate": 0.25, "adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 0.125, "use_cpu": True}
+
+
+class FrobeniusRMSprop(ProductGroups, torch.optim.RMSprop):
+    """Takes an eps and no betas, and has no fused kernel."""
+
+
+def built(tmp_path, dimensions, **flags):
+    args = FnlTrainingArguments(str(tmp_path), report_to="none", **FLAGS | flags)
+    return build_optimizer(args, FnlBertForMaskedLM(FnlBertConfig(**dimensions)))
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("adamw", {"lr": 0.25, "betas": (0.5, 0.75), "eps": 0.125, "fused": True}),
+    ("lamb", {"lr": 0.25, "betas": (0.5, 0.75), "eps": 0.125, "fused": True}),
+    ("sgd", {"lr": 0.25, "momentum": 0.9, "fused": True}),
+])  # fmt: skip
+def test_an_optimizer_gets_the_flags_that_it_takes(tmp_path, dimensions, name, expected):
+    groups = built(tmp_path, dimensions, optimizer=name).param_groups
+    assert all({key: group[key] for key in expected} == expected for group in groups)
+    assert "eps" in expected or all("eps" not in group for group in groups)
+
+
+def test_one_line_adds_an_optimizer(tmp_path, dimensions, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "rmsprop", FrobeniusRMSprop)
+    optimizer = built(tmp_path, dimensions, optimizer="rmsprop", optim_args="alpha=0.5,momentum=0.75,centered=true")
+    expected = {"lr": 0.25, "eps": 0.125, "alpha": 0.5, "momentum": 0.75, "centered": True}
+    assert all({key: group[key] for key in expected} == expected for group in optimizer.param_groups)
+    with pytest.raises(UserInputError, match=r"'betas' is not an argument of rmsprop: name=value of \['alpha', 'cap"):
+        built(tmp_path, dimensions, optimizer="rmsprop", optim_args="betas=(0,1)")
