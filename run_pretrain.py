@@ -2,7 +2,7 @@
 """Pretrain an FNL-BERT: masked language modelling, with or without next sentence prediction.
 
 accelerate launch run_pretrain.py                        # the embedded corpus, configs/quickstart.yaml
-accelerate launch run_pretrain.py config.yaml --seed 1   # flags override the file
+accelerate launch run_pretrain.py a.yaml b.yaml --seed 1 # a later file overrides an earlier one, flags override both
 accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
 """
 
@@ -17,11 +17,11 @@ from fnl_hf.data.pretraining import prepare_data, prepare_stream
 from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.runs.command_line import parse_arguments, run_script
-from fnl_hf.runs.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of, validate_phases
 from fnl_hf.runs.plan import DATA_FINGERPRINT, validate_resume
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model
+from fnl_hf.training.optimizer_state import OptimizerStateCallback, optimizer_checkpoint
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.scripts import ScriptRun
@@ -53,12 +53,12 @@ def with_quickstart(argv):
     return [str(QUICKSTART), *argv]
 
 
-def prepare(model_args, data_args, args, plan, longest):
+def prepare(model_args, data_args, args, plan):
     """Tokenizer, configuration and data; the main process fills the caches."""
     with args.main_process_first(desc="reading the corpus"):
         if data_args.streaming:
             tokenizer = get_tokenizer(model_args, plan)
-            config = build_pretraining_config(model_args, tokenizer, longest)
+            config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
             return tokenizer, config, prepare_stream(model_args, data_args, args, tokenizer, plan.checkpoint)
         corpus = load_corpus(
             data_args.dataset_name,
@@ -72,12 +72,12 @@ def prepare(model_args, data_args, args, plan, longest):
             data_args.preprocessing_num_workers,
         )
         tokenizer = get_tokenizer(model_args, plan, corpus)
-        config = build_pretraining_config(model_args, tokenizer, longest)
+        config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
         return tokenizer, config, prepare_data(model_args, data_args, args, corpus, tokenizer)
 
 
-def plan_phase(argv):
-    """The arguments of one phase, and the run that they describe."""
+def plan_run(argv):
+    """The arguments of a command line, and the run that they describe."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
@@ -90,7 +90,7 @@ def plan_phase(argv):
 
 
 def make_trainer(model, tokenizer, args, data, plan):
-    """The Trainer of one phase, with what it starts from checked."""
+    """The Trainer, with what it starts from checked."""
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
     state_from = optimizer_checkpoint(args, model) if plan.checkpoint is None else None
@@ -110,17 +110,16 @@ def make_trainer(model, tokenizer, args, data, plan):
     return trainer
 
 
-def train_phase(model_args, data_args, args, planned, longest, later):
-    """One phase; ``longest`` is the longest sequence of all phases, which the model must hold from the first. ``later``
-    are the runs of the phases that follow."""
+def run(argv):
+    model_args, data_args, args, planned = plan_run(with_quickstart(list(argv)))
     if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)
-    tokenizer, config, data = prepare(model_args, data_args, args, planned.plan, longest)
+    tokenizer, config, data = prepare(model_args, data_args, args, planned.plan)
     planned.uses_data({DATA_FINGERPRINT: data.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
     trainer = make_trainer(model, tokenizer, args, data, planned.plan)
-    planned.start(later)
+    planned.start()
 
     metrics = {}
     if args.do_train:
@@ -137,16 +136,6 @@ def train_phase(model_args, data_args, args, planned, longest, later):
         auto_class=AUTO_CLASSES[data_args.objective],
         dataset=data_args.dataset_name,
     )
-
-
-def run(argv):
-    # Every phase's command line is checked before the first one takes its time.
-    phases = [plan_phase(command) for command in phases_of(with_quickstart(list(argv)))]
-    validate_phases([(args, planned.plan) for _, _, args, planned in phases])
-    longest = max(data_args.max_seq_length for _, data_args, *_ in phases)
-    runs = [planned for *_, planned in phases]
-    for number, phase in enumerate(phases, start=1):
-        train_phase(*phase, longest, later=runs[number:])
 
 
 if __name__ == "__main__":

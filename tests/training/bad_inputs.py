@@ -84,10 +84,6 @@ def config(content, name="c.yaml", **given) -> Change:
     return lambda place: [str(place.here / name), *prepared(write(name, content), **given)(place)]
 
 
-def phases(content) -> Change:
-    return config(f"phases: {content}", max_steps=None)
-
-
 def bert(model_type="bert", **entries) -> Change:
     """The configuration of a small BERT with some other entries."""
     sizes = {"vocab_size": 60, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 9}

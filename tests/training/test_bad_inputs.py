@@ -36,7 +36,6 @@ from tests.training.bad_inputs import (
     not_finite,
     other_text_under_the_same_name,
     overwriting,
-    phases,
     prepared,
     pretrained,
     replaced_by,
@@ -92,7 +91,7 @@ CORPORA = {
 
 CONFIGS = {
     "missing": (lambda place: ["/no/such.yaml"], "^/no/such.yaml: cannot be read: .*No such file"),
-    "wrong suffix": (config("seed: 1", "c.toml"), r"c.toml: the first argument is a flag or a config file \(.yaml"),
+    "wrong suffix": (config("seed: 1", "c.toml"), r"c.toml: before the flags stand config files alone \(.yaml, .yml, "),
     "not YAML": (config("seed: ["), "c.yaml: cannot be read: line 1: expected the node content"),
     "torn JSON": (config('{"seed": 1', "c.json"), "c.json: cannot be read: line 1: expected ',' or '}'"),
     "not UTF-8": (config("run_name: Müller".encode("latin1")), "c.yaml: cannot be read: 'utf-8' codec"),
@@ -113,34 +112,12 @@ CONFIGS = {
     ),
     "a null byte": (config('cache_dir: "a\\0"'), r"^--cache_dir \('a\\x00'\) must not hold a null byte$"),
     "second file": (words("c.yaml"), "^--use_cpu takes one value, c.yaml is one too many$"),
-    "phases: no list": (phases("few"), "c.yaml: phases must be a list of mappings of flags to values$"),
-    "phases: own folder": (phases("[{output-dir: x}]"), "phase 1 cannot set output_dir: it follows"),
-    "phases: another state": (
-        phases("[{}, {optimizer_state: keep}]"), r"phase 2: optimizer_state \(keep\) must be one of .*carry.*reset"
+    "second file missing": (
+        lambda place: [config("seed: 1")(place)[0], "/no/such.yaml"], "^/no/such.yaml: cannot be read: .*No such file"
     ),
-    "phases: unknown key": (phases("[{max_steps: 1}, {max_stops: 5}]"), "^unknown argument: --max_stops 5$"),
-    "phases: bad value": (phases("[{max_steps: 1}, {warmup_steps: -1}]"), r"^--warmup_steps \(-1.0\) must be at least"),
-    "phases: too long at last": (
-        config("phases: [{max_steps: 1}, {max_steps: 1, max_seq_length: 513}]", max_seq_length=None),
-        r"^--max_seq_length \(513\) exceeds the model's max_position_embeddings \(512\)$",
-    ),
-    "phases: no file at last": (
-        config("phases: [{max_steps: 1}, {max_steps: 1, train_file: /no/such.txt}]", train_file=None),
-        "^/no/such.txt: no such file$",
-    ),
-    "phases: nothing to carry": (
-        config("phases: [{max_steps: 1}, {max_steps: 1}]", save_strategy="no"), "carry from .*_phase-1 needs its checkp"
-    ),
-    "phases: another precision": (
-        phases("[{max_steps: 1}, {max_steps: 1, bf16: true}]"),
-        "^--bf16 is False in the phase of .*/out/_phase-1 and True in that of .*/out: it must be the same in all phase",
-    ),
-    "phases: compiled at last": (phases("[{max_steps: 1}, {max_steps: 1, torch_compile: true}]"), "^--torch_compile i"),
-    "phases: another optimizer": (
-        phases("[{max_steps: 1}, {max_steps: 1, optimizer: lamb}]"), "is adamw, that of the next lamb$"
-    ),
-    "phases: no folder": (
-        lambda place: [*config("phases: [{}]")(place)[:1]], r"phases need --output_dir \(None\), the name of a folder$"
+    "phases": (
+        config("phases: [{max_steps: 1}, {max_steps: 2}]"),
+        "c.yaml: 'phases' is no flag any more: .*/c.yaml SECOND.yaml --model_name_or_path FIRST --optimizer_state_from",
     ),
 }  # fmt: skip
 
