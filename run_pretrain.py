@@ -2,7 +2,7 @@
 """Pretrain an FNL-BERT: masked language modelling, with or without next sentence prediction.
 
 accelerate launch run_pretrain.py                        # the embedded corpus, configs/quickstart.yaml
-accelerate launch run_pretrain.py config.yaml --seed 1   # flags override the file
+accelerate launch run_pretrain.py a.yaml b.yaml --seed 1 # a later file overrides an earlier one, flags override both
 accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
 """
 
@@ -11,17 +11,19 @@ from pathlib import Path
 from transformers import set_seed
 
 from fnl_hf import UserInputError
-from fnl_hf.data.corpus import load_corpus
-from fnl_hf.data.masking import collate_batch
-from fnl_hf.data.pretraining import prepare_data, prepare_stream
+from fnl_hf.data.corpus import DocumentStream, read_documents
+from fnl_hf.data.masking import ATTENTION_KERNELS, MaskingTransform, collate_batch, mask_rows
 from fnl_hf.data.readers import check_file
+from fnl_hf.data.rows import RowOptions, make_rows
+from fnl_hf.data.source import Source
+from fnl_hf.data.streaming import StreamOrder, read_state, validate_shards
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.runs.command_line import parse_arguments, run_script
-from fnl_hf.runs.phases import OptimizerStateCallback, optimizer_checkpoint, phases_of, validate_phases
 from fnl_hf.runs.plan import DATA_FINGERPRINT, validate_resume
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model
+from fnl_hf.training.optimizer_state import OptimizerStateCallback, optimizer_checkpoint
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.scripts import ScriptRun
@@ -32,15 +34,15 @@ AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraini
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
-def get_tokenizer(model_args, plan, corpus=None):
-    """The named tokenizer, the checkpoint's, or one trained on the corpus; the same again when a run is resumed."""
-    source = plan.checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
-    if source is not None:
-        tokenizer = load_tokenizer(source)
-    elif corpus is None:
+def get_tokenizer(model_args, checkpoint, documents):
+    """The named tokenizer, the checkpoint's, or one trained on the documents; the same again when a run is resumed."""
+    name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
+    if name is not None:
+        tokenizer = load_tokenizer(name)
+    elif isinstance(documents.train, DocumentStream):
         raise UserInputError("--streaming needs --tokenizer_name: a tokenizer cannot be trained on a stream")
     else:
-        tokenizer = train_tokenizer(corpus["train"], model_args.vocab_size, model_max_length=512)
+        tokenizer = train_tokenizer(documents.train, model_args.vocab_size, model_max_length=512)
     validate_mlm_tokenizer(tokenizer)
     return tokenizer
 
@@ -53,31 +55,54 @@ def with_quickstart(argv):
     return [str(QUICKSTART), *argv]
 
 
-def prepare(model_args, data_args, args, plan, longest):
-    """Tokenizer, configuration and data; the main process fills the caches."""
+def plan_stream(data_args, args, checkpoint):
+    """The shards of a stream and the order in which they are read, from where the checkpoint's run stood."""
+    if not data_args.streaming:
+        return None, None
+    if args.max_steps <= 0:
+        raise UserInputError("--streaming needs --max_steps: the length of a stream is not known")
+    state = None if checkpoint is None else read_state(checkpoint)
+    default = state.shards if state else args.world_size * max(1, args.dataloader_num_workers)
+    shards = data_args.streaming_shards or default
+    validate_shards(shards, args.world_size, args.dataloader_num_workers)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    batch, buffer = args.train_batch_size, data_args.shuffle_buffer_size
+    return shards, StreamOrder(batch, buffer, seed, args.process_index, args.world_size, state)
+
+
+def prepare(model_args, data_args, args, checkpoint):
+    """Tokenizer, configuration, rows and their masked batches; the main process fills the caches."""
+    shards, order = plan_stream(data_args, args, checkpoint)
+    cache = {"cache_dir": data_args.cache_dir, "num_proc": data_args.preprocessing_num_workers}
     with args.main_process_first(desc="reading the corpus"):
-        if data_args.streaming:
-            tokenizer = get_tokenizer(model_args, plan)
-            config = build_pretraining_config(model_args, tokenizer, longest)
-            return tokenizer, config, prepare_stream(model_args, data_args, args, tokenizer, plan.checkpoint)
-        corpus = load_corpus(
+        source = Source(
             data_args.dataset_name,
             data_args.dataset_config_name,
             data_args.train_file,
             data_args.validation_file,
-            data_args.validation_split_percentage,
             data_args.text_column_name,
-            data_args.cache_dir,
-            data_args.strict,
-            data_args.preprocessing_num_workers,
+            shards,
         )
-        tokenizer = get_tokenizer(model_args, plan, corpus)
-        config = build_pretraining_config(model_args, tokenizer, longest)
-        return tokenizer, config, prepare_data(model_args, data_args, args, corpus, tokenizer)
+        held_out = (data_args.validation_split_percentage, data_args.streaming_validation_documents)
+        documents = read_documents(source, *held_out, data_args.strict, **cache)
+        tokenizer = get_tokenizer(model_args, checkpoint, documents)
+        config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
+        limits = (data_args.max_train_samples, data_args.max_eval_samples)
+        options = RowOptions(data_args.max_seq_length, data_args.objective, *limits)
+        rows = make_rows(documents, tokenizer, options, order, **cache)
+        masking = MaskingTransform(
+            tokenizer,
+            data_args.mlm_probability,
+            args.seed,
+            data_args.whole_word_mask,
+            model_args.sparse_prediction,
+            ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None,
+        )
+        return tokenizer, config, rows, mask_rows(rows, masking)
 
 
-def plan_phase(argv):
-    """The arguments of one phase, and the run that they describe."""
+def plan_run(argv):
+    """The arguments of a command line, and the run that they describe."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
@@ -89,8 +114,8 @@ def plan_phase(argv):
     return model_args, data_args, args, planned
 
 
-def make_trainer(model, tokenizer, args, data, plan):
-    """The Trainer of one phase, with what it starts from checked."""
+def make_trainer(model, tokenizer, args, batches, plan):
+    """The Trainer, with what it starts from checked."""
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
     state_from = optimizer_checkpoint(args, model) if plan.checkpoint is None else None
@@ -98,8 +123,8 @@ def make_trainer(model, tokenizer, args, data, plan):
         PretrainingTrainer,
         model=model,
         args=args,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
+        train_dataset=batches.train,
+        eval_dataset=batches.held_out,
         data_collator=collate_batch,
         processing_class=tokenizer,
         compute_metrics=pretraining_metrics,
@@ -110,23 +135,22 @@ def make_trainer(model, tokenizer, args, data, plan):
     return trainer
 
 
-def train_phase(model_args, data_args, args, planned, longest, later):
-    """One phase; ``longest`` is the longest sequence of all phases, which the model must hold from the first. ``later``
-    are the runs of the phases that follow."""
+def run(argv):
+    model_args, data_args, args, planned = plan_run(with_quickstart(list(argv)))
     if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)
-    tokenizer, config, data = prepare(model_args, data_args, args, planned.plan, longest)
-    planned.uses_data({DATA_FINGERPRINT: data.fingerprint})
+    tokenizer, config, rows, batches = prepare(model_args, data_args, args, planned.plan.checkpoint)
+    planned.uses_data({DATA_FINGERPRINT: rows.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
-    trainer = make_trainer(model, tokenizer, args, data, planned.plan)
-    planned.start(later)
+    trainer = make_trainer(model, tokenizer, args, batches, planned.plan)
+    planned.start()
 
     metrics = {}
     if args.do_train:
         metrics["train"] = train_and_save(trainer, planned.plan.checkpoint)
     if args.do_eval:
-        metrics["eval"] = trainer.evaluate() | {"unigram_entropy": data.unigram_entropy}
+        metrics["eval"] = trainer.evaluate() | {"unigram_entropy": rows.unigram_entropy}
     files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
     planned.finish(
         trainer,
@@ -137,16 +161,6 @@ def train_phase(model_args, data_args, args, planned, longest, later):
         auto_class=AUTO_CLASSES[data_args.objective],
         dataset=data_args.dataset_name,
     )
-
-
-def run(argv):
-    # Every phase's command line is checked before the first one takes its time.
-    phases = [plan_phase(command) for command in phases_of(with_quickstart(list(argv)))]
-    validate_phases([(args, planned.plan) for _, _, args, planned in phases])
-    longest = max(data_args.max_seq_length for _, data_args, *_ in phases)
-    runs = [planned for *_, planned in phases]
-    for number, phase in enumerate(phases, start=1):
-        train_phase(*phase, longest, later=runs[number:])
 
 
 if __name__ == "__main__":

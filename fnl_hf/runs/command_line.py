@@ -1,4 +1,4 @@
-"""Command lines of the scripts: dataclasses, an optional YAML or JSON file, overriding flags, and the exit status."""
+"""Command lines of the scripts: dataclasses, optional YAML or JSON files, overriding flags, and the exit status."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser
 
 from fnl_hf.errors import Preempted, TrainingDiverged, UserInputError
-from fnl_hf.runs.config_files import as_arguments, is_config_file, read_config
+from fnl_hf.runs.config_files import with_config_files
 
 NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # as argparse knows it before Python 3.14
 # flags that name a file, a folder, something on the Hub or a package
@@ -28,14 +28,13 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
-    """Instances of the dataclasses from ``[config.yaml] [--flag value ...]``; flags override the file.
+    """Instances of the dataclasses from ``[config.yaml ...] [--flag value ...]``; a later file overrides
+    an earlier one, and flags override all files.
 
     Raises:
         UserInputError: an unreadable file, an unknown flag or key, or a value of the wrong kind.
     """
-    argv = list(argv)
-    if argv and is_config_file(argv[0]):
-        argv = as_arguments(read_config(argv[0])) + argv[1:]
+    argv = with_config_files(argv)
     for flag, word in zip(["", *argv], argv):
         if "\0" in word:
             raise UserInputError(f"{flag} ({word!r}) must not hold a null byte")

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,19 @@ from fnl_hf.errors import UserInputError
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def is_config_file(word: str) -> bool:
-    """Whether the first word of a command line is meant as a config file."""
-    return not word.startswith("-")
+def with_config_files(argv: Sequence[str]) -> list[str]:
+    """A command line whose config files, the words before its first flag, are replaced by the flags that they name.
+
+    A later file overrides an earlier one, and its ``null`` unsets a flag.
+
+    Raises:
+        UserInputError: see :func:`read_config` and :func:`as_arguments`.
+    """
+    files = list(takewhile(lambda word: not word.startswith("-"), argv))
+    config: dict[str, Any] = {}
+    for file in files:
+        config |= read_config(file)
+    return as_arguments(config) + list(argv[len(files) :])
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
@@ -34,11 +46,11 @@ def read_config(file: str) -> dict[str, Any]:
     """The entries of a YAML or JSON mapping of flags to values.
 
     Raises:
-        UserInputError: a file that cannot be read, or no such mapping.
+        UserInputError: a file that cannot be read, or no such mapping; ``phases:``, which earlier versions took.
     """
     path = Path(file)
     if path.suffix.lower() not in CONFIG_SUFFIXES:
-        raise UserInputError(f"{file}: the first argument is a flag or a config file ({', '.join(CONFIG_SUFFIXES)})")
+        raise UserInputError(f"{file}: before the flags stand config files alone ({', '.join(CONFIG_SUFFIXES)})")
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)  # JSON is YAML
     except yaml.MarkedYAMLError as error:
@@ -46,23 +58,26 @@ def read_config(file: str) -> dict[str, Any]:
         raise UserInputError(f"{file}: cannot be read: {line}{error.problem}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserInputError(f"{file}: cannot be read: {error}") from error
-    return as_flags(file, config)
+    flags = _as_flags(file, config)
+    if "phases" in flags:
+        raise UserInputError(
+            f"{file}: 'phases' is no flag any more: a phase is a command line of its own. Write what the second one "
+            f"changes into a file (with preset: null) and run it: {file} SECOND.yaml --model_name_or_path FIRST "
+            "--optimizer_state_from FIRST --output_dir SECOND"
+        )
+    return flags
 
 
-def as_flags(where: str, config: Any) -> dict[str, Any]:
-    """The entries of a mapping of flags to values, "max-steps" and "max_steps" alike.
-
-    Raises:
-        UserInputError: no mapping, or a key that is not a flag's name.
-    """
+def _as_flags(file: str, config: Any) -> dict[str, Any]:
+    """The entries of a mapping of flags to values, "max-steps" and "max_steps" alike."""
     if not isinstance(config, dict):
-        raise UserInputError(f"{where}: must hold a mapping of flags to values, holds {type(config).__name__}")
+        raise UserInputError(f"{file}: must hold a mapping of flags to values, holds {type(config).__name__}")
     for key in config:
         if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][\w-]*", key):
-            raise UserInputError(f"{where}: {key!r} is not the name of a flag")
+            raise UserInputError(f"{file}: {key!r} is not the name of a flag")
     flags = {key.replace("-", "_"): value for key, value in config.items()}
     if len(flags) < len(config):
-        raise UserInputError(f"{where}: a flag is given twice, with '-' and with '_'")
+        raise UserInputError(f"{file}: a flag is given twice, with '-' and with '_'")
     return flags
 
 

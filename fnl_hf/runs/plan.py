@@ -31,7 +31,6 @@ logger = logging.get_logger(__name__)
 
 RESULTS_FILE = "all_results.json"
 STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
-PHASE_PREFIX = "_phase-"  # folders of earlier phases, in that of the last; Trainer uploads nothing that begins with "_"
 # What, beside the scripts' own arguments, makes two runs different ones.
 TRAINING_ARGUMENTS = (
     "optimizer",
@@ -121,7 +120,7 @@ def _plan(args, description: dict[str, Any]) -> RunPlan:
     _validate_place(folder)
     if resume is not None and args.overwrite_output_dir:
         raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
-    in_use = folder.is_dir() and any(not path.name.startswith(PHASE_PREFIX) for path in folder.iterdir())
+    in_use = folder.is_dir() and any(folder.iterdir())
     if resume not in (None, "auto"):
         return _plan_from_checkpoint(Path(resume), folder, in_use, description, args.allow_other_world_size)
     if not in_use or args.overwrite_output_dir:

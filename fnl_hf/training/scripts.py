@@ -64,13 +64,11 @@ class ScriptRun:
         self.description |= fingerprints
         validate_data(self.plan, self.description)
 
-    def start(self, later: Sequence["ScriptRun"] = ()) -> None:
-        """Make the output folder and record this start. ``later`` are the runs that follow on this one: if it starts
-        anew, so do they."""
+    def start(self) -> None:
+        """Make the output folder and record this start."""
         if not self.args.should_save:
             return
-        for run in (self, *(later if self.args.overwrite_output_dir else ())):
-            start_run(run.args, run.description)
+        start_run(self.args, self.description)
         if self.args.do_train:
             record_start(self.args, self.plan.checkpoint, self.argv, self.description)
 

@@ -28,7 +28,6 @@ from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering
 from fnl_hf.commands import cli
 from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.runs.command_line import parse_arguments
-from fnl_hf.runs.phases import phases_of
 from fnl_hf.runs.seeds import commands_of_seeds
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments
@@ -127,8 +126,7 @@ def parse_launch(words):
     assert launch.config_file is None or os.path.isfile(launch.config_file)
     words = [*launch.training_script_args, "--use_cpu", "true"]
     if launch.training_script == "run_pretrain.py":
-        for command in phases_of(words):
-            parse_arguments(PRETRAINING, command)
+        parse_arguments(PRETRAINING, words)
     else:
         assert launch.training_script == "run_squad.py"
         *_, args = parse_arguments(run_squad.ARGUMENTS, words)

@@ -122,8 +122,7 @@ def published(hub, corpus, tmp_path_factory):
         "push_to_hub": "true", "hub_model_id": "encoder", "hub_private_repo": "true", "hub_token": hub.token,
         "hub_strategy": "checkpoint", "hub_always_push": "true", "attention_embedding_size": 16, "report_to": None,
     }  # fmt: skip
-    (folder / "phases.yaml").write_text("phases: [{max_steps: 5}, {max_steps: 12}]")
-    words = [folder / "phases.yaml", *pretraining(corpus, folder / "encoder", max_steps=None, **flags)]
+    words = pretraining(corpus, folder / "encoder", **flags)
     run_python(hub, folder, IMPATIENT, ROOT / "run_pretrain.py", *words)
     flags = {
         "push_to_hub": "true", "hub_model_id": "ada/answers", "hub_license": "mit", "hub_always_push": "true",
@@ -154,7 +153,6 @@ def test_a_run_pushes_its_checkpoints_and_its_end(hub, published):
     assert messages[-1] == "End of training"
     assert {"README.md", "tokenizer.json", "modeling_fnl_bert.py", "training_report.png"} <= files.keys()
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= files.keys()
-    assert (published / "encoder" / "_phase-1" / "model.safetensors").is_file(), "only the last phase is published"
     assert not [path for path in files if path.startswith(("_", "checkpoint-"))]
     for path in ("model.safetensors", "README.md"):
         assert files[path] == (published / "encoder" / path).read_bytes()

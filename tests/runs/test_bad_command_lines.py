@@ -8,7 +8,7 @@ from tests.conftest import STREAM
 # name -> what makes the bad input, and what the message says of it
 CONFIGS = {
     "missing": (lambda workspace: ["/no/such.yaml"], "^/no/such.yaml: cannot be read: .*No such file"),
-    "wrong suffix": (config("seed: 1", "c.toml"), r"c.toml: the first argument is a flag or a config file \(.yaml"),
+    "wrong suffix": (config("seed: 1", "c.toml"), r"c.toml: before the flags stand config files alone \(.yaml, .yml, "),
     "not YAML": (config("seed: ["), "c.yaml: cannot be read: line 1: expected the node content"),
     "torn JSON": (config('{"seed": 1', "c.json"), "c.json: cannot be read: line 1: expected ',' or '}'"),
     "not UTF-8": (config("run_name: Müller".encode("latin1")), "c.yaml: cannot be read: 'utf-8' codec"),
@@ -29,6 +29,14 @@ CONFIGS = {
     ),
     "a null byte": (config('cache_dir: "a\\0"'), r"^--cache_dir \('a\\x00'\) must not hold a null byte$"),
     "second file": (words("c.yaml"), "^--use_cpu takes one value, c.yaml is one too many$"),
+    "second file missing": (
+        lambda workspace: [config("seed: 1")(workspace)[0], "/no/such.yaml"],
+        "^/no/such.yaml: cannot be read: .*No such file",
+    ),
+    "phases": (
+        config("phases: [{max_steps: 1}, {max_steps: 2}]"),
+        "c.yaml: 'phases' is no flag any more: .*/c.yaml SECOND.yaml --model_name_or_path FIRST --optimizer_state_from",
+    ),
 }  # fmt: skip
 
 FLAGS = {

@@ -1,0 +1,80 @@
+"""Runs that start from another's model and optimizer state, as the second phase of a recipe does."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import run_pretrain
+from fnl_hf import UserInputError
+from tests.conftest import pretraining, weights
+
+FIRST = {"max_seq_length": 8, "max_steps": 7, "learning_rate": 1e-2, "save_steps": 3}
+SECOND = {"max_seq_length": 16, "max_steps": 5, "learning_rate": 2e-3, "warmup_steps": 2, "save_steps": 3}
+KEY = "bert.encoder.layer.0.intermediate.dense.weight"
+POSITIONS = "bert.embeddings.position_embeddings.weight"
+
+
+def run(corpus, folder, **flags):
+    run_pretrain.run([str(word) for word in pretraining(corpus, folder, **flags)])
+
+
+def second(corpus, first, folder, carried=True, **flags):
+    states = {"optimizer_state_from": first} if carried else {}
+    run(corpus, folder, model_name_or_path=first, **states | SECOND | flags)
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """A first run, and second ones with its optimizer state and without."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(corpus, folder / "first", **FIRST)
+    second(corpus, folder / "first", folder / "carried")
+    second(corpus, folder / "first", folder / "reset", carried=False)
+    return folder
+
+
+def test_moments_are_carried_or_reset(runs):
+    assert not torch.equal(weights(runs / "carried")[KEY], weights(runs / "reset")[KEY])
+    states = [
+        torch.load(runs / name / "checkpoint-5" / "optimizer.pt", weights_only=True)["state"]
+        for name in ("carried", "reset")
+    ]
+    assert [next(iter(state.values()))["step"] for state in states] == [12, 5]
+
+
+def test_the_schedule_is_the_second_runs_own(runs):
+    history = json.loads((runs / "carried" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    assert rates[0] == pytest.approx(2e-3), "at its third step, after warm-up"
+    assert weights(runs / "first")[POSITIONS].shape == weights(runs / "carried")[POSITIONS].shape == (512, 32)
+
+
+def test_a_resumed_run_keeps_its_own_optimizer_state(runs, corpus, tmp_path):
+    """It needs none of the first run, whose checkpoints may be gone."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    shutil.copytree(runs / "first", first)
+    second(corpus, first, out)
+    whole = weights(out)
+    assert all(torch.equal(whole[name], value) for name, value in weights(runs / "carried").items())
+    for checkpoint in (out / "checkpoint-5", *first.glob("checkpoint-*")):
+        shutil.rmtree(checkpoint)
+    for name in ("all_results.json", "model.safetensors", "trainer_state.json"):
+        (out / name).unlink()
+    second(corpus, first, out, resume_from_checkpoint="auto")
+    assert all(torch.equal(whole[name], value) for name, value in weights(out).items())
+
+
+def test_a_run_belongs_to_the_weights_it_started_from(runs, corpus, tmp_path):
+    first, out = tmp_path / "first", tmp_path / "out"
+    shutil.copytree(runs / "first", first)
+    second(corpus, first, out)
+    finished = (out / "all_results.json").stat().st_mtime_ns
+    trained = (first / "model.safetensors").read_bytes()
+    shutil.copy(first / "checkpoint-3" / "model.safetensors", first)
+    with pytest.raises(UserInputError, match="out holds a run that was started from other weights: their checksum is"):
+        second(corpus, first, out, resume_from_checkpoint="auto")
+    (first / "model.safetensors").write_bytes(trained)
+    second(corpus, first, out, resume_from_checkpoint="auto")
+    assert (out / "all_results.json").stat().st_mtime_ns == finished, "nothing left to do"
