@@ -117,7 +117,7 @@ def train_phase(model_args, data_args, args, planned, longest, later):
         return
     set_seed(args.seed)
     tokenizer, config, data = prepare(model_args, data_args, args, planned.plan, longest)
-    planned.uses_data({DATA_FINGERPRINT: data.fingerprint})
+    planned.record_data({DATA_FINGERPRINT: data.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
     trainer = make_trainer(model, tokenizer, args, data, planned.plan)
     planned.start(later)
