@@ -141,7 +141,7 @@ def run(argv):
         return
     set_seed(args.seed)
     tokenizer, config, rows, batches = prepare(model_args, data_args, args, planned.plan.checkpoint)
-    planned.uses_data({DATA_FINGERPRINT: rows.fingerprint})
+    planned.record_data({DATA_FINGERPRINT: rows.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
     trainer = make_trainer(model, tokenizer, args, batches, planned.plan)
     planned.start()

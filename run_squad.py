@@ -152,7 +152,7 @@ def validate_finished(planned, data_args, args):
     except UserInputError as error:
         logger.warning(f"The questions of the finished run in {args.output_dir} cannot be compared: {error}")
         return
-    planned.uses_data(fingerprints)
+    planned.record_data(fingerprints)
 
 
 def make_features(data_args, args, tokenizer, questions):
@@ -208,7 +208,7 @@ def run_one(model_args, data_args, args, planned):
     if checkpoint is not None:
         validate_resume(checkpoint, model)
     questions, fingerprints = load_splits(data_args, args)
-    planned.uses_data(fingerprints)
+    planned.record_data(fingerprints)
     features = make_features(data_args, args, tokenizer, questions)
     trainer = make_trainer(model, tokenizer, data_args, args, questions, features)
     planned.start()

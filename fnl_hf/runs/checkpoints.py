@@ -28,7 +28,7 @@ STAGING_FOLDER = "_incomplete"
 CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
     return sorted(found, key=_step_of, reverse=True)
@@ -36,15 +36,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that can be resumed; others are passed over with a warning that says why."""
-    for checkpoint in checkpoints(folder):
-        fault = fault_of(checkpoint)
+    for checkpoint in list_checkpoints(folder):
+        fault = find_fault(checkpoint)
         if fault is None:
             return checkpoint
         logger.warning(f"{checkpoint} is passed over: {fault}")
     return None
 
 
-def fault_of(checkpoint: Path) -> str | None:
+def find_fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None. One without checksums, as stock Trainer writes it, is checked by its
     files' presence, their ends and the header of its weights alone."""
     needed = [*CHECKPOINT_FILES, *_random_states(checkpoint)]
@@ -77,7 +77,7 @@ def read_state(folder: Path) -> TrainerState | None:
     return state if all(isinstance(number, int) for number in numbers) else None
 
 
-def publish(staged: Path, checkpoint: Path) -> None:
+def finalize_checkpoint(staged: Path, checkpoint: Path) -> None:
     """Give a checkpoint that was written to ``staged`` its checksums and, once all is on the disk, its name."""
     files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
     checksums = {path.relative_to(staged).as_posix(): checksum(path) for path in files}
@@ -85,22 +85,22 @@ def publish(staged: Path, checkpoint: Path) -> None:
     for path in [*files, staged / CHECKSUMS_FILE, *(p for p in staged.rglob("*") if p.is_dir()), staged]:
         _sync(path)
     if os.path.lexists(checkpoint):
-        _set_aside(checkpoint)
+        _abandon(checkpoint)
     staged.rename(checkpoint)
     _sync(checkpoint.parent)
 
 
-def set_aside_beyond(folder: Path, step: int, resumed: str | None) -> None:
+def abandon_later_checkpoints(folder: Path, step: int, resumed: str | None) -> None:
     """Rename what a run that now goes on from ``step`` had done beyond it, all but the checkpoint that is resumed.
 
     Left as they are, these checkpoints would pass for newer ones than those that are to be written.
     """
-    for checkpoint in checkpoints(folder):
+    for checkpoint in list_checkpoints(folder):
         if _step_of(checkpoint) > step and (resumed is None or checkpoint.resolve() != Path(resumed).resolve()):
-            _set_aside(checkpoint)
+            _abandon(checkpoint)
 
 
-def _set_aside(checkpoint: Path) -> None:
+def _abandon(checkpoint: Path) -> None:
     aside = checkpoint.with_name(f"_abandoned-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)

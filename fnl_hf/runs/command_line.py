@@ -47,7 +47,7 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
     except (ValueError, TypeError, ImportError, OSError) as error:  # raised by the dataclasses' own checks
         raise UserInputError(str(error)) from error
     if unknown:
-        raise _left_over(argv, unknown)
+        raise _describe_unknown(argv, unknown)
     for name, value in ((name, value) for instance in instances for name, value in vars(instance).items()):
         if name in NAMES and value is not None and "" in ([value] if isinstance(value, str) else value):
             raise UserInputError(f"--{name} is empty: leave it out")
@@ -76,7 +76,7 @@ def _is_unknown_number(word: str) -> bool:
     return True
 
 
-def _left_over(argv: list[str], unknown: list[str]) -> UserInputError:
+def _describe_unknown(argv: list[str], unknown: list[str]) -> UserInputError:
     """Words that belong to no flag: one that does not exist, or a value too many."""
     word = unknown[0]
     if not word.startswith("-"):
@@ -98,19 +98,19 @@ def run_script(run: Callable[[Sequence[str]], None]) -> None:
     signal.signal(signal.SIGTERM, _stop_at_once)
     try:
         run(sys.argv[1:])
-        _leave_processes()
+        _end_process_group()
     except UserInputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
-        _leave_processes(together=False)
+        _end_process_group(together=False)
         sys.exit(2)
     except TrainingDiverged as error:
         _print_once(f"{script}: error: {error}")
-        _leave_processes()
+        _end_process_group()
         sys.exit(3)
     except Preempted as stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _print_once(f"{script}: {stop.message}")
-        _leave_processes()
+        _end_process_group()
         raise
 
 
@@ -120,7 +120,7 @@ def _print_once(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def _leave_processes(together: bool = True) -> None:
+def _end_process_group(together: bool = True) -> None:
     """End the work of several processes before the interpreter ends.
 
     A thread of gloo's that has just finished the last collective frees its tensors, for which it needs the interpreter:

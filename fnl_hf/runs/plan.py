@@ -18,14 +18,14 @@ from fnl_hf.errors import UserInputError
 from fnl_hf.runs.checkpoints import (
     STAGING_FOLDER,
     STATE_FILE,
-    checkpoints,
     checksum,
-    fault_of,
+    find_fault,
+    list_checkpoints,
     newest_complete_checkpoint,
     read_state,
 )
-from fnl_hf.runs.processes import decided_by_first
-from fnl_hf.runs.provenance import read_starts, without_home
+from fnl_hf.runs.processes import decide_on_first_process
+from fnl_hf.runs.provenance import mask_home, read_starts
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ TRAINING_ARGUMENTS = (
     "bf16",
     "fp16",
 )
-NO_DIFFERENCE = ("cache_dir", "preprocessing_num_workers")
+WITHOUT_EFFECT = ("cache_dir", "preprocessing_num_workers")
 # How a global batch is split into micro-batches; on the same global batch a run can go on with another split.
 SPLIT = ("world_size", "gradient_accumulation_steps")
 LENGTH = "length"  # a run may be made longer or shorter
@@ -100,7 +100,7 @@ def describe_run(args, *script_arguments) -> dict[str, Any]:
     described[LENGTH] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs} epochs"
     for arguments in script_arguments:
         described |= dataclasses.asdict(arguments)
-    return {name: value for name, value in described.items() if name not in NO_DIFFERENCE}
+    return {name: value for name, value in described.items() if name not in WITHOUT_EFFECT}
 
 
 def plan_run(args, description: dict[str, Any]) -> RunPlan:
@@ -112,7 +112,7 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
         UserInputError: the folder is in use, its run has other arguments, or the named checkpoint, or each of those
             that there are, is not complete.
     """
-    return decided_by_first(lambda: _plan(args, description))
+    return decide_on_first_process(lambda: _plan(args, description))
 
 
 def _plan(args, description: dict[str, Any]) -> RunPlan:
@@ -134,10 +134,10 @@ def _plan(args, description: dict[str, Any]) -> RunPlan:
     if is_finished(folder, args):
         return RunPlan(finished=True, continued=folder)
     checkpoint = newest_complete_checkpoint(folder)
-    if checkpoint is None and (faulty := checkpoints(folder)):
+    if checkpoint is None and (faulty := list_checkpoints(folder)):
         raise UserInputError(
             f"--resume_from_checkpoint auto: {folder} has no complete checkpoint: "
-            f"{'; '.join(f'{path.name}: {fault_of(path)}' for path in faulty)}. To start anew, give "
+            f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start anew, give "
             "--overwrite_output_dir true instead"
         )
     if checkpoint is None and not (folder / STARTED_FILE).is_file():
@@ -169,7 +169,7 @@ def _validate_place(folder: Path) -> None:
 def _plan_from_checkpoint(
     checkpoint: Path, folder: Path, in_use: bool, description: dict[str, Any], allow_other_world_size: bool
 ) -> RunPlan:
-    fault = fault_of(checkpoint)
+    fault = find_fault(checkpoint)
     if fault is not None:
         raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
     if in_use and checkpoint.resolve().parent != folder.resolve():
@@ -197,7 +197,7 @@ def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_wo
     different = {  # the record in a checkpoint does not name the user's home folder
         name
         for name, value in description.items()
-        if name != LENGTH and name in started and started[name] not in (value, without_home(value))
+        if name != LENGTH and name in started and started[name] not in (value, mask_home(value))
     }
     if "world_size" in different and different <= {*SPLIT}:
         _validate_split(folder, started, description, allow_other_world_size)
@@ -286,7 +286,7 @@ def start_run(args, description: dict[str, Any]) -> None:
         return
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     if args.overwrite_output_dir:
-        for old in checkpoints(folder):
+        for old in list_checkpoints(folder):
             shutil.rmtree(old)
         for name in (RESULTS_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)

@@ -58,22 +58,22 @@ class PreemptionCallback(TrainerCallback):
         self.reset()
 
     def reset(self) -> None:
-        self.requested = False
-        self.stopping = False
+        self.is_requested = False
+        self.is_stopping = False
         self.saved_step: int | None = None
 
     def request(self, signum: int, frame: Any) -> None:
         """The signal's handler; a second signal, also during the save, changes nothing."""
-        self.requested = True
+        self.is_requested = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not control.should_training_stop and self._is_requested(args, state):
-            self.stopping = control.should_training_stop = True
+        if not control.should_training_stop and self._was_any_requested(args, state):
+            self.is_stopping = control.should_training_stop = True
             control.should_save = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Trainer ends the epoch here, complete or not."""
-        if self.stopping:
+        if self.is_stopping:
             control.should_save = False
             if not float(state.epoch).is_integer():
                 control.should_log = control.should_evaluate = False
@@ -81,12 +81,12 @@ class PreemptionCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.saved_step = state.global_step
 
-    def _is_requested(self, args, state) -> bool:
+    def _was_any_requested(self, args, state) -> bool:
         """Whether any process was asked, the same answer on all of them."""
         if args.world_size == 1:
-            return self.requested
+            return self.is_requested
         if args.device.type != "cpu" and state.global_step % AGREEMENT_STEPS:
             return False
-        requested = torch.tensor(self.requested, dtype=torch.int32, device=args.device)
+        requested = torch.tensor(self.is_requested, dtype=torch.int32, device=args.device)
         torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX)
         return bool(requested.item())

@@ -10,28 +10,28 @@ from fnl_hf.errors import UserInputError
 Decision = TypeVar("Decision")
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """The values of all processes, by rank. All of them must call this, with what can be pickled."""
-    if not _are_several():
+    if not _is_distributed():
         return [value]
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-def decided_by_first(decide: Callable[[], Decision]) -> Decision:
+def decide_on_first_process(decide: Callable[[], Decision]) -> Decision:
     """What ``decide`` returns on the first process, or the UserInputError that it raises there, on all of them."""
     decision: Any = None
-    if not _are_several() or torch.distributed.get_rank() == 0:
+    if not _is_distributed() or torch.distributed.get_rank() == 0:
         try:
             decision = decide()
         except UserInputError as error:
             decision = error
-    decision = gathered(decision)[0]
+    decision = gather_objects(decision)[0]
     if isinstance(decision, UserInputError):
         raise decision
     return decision
 
 
-def _are_several() -> bool:
+def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -22,7 +22,7 @@ _SECRET_FLAG = re.compile(r"--?[\w-]*(token|password|secret)$")
 _GIT_SECONDS = 5
 
 
-def provenance() -> dict[str, Any]:
+def collect_provenance() -> dict[str, Any]:
     """Versions, git revision (None outside a checkout), platform and devices of this process. Not the host's name."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["torch"] = torch.__version__  # with its build, as in 2.13.0+cu130, which the package's metadata may lack
@@ -59,15 +59,15 @@ def record_start(args, checkpoint: str | None, argv: Sequence[str], description:
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "resumed_from": None if checkpoint is None else Path(checkpoint).name,
-        **provenance(),
+        **collect_provenance(),
         "world_size": args.world_size,
-        "command": _without_secrets(argv),
+        "command": _mask_secrets(argv),
         "data_fingerprint": description.get("data_fingerprint"),
         "arguments": description,
         "training_arguments": json.loads(args.to_json_string()),  # which masks tokens
     }
     starts = [] if checkpoint is None else read_starts(checkpoint)
-    text = json.dumps({"starts": [*starts, without_home(start)]}, indent=2)
+    text = json.dumps({"starts": [*starts, mask_home(start)]}, indent=2)
     Path(args.output_dir, PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -96,7 +96,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def _without_secrets(argv: Sequence[str]) -> list[str]:
+def _mask_secrets(argv: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in map(str, argv):
         flag, equals, _ = word.partition("=")
@@ -107,10 +107,10 @@ def _without_secrets(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def without_home(value: Any) -> Any:
+def mask_home(value: Any) -> Any:
     """A value of the record, with the user's home folder as "~" in all of its strings."""
     if isinstance(value, dict):
-        return {key: without_home(entry) for key, entry in value.items()}
+        return {key: mask_home(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [without_home(entry) for entry in value]
+        return [mask_home(entry) for entry in value]
     return value.replace(f"{Path.home()}/", "~/") if isinstance(value, str) else value

@@ -46,9 +46,9 @@ class LossGuard(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.active = self.trainer.accelerator.scaler is None
+        self.is_active = self.trainer.accelerator.scaler is None
         self.optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is a wrapper
-        self.waits = args.device.type == "cpu" or not _heeds_found_inf(self.optimizer)
+        self.is_synchronous = args.device.type == "cpu" or not _supports_found_inf(self.optimizer)
         self.skipped = next((row[SKIPPED] for row in reversed(state.log_history) if SKIPPED in row), 0)
         self.not_counted = torch.zeros((), device=args.device)
 
@@ -57,7 +57,7 @@ class LossGuard(TrainerCallback):
 
     def examine(self, norm: torch.Tensor) -> None:
         """Decide on the step whose gradients have this norm, before the optimizer's step."""
-        if not self.active:
+        if not self.is_active:
             return
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = ~torch.isfinite(norm)
@@ -65,7 +65,7 @@ class LossGuard(TrainerCallback):
         loss.copy_(torch.where(bad, self.loss_before, loss))
         self.not_counted += bad
         # The first step makes the optimizer's state: torch's fused SGD makes it of unset memory when it is skipped.
-        if self.waits or not self.optimizer.state:
+        if self.is_synchronous or not self.optimizer.state:
             if bad:
                 self.optimizer.zero_grad(set_to_none=True)
         else:
@@ -76,7 +76,7 @@ class LossGuard(TrainerCallback):
             del self.optimizer.found_inf
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.waits or control.should_log:
+        if self.is_synchronous or control.should_log:
             self.count()
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -129,6 +129,6 @@ def _spike(history: list[dict[str, float]], name: str) -> str | None:
     return None
 
 
-def _heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+def _supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Whether ``step`` leaves everything as it is where ``optimizer.found_inf`` is 1, without asking the host."""
     return isinstance(optimizer, Lamb) or getattr(optimizer, "_step_supports_amp_scaling", False)

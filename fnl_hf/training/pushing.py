@@ -12,7 +12,7 @@ from transformers.utils import PushInProgress, logging
 
 from fnl_hf.publishing.cards import CARD_FILE
 from fnl_hf.publishing.hub import NOT_UPLOADED, create_repository, explain, hub_errors, repository_name
-from fnl_hf.runs.processes import decided_by_first
+from fnl_hf.runs.processes import decide_on_first_process
 from fnl_hf.training.fsdp import ShardedTrainer
 
 logger = logging.get_logger(__name__)
@@ -35,7 +35,7 @@ class PushingTrainer(ShardedTrainer):
             with hub_errors(repository_name(self.args), "Nothing is lost: mend it, or train without --push_to_hub"):
                 return create_repository(repository_name(self.args), private, token or self.args.hub_token)
 
-        self.hub_model_id = decided_by_first(create)
+        self.hub_model_id = decide_on_first_process(create)
         self.push_in_progress = None
 
     def push_to_hub(self, *args, **kwargs):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
-from fnl_hf.runs.checkpoints import random_state_file, set_aside_beyond
+from fnl_hf.runs.checkpoints import abandon_later_checkpoints, random_state_file
 
 
 class ResumeCallback(TrainerCallback):
@@ -23,7 +23,7 @@ class ResumeCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
         if args.should_save:
-            set_aside_beyond(Path(args.output_dir), state.global_step, self.checkpoint)
+            abandon_later_checkpoints(Path(args.output_dir), state.global_step, self.checkpoint)
         if self.checkpoint is not None:
             seed_new_process(args, self.checkpoint, state.global_step)
 

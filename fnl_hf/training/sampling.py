@@ -72,7 +72,7 @@ def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:
     return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
 
 
-def sampler_of(dataloader: DataLoader) -> Sampler | None:
+def find_sampler(dataloader: DataLoader) -> Sampler | None:
     """The sampler below the batch samplers that Accelerate wraps around it to share or skip batches."""
     batches: Any = dataloader.batch_sampler
     while hasattr(batches, "batch_sampler"):
@@ -85,7 +85,7 @@ class EpochCallback(TrainerCallback):
     nor, in an epoch that is resumed in its middle, the sampler."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        for part in (train_dataloader.dataset, sampler_of(train_dataloader)):
+        for part in (train_dataloader.dataset, find_sampler(train_dataloader)):
             set_epoch = getattr(part, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(int(state.epoch + 1e-6))

@@ -55,7 +55,7 @@ class ScriptRun:
         push_finished(self.args)
         return True
 
-    def uses_data(self, fingerprints: Mapping[str, str]) -> None:
+    def record_data(self, fingerprints: Mapping[str, str]) -> None:
         """Note what the data are, by the names that :func:`fnl_hf.runs.plan.validate_data` knows.
 
         Raises:

@@ -17,9 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from fnl_hf.errors import Preempted, UserInputError
 from fnl_hf.reports.callbacks import TrainingClockCallback, add_fnl_callbacks
 from fnl_hf.reports.throughput import ThroughputMeter
-from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, is_disk_full, publish
+from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, finalize_checkpoint, is_disk_full
 from fnl_hf.runs.preemption import PreemptionCallback, end_workers_at_exit, ignore_sigterm, sigterm_handled_by
-from fnl_hf.runs.processes import gathered
+from fnl_hf.runs.processes import gather_objects
 from fnl_hf.runs.provenance import copy_provenance
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
@@ -74,7 +74,7 @@ class FnlTrainer(PushingTrainer):
 
     def __init__(self, model=None, args=None, **kwargs):
         self._staging: Path | None = None  # where a checkpoint is being written
-        self._saving_together = False
+        self._is_saving = False
         self._save_error: Exception | None = None
         self.preemption = PreemptionCallback()
         with _without_jit_checkpoint(args):
@@ -88,10 +88,10 @@ class FnlTrainer(PushingTrainer):
         if self.args.push_to_hub:
             self.add_callback(PushCallback(self))
         unwrapped = self.accelerator.unwrap_model(self.model)
-        self._model_takes_items = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
+        self._model_takes_counts = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
         self.model_accepts_loss_kwargs = True
         count = getattr(unwrapped, "num_parameters", None)
-        self._parameters = count(exclude_embeddings=True) if count else None
+        self._num_parameters = count(exclude_embeddings=True) if count else None
         dtype = MATMUL_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
         self.throughput = ThroughputMeter(unwrapped, self.args.device, dtype, self.accelerator.gather)
         self.add_callback(TrainingClockCallback(self.throughput))
@@ -135,7 +135,7 @@ class FnlTrainer(PushingTrainer):
         return super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial, *args):
-        if not self.preemption.stopping:
+        if not self.preemption.is_stopping:
             return super()._finalize_training(trial, *args)
         if self.preemption.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, trial)
@@ -206,9 +206,9 @@ class FnlTrainer(PushingTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As Trainer's, which walks all parameters of the model in every micro-batch."""
-        if self._parameters is None:
+        if self._num_parameters is None:
             return super().floating_point_ops(inputs)
-        return 6 * inputs[self.model.main_input_name].numel() * self._parameters
+        return 6 * inputs[self.model.main_input_name].numel() * self._num_parameters
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         loss, outputs = self._loss_and_outputs(model, inputs, num_items_in_batch)
@@ -217,7 +217,7 @@ class FnlTrainer(PushingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
-        if self._model_takes_items or items is None:
+        if self._model_takes_counts or items is None:
             return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         # A stock head returns the mean over its micro-batch: turn it into this one's part of the global mean.
         name, count = next(iter(items.items()))
@@ -255,7 +255,7 @@ class FnlTrainer(PushingTrainer):
                 self.state.best_model_checkpoint = str(checkpoint)
             with self._failing_together(checkpoint):
                 if self.args.should_save:
-                    self._publish(staged, checkpoint)
+                    self._finalize_checkpoint(staged, checkpoint)
         finally:
             self._staging = None
 
@@ -276,14 +276,14 @@ class FnlTrainer(PushingTrainer):
     @contextmanager
     def _failing_together(self, folder: Path) -> Iterator[None]:
         """All processes leave the context together, with an error if one of them had one."""
-        self._save_error, self._saving_together = None, True
+        self._save_error, self._is_saving = None, True
         try:
-            with self._kept_error():
+            with self._deferring_error():
                 yield
         finally:
-            self._saving_together = False
+            self._is_saving = False
         error = self._save_error
-        failures = [failure for failure in gathered(error and (is_disk_full(error), str(error))) if failure]
+        failures = [failure for failure in gather_objects(error and (is_disk_full(error), str(error))) if failure]
         if not failures:
             return
         if self.args.should_save and self._staging is not None:
@@ -297,25 +297,25 @@ class FnlTrainer(PushingTrainer):
         raise error or RuntimeError(f"{folder} could not be written by another process: {failures[0][1]}")
 
     @contextmanager
-    def _kept_error(self) -> Iterator[None]:
+    def _deferring_error(self) -> Iterator[None]:
         """Within a save an error waits for its end: until then the other processes count on this one's part."""
         try:
             yield
         except Exception as error:
-            if not self._saving_together:
+            if not self._is_saving:
                 raise
             self._save_error = self._save_error or error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's, with the record of the run's starts."""
-        with self._kept_error():
+        with self._deferring_error():
             super().save_model(output_dir, _internal_call)
             if self.args.should_save:
                 copy_provenance(self.args.output_dir, output_dir or self.args.output_dir)
 
-    def _publish(self, staged: Path, checkpoint: Path) -> None:
+    def _finalize_checkpoint(self, staged: Path, checkpoint: Path) -> None:
         self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
-        publish(staged, checkpoint)
+        finalize_checkpoint(staged, checkpoint)
         shutil.rmtree(staged.parent, ignore_errors=True)
         if self.is_pushing():  # from an older checkpoint, which the next save will drop
             return

@@ -16,7 +16,7 @@ from fnl_hf import (
 )
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.reports import callbacks, throughput
-from fnl_hf.reports.callbacks import ReadablePrinterCallback, ReadableProgressCallback
+from fnl_hf.reports.callbacks import ReadablePrinterCallback, ReadableProgressCallback, TrainingClockCallback
 from fnl_hf.reports.flops import training_flops
 from fnl_hf.reports.throughput import ThroughputMeter
 from fnl_hf.training.arguments import FnlTrainingArguments
@@ -159,6 +159,26 @@ def take(meter, clock, batch, seconds):
 
     for _ in meter.batches(fetch()):
         clock.now += seconds
+
+
+def test_an_epoch_s_start_counts_and_what_is_done_before_it_does_not(clock):
+    own, batch = meter(torch.nn.Linear(2, 3)), {"input_ids": torch.ones(ROWS, LENGTH, dtype=torch.long)}
+    callback, nothing = TrainingClockCallback(own), SimpleNamespace(global_step=1)
+    control = SimpleNamespace(should_log=False, should_evaluate=False, should_save=False)
+    callback.on_train_begin(None, nothing, control)
+    callback.on_epoch_begin(None, nothing, control)
+    clock.now += 70.0  # before the first batch
+    take(own, clock, batch, 6.0)
+    callback.on_step_end(None, nothing, control)
+    clock.now += 1.0
+    control.should_save = True
+    callback.on_epoch_end(None, nothing, control)
+    clock.now += 100.0
+    callback.on_epoch_begin(None, nothing, control)
+    clock.now += 3.0  # workers start
+    take(own, clock, batch, 6.0)
+    own.stop()
+    assert own.close_window()["tokens_per_second"] == pytest.approx(2 * ROWS * LENGTH / (2 * (6.0 + FETCH) + 1.0 + 3.0))
 
 
 def test_processes_add_up_and_the_slowest_counts(clock):

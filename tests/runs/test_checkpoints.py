@@ -8,7 +8,13 @@ import pytest
 
 import run_pretrain
 from fnl_hf import UserInputError
-from fnl_hf.runs.checkpoints import CHECKSUMS_FILE, STAGING_FOLDER, fault_of, newest_complete_checkpoint, publish
+from fnl_hf.runs.checkpoints import (
+    CHECKSUMS_FILE,
+    STAGING_FOLDER,
+    finalize_checkpoint,
+    find_fault,
+    newest_complete_checkpoint,
+)
 from fnl_hf.training.trainer import FnlTrainer
 from tests.bad_inputs import edit
 from tests.conftest import assert_same_weights, launch, pretraining
@@ -62,7 +68,7 @@ def test_checkpoints_are_complete_and_nothing_is_left_beside_them(whole):
         listed = json.loads((checkpoint / CHECKSUMS_FILE).read_text())
         files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
         assert listed.keys() == files - {CHECKSUMS_FILE} and "rng_state.pth" in listed
-        assert fault_of(checkpoint) is None
+        assert find_fault(checkpoint) is None
 
 
 def test_a_death_within_a_save_leaves_the_older_checkpoint(whole, corpus, tmp_path, monkeypatch):
@@ -87,7 +93,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(corpus, tmp_path, monk
     at_step_10(monkeypatch, error)
     with pytest.raises(UserInputError, match="checkpoint-10 could not be written: the disk is full .*it are as"):
         run(corpus, tmp_path / "out")
-    assert names(tmp_path / "out") == ["checkpoint-5"] and fault_of(tmp_path / "out" / "checkpoint-5") is None
+    assert names(tmp_path / "out") == ["checkpoint-5"] and find_fault(tmp_path / "out" / "checkpoint-5") is None
 
 
 def test_another_error_is_not_taken_for_a_full_disk(corpus, tmp_path, monkeypatch):
@@ -102,7 +108,7 @@ def test_a_changed_file_is_noticed(copied, name):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert fault_of(copied / "checkpoint-10") == f"{name} is not what was written: its checksum differs"
+    assert find_fault(copied / "checkpoint-10") == f"{name} is not what was written: its checksum differs"
     assert newest_complete_checkpoint(copied) == copied / "checkpoint-5"
 
 
@@ -113,7 +119,7 @@ def test_a_tampered_checkpoint_is_passed_over_and_written_anew(whole, copied, co
         run(corpus, copied, resume_from_checkpoint=copied / "checkpoint-10")
     run(corpus, copied, resume_from_checkpoint="auto")
     assert_same_weights(whole, copied)
-    assert fault_of(copied / "checkpoint-10") is None
+    assert find_fault(copied / "checkpoint-10") is None
     assert names(copied) == ["_abandoned-checkpoint-10", *names(whole)]
 
 
@@ -137,28 +143,28 @@ def test_two_processes_write_one_checkpoint_and_resume_to_the_same_weights(corpu
 def test_faults_are_named(copied, tmp_path):
     checkpoint = copied / "checkpoint-10"
     (checkpoint / CHECKSUMS_FILE).write_text("{")
-    assert "checksums.json cannot be read" in fault_of(checkpoint)
+    assert "checksums.json cannot be read" in find_fault(checkpoint)
     (checkpoint / CHECKSUMS_FILE).unlink()
-    assert fault_of(checkpoint) is None, "as stock Trainer writes it"
+    assert find_fault(checkpoint) is None, "as stock Trainer writes it"
     edit("checkpoint-10/provenance.json", starts=[{"world_size": 2}])(copied)
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
-    assert fault_of(checkpoint) == "rng_state_1.pth is missing"
+    assert find_fault(checkpoint) == "rng_state_1.pth is missing"
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
-    assert fault_of(checkpoint) is None
+    assert find_fault(checkpoint) is None
     (checkpoint / "model.safetensors").write_bytes(b"torn")
-    assert "model.safetensors cannot be read" in fault_of(checkpoint)
+    assert "model.safetensors cannot be read" in find_fault(checkpoint)
     (checkpoint / "trainer_state.json").write_text("{")
-    assert fault_of(checkpoint) == "trainer_state.json cannot be read"
+    assert find_fault(checkpoint) == "trainer_state.json cannot be read"
     (checkpoint / "optimizer.pt").unlink()
-    assert fault_of(checkpoint) == "optimizer.pt is missing"
+    assert find_fault(checkpoint) == "optimizer.pt is missing"
 
 
-def test_publish_sets_aside_what_has_the_name(tmp_path):
+def test_what_has_the_name_is_set_aside(tmp_path):
     staged, checkpoint = tmp_path / "aside" / "checkpoint-3", tmp_path / "checkpoint-3"
     for folder, text in ((staged, "new"), (checkpoint, "old")):
         (folder / "inner").mkdir(parents=True)
         (folder / "inner" / "file").write_text(text)
-    publish(staged, checkpoint)
+    finalize_checkpoint(staged, checkpoint)
     assert (checkpoint / "inner" / "file").read_text() == "new" and list((tmp_path / "aside").iterdir()) == []
     assert (tmp_path / "_abandoned-checkpoint-3" / "inner" / "file").read_text() == "old"
 
@@ -168,7 +174,7 @@ def test_limit_and_best_checkpoint(corpus, tmp_path):
         load_best_model_at_end="true", metric_for_best_model="loss")  # fmt: skip
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     best = tmp_path / "out" / f"checkpoint-{state['best_global_step']}"
-    assert state["best_model_checkpoint"] == str(best) and fault_of(best) is None
+    assert state["best_model_checkpoint"] == str(best) and find_fault(best) is None
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
 
 

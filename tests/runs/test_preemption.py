@@ -15,7 +15,7 @@ import torch
 
 import run_pretrain
 from fnl_hf.errors import Preempted
-from fnl_hf.runs.checkpoints import fault_of, newest_complete_checkpoint
+from fnl_hf.runs.checkpoints import find_fault, newest_complete_checkpoint
 from fnl_hf.runs.command_line import run_script
 from fnl_hf.runs.preemption import PreemptionCallback
 from fnl_hf.training.arguments import FnlTrainingArguments
@@ -97,17 +97,20 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(
     ],
 )
 def test_the_step_of_the_stop_is_saved_once(corpus, tmp_path, monkeypatch, flags, step):
-    published, original = [], FnlTrainer._publish
-    monkeypatch.setattr(
-        FnlTrainer, "_publish", lambda self, *args: published.append(self.state.global_step) or original(self, *args)
-    )
+    saved, original = [], FnlTrainer._finalize_checkpoint
+
+    def finalize(self, *args):
+        saved.append(self.state.global_step)
+        original(self, *args)
+
+    monkeypatch.setattr(FnlTrainer, "_finalize_checkpoint", finalize)
     monkeypatch.setattr(FnlTrainer, "_determine_best_metric", lambda self, metrics, trial: first_is_best(self))
     signalled(monkeypatch, "training_step", step - 1)
     with pytest.raises(Preempted):
         run(corpus, tmp_path / "out", **flags)
-    assert published.count(step) == 1 and newest_complete_checkpoint(tmp_path / "out").name == f"checkpoint-{step}"
-    saved = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in saved["log_history"] if "eval_loss" in entry][-1] == step
+    assert saved.count(step) == 1 and newest_complete_checkpoint(tmp_path / "out").name == f"checkpoint-{step}"
+    state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry][-1] == step
 
 
 def test_a_second_signal_during_the_save_changes_nothing(whole, corpus, tmp_path, monkeypatch):
@@ -116,7 +119,7 @@ def test_a_second_signal_during_the_save_changes_nothing(whole, corpus, tmp_path
         signalled(patch, "_save_rng_state", 6)
         with pytest.raises(Preempted):
             run(corpus, tmp_path / "out")
-    assert fault_of(tmp_path / "out" / "checkpoint-6") is None
+    assert find_fault(tmp_path / "out" / "checkpoint-6") is None
     run(corpus, tmp_path / "out", resume_from_checkpoint="auto")
     assert_same_weights(whole / "steps", tmp_path / "out")
 
@@ -182,7 +185,7 @@ def test_on_an_accelerator_processes_ask_each_other_every_ten_steps(monkeypatch)
     callback, asked = PreemptionCallback(), []
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1)
     for step in range(9, 22):
-        asked.append(callback._is_requested(args, SimpleNamespace(global_step=step)))
+        asked.append(callback._was_any_requested(args, SimpleNamespace(global_step=step)))
     assert asked == [step in (10, 20) for step in range(9, 22)]
     assert questions == [torch.distributed.ReduceOp.MAX] * 2
 

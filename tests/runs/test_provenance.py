@@ -11,7 +11,7 @@ import transformers
 import fnl_hf
 import run_pretrain
 from fnl_hf.publishing.cards import run_facts
-from fnl_hf.runs.provenance import PROVENANCE_FILE, git_revision, provenance, read_starts, record_start
+from fnl_hf.runs.provenance import PROVENANCE_FILE, collect_provenance, git_revision, read_starts, record_start
 from fnl_hf.training import arguments
 from fnl_hf.training.arguments import FnlTrainingArguments
 from tests.conftest import pretraining
@@ -42,7 +42,7 @@ def test_git_revision_of_a_checkout_and_of_no_checkout(tmp_path, monkeypatch):
 
 
 def test_provenance_names_the_software_and_not_the_host():
-    found = provenance()
+    found = collect_provenance()
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["fnl_hf"] == fnl_hf.__version__
     assert found["versions"]["transformers"] == transformers.__version__ and len(found["devices"]) >= 1
     assert os.uname().nodename not in json.dumps(found)
@@ -59,7 +59,7 @@ def test_every_start_is_saved_with_the_model_and_its_checkpoints(corpus, tmp_pat
     first, second = read_starts(folder)
     assert (first["resumed_from"], second["resumed_from"]) == (None, "checkpoint-2")
     for start in (first, second):
-        assert start["world_size"] == 1 and start["versions"] == provenance()["versions"]
+        assert start["world_size"] == 1 and start["versions"] == collect_provenance()["versions"]
         assert start["arguments"]["max_seq_length"] == 16 and start["arguments"]["train_file"] == ["~/corpus.txt"]
         assert start["training_arguments"]["learning_rate"] == 0.01
         assert start["command"][:4] == ["--train_file", "~/corpus.txt", "--output_dir", str(folder)]

@@ -18,7 +18,7 @@ from transformers import Trainer
 import run_pretrain
 from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, UserInputError
 from fnl_hf.bert.modeling_fnl_bert import mean_cross_entropy
-from fnl_hf.runs.checkpoints import CHECKSUMS_FILE, fault_of
+from fnl_hf.runs.checkpoints import CHECKSUMS_FILE, find_fault
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.optimizers import build_optimizer
 from fnl_hf.training.trainer import FnlTrainer
@@ -110,7 +110,7 @@ def test_fsdp2_through_trainer_is_one_process(alone, corpus, tmp_path):
     assert [result.stdout.count(f"sharded in step {step}.") for step in (1, 7, 12)] == [2, 4, 4]
     for folder in (out, resumed):
         assert_same_weights(alone, folder, atol=1e-5, rtol=0)
-        assert fault_of(folder / "checkpoint-12") is None
+        assert find_fault(folder / "checkpoint-12") is None
     for step in (6, 12):
         first, second = (set(os.listdir(folder / f"checkpoint-{step}")) for folder in (alone, out))
         assert first - {"rng_state.pth"} == second - {"rng_state_0.pth", "rng_state_1.pth"}

@@ -47,7 +47,7 @@ def as_on_an_accelerator(patch):
 
     def on_train_begin(self, *args, **kwargs):
         begin(self, *args, **kwargs)
-        self.waits = False
+        self.is_synchronous = False
 
     patch.setattr(LossGuard, "on_train_begin", on_train_begin)
 

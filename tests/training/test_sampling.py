@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 import run_pretrain
 from fnl_hf import UserInputError
-from fnl_hf.training.sampling import EpochSampler, sampler_of
+from fnl_hf.training.sampling import EpochSampler, find_sampler
 from tests.conftest import TINY, assert_same_weights, launch, pretraining
 
 
@@ -59,7 +59,7 @@ def test_the_sampler_is_found_below_what_shares_and_skips_batches():
         DataLoader(range(41), batch_sampler=shared),
         skip_first_batches(DataLoader(range(41), batch_sampler=shared), 2),
     ):
-        assert sampler_of(loader) is sampler
+        assert find_sampler(loader) is sampler
 
 
 def test_fewer_samples_than_a_global_batch_are_refused():
