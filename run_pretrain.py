@@ -11,10 +11,12 @@ from pathlib import Path
 from transformers import set_seed
 
 from fnl_hf import UserInputError
-from fnl_hf.data.corpus import load_corpus
-from fnl_hf.data.masking import collate_batch
-from fnl_hf.data.pretraining import prepare_data, prepare_stream
+from fnl_hf.data.corpus import DocumentStream, read_documents
+from fnl_hf.data.masking import ATTENTION_KERNELS, MaskingTransform, collate_batch, mask_rows
 from fnl_hf.data.readers import check_file
+from fnl_hf.data.rows import RowOptions, make_rows
+from fnl_hf.data.source import Source
+from fnl_hf.data.streaming import StreamOrder, read_state, validate_shards
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.runs.command_line import parse_arguments, run_script
 from fnl_hf.runs.plan import DATA_FINGERPRINT, validate_resume
@@ -32,15 +34,15 @@ AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraini
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
-def get_tokenizer(model_args, plan, corpus=None):
-    """The named tokenizer, the checkpoint's, or one trained on the corpus; the same again when a run is resumed."""
-    source = plan.checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
-    if source is not None:
-        tokenizer = load_tokenizer(source)
-    elif corpus is None:
+def get_tokenizer(model_args, checkpoint, documents):
+    """The named tokenizer, the checkpoint's, or one trained on the documents; the same again when a run is resumed."""
+    name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
+    if name is not None:
+        tokenizer = load_tokenizer(name)
+    elif isinstance(documents.train, DocumentStream):
         raise UserInputError("--streaming needs --tokenizer_name: a tokenizer cannot be trained on a stream")
     else:
-        tokenizer = train_tokenizer(corpus["train"], model_args.vocab_size, model_max_length=512)
+        tokenizer = train_tokenizer(documents.train, model_args.vocab_size, model_max_length=512)
     validate_mlm_tokenizer(tokenizer)
     return tokenizer
 
@@ -53,27 +55,50 @@ def with_quickstart(argv):
     return [str(QUICKSTART), *argv]
 
 
-def prepare(model_args, data_args, args, plan):
-    """Tokenizer, configuration and data; the main process fills the caches."""
+def plan_stream(data_args, args, checkpoint):
+    """The shards of a stream and the order in which they are read, from where the checkpoint's run stood."""
+    if not data_args.streaming:
+        return None, None
+    if args.max_steps <= 0:
+        raise UserInputError("--streaming needs --max_steps: the length of a stream is not known")
+    state = None if checkpoint is None else read_state(checkpoint)
+    default = state.shards if state else args.world_size * max(1, args.dataloader_num_workers)
+    shards = data_args.streaming_shards or default
+    validate_shards(shards, args.world_size, args.dataloader_num_workers)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    batch, buffer = args.train_batch_size, data_args.shuffle_buffer_size
+    return shards, StreamOrder(batch, buffer, seed, args.process_index, args.world_size, state)
+
+
+def prepare(model_args, data_args, args, checkpoint):
+    """Tokenizer, configuration, rows and their masked batches; the main process fills the caches."""
+    shards, order = plan_stream(data_args, args, checkpoint)
+    cache = {"cache_dir": data_args.cache_dir, "num_proc": data_args.preprocessing_num_workers}
     with args.main_process_first(desc="reading the corpus"):
-        if data_args.streaming:
-            tokenizer = get_tokenizer(model_args, plan)
-            config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-            return tokenizer, config, prepare_stream(model_args, data_args, args, tokenizer, plan.checkpoint)
-        corpus = load_corpus(
+        source = Source(
             data_args.dataset_name,
             data_args.dataset_config_name,
             data_args.train_file,
             data_args.validation_file,
-            data_args.validation_split_percentage,
             data_args.text_column_name,
-            data_args.cache_dir,
-            data_args.strict,
-            data_args.preprocessing_num_workers,
+            shards,
         )
-        tokenizer = get_tokenizer(model_args, plan, corpus)
+        held_out = (data_args.validation_split_percentage, data_args.streaming_validation_documents)
+        documents = read_documents(source, *held_out, data_args.strict, **cache)
+        tokenizer = get_tokenizer(model_args, checkpoint, documents)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-        return tokenizer, config, prepare_data(model_args, data_args, args, corpus, tokenizer)
+        limits = (data_args.max_train_samples, data_args.max_eval_samples)
+        options = RowOptions(data_args.max_seq_length, data_args.objective, *limits)
+        rows = make_rows(documents, tokenizer, options, order, **cache)
+        masking = MaskingTransform(
+            tokenizer,
+            data_args.mlm_probability,
+            args.seed,
+            data_args.whole_word_mask,
+            model_args.sparse_prediction,
+            ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None,
+        )
+        return tokenizer, config, rows, mask_rows(rows, masking)
 
 
 def plan_run(argv):
@@ -89,7 +114,7 @@ def plan_run(argv):
     return model_args, data_args, args, planned
 
 
-def make_trainer(model, tokenizer, args, data, plan):
+def make_trainer(model, tokenizer, args, batches, plan):
     """The Trainer, with what it starts from checked."""
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
@@ -98,8 +123,8 @@ def make_trainer(model, tokenizer, args, data, plan):
         PretrainingTrainer,
         model=model,
         args=args,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
+        train_dataset=batches.train,
+        eval_dataset=batches.held_out,
         data_collator=collate_batch,
         processing_class=tokenizer,
         compute_metrics=pretraining_metrics,
@@ -115,17 +140,17 @@ def run(argv):
     if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)
-    tokenizer, config, data = prepare(model_args, data_args, args, planned.plan)
-    planned.uses_data({DATA_FINGERPRINT: data.fingerprint})
+    tokenizer, config, rows, batches = prepare(model_args, data_args, args, planned.plan.checkpoint)
+    planned.uses_data({DATA_FINGERPRINT: rows.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
-    trainer = make_trainer(model, tokenizer, args, data, planned.plan)
+    trainer = make_trainer(model, tokenizer, args, batches, planned.plan)
     planned.start()
 
     metrics = {}
     if args.do_train:
         metrics["train"] = train_and_save(trainer, planned.plan.checkpoint)
     if args.do_eval:
-        metrics["eval"] = trainer.evaluate() | {"unigram_entropy": data.unigram_entropy}
+        metrics["eval"] = trainer.evaluate() | {"unigram_entropy": rows.unigram_entropy}
     files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
     planned.finish(
         trainer,

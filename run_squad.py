@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
 from fnl_hf import UserInputError
-from fnl_hf.data.corpus import first_rows
+from fnl_hf.data.rows import first_rows
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import validate_bounds
 from fnl_hf.runs.command_line import parse_arguments, run_script

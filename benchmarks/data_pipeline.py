@@ -27,9 +27,10 @@ import numpy as np
 from datasets.utils import disable_progress_bars
 from transformers.utils import logging
 
-from fnl_hf.data.corpus import embedded_corpus, load_text_files
+from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.masking import MaskedLMDataset, MaskingTransform
 from fnl_hf.data.packing import pack_documents
+from fnl_hf.data.source import embedded_corpus
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer
 
 MLM_PROBABILITY = 0.15

@@ -23,8 +23,8 @@ import transformers
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from fnl_hf import FnlBertConfig
-from fnl_hf.data.corpus import embedded_corpus
 from fnl_hf.data.packing import pack_documents
+from fnl_hf.data.source import embedded_corpus
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer
 from fnl_hf.reports.flops import training_flops
 from fnl_hf.training.models import preset_config

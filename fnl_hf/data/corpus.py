@@ -1,18 +1,23 @@
-"""Text corpora: from the Hub, from files, or the prose that every Python installation carries."""
+"""Documents: the records of a source without the broken and blank ones, to train on and to hold out.
 
-import ast
-import sysconfig
-import warnings
+What is read whole becomes a data set with one column "text", kept by ``datasets``. A stream is read in shards, each
+from its beginning or from where an earlier reading stood.
+"""
+
+import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, IterableDataset
-from datasets.exceptions import DatasetGenerationError
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from datasets.fingerprint import Hasher
+from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from fnl_hf.data.arrow_cache import cached_dataset
@@ -20,14 +25,14 @@ from fnl_hf.data.readers import (
     LINES,
     RECORD_FEATURES,
     Piece,
+    check_text,
     cut_files,
-    cut_for_shards,
     found_columns,
     hash_files,
     no_column,
-    read_documents,
     read_tables,
 )
+from fnl_hf.data.source import Source, embedded_corpus, load_hub, stream_files, stream_hub
 from fnl_hf.errors import UserInputError
 
 logger = logging.get_logger(__name__)
@@ -37,112 +42,60 @@ RECORDS_VERSION = 1  # raise it when the same files give other records, so that 
 SPLIT_SEED = 0
 
 
-def load_corpus(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_file: Sequence[str] | None = None,
-    validation_file: Sequence[str] | None = None,
-    validation_split_percentage: float = 5.0,
-    text_column_name: str = "text",
-    cache_dir: str | None = None,
-    strict: bool = False,
-    num_proc: int | None = None,
-) -> DatasetDict:
-    """Documents as a ``DatasetDict`` with splits "train" and "validation" and one string column "text".
+@dataclass(frozen=True)
+class Documents:
+    """Texts to train on and to hold out: data sets with one column "text", or a stream to train on."""
 
-    Without a dataset name and files: the embedded corpus. Without a validation split or files,
-    ``validation_split_percentage`` of the documents, drawn at random, are held out.
+    source: Source
+    train: "Dataset | DocumentStream"
+    held_out: Dataset
+
+
+def read_documents(
+    source: Source,
+    held_out_percentage: float = 5.0,
+    held_out_documents: int = 1000,
+    strict: bool = False,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+) -> Documents:
+    """The documents of a source. Held out are those of its validation split or files; without, some of the others.
 
     Args:
+        held_out_percentage: of the documents, drawn at random, where they are read whole.
+        held_out_documents: the first ones of a stream, as many of each shard.
         strict: refuse broken records; otherwise they are left out and counted in a warning.
         num_proc: processes that read files; the documents do not depend on it.
 
     Raises:
         UserInputError: a missing, empty or unreadable file, no text, too few documents to split.
     """
-    if dataset_name is not None and train_file is not None:
-        raise UserInputError(
-            f"give --dataset_name ({dataset_name}) or --train_file ({', '.join(train_file)}), not both"
-        )
-    if validation_file is not None and train_file is None:
-        raise UserInputError(f"--validation_file ({', '.join(validation_file)}) needs --train_file")
-    if dataset_name is not None:
-        splits = _load_hub(dataset_name, dataset_config_name, text_column_name, cache_dir, strict)
-    elif train_file is not None:
-        files = {"train": train_file, "validation": validation_file}
+    if source.shards is not None:
+        return _open_stream(source, source.shards, held_out_documents, strict, cache_dir, num_proc)
+    if source.dataset_name is not None:
+        loaded = load_hub(source, cache_dir)
+        where = f"--dataset_name {source.dataset_name}, split"
         splits = {
-            split: load_text_files(names, text_column_name, cache_dir, strict, num_proc)
+            split: _text_only(loaded[split], source.text_column, f"{where} {split}", strict)
+            for split in ("train", "validation")
+            if split in loaded
+        }
+    elif source.train_file is not None:
+        files = {"train": source.train_file, "validation": source.validation_file}
+        splits = {
+            split: load_text_files(names, source.text_column, cache_dir, strict, num_proc)
             for split, names in files.items()
             if names is not None
         }
     else:
         splits = {"train": embedded_corpus()}
-    if "validation" not in splits:
-        splits["train"], splits["validation"] = _hold_out(splits["train"], validation_split_percentage)
-    return DatasetDict(splits)
-
-
-def stream_corpus(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    files: Sequence[str] | None = None,
-    text_column_name: str = "text",
-    shards: int = 1,
-) -> tuple[IterableDataset, str]:
-    """A corpus that is read as it is used, from the Hub or from files, and the name of its column of text.
-
-    Files are cut so that each of ``shards`` readers has its own parts of them; where that cannot be, each reads all and
-    keeps its share, and a warning says so.
-
-    Raises:
-        UserInputError: no source, one that cannot be opened, or one without the column.
-    """
-    if (dataset_name is None) == (files is None):
-        raise UserInputError("--streaming needs one of --dataset_name and --train_file")
-    if files is not None:
-        pieces = cut_files(files, text_column_name)
-        if not pieces:
-            raise UserInputError(f"{', '.join(files)}: no text")
-        for piece in pieces:  # a column that is nowhere would be looked for to the stream's end
-            columns = found_columns(piece) if piece.format == "json" and piece.start == 0 else []
-            if columns and piece.column not in columns:
-                raise no_column(piece.path, piece.column, columns)
-        cut = cut_for_shards(pieces, shards)
-        _warn_of_whole_reads(len(cut), shards)
-        return IterableDataset.from_generator(read_documents, gen_kwargs={"pieces": cut}), "text"
-    try:
-        stream = datasets.load_dataset(dataset_name, dataset_config_name, split="train", streaming=True)
-        columns = stream.column_names or list(next(iter(stream), {}))  # not every builder knows them beforehand
-    except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration or split
-        raise UserInputError(f"--dataset_name {dataset_name}: {_root_cause(error)}") from error
-    if text_column_name not in columns:
-        raise no_column(f"--dataset_name {dataset_name}", text_column_name, columns)
-    _warn_of_whole_reads(stream.num_shards, shards)
-    return stream, text_column_name
-
-
-def _warn_of_whole_reads(parts: int, shards: int) -> None:
-    if parts % shards:
-        logger.warning(
-            f"The stream comes in {parts} parts, no multiple of its {shards} shards: each shard reads all of it and "
-            "keeps its share. Plain text or JSON lines, which can be cut, or another number of --streaming_shards helps"
-        )
-
-
-def first_rows(dataset: Dataset, flag: str, count: int | None) -> Dataset:
-    """The first ``count`` rows; all of them for None.
-
-    Raises:
-        UserInputError: ``count`` below 1; names ``flag``.
-    """
-    if count is None:
-        return dataset
-    if count < 1:
-        raise UserInputError(f"--{flag} ({count}) must be at least 1")
-    return dataset.select(range(min(count, len(dataset))))
+    if "validation" in splits:
+        return Documents(source, splits["train"], splits["validation"])
+    return Documents(source, *_hold_out(splits["train"], held_out_percentage))
 
 
 def _hold_out(documents: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
+    """The others, and the held-out documents."""
     if not 0.0 < percentage < 100.0:
         raise UserInputError(f"--validation_split_percentage ({percentage}) must be above 0 and below 100")
     held_out = max(1, round(len(documents) * percentage / 100))
@@ -154,6 +107,9 @@ def _hold_out(documents: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
     chosen[np.random.default_rng(SPLIT_SEED).permutation(len(documents))[:held_out]] = True
     # In the order of the corpus, so that it is read from end to end.
     return documents.select(np.flatnonzero(~chosen)), documents.select(np.flatnonzero(chosen))
+
+
+# ---- read whole ----
 
 
 def load_text_files(
@@ -169,7 +125,7 @@ def load_text_files(
     long as the contents of the files are the same.
 
     Raises:
-        UserInputError: see :func:`load_corpus`.
+        UserInputError: see :func:`read_documents`.
     """
     pieces = cut_files(files, text_column)
     where_cut = [(piece.format, piece.file, piece.start, piece.stop) for piece in pieces]
@@ -225,28 +181,6 @@ def _no_text(file: str, faults: pa.ChunkedArray, pieces: list[Piece]) -> UserInp
     return UserInputError(f"{file}: no text" + (f", all records are broken: {', '.join(kinds)}" if kinds else ""))
 
 
-def _load_hub(name: str, config: str | None, column: str, cache_dir: str | None, strict: bool) -> dict[str, Dataset]:
-    try:
-        loaded = datasets.load_dataset(name, config, cache_dir=cache_dir)
-    except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration
-        raise UserInputError(f"--dataset_name {name}: {_root_cause(error)}") from error
-    if "train" not in loaded:
-        raise UserInputError(f"--dataset_name {name} has no split 'train', only {sorted(loaded)}")
-    return {
-        split: _text_only(loaded[split], column, f"--dataset_name {name}, split {split}", strict)
-        for split in ("train", "validation")
-        if split in loaded
-    }
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The first error of a chain; ``datasets`` hides it behind 'An error occurred while generating the dataset'."""
-    seen = error
-    while isinstance(seen, DatasetGenerationError) and (seen.__cause__ or seen.__context__):
-        seen = seen.__cause__ or seen.__context__
-    return seen
-
-
 def _text_only(documents: Dataset, text_column: str, where: str, strict: bool) -> Dataset:
     if text_column not in documents.column_names:
         raise no_column(where, text_column, documents.column_names)
@@ -275,36 +209,151 @@ def _has_text(batch):
     return [text is not None and bool(text.strip()) for text in batch["text"]]
 
 
-def embedded_corpus() -> Dataset:
-    """The Python Language Reference and the docstrings of the standard library, about 2 million characters.
+# ---- streams ----
 
-    A topic of the reference or the docstrings of one module are one document. Every Python installation has them;
-    their text differs a little between versions.
+
+@dataclass(frozen=True)
+class DocumentStream:
+    """Documents that are read as they are used.
+
+    Attributes:
+        records: with the text in ``text_column`` and, where readers have found one, a "fault".
+        shards: how many readers have records of their own.
+        hold_out: documents at the beginning of each shard that are left out, see :meth:`held_out_documents`.
+        strict: refuse broken records; otherwise they are left out and counted in warnings, shard by shard.
     """
-    from pydoc_data.topics import topics
 
-    documents = [topics[name] for name in sorted(topics)]
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}.isdisjoint(
-            path.relative_to(root).parts
-        ):
-            document = "\n\n".join(_docstrings(path))
-            if document:
-                documents.append(document)
-    return Dataset.from_dict({"text": documents})
+    records: IterableDataset
+    shards: int
+    text_column: str = "text"
+    hold_out: int = 0
+    strict: bool = False
+
+    def read_shard(
+        self, shard: int, place: dict | None = None, epoch: int = 0
+    ) -> Iterator[tuple[str, dict | None, int]]:
+        """A shard's documents over and over, each with the place before it and the epoch.
+
+        Args:
+            place: where to begin, as an earlier reading gave it: ``datasets``' own state; None: at the beginning.
+            epoch: how often the shard's documents have ended before.
+
+        Raises:
+            UserInputError: a shard without documents, or a broken record if ``strict``.
+        """
+        where = _named(shard, self.shards)
+        while True:
+            stream = self._shard(shard)
+            left_out, count, broken = self.hold_out if place is None else 0, 0, 0
+            if place is not None:
+                stream.load_state_dict(place)
+            before = place
+            for record in _all_records(stream):
+                text, fault = _text_of(record, self.text_column)
+                if fault is not None:
+                    broken += 1
+                    self._report(f"{where}: {broken} broken records, the last: {fault}", broken, epoch)
+                if text is not None:
+                    count += 1
+                    if count > left_out:
+                        yield text, before, epoch
+                before = stream.state_dict()
+            if place is None and count <= left_out:
+                raise _too_few(where, count, broken, left_out)
+            place, epoch = None, epoch + 1
+            if shard == 0:
+                logger.warning(f"The stream begins again: epoch {epoch}")
+
+    def _shard(self, shard: int) -> IterableDataset:
+        return split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
+
+    def _report(self, message: str, broken: int, epoch: int) -> None:
+        if self.strict:
+            raise UserInputError(f"{message}; --strict refuses them")
+        if epoch == 0 and broken & (broken - 1) == 0:  # at 1, 2, 4, 8: a shard may be too long to wait for its end
+            logger.warning(f"{message}; they are left out, --strict refuses them")
+
+    def held_out_documents(self) -> list[str]:
+        """The documents that are left out.
+
+        Raises:
+            UserInputError: a shard has no others.
+        """
+        held: list[str] = []
+        for shard in range(self.shards):
+            found, broken = [], 0
+            for record in _all_records(self._shard(shard)):
+                text, fault = _text_of(record, self.text_column)
+                broken += fault is not None
+                if text is not None:
+                    found.append(text)
+                if len(found) > self.hold_out:
+                    break
+            else:
+                raise _too_few(_named(shard, self.shards), len(found), broken, self.hold_out)
+            held += found[: self.hold_out]
+        return held
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    """Parsed, not imported: importing every module would open a browser, and worse."""
+def _open_stream(
+    source: Source, shards: int, held_out: int, strict: bool, cache_dir: str | None, num_proc: int | None
+) -> Documents:
+    if source.train_file is not None:
+        # Readers have found the faults, and named the column "text".
+        column, records = "text", stream_files(source.train_file, source.text_column, shards)
+    else:
+        column, records = source.text_column, stream_hub(source)
+    _warn_of_whole_reads(records.num_shards, shards)
+    hold_out = 0 if source.validation_file else -(-held_out // shards)
+    stream = DocumentStream(records, shards, column, hold_out, strict)
+    if source.validation_file:
+        documents = load_text_files(source.validation_file, source.text_column, cache_dir, strict, num_proc)
+    else:
+        documents = Dataset.from_dict({"text": stream.held_out_documents()})
+    return Documents(source, stream, documents)
+
+
+def _warn_of_whole_reads(parts: int, shards: int) -> None:
+    if parts % shards:
+        logger.warning(
+            f"The stream comes in {parts} parts, no multiple of its {shards} shards: each shard reads all of it and "
+            "keeps its share. Plain text or JSON lines, which can be cut, or another number of --streaming_shards helps"
+        )
+
+
+def _named(shard: int, shards: int) -> str:
+    return f"shard {shard} of {shards} of the stream"
+
+
+def _too_few(where: str, documents: int, broken: int, held_out: int) -> UserInputError:
+    return UserInputError(
+        f"{where} has {documents} documents and {broken} broken records, and {held_out} documents are to be held out: "
+        "lower --streaming_validation_documents or --streaming_shards"
+    )
+
+
+def _all_records(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    """All records of a stream, also in a worker of a DataLoader, where ``datasets`` would give a part of them."""
+    if get_worker_info() is not None:
+        fsspec.asyn.reset_lock()  # held by threads of the parent process, which are not here to release it
+    iterator = iter(stream)
+    with _no_worker():  # ``datasets`` asks when the first record is fetched
+        first = next(iterator, None)
+    if first is not None:
+        yield first
+        yield from iterator
+
+
+@contextlib.contextmanager
+def _no_worker() -> Iterator[None]:
+    module = torch.utils.data._utils.worker
+    info, module._worker_info = module._worker_info, None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SyntaxWarning about old escapes
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError):  # the standard library ships a few broken examples
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
+        yield
+    finally:
+        module._worker_info = info
+
+
+def _text_of(record: dict[str, Any], column: str) -> tuple[str | None, str | None]:
+    fault = record.get("fault")
+    return (None, fault) if fault is not None else check_text(record.get(column), column)

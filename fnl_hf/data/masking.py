@@ -9,16 +9,25 @@ the heads then have one shape in every step, as compiled models need it.
 Shapes: B sequences, S tokens, K masked positions, V vocabulary.
 """
 
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fnl_hf.data.packing import Rows
+from fnl_hf.data.rows import Column, Rows
+from fnl_hf.data.streaming import StreamedRows, StreamState
 from fnl_hf.errors import UserInputError
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stay as they are (Devlin et al. 2019)
 IGNORED = -100  # what cross-entropy leaves out
+HELD_OUT_SEED = 0  # of the masks of held-out rows, so that runs with different seeds can be compared
+# The attention kernels, and how each is told which tokens belong to one document.
+ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varlen"}
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _POSITION = np.uint64(0xFFFF)  # the bits of a key that hold it
 _LAST = np.uint64(2**64 - 1)
@@ -154,6 +163,12 @@ class MaskingTransform:
         self.maskable[tokenizer.all_special_ids] = False
         self.continues = continuation_ids(tokenizer) if whole_word_mask else None
 
+    def with_seed(self, seed: int) -> "MaskingTransform":
+        """The same, with other masks."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
     def __call__(self, input_ids: np.ndarray, samples: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor | int]:
         """Inputs of the model for rows (B, S) of token ids with these sample indices (B,)."""
         ids = input_ids.astype(np.int64)
@@ -207,7 +222,7 @@ class MaskedLMDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, sequences: Dataset, transform: MaskingTransform, dynamic: bool = True):
-        self.rows = {column: Rows(sequences, column) for column in sequences.column_names}
+        self.rows = {column: Column(sequences, column) for column in sequences.column_names}
         self.transform = transform
         self.dynamic = dynamic
         # In shared memory, so that workers that outlive an epoch see it change.
@@ -227,6 +242,39 @@ class MaskedLMDataset(torch.utils.data.Dataset):
         if len(columns) > 1:
             inputs |= pair_inputs(**columns)
         return inputs
+
+
+class MaskedStream(torch.utils.data.IterableDataset):
+    """The micro-batches of streamed rows, masked; each has its "cursor", for :meth:`StreamState.take`."""
+
+    def __init__(self, rows: StreamedRows, transform: MaskingTransform):
+        self.rows, self.transform = rows, transform
+
+    @property
+    def state(self) -> StreamState:
+        """Where the run stands in its stream."""
+        return self.rows.state
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.rows:
+            yield {**self.transform(batch["input_ids"], batch["sample_ids"]), "cursor": batch["cursor"]}
+
+
+@dataclass(frozen=True)
+class MaskedBatches:
+    """Training data with masks that change in each epoch, held-out data with fixed ones."""
+
+    train: MaskedLMDataset | MaskedStream
+    held_out: MaskedLMDataset
+
+
+def mask_rows(rows: Rows, transform: MaskingTransform) -> MaskedBatches:
+    """The rows' batches, with the masks of ``transform`` for the training data."""
+    streamed = isinstance(rows.train, StreamedRows)
+    return MaskedBatches(
+        train=MaskedStream(rows.train, transform) if streamed else MaskedLMDataset(rows.train, transform),
+        held_out=MaskedLMDataset(rows.held_out, transform.with_seed(HELD_OUT_SEED), dynamic=False),
+    )
 
 
 def pair_inputs(

@@ -14,27 +14,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Value
-from datasets import Sequence as SequenceFeature
+from datasets import Dataset, Value
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from fnl_hf.data.packing import (
-    BATCH_BYTES,
-    cut_text,
+from fnl_hf.data.encoding import (
+    RowKind,
+    batch_parts,
     document_buffers,
     fixed_lists,
+    make_rows_of,
     plain_backend,
     token_dtype,
-    tokenized_dataset,
-    validate_length,
 )
 from fnl_hf.errors import UserInputError
 
 SHORT_PROBABILITY, RANDOM_PROBABILITY = 0.1, 0.5
 SEED = 0  # pairs are made once, whatever the training seed
 SENTENCE_ENDS = (".", "!", "?")
-MIN_LENGTH = 5
 NEXT, RANDOM = 0, 1  # labels of Transformers' BertForNextSentencePrediction
 
 
@@ -73,16 +70,9 @@ def pair_documents(
     Raises:
         UserInputError: a length below 5, a tokenizer without padding, no pair at all.
     """
-    validate_length(max_seq_length, MIN_LENGTH, "[CLS], a token, [SEP], a token, [SEP]")
     if tokenizer.pad_token_id is None:
         raise UserInputError(f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no pad_token")
-    features = Features({
-        "input_ids": SequenceFeature(Value(token_dtype(tokenizer)), length=max_seq_length),
-        "first_length": Value("int32"),
-        "length": Value("int32"),
-        "next_sentence_label": Value("int8"),
-    })  # fmt: skip
-    return tokenized_dataset("pairs", _pair_tables, documents, tokenizer, max_seq_length, features, num_proc, cache_dir)
+    return make_rows_of(PAIRS, documents, tokenizer, max_seq_length, num_proc, cache_dir)
 
 
 def _pair_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[pa.Table]:
@@ -106,19 +96,13 @@ def split_sentences(
     Args:
         ends: the tokens that end a sentence.
     """
-    parts: list[tuple[str, bool, bool]] = []  # text, whether a line ends there, whether the document does
-    held = 0
-    for document in documents:
-        for text, last in cut_text(document):
-            *lines, rest = text.split("\n")
-            parts += [(line, True, False) for line in lines]
-            parts.append((rest, last, last))
-            held += len(text)
-            if held >= BATCH_BYTES:
-                yield _group(backend, parts, ends, dtype)
-                parts, held = [], 0
-    if parts:
-        yield _group(backend, parts, ends, dtype)
+    for parts in batch_parts(documents):
+        lines: list[tuple[str, bool, bool]] = []  # text, whether a line ends there, whether the document does
+        for text, last in parts:
+            *whole, rest = text.split("\n")
+            lines += [(line, True, False) for line in whole]
+            lines.append((rest, last, last))
+        yield _group(backend, lines, ends, dtype)
 
 
 def _group(backend: Tokenizer, parts: list[tuple[str, bool, bool]], ends: np.ndarray, dtype: str) -> list[Document]:
@@ -219,3 +203,7 @@ def _table(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_seq_length
     return pa.table({
         "input_ids": fixed_lists(rows), "first_length": first, "length": length, "next_sentence_label": labels,
     })  # fmt: skip
+
+
+COLUMNS = {"first_length": Value("int32"), "length": Value("int32"), "next_sentence_label": Value("int8")}
+PAIRS = RowKind("pairs", _pair_tables, 5, "[CLS], a token, [SEP], a token, [SEP]", COLUMNS)

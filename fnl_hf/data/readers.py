@@ -176,7 +176,7 @@ def read_tables(pieces: Sequence[Piece]) -> Iterator[pa.Table]:
             yield _table(rows, piece.file)
 
 
-def read_documents(pieces: Sequence[Piece]) -> Iterator[dict[str, str | None]]:
+def generate_records(pieces: Sequence[Piece]) -> Iterator[dict[str, str | None]]:
     """The records of some pieces as ``datasets`` takes them from a generator; blank ones are left out."""
     for piece in pieces:
         for text, fault in read_records(piece):

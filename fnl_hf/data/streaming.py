@@ -9,30 +9,25 @@ A shard's place is that of the buffer it is in: the state of ``datasets``' own c
 buffer begins, and how many of that document's tokens came before. Resuming reads that buffer again, and nothing else.
 """
 
-import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
-from datasets import IterableDataset
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from fnl_hf.data.packing import MIN_LENGTH, encode_documents, plain_backend, token_dtype, validate_length
-from fnl_hf.data.readers import check_text
+from fnl_hf.data.corpus import DocumentStream
+from fnl_hf.data.encoding import encode_documents, plain_backend, token_dtype
+from fnl_hf.data.packing import PACKED, frame_rows
 from fnl_hf.errors import UserInputError
 
-logger = logging.get_logger(__name__)
-
-Transform = Callable[[np.ndarray, np.ndarray], dict[str, Any]]
+STATE_FILE = "stream_state_{}.json"  # one for each process, in a checkpoint
 
 
 def validate_shards(shards: int, world_size: int, workers: int) -> None:
@@ -133,20 +128,48 @@ def merge(states: Sequence[StreamState]) -> StreamState:
     return merged
 
 
-class StreamingDataset(torch.utils.data.IterableDataset):
+def read_state(checkpoint: str) -> StreamState:
+    """Where a checkpoint's run stood in its stream, put together from the states of all its processes.
+
+    Raises:
+        UserInputError: a state is missing or cannot be read.
+    """
+    states = []
+    for file in sorted(Path(checkpoint).glob(STATE_FILE.format("*"))):
+        try:
+            states.append(StreamState.from_json(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserInputError(f"{file} is not the state of a stream: {error}") from error
+    if not states:
+        raise UserInputError(f"checkpoint {checkpoint} has no {STATE_FILE.format(0)}: where its stream stood is lost")
+    return merge(states)
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """What decides the order of a stream's rows beside its shards, and which of them a process reads.
+
+    Attributes:
+        batch_size: B, rows in a micro-batch: all of one process's rows of one forward pass.
+        buffer_size: rows that are shuffled at a time, rounded up to a multiple of B.
+        rank, world_size: r, W.
+        state: where to begin; None: at the beginning. Its V, B and buffer size must be those given here.
+    """
+
+    batch_size: int
+    buffer_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    state: StreamState | None = None
+
+
+class StreamedRows(torch.utils.data.IterableDataset):
     """Micro-batches of packed rows [CLS] text [SEP] text ... [SEP], without end.
 
     Each is {"input_ids": (B, S) token ids, "sample_ids": (B,) a number that no other row of the run has, "cursor": JSON
-    for :meth:`StreamState.take`}, with ``transform`` {**transform(input_ids, sample_ids), "cursor": ...}. Use it with
-    ``DataLoader(batch_size=None)``. When a shard's documents end, it begins again. Tokens are never dropped.
-
-    Args:
-        stream: documents, with the text in ``text_column`` and, where readers have found one, a "fault".
-        batch_size: B, rows in a micro-batch: all of one process's rows of one forward pass.
-        buffer_size: rows that are shuffled at a time, rounded up to a multiple of B.
-        state: where to begin; its V, B and buffer size must be those given here.
-        hold_out: documents at the beginning of each shard that are left out, see :func:`held_out_documents`.
-        strict: refuse broken records; otherwise they are left out and counted in warnings, shard by shard.
+    for :meth:`StreamState.take`}. Use it with ``DataLoader(batch_size=None)``. When a shard's documents end, it begins
+    again. Tokens are never dropped.
 
     Attributes:
         state: where the run stands. Call ``state.take`` for each micro-batch that was used, and save ``state`` of every
@@ -157,33 +180,20 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     """
 
     def __init__(
-        self,
-        stream: IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        max_seq_length: int,
-        batch_size: int,
-        shards: int,
-        buffer_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        state: StreamState | None = None,
-        transform: Transform | None = None,
-        text_column: str = "text",
-        hold_out: int = 0,
-        strict: bool = False,
+        self, documents: DocumentStream, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, order: StreamOrder
     ):
-        validate_length(max_seq_length, MIN_LENGTH, "[CLS], a token, [SEP]")
-        validate_shards(shards, world_size, 1)
+        PACKED.validate_length(max_seq_length)
+        validate_shards(documents.shards, order.world_size, 1)
         try:
-            np.empty((buffer_size, max_seq_length), token_dtype(tokenizer))  # claims memory without filling it
+            np.empty((order.buffer_size, max_seq_length), token_dtype(tokenizer))  # claims memory without filling it
         except (MemoryError, ValueError) as error:
-            raise UserInputError(f"--shuffle_buffer_size ({buffer_size}) does not fit into memory: {error}") from error
-        self.stream, self.tokenizer, self.max_seq_length = stream, tokenizer, max_seq_length
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.transform, self.text_column, self.hold_out, self.strict = transform, text_column, hold_out, strict
-        fresh = StreamState(shards, batch_size, -(-buffer_size // batch_size) * batch_size)
-        self.state = fresh if state is None else state
+            raise UserInputError(
+                f"--shuffle_buffer_size ({order.buffer_size}) does not fit into memory: {error}"
+            ) from error
+        self.documents, self.tokenizer, self.max_seq_length, self.order = documents, tokenizer, max_seq_length, order
+        batches = -(-order.buffer_size // order.batch_size)
+        fresh = StreamState(documents.shards, order.batch_size, batches * order.batch_size)
+        self.state = fresh if order.state is None else order.state
         for name in ("shards", "batch_size", "buffer_size"):
             there, here = getattr(self.state, name), getattr(fresh, name)
             if there != here:
@@ -197,29 +207,28 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     def _micro_batches(self, state: StreamState) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        validate_shards(state.shards, self.world_size, workers)
+        validate_shards(state.shards, self.order.world_size, workers)
         readers: dict[int, Iterator[dict[str, Any]]] = {}
-        number = state.consumed + index * self.world_size + self.rank
+        number = state.consumed + index * self.order.world_size + self.order.rank
         while True:
             shard = number % state.shards
             if shard not in readers:
                 readers[shard] = self._batches(state.cursors.get(shard, Cursor(shard)))
             yield next(readers[shard])
-            number += workers * self.world_size
+            number += workers * self.order.world_size
 
     def _batches(self, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """The micro-batches of one shard."""
         size, shards = self.state.batch_size, self.state.shards
         for rows, start, following in self._buffers(cursor):
-            words = np.random.PCG64([self.seed % 2**64, start.shard, start.buffer]).random_raw(len(rows))
+            words = np.random.PCG64([self.order.seed % 2**64, start.shard, start.buffer]).random_raw(len(rows))
             order = np.argsort(words, kind="stable")
             for row in range(start.row, len(rows), size):
                 chosen = order[row : row + size]
                 ids, numbers = rows[chosen], (start.buffer * len(rows) + chosen) * shards + start.shard
-                given = self.transform(ids, numbers) if self.transform else {"input_ids": ids, "sample_ids": numbers}
                 used = row + size
                 place = following if used == len(rows) else dataclasses.replace(start, row=used)
-                yield {**given, "cursor": json.dumps(dataclasses.asdict(place))}
+                yield {"input_ids": ids, "sample_ids": numbers, "cursor": json.dumps(dataclasses.asdict(place))}
 
     def _buffers(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor, Cursor]]:
         """Buffers (N, S), each with its own place and that of the next."""
@@ -232,9 +241,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                 buffer[filled : filled + count] = tokens[used : used + count]
                 used, filled = used + count, filled + count
                 if filled == len(buffer):
-                    rows = np.empty((size, self.max_seq_length), dtype)
-                    rows[:, 0], rows[:, -1] = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-                    rows[:, 1:-1] = buffer.reshape(size, content)
+                    rows = frame_rows(buffer, self.tokenizer, self.max_seq_length)
                     skip = place.skip + used
                     following = dataclasses.replace(place, skip=skip, buffer=cursor.buffer + 1, row=0)
                     yield rows, cursor, following
@@ -243,7 +250,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     def _tokens(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
         """Tokens, each array with its place: the state before its document, and the document's tokens before it."""
         backend, dtype, skip = plain_backend(self.tokenizer), token_dtype(self.tokenizer), cursor.skip
-        for text, source, epoch in self._documents(cursor):
+        for text, source, epoch in self.documents.read_shard(cursor.shard, cursor.source, cursor.epoch):
             position = 0
             document = memoryview(text.encode())
             for tokens in encode_documents(backend, [document], self.tokenizer.sep_token_id, dtype):
@@ -252,95 +259,3 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                 position += len(tokens)
                 yield tokens[known:], place
             skip = 0
-
-    def _documents(self, cursor: Cursor) -> Iterator[tuple[str, dict | None, int]]:
-        """A shard's documents over and over, each with the source's state before it and the epoch."""
-        shard, source, epoch = cursor.shard, cursor.source, cursor.epoch
-        where = _named(shard, self.state.shards)
-        while True:
-            stream = split_dataset_by_node(self.stream, rank=shard, world_size=self.state.shards)
-            left_out, count, broken = self.hold_out if source is None else 0, 0, 0
-            if source is not None:
-                stream.load_state_dict(source)
-            before = source
-            for record in records(stream):
-                text, fault = _text_of(record, self.text_column)
-                if fault is not None:
-                    broken += 1
-                    self._report(f"{where}: {broken} broken records, the last: {fault}", broken, epoch)
-                if text is not None:
-                    count += 1
-                    if count > left_out:
-                        yield text, before, epoch
-                before = stream.state_dict()
-            if source is None and count <= left_out:
-                raise _too_few(where, count, broken, left_out)
-            source, epoch = None, epoch + 1
-            if shard == 0:
-                logger.warning(f"The stream begins again: epoch {epoch}")
-
-    def _report(self, message: str, broken: int, epoch: int) -> None:
-        if self.strict:
-            raise UserInputError(f"{message}; --strict refuses them")
-        if epoch == 0 and broken & (broken - 1) == 0:  # at 1, 2, 4, 8: a shard may be too long to wait for its end
-            logger.warning(f"{message}; they are left out, --strict refuses them")
-
-
-def held_out_documents(stream: IterableDataset, shards: int, count: int, text_column: str = "text") -> list[str]:
-    """The first ``count`` documents of each shard: those that ``StreamingDataset(hold_out=count)`` leaves out.
-
-    Raises:
-        UserInputError: a shard has no others.
-    """
-    held: list[str] = []
-    for shard in range(shards):
-        found, broken = [], 0
-        for record in records(split_dataset_by_node(stream, rank=shard, world_size=shards)):
-            text, fault = _text_of(record, text_column)
-            broken += fault is not None
-            if text is not None:
-                found.append(text)
-            if len(found) > count:
-                break
-        else:
-            raise _too_few(_named(shard, shards), len(found), broken, count)
-        held += found[:count]
-    return held
-
-
-def _named(shard: int, shards: int) -> str:
-    return f"shard {shard} of {shards} of the stream"
-
-
-def _too_few(where: str, documents: int, broken: int, held_out: int) -> UserInputError:
-    return UserInputError(
-        f"{where} has {documents} documents and {broken} broken records, and {held_out} documents are to be held out: "
-        "lower --streaming_validation_documents or --streaming_shards"
-    )
-
-
-def records(stream: IterableDataset) -> Iterator[dict[str, Any]]:
-    """All records of a stream, also in a worker of a DataLoader, where ``datasets`` would give a part of them."""
-    if get_worker_info() is not None:
-        fsspec.asyn.reset_lock()  # held by threads of the parent process, which are not here to release it
-    iterator = iter(stream)
-    with _no_worker():  # ``datasets`` asks when the first record is fetched
-        first = next(iterator, None)
-    if first is not None:
-        yield first
-        yield from iterator
-
-
-@contextlib.contextmanager
-def _no_worker() -> Iterator[None]:
-    module = torch.utils.data._utils.worker
-    info, module._worker_info = module._worker_info, None
-    try:
-        yield
-    finally:
-        module._worker_info = info
-
-
-def _text_of(record: dict[str, Any], column: str) -> tuple[str | None, str | None]:
-    fault = record.get("fault")
-    return (None, fault) if fault is not None else check_text(record.get(column), column)

@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from fnl_hf.data.arrow_cache import cached_dataset
-from fnl_hf.data.packing import plain_backend, threads_for
+from fnl_hf.data.encoding import plain_backend, threads_for
 from fnl_hf.errors import UserInputError
 
 # BERT cuts questions to 64 tokens (``max_query_length`` of the original run_squad.py).

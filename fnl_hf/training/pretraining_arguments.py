@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from fnl_hf.data.packing import MIN_LENGTH
-from fnl_hf.data.pretraining import ATTENTION_KERNELS, OBJECTIVES, validate_choices
+from fnl_hf.data.masking import ATTENTION_KERNELS
+from fnl_hf.data.packing import PACKED
+from fnl_hf.data.rows import OBJECTIVES
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.training.models import PRESETS
 
@@ -120,7 +121,22 @@ class DataArguments:
     def __post_init__(self):
         for name in COUNTS:
             validate_bounds(name, getattr(self, name), 1)
-        validate_bounds("max_seq_length", self.max_seq_length, MIN_LENGTH)
+        validate_bounds("max_seq_length", self.max_seq_length, PACKED.min_length)
         validate_bounds("mlm_probability", self.mlm_probability, 0, 1, above=True)
         validate_bounds("validation_split_percentage", self.validation_split_percentage, 0, 100, above=True)
-        validate_choices(self)
+        self._validate_choices()
+
+    def _validate_choices(self) -> None:
+        """Raise UserInputError for flags that exclude each other."""
+        if self.objective != "mlm":
+            for name in ("streaming", "attend_within_documents"):
+                if getattr(self, name):
+                    raise UserInputError(f"--objective {self.objective} makes pairs of segments: not with --{name}")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise UserInputError(f"--dataset_config_name ({self.dataset_config_name}) needs --dataset_name")
+        if self.streaming and self.max_train_samples is not None:
+            raise UserInputError(
+                f"--max_train_samples ({self.max_train_samples}) is not for --streaming: --max_steps is"
+            )
+        if self.streaming_shards is not None and not self.streaming:
+            raise UserInputError(f"--streaming_shards ({self.streaming_shards}) needs --streaming true")

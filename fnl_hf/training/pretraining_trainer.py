@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from fnl_hf.data.pretraining import STREAM_STATE
-from fnl_hf.data.streaming import StreamingDataset
+from fnl_hf.data.masking import MaskedStream
+from fnl_hf.data.streaming import STATE_FILE
 from fnl_hf.runs.preemption import ignore_sigterm
 from fnl_hf.training.sampling import epoch_sampler, validate_sampling_strategy
 from fnl_hf.training.trainer import FnlTrainer
@@ -25,7 +25,7 @@ class StreamProgressCallback(TrainerCallback):
 class PretrainingTrainer(FnlTrainer):
     """FnlTrainer whose epochs consist of whole global batches, the same ones however they are split.
 
-    The training data may be a ``StreamingDataset``: its state is saved in each checkpoint.
+    The training data may be a ``MaskedStream``: its state is saved in each checkpoint.
 
     Raises:
         UserInputError: another ``train_sampling_strategy`` than random or sequential, or fewer sequences to train on
@@ -38,7 +38,7 @@ class PretrainingTrainer(FnlTrainer):
         if args.do_train and has_length(train_dataset):
             epoch_sampler(train_dataset, args, args.train_batch_size)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-        self.stream = self.train_dataset if isinstance(self.train_dataset, StreamingDataset) else None
+        self.stream = self.train_dataset if isinstance(self.train_dataset, MaskedStream) else None
         if self.stream is not None:
             self.args.ignore_data_skip = True  # it begins where its state says
             self.add_callback(StreamProgressCallback)
@@ -76,5 +76,5 @@ class PretrainingTrainer(FnlTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.stream is not None:
-            file = Path(output_dir, STREAM_STATE.format(self.args.process_index))
+            file = Path(output_dir, STATE_FILE.format(self.args.process_index))
             file.write_text(self.stream.state.to_json() + "\n", encoding="utf-8")

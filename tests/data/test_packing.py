@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fnl_hf import UserInputError
-from fnl_hf.data import arrow_cache, packing
+from fnl_hf.data import arrow_cache, encoding
 from fnl_hf.data.corpus import load_text_files
-from fnl_hf.data.packing import Rows, cut_text, data_fingerprint, pack_documents, plain_backend, unigram_entropy
+from fnl_hf.data.encoding import cut_text, plain_backend
+from fnl_hf.data.packing import pack_documents
+from fnl_hf.data.rows import Column, data_fingerprint, unigram_entropy
 from fnl_hf.data.tokenizer import train_tokenizer
 from tests.conftest import TEXTS
 
@@ -26,7 +28,7 @@ def stream(texts, tokenizer):
 
 @pytest.mark.parametrize("batch_bytes", [1, 50, 2**20])
 def test_packing_keeps_every_token_in_order(documents, tokenizer, tmp_path, monkeypatch, batch_bytes):
-    monkeypatch.setattr(packing, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", batch_bytes)
     packed = pack_documents(documents, tokenizer, 13, cache_dir=str(tmp_path))
     rows = np.array(packed["input_ids"][:])
     assert packed.column_names == ["input_ids"] and rows.shape[1] == 13
@@ -39,10 +41,10 @@ def test_packing_keeps_every_token_in_order(documents, tokenizer, tmp_path, monk
 
 def test_rows_do_not_depend_on_processes_and_follow_the_documents(documents, tokenizer, tmp_path, monkeypatch):
     """Chunk by chunk, also where the documents are a shuffled selection of a table of several pieces."""
-    monkeypatch.setattr(packing, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 200)
     order = np.random.default_rng(0).permutation(2 * len(TEXTS))[:-5]
     chosen = concatenate_datasets([documents, documents]).select(order)
-    chunks = packing.chunk_documents(chosen)
+    chunks = encoding.chunk_documents(chosen)
     assert [start for start, _ in chunks] == [0, *(stop for _, stop in chunks[:-1])] and chunks[-1][1] == len(order)
     texts = [(TEXTS * 2)[i] for i in order]
     for start, stop in chunks[:-1]:
@@ -119,7 +121,7 @@ def test_cuts_at_white_space_change_no_token(text, limit):
 def test_long_documents_are_cut_and_lose_nothing(tokenizer, tmp_path):
     words = " ".join(TEXTS * 1000)
     documents = Dataset.from_dict({"text": [words, "short", "x" * 200_000 + " dog"]})
-    assert len(words) > 5 * packing.TEXT_BYTES
+    assert len(words) > 5 * encoding.TEXT_BYTES
     packed = pack_documents(documents, tokenizer, 7, cache_dir=str(tmp_path))
     tokens = np.array(packed["input_ids"][:])[:, 1:-1].ravel().tolist()
     expected = stream([words, "short"], tokenizer)
@@ -146,7 +148,7 @@ def test_bad_lengths_are_refused(documents, tokenizer, tmp_path):
 
 
 def test_rows_are_the_columns_rows(documents, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 100)
     packed = pack_documents(documents, tokenizer, 7, cache_dir=str(tmp_path))
     expected = np.array(packed["input_ids"][:])
     assert packed.data.column("input_ids").num_chunks > 5
@@ -158,12 +160,12 @@ def test_rows_are_the_columns_rows(documents, tokenizer, tmp_path, monkeypatch):
         (packed.select(order), expected[order]),
         (Dataset.from_dict({"input_ids": expected.tolist()}), expected),
     ):
-        rows = Rows(dataset)
+        rows = Column(dataset)
         found = rows[chosen[: -1 if len(dataset) < len(packed) else None]]
         assert np.array_equal(found, values[chosen][: len(found)])
         assert np.array_equal(pickle.loads(pickle.dumps(rows))[chosen[:3]], values[chosen[:3]])
         assert np.array_equal(np.concatenate(list(rows.blocks(5))), values[: len(dataset)])
-    assert Rows(packed)[chosen].dtype == np.uint16 and len(Rows(packed)) == len(packed)
+    assert Column(packed)[chosen].dtype == np.uint16 and len(Column(packed)) == len(packed)
 
 
 def test_data_fingerprint_is_that_of_the_rows(documents, tokenizer, tmp_path):

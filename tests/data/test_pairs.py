@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from fnl_hf import UserInputError
-from fnl_hf.data import packing, pairs
+from fnl_hf.data import encoding, pairs
 from fnl_hf.data.pairs import Document, make_pairs, pair_documents
 from fnl_hf.data.tokenizer import train_tokenizer
 
@@ -120,9 +120,9 @@ def test_a_single_document_ends_and_never_repeats_itself(ends):
 
 
 def test_pairs_do_not_depend_on_the_number_of_processes(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 3000)
     documents = Dataset.from_dict({"text": TEXTS})
-    assert len(packing.chunk_documents(documents)) > 3
+    assert len(encoding.chunk_documents(documents)) > 3
     made = [
         pair_documents(documents, tokenizer, LENGTH, processes, cache_dir=str(tmp_path / str(processes)))
         for processes in (1, 2)

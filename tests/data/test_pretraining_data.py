@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fnl_hf import UserInputError
-from fnl_hf.data.corpus import embedded_corpus, load_corpus, load_text_files
+from fnl_hf.data.corpus import load_text_files, read_documents
+from fnl_hf.data.source import Source, embedded_corpus
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from tests.conftest import TEXTS
 
@@ -44,11 +45,11 @@ def test_every_file_type_gives_the_same_documents(tmp_path, documents, name):
 def test_text_column_and_split(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"body": t, "text": 5}) + "\n" for t in TEXTS), encoding="utf-8")
-    kwargs = {"train_file": [str(path)], "text_column_name": "body", "cache_dir": str(tmp_path)}
-    corpus = load_corpus(validation_split_percentage=20, **kwargs)
-    assert (len(corpus["train"]), len(corpus["validation"])) == (17, 4)
-    assert sorted([*corpus["train"]["text"], *corpus["validation"]["text"]]) == sorted(TEXTS)
-    assert load_corpus(validation_file=[str(path)], **kwargs)["validation"]["text"][:] == TEXTS
+    files, cache = {"train_file": [str(path)], "text_column": "body"}, {"cache_dir": str(tmp_path)}
+    corpus = read_documents(Source(**files), 20, **cache)
+    assert (len(corpus.train), len(corpus.held_out)) == (17, 4)
+    assert sorted([*corpus.train["text"], *corpus.held_out["text"]]) == sorted(TEXTS)
+    assert read_documents(Source(validation_file=[str(path)], **files), **cache).held_out["text"][:] == TEXTS
 
 
 def test_hub_data_set_from_a_local_folder(tmp_path):
@@ -56,10 +57,10 @@ def test_hub_data_set_from_a_local_folder(tmp_path):
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
         (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n", encoding="utf-8")
-    corpus = load_corpus(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
-    assert {split: corpus[split]["text"][:] for split in corpus} == {"train": ["train"], "validation": ["validation"]}
+    corpus = read_documents(Source(str(tmp_path / "data")), cache_dir=str(tmp_path / "cache"))
+    assert (corpus.train["text"][:], corpus.held_out["text"][:]) == (["train"], ["validation"])
     with pytest.raises(UserInputError, match="--dataset_name no/such"):
-        load_corpus(dataset_name="no/such")
+        read_documents(Source("no/such"))
 
 
 def test_embedded_corpus_is_prose_of_some_size():
@@ -96,13 +97,13 @@ def test_bad_corpus_arguments_are_refused(tmp_path):
     (tmp_path / "one.txt").write_text("a single document\n")
     one = [str(tmp_path / "one.txt")]
     with pytest.raises(UserInputError, match="1 documents, too few to hold out"):
-        load_corpus(train_file=one, cache_dir=str(tmp_path))
+        read_documents(Source(train_file=one), cache_dir=str(tmp_path))
     with pytest.raises(UserInputError, match="not both"):
-        load_corpus(train_file=one, dataset_name="x")
+        Source(train_file=one, dataset_name="x")
     with pytest.raises(UserInputError, match="--validation_file .* needs --train_file"):
-        load_corpus(validation_file=one)
+        Source(validation_file=one)
     with pytest.raises(UserInputError, match=r"--validation_split_percentage \(0.0\)"):
-        load_corpus(train_file=one, validation_split_percentage=0.0, cache_dir=str(tmp_path))
+        read_documents(Source(train_file=one), 0.0, cache_dir=str(tmp_path))
 
 
 # ---- tokenizers ----

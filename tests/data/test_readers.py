@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from fnl_hf import UserInputError
 from fnl_hf.data import corpus as corpus_module
 from fnl_hf.data import readers
-from fnl_hf.data.corpus import load_corpus, load_text_files, stream_corpus
-from fnl_hf.data.readers import cut_files, cut_for_shards, read_documents, read_records
+from fnl_hf.data.corpus import load_text_files, read_documents
+from fnl_hf.data.readers import cut_files, cut_for_shards, generate_records, read_records
+from fnl_hf.data.source import Source
 
 
 def load(path, tmp_path, **kwargs):
@@ -54,7 +55,7 @@ def test_faults_of_json_lines(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(line for line, _, _ in RECORDS))
     [piece] = cut_files([str(path)])
     assert list(read_records(piece)) == [(text, fault) for _, text, fault in RECORDS]
-    assert [r["fault"] for r in read_documents([piece])] == [f for _, t, f in RECORDS if t or f]
+    assert [r["fault"] for r in generate_records([piece])] == [f for _, t, f in RECORDS if t or f]
 
 
 def test_faults_of_csv(tmp_path):
@@ -118,12 +119,12 @@ def test_broken_records_are_counted_or_refused(tmp_path, warnings_of):
 def test_broken_records_of_the_hub_are_counted_or_refused(tmp_path, warnings_of):
     (tmp_path / "data").mkdir()
     Dataset.from_dict({"text": ["a", None, " ", "b", None]}).to_parquet(tmp_path / "data" / "train.parquet")
-    arguments = {"dataset_name": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache")}
-    corpus = load_corpus(validation_split_percentage=50, **arguments)
-    assert sorted([*corpus["train"]["text"], *corpus["validation"]["text"]]) == ["a", "b"]
+    source, cache = Source(str(tmp_path / "data")), {"cache_dir": str(tmp_path / "cache")}
+    corpus = read_documents(source, 50, **cache)
+    assert sorted([*corpus.train["text"], *corpus.held_out["text"]]) == ["a", "b"]
     assert "split train: 2 of 5 records are broken and left out: 2 no 'text' (first: record 2)" in warnings_of[0]
     with pytest.raises(UserInputError, match="split train: 2 of 5 records are broken: 2 no 'text'"):
-        load_corpus(strict=True, **arguments)
+        read_documents(source, strict=True, **cache)
 
 
 def test_a_torn_compressed_file_is_refused_whole(tmp_path):
@@ -193,8 +194,8 @@ def test_several_files_keep_their_order_and_none_is_given_twice(tmp_path):
     arguments = {"cache_dir": str(tmp_path / "cache")}
     assert load_text_files(names, **arguments)["text"][:] == list("12345")
     assert load_text_files(names[::-1], **arguments)["text"][:] == list("45312")
-    corpus = load_corpus(train_file=names[:2], validation_file=names[2:], **arguments)
-    assert {split: corpus[split]["text"][:] for split in corpus} == {"train": list("123"), "validation": list("45")}
+    corpus = read_documents(Source(train_file=names[:2], validation_file=names[2:]), **arguments)
+    assert (corpus.train["text"][:], corpus.held_out["text"][:]) == (list("123"), list("45"))
     os.symlink(names[0], tmp_path / "link.txt")
     with pytest.raises(UserInputError, match="link.txt: the file is given twice"):
         load_text_files([*names, str(tmp_path / "link.txt")])
@@ -221,7 +222,8 @@ def test_what_cannot_be_cut_for_shards_is_read_whole(tmp_path, warnings_of):
             file.write("one\ntwo\nthree\n")
     packed, plain = cut_files([str(tmp_path / "a.txt.gz")]), cut_files([str(tmp_path / "b.txt")])
     assert cut_for_shards(packed, 2) == packed and len(cut_for_shards(plain, 2)) == 2
-    stream_corpus(files=[str(tmp_path / "b.txt")], shards=2)
+    held_out = [str(tmp_path / "b.txt")]
+    read_documents(Source(train_file=[str(tmp_path / "b.txt")], validation_file=held_out, shards=2))
     assert not warnings_of
-    stream_corpus(files=[str(tmp_path / "a.txt.gz")], shards=2)
+    read_documents(Source(train_file=[str(tmp_path / "a.txt.gz")], validation_file=held_out, shards=2))
     assert "1 parts, no multiple of its 2 shards: each shard reads all of it" in warnings_of[0]

@@ -1,5 +1,6 @@
 """Streams: every token once an epoch, the same order for any number of readers, resume equal to never stopping."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -14,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fnl_hf import UserInputError
-from fnl_hf.data import streaming
-from fnl_hf.data.corpus import stream_corpus
-from fnl_hf.data.readers import cut_files, read_documents
-from fnl_hf.data.streaming import Cursor, StreamingDataset, StreamState, held_out_documents, merge
+from fnl_hf.data import corpus, streaming
+from fnl_hf.data.corpus import DocumentStream, read_documents
+from fnl_hf.data.masking import MaskedStream
+from fnl_hf.data.readers import cut_files, generate_records
+from fnl_hf.data.source import Source
+from fnl_hf.data.streaming import Cursor, StreamedRows, StreamOrder, StreamState, merge
 from fnl_hf.data.tokenizer import train_tokenizer
 
 LENGTH, SIZE, BUFFER, SHARDS = 7, 2, 6, 4
@@ -46,7 +49,7 @@ def streams(tmp_path_factory):
 
     def generated(names, **kwargs):
         pieces = cut_files([str(folder / name) for name in names], **kwargs)
-        return IterableDataset.from_generator(read_documents, gen_kwargs={"pieces": pieces})
+        return IterableDataset.from_generator(generate_records, gen_kwargs={"pieces": pieces})
 
     def loaded(builder, pattern):
         files = [str(folder / pattern.format(i)) for i in range(3)]
@@ -63,12 +66,17 @@ def streams(tmp_path_factory):
     }
 
 
+def stream_rows(
+    records, tokenizer, shards, buffer_size=BUFFER, seed=5, rank=0, world_size=1, state=None, size=SIZE, **kwargs
+):
+    order = StreamOrder(size, buffer_size, seed, rank, world_size, state)
+    return StreamedRows(DocumentStream(records, shards, **kwargs), tokenizer, LENGTH, order)
+
+
 @pytest.fixture
 def make(streams, tokenizer):
-    def make(kind="pieces", rank=0, world_size=1, shards=SHARDS, **kwargs):
-        return StreamingDataset(
-            streams[kind], tokenizer, LENGTH, SIZE, shards, BUFFER - 1, 5, rank, world_size, **kwargs
-        )  # fmt: skip
+    def make(kind="pieces", rank=0, world_size=1, shards=SHARDS, state=None, **kwargs):
+        return stream_rows(streams[kind], tokenizer, shards, BUFFER - 1, 5, rank, world_size, state, **kwargs)
 
     return make
 
@@ -104,7 +112,7 @@ def run(make, count, world_size=1, workers=0, state=None, **kwargs):
 
 def expected_rows(streams, tokenizer, kind, shard, epochs=4, shards=SHARDS, skip=0):
     """A shard's rows in the order of its documents, by ``datasets`` and the tokenizer's own method."""
-    part = streaming.split_dataset_by_node(streams[kind], rank=shard, world_size=shards)
+    part = corpus.split_dataset_by_node(streams[kind], rank=shard, world_size=shards)
     texts = [record["text"] for record in part if (record["text"] or "").strip()][skip:]
     assert len(texts) > 2
     epoch = [t for text in texts for t in [*tokenizer.encode(text, add_special_tokens=False), tokenizer.sep_token_id]]
@@ -137,7 +145,7 @@ def test_every_token_comes_once_an_epoch_in_shuffled_buffers(streams, tokenizer,
 
 
 def streaming_texts(stream, shard):
-    part = streaming.split_dataset_by_node(stream, rank=shard, world_size=SHARDS)
+    part = corpus.split_dataset_by_node(stream, rank=shard, world_size=SHARDS)
     return [record["text"] for record in part if (record["text"] or "").strip()]
 
 
@@ -177,11 +185,11 @@ def test_seed_and_transform(make, streams, tokenizer):
     def transform(ids, numbers):
         return {"input_ids": -ids.astype(int), "numbers": numbers}
 
-    plain, given = next(iter(make())), next(iter(make(transform=transform)))
+    plain, given = next(iter(make())), next(iter(MaskedStream(make(), transform)))
     assert plain.keys() == {"input_ids", "sample_ids", "cursor"} and given.keys() == {"input_ids", "numbers", "cursor"}
     assert np.array_equal(given["input_ids"], -plain["input_ids"].astype(int))
     assert np.array_equal(given["numbers"], plain["sample_ids"])
-    other = StreamingDataset(streams["pieces"], tokenizer, LENGTH, SIZE, SHARDS, BUFFER, seed=6)
+    other = stream_rows(streams["pieces"], tokenizer, SHARDS, seed=6)
     orders = [[b["sample_ids"].tolist() for b in itertools.islice(d, 12)] for d in (make(), other)]
     assert orders[0] != orders[1] and sorted(sum(orders[0], [])) == sorted(sum(orders[1], []))
 
@@ -202,7 +210,7 @@ def test_long_documents_span_buffers(tokenizer):
     stream = Dataset.from_dict({"text": texts}).to_iterable_dataset()
 
     def make(rank, world_size, state):
-        return StreamingDataset(stream, tokenizer, LENGTH, SIZE, 1, BUFFER, 5, rank, world_size, state)
+        return stream_rows(stream, tokenizer, 1, BUFFER, 5, rank, world_size, state)
 
     whole, _ = run(make, 100)
     for position in (1, 50, 77):
@@ -212,7 +220,7 @@ def test_long_documents_span_buffers(tokenizer):
 
 
 def test_held_out_documents_never_come(streams, tokenizer, make):
-    held = held_out_documents(streams["files"], SHARDS, 2)
+    held = DocumentStream(streams["files"], SHARDS, hold_out=2).held_out_documents()
     assert len(held) == 2 * SHARDS and set(held) < set(TEXTS)
     rows = [expected_rows(streams, tokenizer, "files", shard, skip=2) for shard in range(SHARDS)]
     batches, [state] = run(make, 40, kind="files", hold_out=2)
@@ -224,20 +232,23 @@ def test_held_out_documents_never_come(streams, tokenizer, make):
 def test_corpora_as_streams(tmp_path, tokenizer):
     """Files with a column of their own, and what ``--dataset_name`` names; both travel to spawned workers."""
     Dataset.from_dict({"body": TEXTS}).to_json(tmp_path / "train.jsonl")
-    files, column = stream_corpus(files=[str(tmp_path / "train.jsonl")], text_column_name="body")
-    hub, hub_column = stream_corpus(dataset_name=str(tmp_path), text_column_name="body")
-    assert (column, hub_column) == ("text", "body")
+    lines = [str(tmp_path / "train.jsonl")]
+    names = {"validation_file": lines, "text_column": "body", "shards": 1}
+    files = read_documents(Source(train_file=lines, **names)).train
+    hub = read_documents(Source(str(tmp_path), **names)).train
+    assert (files.text_column, hub.text_column) == ("text", "body")
     batches = []
-    for stream, name in ((files, column), (hub, hub_column)):
-        dataset = StreamingDataset(stream, tokenizer, LENGTH, SIZE, SHARDS, BUFFER, 5, text_column=name)
+    for stream in (files, hub):
+        stream = dataclasses.replace(stream, shards=SHARDS)
+        dataset = StreamedRows(stream, tokenizer, LENGTH, StreamOrder(SIZE, BUFFER, 5))
         batches.append([b["input_ids"].tolist() for b in itertools.islice(pickle.loads(pickle.dumps(dataset)), 20)])
     assert batches[0] == batches[1]
     with pytest.raises(UserInputError, match=r"no column 'text', only \['body'\]: set --text_column_name"):
-        stream_corpus(dataset_name=str(tmp_path))
+        read_documents(Source(str(tmp_path), shards=SHARDS))
     with pytest.raises(UserInputError, match="--dataset_name no/such: "):
-        stream_corpus(dataset_name="no/such")
+        read_documents(Source("no/such", shards=SHARDS))
     with pytest.raises(UserInputError, match="--streaming needs one of --dataset_name and --train_file"):
-        stream_corpus()
+        Source(shards=SHARDS)
 
 
 # ---- states ----
@@ -263,9 +274,9 @@ def test_states_that_do_not_fit_are_refused(make, streams, tokenizer):
     with pytest.raises(UserInputError, match="cannot be resumed: shards is 4 there and 2 here"):
         make(shards=2, state=merge(states))
     with pytest.raises(UserInputError, match="cannot be resumed: batch_size is 2 there and 3 here"):
-        StreamingDataset(streams["pieces"], tokenizer, LENGTH, 3, SHARDS, BUFFER, 5, state=merge(states))
+        stream_rows(streams["pieces"], tokenizer, SHARDS, size=3, state=merge(states))
     with pytest.raises(UserInputError, match="cannot be resumed: buffer_size is 6 there and 8 here"):
-        StreamingDataset(streams["pieces"], tokenizer, LENGTH, SIZE, SHARDS, 7, 5, state=merge(states))
+        stream_rows(streams["pieces"], tokenizer, SHARDS, 7, state=merge(states))
     assert Cursor(**json.loads(json.dumps(states[0].cursors[0].__dict__))) == states[0].cursors[0]
 
 
@@ -276,17 +287,17 @@ def test_bad_streams_are_refused(make, tokenizer, monkeypatch):
         next(as_worker(iter(make(world_size=2)), 0, 4))
     stream = Dataset.from_dict({"text": ["one", "", "two"]}).to_iterable_dataset()
     with pytest.raises(UserInputError, match="shard 1 of 3 of the stream has 0 documents and 0 broken records, and 0"):
-        next(iter(StreamingDataset(stream, tokenizer, LENGTH, SIZE, 3, BUFFER, 0, rank=1, world_size=3)))
+        next(iter(stream_rows(stream, tokenizer, 3, rank=1, world_size=3)))
     with pytest.raises(
         UserInputError, match="stream has 2 documents and 0 broken records, and 2 documents are to be held"
     ):
-        next(iter(StreamingDataset(stream, tokenizer, LENGTH, SIZE, 1, BUFFER, 0, hold_out=2)))
+        next(iter(stream_rows(stream, tokenizer, 1, hold_out=2)))
     with pytest.raises(
         UserInputError, match="shard 0 of 4 of the stream: 1 broken records, the last: not JSON; --strict"
     ):
         run(make, 40, strict=True)
     messages = []
-    monkeypatch.setattr(streaming.logger, "warning", messages.append)
+    monkeypatch.setattr(corpus.logger, "warning", messages.append)
     run(make, 200)
     assert [message for message in messages if "broken" in message] == [
         "shard 0 of 4 of the stream: 1 broken records, the last: not JSON; they are left out, --strict refuses them"

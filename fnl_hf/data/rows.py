@@ -1,0 +1,184 @@
+"""Rows of token ids, of one length, from documents: packed sequences, segment pairs or a stream."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fnl_hf.data.corpus import Documents
+from fnl_hf.data.encoding import stored_rows
+from fnl_hf.data.packing import pack_documents
+from fnl_hf.data.pairs import pair_documents
+from fnl_hf.data.source import Source
+from fnl_hf.data.streaming import StreamedRows, StreamOrder
+from fnl_hf.errors import UserInputError
+
+OBJECTIVES = {"mlm": pack_documents, "mlm_nsp": pair_documents}
+LIMITS = {"max_train_samples": "training data", "max_eval_samples": "held-out data"}
+HEAD_BYTES = 2**20  # of a streamed file, what is read to tell it from another
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Which rows are made: the objective, a key of :data:`OBJECTIVES`, tokens in a row, and at most how many rows."""
+
+    max_seq_length: int
+    objective: str = "mlm"
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to train on and held-out ones, see :func:`pack_documents`, :func:`pair_documents` and :class:`StreamedRows`.
+
+    ``unigram_entropy``: of the held-out tokens, in nats. ``fingerprint``: of what is trained and evaluated on.
+    """
+
+    train: Dataset | StreamedRows
+    held_out: Dataset
+    unigram_entropy: float
+    fingerprint: str
+
+
+def make_rows(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
+    order: StreamOrder | None = None,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+) -> Rows:
+    """Tokenize documents, or take from the cache what was; a stream is tokenized as it is used, in ``order``.
+
+    Raises:
+        UserInputError: documents that do not fill one row, a length that is too small, a state of another stream.
+    """
+
+    def make(documents: Dataset, limit: str) -> Dataset:
+        try:
+            rows = OBJECTIVES[options.objective](documents, tokenizer, options.max_seq_length, num_proc, cache_dir)
+        except UserInputError as error:
+            raise UserInputError(f"{LIMITS[limit]}: {error}") from error
+        return first_rows(rows, limit, getattr(options, limit))
+
+    train: Dataset | StreamedRows
+    if isinstance(documents.train, Dataset):
+        train = make(documents.train, "max_train_samples")
+        held_out = make(documents.held_out, "max_eval_samples")
+        fingerprint = data_fingerprint(train, held_out)
+    elif order is None:
+        raise ValueError("a stream needs an order")
+    else:
+        held_out = make(documents.held_out, "max_eval_samples")
+        train = StreamedRows(documents.train, tokenizer, options.max_seq_length, order)
+        fingerprint = _stream_fingerprint(documents.source, held_out)
+    return Rows(train, held_out, unigram_entropy(held_out, tokenizer.all_special_ids), fingerprint)
+
+
+def first_rows(dataset: Dataset, flag: str, count: int | None) -> Dataset:
+    """The first ``count`` rows; all of them for None.
+
+    Raises:
+        UserInputError: ``count`` below 1; names ``flag``.
+    """
+    if count is None:
+        return dataset
+    if count < 1:
+        raise UserInputError(f"--{flag} ({count}) must be at least 1")
+    return dataset.select(range(min(count, len(dataset))))
+
+
+class Column:
+    """A column of numbers, or of lists of one length, as NumPy arrays straight from the memory-mapped table.
+
+    ``rows[indices]`` is (B,) or (B, S) in the column's own dtype. Indexing the dataset itself costs about a millisecond
+    a batch. Travels to other processes with the dataset, which is mapped anew there.
+    """
+
+    def __init__(self, dataset: Dataset, column: str = "input_ids"):
+        self.dataset = dataset
+        self.column = column
+        self._map()
+
+    def _map(self) -> None:
+        chunks = [chunk for chunk in self.dataset.data.column(self.column).chunks if len(chunk)]
+        self._views = [_view(chunk) for chunk in chunks]
+        self._starts = np.cumsum([0] + [len(view) for view in self._views])
+        self._stored = stored_rows(self.dataset)
+
+    def __getstate__(self):
+        return {"dataset": self.dataset, "column": self.column}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._map()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        stored = np.asarray(indices) if self._stored is None else self._stored[indices]
+        chunks = np.searchsorted(self._starts, stored, side="right") - 1
+        out = np.empty((len(stored), *self._views[0].shape[1:]), self._views[0].dtype)
+        for i, (chunk, row) in enumerate(zip(chunks.tolist(), (stored - self._starts[chunks]).tolist())):
+            out[i] = self._views[chunk][row]
+        return out
+
+    def blocks(self, count: int = 2**12) -> Iterator[np.ndarray]:
+        """All rows in order, at most ``count`` at a time."""
+        if self._stored is None:
+            for view in self._views:
+                for start in range(0, len(view), count):
+                    yield view[start : start + count]
+        else:
+            for start in range(0, len(self), count):
+                yield self[np.arange(start, min(start + count, len(self)))]
+
+
+def _view(chunk: pa.Array) -> np.ndarray:
+    if not pa.types.is_nested(chunk.type):
+        return chunk.to_numpy()
+    return chunk.flatten().to_numpy().reshape(len(chunk), -1)  # flatten() minds the offset of a sliced table
+
+
+def unigram_entropy(sequences: Dataset, special_ids: list[int]) -> float:
+    """Entropy in nats of the distribution of single tokens, special ones aside, in packed sequences.
+
+    The loss of a masked language model that knows the frequencies of the held-out tokens and nothing else.
+    """
+    counts = np.zeros(0, dtype=np.int64)
+    for block in Column(sequences).blocks():
+        found = np.bincount(block.ravel(), minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    counts[[i for i in special_ids if i < len(counts)]] = 0
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def data_fingerprint(*datasets: Dataset) -> str:
+    """A checksum of the rows of some tokenized data sets, all columns, for the record of a run."""
+    digest = xxhash.xxh3_128()
+    for dataset in datasets:
+        for column in sorted(dataset.column_names):
+            digest.update(f"{column} {len(dataset)} ".encode())
+            for block in Column(dataset, column).blocks():
+                digest.update(block.data)
+    return digest.hexdigest()
+
+
+def _stream_fingerprint(source: Source, held_out: Dataset) -> str:
+    """Of files their names, sizes and beginnings: reading them whole is what streaming avoids."""
+    name = (source.dataset_name, source.dataset_config_name)
+    digest = xxhash.xxh3_128(repr((name, data_fingerprint(held_out))).encode())
+    for file in map(Path, source.train_file or ()):
+        digest.update(repr((file.name, file.stat().st_size)).encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(HEAD_BYTES))
+    return digest.hexdigest()
