@@ -13,10 +13,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-from fnl_hf.optim.base import ProductGroups, aimed_products, evaluated, rate_of
+from fnl_hf.optim.base import ProductGroups, evaluate_closure, get_lr, local_products
 from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of
 from fnl_hf.optim.local_factors import LocalProduct
-from fnl_hf.optim.sharding import cut_of, local, sum_over_processes
+from fnl_hf.optim.sharding import sharding_of, local, sum_over_processes
 
 DECAYS = ("decoupled", "in_trust_ratio")
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -113,7 +113,7 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the closure if given, clipping, then LAMB's update."""
-        loss = evaluated(closure)
+        loss = evaluate_closure(closure)
         self._refuse_unsupported()
         grad_scale = self._clip_scale()
         found_inf = getattr(self, "found_inf", None)  # as torch's fused kernels have it: a step that is not to happen
@@ -145,7 +145,7 @@ class Lamb(torch.optim.Optimizer):
         if max_norm is None or not weights:
             return None
         norms = [norm.to(weights[0].device) for norm in _norms([local(p.grad) for p in weights])]
-        cuts = [cut_of(p) for p in weights]
+        cuts = [sharding_of(p) for p in weights]
         if any(cuts):
             squares = sum_over_processes(torch.stack(norms).square().unbind(), cuts)
             norm = torch.stack(squares).sum().sqrt()
@@ -281,7 +281,7 @@ class FrobeniusLamb(ProductGroups, Lamb):
                 continue
             updates = dict(zip(bucket.parameters, bucket.updates))
             part = group | {"params": [p for unit in bucket.units for p in unit]}
-            products += aimed_products(part, -group["frobenius_decay"], updates.__getitem__, self._cache)
+            products += local_products(part, -group["frobenius_decay"], updates.__getitem__)
         add_frobenius_gradients_(products)
 
 
@@ -317,7 +317,7 @@ def _split(units: list[tuple[torch.Tensor, ...]]) -> Iterator[list[tuple[torch.T
 
 def _rate(bucket: _Bucket, found_inf: torch.Tensor | None) -> float | torch.Tensor:
     """The group's learning rate, or 0 in a step that is not to happen."""
-    lr = rate_of(bucket.group)
+    lr = get_lr(bucket.group)
     return lr if found_inf is None else (found_inf == 0) * lr
 
 
@@ -354,7 +354,7 @@ def _trust_ratios(buckets: list[_Bucket]) -> Iterator[torch.Tensor]:
     filled = [bucket for bucket in buckets if bucket.matrices]
     weights = [bucket.weights[i] for bucket in filled for i in bucket.matrices]
     updates = [bucket.updates[i] for bucket in filled for i in bucket.matrices]
-    cuts = [cut_of(bucket.parameters[i]) for bucket in filled for i in bucket.matrices]
+    cuts = [sharding_of(bucket.parameters[i]) for bucket in filled for i in bucket.matrices]
     norms = _norms(weights) + _norms(updates)
     if any(cuts):
         squares = sum_over_processes([norm.square() for norm in norms], cuts * 2)
