@@ -8,7 +8,6 @@ import torch
 from fnl_hf.bert.factorization import RANK_DIMS
 from fnl_hf.optim.frobenius import DECAYED_DTYPES, add_frobenius_gradients_, products_of, validate_product_group
 from fnl_hf.optim.local_factors import LocalProduct
-from fnl_hf.optim.sharding import local
 
 # A group's entries: kind of product (None: ordinary parameters), products per pair of weights, λ, and SGD's own.
 PRODUCT_ENTRIES = ("product", "num_heads", "num_products", "frobenius_decay", "decoupled")

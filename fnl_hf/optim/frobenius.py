@@ -144,7 +144,8 @@ def _stacked_grams(chunk: list[LocalProduct]) -> tuple[list[list[torch.Tensor]],
     for factor in (factor for product in chunk for factor in product.outer_factors):
         rows = factor.rows
         by_shape.setdefault((rows.shape[1:], rows.dtype, rows.device), []).append(factor)
-    grams, copies = {}, {}
+    grams: dict[LocalFactor, torch.Tensor] = {}
+    copies: dict[LocalFactor, torch.Tensor] = {}
     for factors in by_shape.values():
         stack = torch.cat([factor.rows for factor in factors])  # (ΣH, r, n)
         heads = [factor.num_heads for factor in factors]
@@ -155,8 +156,9 @@ def _stacked_grams(chunk: list[LocalProduct]) -> tuple[list[list[torch.Tensor]],
 
 def _sharded_grams(chunk: list[LocalProduct]) -> list[list[torch.Tensor]]:
     """One packed all-gather of the factors whose heads are split, then one packed all-reduce of the Gram matrices."""
-    split = [factor for product in chunk for factor in product.factors if factor.is_gathered]
-    gathered = gather_rows([factor.weight.flatten(1) for factor in split], [factor.sharding for factor in split])
+    factors = [factor for product in chunk for factor in product.factors]
+    split = {factor: factor.sharding for factor in factors if factor.is_gathered and factor.sharding}
+    gathered = gather_rows([factor.weight.flatten(1) for factor in split], list(split.values()))
     for factor, rows in zip(split, gathered):
         factor.set_gathered(rows)
     outer = [(product, factor) for product in chunk for factor in product.outer_factors]
@@ -181,13 +183,14 @@ def _add_gradients_(
         target = factor.target
         if target is None:
             continue
-        is_middle = index == 1 and middle_right is not None
-        rows = middle_right[factor.heads] if is_middle else factor.rows  # (h, r, n)
         operator = operator[factor.heads]  # (h, r, r)
+        rows, is_in_place = factor.rows, factor.is_in_place  # (h, r, n)
+        if index == 1 and middle_right is not None:
+            rows, is_in_place = middle_right[factor.heads], False
         if factor.is_gathered or target.dim() > 3:  # parts of heads; an outer size spread over several dimensions
             gradient = (operator @ rows).flatten(0, 1)[factor.local_rows]  # (rows here, n)
             target.add_(gradient.view(target.shape), alpha=alpha)
-        elif factor in copies or is_middle or not factor.is_in_place:
+        elif factor in copies or not is_in_place:
             target.baddbmm_(operator, copies.get(factor, rows), alpha=alpha)
         else:  # a matmul must not write what it reads
             target.add_(torch.bmm(operator, rows, out=_like(target, scratch)), alpha=alpha)

@@ -71,7 +71,7 @@ class LocalFactor:
             self.all_rows = self.rows if self.heads is ALL else None
 
     def _rank_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The local part of the weight, or of a tensor like it, as a view (h, r, ...); of a gathered factor (rows, ...).
+        """A view (h, r, ...) of the local part of the weight or a tensor like it; of a gathered factor (rows, ...).
 
         The outer size may be spread over several dimensions (convolutions).
         """
@@ -124,8 +124,10 @@ class LocalProduct:
         self.is_sharded = any(factor.sharding is not None for factor in self.factors)
         self.is_updated = any(factor.target is not None for factor in self.factors)
         # Of a pair that is sharded alike along the rank, a head's Gram matrices are needed only where its rows are.
-        are_along_rank = left.is_sharded_along_rank and right.is_sharded_along_rank
-        self.has_local_grams = not inner and are_along_rank and left.sharding[1:] == right.sharding[1:]
+        self.has_local_grams = False
+        if not inner and left.is_sharded_along_rank and right.is_sharded_along_rank:
+            assert left.sharding is not None and right.sharding is not None
+            self.has_local_grams = left.sharding[1:] == right.sharding[1:]
 
     @property
     def middle(self) -> torch.Tensor | None:

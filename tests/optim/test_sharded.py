@@ -6,7 +6,7 @@ tests/optim/sharded_worker.py computes figures once for each number of processes
 import json
 import os
 from functools import partial
-from unittest import mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -275,8 +275,9 @@ def test_a_process_knows_the_heads_of_its_rows(heads, rank, world, rank_dim):
     rows = weight.movedim(rank_dim, 0)
     chunks = list(rows.chunk(world)) + [rows[:0]] * (world - len(rows.chunk(world)))
     for process, chunk in enumerate(chunks):
-        sharding = Sharding(rank_dim, heads * rank, process, world, None)
-        with mock.patch.multiple(local_factors, sharding_of=lambda _: sharding, local=lambda _: chunk.movedim(0, rank_dim)):
+        found = Mock(return_value=Sharding(rank_dim, heads * rank, process, world, None))
+        here = Mock(return_value=chunk.movedim(0, rank_dim))
+        with patch.multiple(local_factors, sharding_of=found, local=here):
             factor = LocalFactor(weight, weight, heads, rank_dim)
         if factor.is_gathered:
             factor.set_gathered(rows)
