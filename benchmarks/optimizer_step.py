@@ -29,7 +29,7 @@ from pytorch_optimizer import Lamb as OtherLamb
 
 from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FrobeniusAdamW, FrobeniusLamb, Lamb, frobenius_param_groups
 from fnl_hf.bert.factorization import RANK_DIMS, head_rows
-from fnl_hf.optim.base import decoupled_decay_
+from fnl_hf.optim.base import decay_products_
 from fnl_hf.training.models import preset_config
 
 LR, DECAY = 1e-4, 0.01
@@ -116,10 +116,9 @@ def compare_decay(model, title, args, device):
     groups = [g | {"lr": LR} for g in frobenius_param_groups(model, DECAY) if g["product"]]
     products = model.factor_pairs()
     pairs = [rows_of(product) for product in products]
-    cache: dict = {}
     times = measure(
         {
-            "Frobenius decay, ours": lambda: decoupled_decay_(groups, cache=cache),
+            "Frobenius decay, ours": lambda: decay_products_(groups),
             "bare matmuls": bare_matmuls(pairs, preallocated=False),
             "bare matmuls, preallocated": bare_matmuls(pairs, preallocated=True),
             "published way": published_way(products),

@@ -8,7 +8,6 @@ import torch
 from fnl_hf.bert.factorization import RANK_DIMS
 from fnl_hf.optim.frobenius import DECAYED_DTYPES, add_frobenius_gradients_, products_of, validate_product_group
 from fnl_hf.optim.local_factors import LocalProduct
-from fnl_hf.optim.sharding import local
 
 # A group's entries: kind of product (None: ordinary parameters), products per pair of weights, λ, and SGD's own.
 PRODUCT_ENTRIES = ("product", "num_heads", "num_products", "frobenius_decay", "decoupled")
@@ -80,21 +79,13 @@ class ProductGroups(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the closure if given, then the decay and the base class's step."""
-        loss = evaluated(closure)
+        loss = evaluate_closure(closure)
         self._decay_and_step()
         return loss
 
     def _decay_and_step(self) -> None:
-        decoupled_decay_(self._decayed_groups(), getattr(self, "found_inf", None), self._cache)
+        decay_products_(self._decayed_groups(), getattr(self, "found_inf", None))
         self._base_step()
-
-    @property
-    def _cache(self) -> "Cache":
-        """Views of the factors, kept from step to step; no part of a pickle or copy."""
-        cache = self.__dict__.setdefault("_local_products", {})
-        if len(cache) > sum(len(group["params"]) for group in self.param_groups):
-            cache.clear()  # of parameters that were here once
-        return cache
 
     def _decayed_groups(self) -> list[dict[str, Any]]:
         """The groups of products with λ > 0; refuses parameters that were flattened after construction."""
@@ -120,12 +111,7 @@ class ProductGroups(torch.optim.Optimizer):
             step()
 
 
-Cache = dict[int, LocalProduct]
-
-
-def decoupled_decay_(
-    groups: Sequence[dict[str, Any]], found_inf: torch.Tensor | None = None, cache: Cache | None = None
-) -> None:
+def decay_products_(groups: Sequence[dict[str, Any]], found_inf: torch.Tensor | None = None) -> None:
     """U ← U − ηλ U VᵀV and so on for all factors with a gradient in groups of products, at each group's ``lr``.
 
     ``found_inf`` is set under fp16 loss scaling with a fused kernel, which skips the step when it is 1: no decay then,
@@ -133,47 +119,34 @@ def decoupled_decay_(
     """
     products: list[LocalProduct] = []
     for group in groups:
-        scale = -rate_of(group) * group["frobenius_decay"]
+        scale = -get_lr(group) * group["frobenius_decay"]
         if found_inf is not None:  # the number of devices with an overflow
             if isinstance(scale, torch.Tensor):
                 scale = scale.to(found_inf.device, non_blocking=True)
             scale = (found_inf.reshape(()) == 0) * scale
-        products += aimed_products(group, scale, cache=cache)
+        products += local_products(group, scale)
     add_frobenius_gradients_(products)
 
 
-def aimed_products(
+def local_products(
     group: dict[str, Any],
     scale: float | torch.Tensor,
-    target: Callable[[torch.Tensor], Any] | None = None,
-    cache: Cache | None = None,
+    target_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda weight: weight,
 ) -> list[LocalProduct]:
-    """A group's products; each factor's gradient times ``scale`` goes to its ``target``, by default the factor itself.
+    """A group's products; each factor's gradient times ``scale`` is for its target, by default the factor itself.
 
-    What has no gradient takes no part in a step, as with weight decay; frozen factors are not moved. ``cache`` keeps
-    the views of unsharded factors from one step to the next, as long as they are of the same memory.
+    What has no gradient takes no part in a step, as with weight decay; frozen factors are not changed.
     """
-    cache = {} if cache is None else cache
-    layout = RANK_DIMS[group["product"]], group["num_heads"]
     products = []
     for weights in products_of(group):
         if isinstance(scale, torch.Tensor):
             scale = scale.to(weights[0].device, non_blocking=True)
-        product = cache.get(id(weights[0]))
-        if product is None or not product.is_still(weights, *layout):
-            product = LocalProduct(weights, *layout)
-            if product.lasts:
-                cache[id(weights[0])] = product
-        product.scale, product.moving = scale, [moves(weight) for weight in weights]
-        if target is not None:
-            product.outs = [local(target(w)) if moving else None for w, moving in zip(weights, product.moving)]
-        else:
-            product.outs = None
-        products.append(product)
+        targets = [target_of(weight) if is_updated(weight) else None for weight in weights]
+        products.append(LocalProduct(weights, targets, RANK_DIMS[group["product"]], group["num_heads"], scale))
     return products
 
 
-def evaluated(closure: Callable[[], Any] | None) -> Any:
+def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
     """The closure's loss, with gradients; None without a closure."""
     if closure is None:
         return None
@@ -181,12 +154,12 @@ def evaluated(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def rate_of(group: dict[str, Any]) -> float | torch.Tensor:
+def get_lr(group: dict[str, Any]) -> float | torch.Tensor:
     """A group's learning rate, a number or a 0-d tensor."""
     return group["lr"].reshape(()) if isinstance(group["lr"], torch.Tensor) else group["lr"]
 
 
-def moves(weight: torch.Tensor) -> bool:
+def is_updated(weight: torch.Tensor) -> bool:
     """Whether a step changes this factor."""
     return weight.grad is not None and weight.requires_grad
 

@@ -16,14 +16,14 @@ parameters would not survive FSDP2.
 Shapes here are rank first: an outer factor is (H, r, n), Fᵀ of the formulas, as ``torch.nn.Linear`` stores most.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fnl_hf.bert.factorization import RANK_DIMS, validate_product
-from fnl_hf.optim.local_factors import ALL, LocalFactor, LocalProduct
-from fnl_hf.optim.sharding import gather_pieces, sum_over_processes
+from fnl_hf.optim.local_factors import LocalFactor, LocalProduct
+from fnl_hf.optim.sharding import gather_rows, sum_over_processes
 
 # On an accelerator kernel launches dominate: factors of equal shape are stacked, up to this many bytes of copies at a
 # time. On a CPU the caches do: one product at a time.
@@ -83,22 +83,22 @@ def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:
 
 @torch.no_grad()
 def add_frobenius_gradients_(products: Sequence[LocalProduct]) -> None:
-    """Add to each product's targets what :class:`LocalProduct` says, and forget the targets.
+    """Add to each factor's target what :class:`LocalProduct` says.
 
     Sharded factors are worked on where they lie: every process of their mesh must call this with the same products, and
     one all-gather and one all-reduce serve them all.
     """
     scratch: dict[Any, torch.Tensor] = {}
     for chunk in _chunks(products):
-        if chunk[0].sharded:
-            _take_sharded_grams(chunk)
+        copies: dict[LocalFactor, torch.Tensor] = {}
+        if chunk[0].is_sharded:
+            grams = _sharded_grams(chunk)
         elif len(chunk) > 1:
-            _take_stacked_grams(chunk)
+            grams, copies = _stacked_grams(chunk)
         else:
-            chunk[0].grams = [end.gram() for end in chunk[0].ends]
-        for product in chunk:
-            _add_gradients_(product, scratch)
-            product.forget()
+            grams = [[factor.gram() for factor in chunk[0].outer_factors]]
+        for product, of_product in zip(chunk, grams):
+            _add_gradients_(product, of_product, copies, scratch)
 
 
 def frobenius_operators(
@@ -109,11 +109,11 @@ def frobenius_operators(
     ``grams`` are UᵀU and VᵀV, ``middle`` is M (H, r, s). For a triple the middle gradient is (UᵀU)(M VᵀV): its
     operator is UᵀU, and the second result is what it acts on.
     """
-    left, right = grams
+    left, right = grams  # (H, r, r) and (H, s, s), of a pair s = r
     if middle is None:
         return (right, left), None
-    half = middle @ right
-    return (half @ middle.mT, left, middle.mT @ left @ middle), half
+    middle_right = middle @ right  # M VᵀV (H, r, s)
+    return (middle_right @ middle.mT, left, middle.mT @ left @ middle), middle_right
 
 
 def _chunks(products: Sequence[LocalProduct]) -> Iterator[list[LocalProduct]]:
@@ -121,9 +121,9 @@ def _chunks(products: Sequence[LocalProduct]) -> Iterator[list[LocalProduct]]:
     sharded: list[LocalProduct] = []
     stack: list[LocalProduct] = []
     for product in products:
-        if product.sharded:  # even if nothing moves: all processes must take part in the collectives
+        if product.is_sharded:  # even if nothing is updated: all processes must take part in the collectives
             sharded.append(product)
-        elif any(product.moving):
+        elif product.is_updated:
             if product.factors[0].weight.device.type == "cpu":
                 yield [product]
                 continue
@@ -134,58 +134,66 @@ def _chunks(products: Sequence[LocalProduct]) -> Iterator[list[LocalProduct]]:
     yield from (chunk for chunk in (stack, sharded) if chunk)
 
 
-def _take_stacked_grams(chunk: list[LocalProduct]) -> None:
-    """Few kernels instead of many: copies of all factors of one shape in one tensor, one batched matmul for it."""
+def _stacked_grams(chunk: list[LocalProduct]) -> tuple[list[list[torch.Tensor]], dict[LocalFactor, torch.Tensor]]:
+    """Few kernels instead of many: copies of all factors of one shape in one tensor, one batched matmul for it.
+
+    Returns:
+        The Gram matrices of each product, and the copy (H, r, n) of each factor.
+    """
     by_shape: dict[Any, list[LocalFactor]] = {}
-    for factor in (end for product in chunk for end in product.ends):
-        base = factor.blocks[0].base
-        by_shape.setdefault((base.shape[1:], base.dtype, base.device), []).append(factor)
-    grams = {}
+    for factor in (factor for product in chunk for factor in product.outer_factors):
+        rows = factor.rows
+        by_shape.setdefault((rows.shape[1:], rows.dtype, rows.device), []).append(factor)
+    grams: dict[LocalFactor, torch.Tensor] = {}
+    copies: dict[LocalFactor, torch.Tensor] = {}
     for factors in by_shape.values():
-        bases = [factor.blocks[0].base for factor in factors]
-        stack = torch.cat(bases)
-        heads = [base.shape[0] for base in bases]
-        for factor, copy, gram in zip(factors, stack.split(heads), (stack @ stack.mT).split(heads)):
-            factor.copy, grams[id(factor)] = copy, gram
-    for product in chunk:
-        product.grams = [grams[id(end)] for end in product.ends]
+        stack = torch.cat([factor.rows for factor in factors])  # (ΣH, r, n)
+        heads = [factor.num_heads for factor in factors]
+        grams |= zip(factors, (stack @ stack.mT).split(heads))
+        copies |= zip(factors, stack.split(heads))
+    return [[grams[factor] for factor in product.outer_factors] for product in chunk], copies
 
 
-def _take_sharded_grams(chunk: list[LocalProduct]) -> None:
-    """One packed all-gather of the rows that straddle processes, then one packed all-reduce of the Gram matrices."""
-    cut = [factor for product in chunk for factor in product.factors if factor.cut_in_rank]
-    for factor, straddling in zip(cut, gather_pieces([factor.request() for factor in cut])):
-        factor.set_blocks(straddling)
-    ends = [(product, end) for product in chunk for end in product.ends]
-    grams = [end.gram(partial=not product.grams_stay) for product, end in ends]
-    shared = [None if product.grams_stay else end.cut for product, end in ends]
-    summed = sum_over_processes(grams, shared)
-    for index, product in enumerate(chunk):
-        product.grams = summed[2 * index : 2 * index + 2]
+def _sharded_grams(chunk: list[LocalProduct]) -> list[list[torch.Tensor]]:
+    """One packed all-gather of the factors whose heads are split, then one packed all-reduce of the Gram matrices."""
+    factors = [factor for product in chunk for factor in product.factors]
+    split = {factor: factor.sharding for factor in factors if factor.is_gathered and factor.sharding}
+    gathered = gather_rows([factor.weight.flatten(1) for factor in split], list(split.values()))
+    for factor, rows in zip(split, gathered):
+        factor.set_gathered(rows)
+    outer = [(product, factor) for product in chunk for factor in product.outer_factors]
+    # None: this process knows all that it needs of them.
+    shardings = [None if p.has_local_grams or factor.is_gathered else factor.sharding for p, factor in outer]
+    grams = sum_over_processes([factor.gram() for _, factor in outer], shardings)
+    return [grams[i : i + 2] for i in range(0, len(grams), 2)]
 
 
-def _add_gradients_(product: LocalProduct, scratch: dict[Any, torch.Tensor]) -> None:
-    operators, half = frobenius_operators(product.grams, product.middle)
+def _add_gradients_(
+    product: LocalProduct,
+    grams: Sequence[torch.Tensor],
+    copies: Mapping[LocalFactor, torch.Tensor],
+    scratch: dict[Any, torch.Tensor],
+) -> None:
+    operators, middle_right = frobenius_operators(grams, product.middle)
     alpha: Any = product.scale
-    if isinstance(alpha, torch.Tensor):
+    if isinstance(alpha, torch.Tensor):  # as ``alpha`` of a kernel it would have to be fetched from its device
         scale = alpha.to(operators[0].dtype)
         operators, alpha = tuple(operator * scale for operator in operators), 1.0
     for index, (factor, operator) in enumerate(zip(product.factors, operators)):
-        if not product.moving[index]:
+        target = factor.target
+        if target is None:
             continue
-        out = None if product.outs is None else product.outs[index]
-        middle = half if index == 1 else None
-        for block, target in zip(factor.blocks, factor.own_targets() if out is None else factor.targets(out)):
-            rows = operator if block.heads is ALL else operator[block.heads, block.rows]
-            base = block.base if middle is None else middle[block.heads]
-            if target.dim() > 3:  # an outer size spread over several dimensions
-                target.add_((rows @ base).view(target.shape), alpha=alpha)
-            elif factor.copy is not None:
-                target.baddbmm_(rows, factor.copy, alpha=alpha)
-            elif out is not None or middle is not None:
-                target.baddbmm_(rows, base, alpha=alpha)
-            else:  # a matmul must not write what it reads
-                target.add_(torch.bmm(rows, base, out=_like(target, scratch)), alpha=alpha)
+        operator = operator[factor.heads]  # (h, r, r)
+        rows, is_in_place = factor.rows, factor.is_in_place  # (h, r, n)
+        if index == 1 and middle_right is not None:
+            rows, is_in_place = middle_right[factor.heads], False
+        if factor.is_gathered or target.dim() > 3:  # parts of heads; an outer size spread over several dimensions
+            gradient = (operator @ rows).flatten(0, 1)[factor.local_rows]  # (rows here, n)
+            target.add_(gradient.view(target.shape), alpha=alpha)
+        elif factor in copies or not is_in_place:
+            target.baddbmm_(operator, copies.get(factor, rows), alpha=alpha)
+        else:  # a matmul must not write what it reads
+            target.add_(torch.bmm(operator, rows, out=_like(target, scratch)), alpha=alpha)
 
 
 def _like(tensor: torch.Tensor, scratch: dict[Any, torch.Tensor]) -> torch.Tensor:

@@ -1,11 +1,9 @@
 """LAMB (You et al., ICLR 2020, arXiv 1904.00962), and LAMB with Frobenius decay.
 
-The moments and Adam's direction come from torch's own Adam kernels (fused, foreach or neither); the trust ratio, the
-decay and the clipping are here. Parameters are worked on in buckets, so that the directions of all parameters never lie
-in memory together, unless they are sharded: then all norms are summed over the processes in one all-reduce.
+The moments and Adam's direction come from torch's own Adam kernels (fused, foreach or neither); the decay and the trust
+ratio of the parameters that are updated together are in optim/buckets.py.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,16 +11,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
-from fnl_hf.optim.base import ProductGroups, aimed_products, evaluated, rate_of
+from fnl_hf.optim.base import ProductGroups, evaluate_closure, local_products
+from fnl_hf.optim.buckets import Bucket, Unit, compute_norms, split_by_size, trust_ratios
 from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of
 from fnl_hf.optim.local_factors import LocalProduct
-from fnl_hf.optim.sharding import cut_of, local, sum_over_processes
+from fnl_hf.optim.sharding import local, sharding_of, sum_over_processes
 
 DECAYS = ("decoupled", "in_trust_ratio")
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-# Bytes of parameters handled together. On a CPU a bucket that stays in the caches is read once.
-BUCKET_BYTES = {"cpu": 4 * 2**20}
-DEFAULT_BUCKET_BYTES = 64 * 2**20
 MANY_STEPS = 1e8  # β ** MANY_STEPS is 0: Adam's kernels then correct no bias
 
 
@@ -113,18 +109,18 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the closure if given, clipping, then LAMB's update."""
-        loss = evaluated(closure)
+        loss = evaluate_closure(closure)
         self._refuse_unsupported()
         grad_scale = self._clip_scale()
         found_inf = getattr(self, "found_inf", None)  # as torch's fused kernels have it: a step that is not to happen
-        for buckets in self._batches():
+        for buckets in self._make_buckets():
             for bucket in buckets:
-                _decay(bucket, _rate(bucket, found_inf))
+                bucket.decay(bucket.lr(found_inf))
             self._decay_products(buckets)
             for bucket in buckets:
-                self._adam(bucket, grad_scale, found_inf)
-            for bucket, ratios in zip(buckets, _trust_ratios(buckets)):
-                _apply(bucket, ratios, _rate(bucket, found_inf))
+                self._subtract_adam_direction(bucket, grad_scale, found_inf)
+            for bucket, ratios in zip(buckets, trust_ratios(buckets)):
+                bucket.apply(ratios, bucket.lr(found_inf))
         return loss
 
     def _refuse_unsupported(self) -> None:
@@ -144,56 +140,58 @@ class Lamb(torch.optim.Optimizer):
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if max_norm is None or not weights:
             return None
-        norms = [norm.to(weights[0].device) for norm in _norms([local(p.grad) for p in weights])]
-        cuts = [cut_of(p) for p in weights]
-        if any(cuts):
-            squares = sum_over_processes(torch.stack(norms).square().unbind(), cuts)
+        norms = [norm.to(weights[0].device) for norm in compute_norms([local(p.grad) for p in weights])]
+        shardings = [sharding_of(p) for p in weights]
+        if any(shardings):
+            squares = sum_over_processes(torch.stack(norms).square().unbind(), shardings)
             norm = torch.stack(squares).sum().sqrt()
         else:
             norm = torch.linalg.vector_norm(torch.stack(norms))
         return ((norm + 1e-6) / max_norm).clamp(min=1.0)
 
-    def _units(self, group: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
-        """Parameters that must be in the same bucket."""
+    def _split_into_units(self, group: dict[str, Any]) -> list[Unit]:
         return [(p,) for p in group["params"]]
 
-    def _batches(self) -> Iterator[list["_Bucket"]]:
+    def _make_buckets(self) -> Iterator[list[Bucket]]:
         """Buckets whose norms are summed over the processes together: all sharded ones, each other one alone."""
-        sharded = []
+        sharded_buckets = []
         for group in self.param_groups:
-            whole: list[tuple[torch.Tensor, ...]] = []
-            cut: list[tuple[torch.Tensor, ...]] = []
-            for unit in self._units(group):
-                (cut if any(isinstance(p, DTensor) for p in unit) else whole).append(unit)
-            for units in _split(whole):
-                yield [_Bucket(group, units)]
-            if cut:
-                sharded.append(_Bucket(group, cut))
-        if sharded:
-            yield sharded
+            whole: list[Unit] = []
+            sharded: list[Unit] = []
+            for unit in self._split_into_units(group):
+                (sharded if any(isinstance(p, DTensor) for p in unit) else whole).append(unit)
+            for units in split_by_size(whole):
+                yield [Bucket(group, units)]
+            if sharded:
+                sharded_buckets.append(Bucket(group, sharded))
+        if sharded_buckets:
+            yield sharded_buckets
 
-    def _decay_products(self, buckets: list["_Bucket"]) -> None:
+    def _decay_products(self, buckets: list[Bucket]) -> None:
         """Decay of products inside the trust ratio; there are none here."""
 
-    def _adam(self, bucket: "_Bucket", grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
-        """Subtract Adam's direction from the updates."""
+    def _subtract_adam_direction(
+        self, bucket: Bucket, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+    ) -> None:
+        """updates ← updates − m̂/(√v̂ + ε): a step of Adam's with η = 1, on the updates in the parameters' place."""
         group = bucket.group
         states = [self._state_of(p, group) for p in bucket.parameters]
         grads = [local(p.grad) for p in bucket.parameters if p.grad is not None]
         exp_avgs = [local(state["exp_avg"]) for state in states]
         exp_avg_sqs = [local(state["exp_avg_sq"]) for state in states]
-        fused = group["fused"] and _laid_out_alike(bucket.updates, grads, exp_avgs, exp_avg_sqs)
+        steps = [state["step"] for state in states]
+        is_fused = group["fused"] and _have_equal_strides(bucket.updates, grads, exp_avgs, exp_avg_sqs)
         # A fused kernel takes a float32 scale only; it is float64 as soon as one gradient is.
-        if grad_scale is not None and grads and not (fused and grad_scale.dtype == torch.float32):
+        if grad_scale is not None and grads and not (is_fused and grad_scale.dtype == torch.float32):
             for device in {grad.device for grad in grads}:
                 torch._foreach_div_([grad for grad in grads if grad.device == device], grad_scale.to(device))
             grad_scale = None
-        steps = [state["step"] for state in states]
-        if found_inf is not None and not fused:
+        if found_inf is not None and not is_fused:
             if found_inf.item():  # only fused kernels look for themselves
                 return
             found_inf = None
         if not group["bias_correction"] and steps:
+            # The kernels divide by 1 − βᵗ: count the steps here, and give them a t at which that is 1.
             torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
             steps = [torch.full_like(step, MANY_STEPS) for step in steps]
         beta1, beta2 = group["betas"]
@@ -205,7 +203,7 @@ class Lamb(torch.optim.Optimizer):
             [],
             steps,
             foreach=group["foreach"],
-            fused=fused,
+            fused=is_fused,
             grad_scale=grad_scale,
             found_inf=found_inf,
             amsgrad=False,
@@ -270,127 +268,26 @@ class FrobeniusLamb(ProductGroups, Lamb):
         self._refuse_unsupported()  # before anything is decayed
         return [group for group in super()._decayed_groups() if group["decay"] == "decoupled"]
 
-    def _units(self, group: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
-        return super()._units(group) if group["product"] is None else [tuple(weights) for weights in products_of(group)]
+    def _split_into_units(self, group: dict[str, Any]) -> list[Unit]:
+        if group["product"] is None:
+            return super()._split_into_units(group)
+        return [tuple(weights) for weights in products_of(group)]
 
-    def _decay_products(self, buckets: list["_Bucket"]) -> None:
+    def _decay_products(self, buckets: list[Bucket]) -> None:
         products: list[LocalProduct] = []
         for bucket in buckets:
             group = bucket.group
             if group["product"] is None or group["frobenius_decay"] == 0.0 or group["decay"] == "decoupled":
                 continue
             updates = dict(zip(bucket.parameters, bucket.updates))
-            part = group | {"params": [p for unit in bucket.units for p in unit]}
-            products += aimed_products(part, -group["frobenius_decay"], updates.__getitem__, self._cache)
+            in_bucket = group | {"params": [p for unit in bucket.units for p in unit]}
+            products += local_products(in_bucket, -group["frobenius_decay"], updates.__getitem__)
         add_frobenius_gradients_(products)
 
 
-class _Bucket:
-    """Parameters of one group that are updated together.
-
-    ``parameters`` are those with a gradient, ``weights`` their local parts, ``updates`` become −u there.
-    """
-
-    def __init__(self, group: dict[str, Any], units: list[tuple[torch.Tensor, ...]]):
-        self.group, self.units = group, units
-        self.parameters = [p for unit in units for p in unit if p.grad is not None]
-        self.weights = [local(p) for p in self.parameters]
-        self.matrices = [i for i, p in enumerate(self.parameters) if p.dim() >= 2]
-        self.updates: list[torch.Tensor] = []
-
-
-def _split(units: list[tuple[torch.Tensor, ...]]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """Consecutive units of one device in lists of at most as many bytes as suit it, or of one unit."""
-    bucket: list[tuple[torch.Tensor, ...]] = []
-    size = 0
-    for unit in units:
-        nbytes, device = sum(p.nbytes for p in unit), unit[0].device
-        full = size + nbytes > BUCKET_BYTES.get(device.type, DEFAULT_BUCKET_BYTES)
-        if bucket and (full or device != bucket[0][0].device):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(unit)
-        size += nbytes
-    if bucket:
-        yield bucket
-
-
-def _rate(bucket: _Bucket, found_inf: torch.Tensor | None) -> float | torch.Tensor:
-    """The group's learning rate, or 0 in a step that is not to happen."""
-    lr = rate_of(bucket.group)
-    return lr if found_inf is None else (found_inf == 0) * lr
-
-
-def _decay(bucket: _Bucket, lr: float | torch.Tensor) -> None:
-    """Ordinary decay: decoupled at once, or as −λw in the updates, from which Adam's direction is then subtracted."""
-    group, decay = bucket.group, bucket.group["weight_decay"]
-    matrices = [bucket.weights[i] for i in bucket.matrices]
-    inside = decay != 0.0 and group["decay"] == "in_trust_ratio" and bool(matrices)
-    if decay != 0.0 and not inside and matrices:
-        torch._foreach_mul_(matrices, 1 - lr * decay)
-    started = dict(zip(bucket.matrices, torch._foreach_mul(matrices, -decay))) if inside else {}
-    zeros = {i: torch.empty_like(weight) for i, weight in enumerate(bucket.weights) if i not in started}
-    if zeros:
-        torch._foreach_zero_(list(zeros.values()))
-    started |= zeros
-    bucket.updates = [started[i] for i in range(len(bucket.weights))]
-
-
-def _laid_out_alike(*lists: list[torch.Tensor]) -> bool:
-    """Whether a fused kernel may have them: one takes elements as they lie in memory, whatever the strides."""
+def _have_equal_strides(*lists: list[torch.Tensor]) -> bool:
+    """Whether a fused kernel may have them: it takes elements as they lie in memory, whatever the strides."""
     return all(len({tensor.stride() for tensor in tensors}) == 1 for tensors in zip(*lists))
-
-
-def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Euclidean norms as 0-d tensors, in float32 for half precision."""
-    half = [t.dtype in (torch.float16, torch.bfloat16) for t in tensors]
-    if not any(half):
-        return list(torch._foreach_norm(tensors)) if tensors else []
-    return [torch.linalg.vector_norm(t, dtype=torch.float32 if h else None) for t, h in zip(tensors, half)]
-
-
-def _trust_ratios(buckets: list[_Bucket]) -> Iterator[torch.Tensor]:
-    """φ(‖w‖)/‖u‖ of each bucket's matrices, one 1-d tensor a bucket; one all-reduce for all that is sharded."""
-    filled = [bucket for bucket in buckets if bucket.matrices]
-    weights = [bucket.weights[i] for bucket in filled for i in bucket.matrices]
-    updates = [bucket.updates[i] for bucket in filled for i in bucket.matrices]
-    cuts = [cut_of(bucket.parameters[i]) for bucket in filled for i in bucket.matrices]
-    norms = _norms(weights) + _norms(updates)
-    if any(cuts):
-        squares = sum_over_processes([norm.square() for norm in norms], cuts * 2)
-        norms = [square.sqrt() for square in squares]
-    weight_norms, update_norms = iter(norms[: len(weights)]), iter(norms[len(weights) :])
-    for bucket in buckets:
-        count = len(bucket.matrices)
-        if count == 0:
-            yield torch.empty(0)
-            continue
-        stacked = [torch.stack(list(itertools.islice(norms, count))) for norms in (weight_norms, update_norms)]
-        yield _trust_ratio(bucket.group, *stacked)
-
-
-def _trust_ratio(group: dict[str, Any], weight_norm: torch.Tensor, update_norm: torch.Tensor) -> torch.Tensor:
-    phi = weight_norm
-    if group["weight_norm_clamp"] is not None:
-        low, high = group["weight_norm_clamp"]
-        phi = phi.clamp(low, high)
-    ratio = phi / update_norm
-    if group["trust_clamp"] is not None:
-        ratio = ratio.clamp(*group["trust_clamp"])
-    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
-
-
-def _apply(bucket: _Bucket, ratios: torch.Tensor, lr: float | torch.Tensor) -> None:
-    """w ← w − η · ratio · u; ``updates`` hold −u."""
-    if bucket.matrices:
-        factors = (ratios * lr).to(bucket.weights[bucket.matrices[0]].dtype)
-        for i, factor in zip(bucket.matrices, factors.unbind()):
-            bucket.weights[i].addcmul_(bucket.updates[i], factor)
-    vectors = [i for i, weight in enumerate(bucket.weights) if weight.dim() < 2]
-    if vectors:
-        updates = [bucket.updates[i] for i in vectors]
-        torch._foreach_mul_(updates, lr)
-        torch._foreach_add_([bucket.weights[i] for i in vectors], updates)
 
 
 def _validate(group: dict[str, Any]) -> None:

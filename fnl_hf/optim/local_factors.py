@@ -1,28 +1,26 @@
-"""A product as far as it lies in this process: which rows of which heads, and where their gradients go.
+"""A product as far as it lies in this process: which rows of its factors, and what is added to them.
 
-Shapes are rank first: (H, r, n) for H heads of rank r and an outer size n. An unsharded factor is a single block.
+Shapes are rank first, as ``torch.nn.Linear`` stores most: H heads, r rank, n outer size (of the middle factor of three
+its second rank s), h heads that have rows here. A factor's H·r rows are held in one of three ways:
+
+- Unsharded, or sharded along the outer size: all rows, or a part of each. h = H, and Gram matrices of parts are summed
+  over the processes.
+- Sharded along the rank, heads whole: the rows of h heads.
+- Sharded along the rank, heads split: some of the rows of h heads. A gradient needs all rows of its head, so the factor
+  is gathered from all processes, and each adds to the rows that it has.
+
+FSDP2 shards along dimension 0, the rank of query, key and value, and splits heads where E over the number of processes
+is no multiple of r, as 12 heads on 8 processes. Its ``shard_placement_fn`` avoids that, but Accelerate and Trainer let
+none be given.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
-from fnl_hf.bert.factorization import head_rows
-from fnl_hf.optim.sharding import RowPieces, cut_of, local, split_heads
+from fnl_hf.optim.sharding import local, sharding_of
 
 ALL = slice(None)
-
-
-class Block(NamedTuple):
-    """Rows ``rows`` of each of the heads ``heads``: those ``start`` to ``stop`` of the rows that lie here."""
-
-    heads: slice
-    rows: slice
-    start: int
-    stop: int
-    base: torch.Tensor  # (h, r, n): all r rows of these heads
-    is_view: bool  # of the weight; a copy if gathered from other processes, or if n is spread over several dimensions
 
 
 class LocalFactor:
@@ -30,136 +28,111 @@ class LocalFactor:
 
     Args:
         weight: the stored parameter.
+        target: what its gradient is added to: the weight itself, a tensor like it, or None for nothing.
         num_heads, rank_dim: H, and the dimension of the weight that H·r runs along.
-        everywhere: all processes need all rows (the middle factor of three).
+        is_middle: it is M of U M Vᵀ, of which every process needs all rows.
+
+    Raises:
+        ValueError: a middle factor that is sharded along its second rank.
     """
 
-    def __init__(self, weight: torch.Tensor, num_heads: int, rank_dim: int, everywhere: bool = False):
-        self.weight, self.cut = local(weight), cut_of(weight)
-        self.num_heads, self.rank_dim, self.everywhere = num_heads, rank_dim, everywhere
-        self.rank = weight.shape[rank_dim] // num_heads
-        self.cut_in_rank = self.cut is not None and self.cut.dim == rank_dim
-        self.blocks: list[Block] = []
-        self.whole: torch.Tensor | None = None  # all rows of all heads, where they are known
-        self.copy: torch.Tensor | None = None  # of the only block's base, where one was made already
-        self._own_targets: list[torch.Tensor] | None = None
-        if not self.cut_in_rank:
-            view = head_rows(self.weight, num_heads, rank_dim)
-            base = view if view.dim() == 3 else view.flatten(2)
-            self.blocks = [Block(ALL, ALL, 0, num_heads * self.rank, base, base.data_ptr() == view.data_ptr())]
-            self.whole = base if self.cut is None else None
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        target: torch.Tensor | None,
+        num_heads: int,
+        rank_dim: int,
+        is_middle: bool = False,
+    ):
+        self.sharding = sharding = sharding_of(weight)
+        self.num_heads, self.rank_dim, self.rank = num_heads, rank_dim, weight.shape[rank_dim] // num_heads
+        self.is_sharded_along_rank = self.is_gathered = False
+        self.heads = self.local_rows = ALL  # those with rows here; which of these heads' rows lie here
+        if sharding is not None and sharding.dim == rank_dim:
+            self.is_sharded_along_rank = True
+            self.is_gathered = is_middle or sharding.splits_heads(self.rank)
+            start, stop = sharding.rows_of(sharding.process)
+            first, last = start // self.rank, -(-stop // self.rank)
+            self.heads = slice(first, last)
+            self.local_rows = slice(start - first * self.rank, stop - first * self.rank)
+        elif sharding is not None and is_middle:
+            raise ValueError(
+                f"the middle factor of shape {tuple(weight.shape)} is sharded along dimension 1: it must be "
+                "sharded along dimension 0, as fully_shard does, or replicated"
+            )
+        self.weight = self._rank_first(weight)
+        self.is_in_place = target is weight
+        self.target = self.weight if self.is_in_place else None if target is None else self._rank_first(target)
+        # Of the heads that have rows here (h, r, n), and of all heads (H, r, n), where those are known.
+        self.rows: torch.Tensor
+        self.all_rows: torch.Tensor | None = None
+        if not self.is_gathered:
+            self.rows = self.weight if self.weight.dim() == 3 else self.weight.flatten(2)
+            self.all_rows = self.rows if self.heads is ALL else None
 
-    def request(self) -> RowPieces:
-        """The rows that other processes need, of a factor cut along its rank."""
-        assert self.cut is not None
-        rows = self.weight.movedim(self.rank_dim, 0).flatten(1)
-        return RowPieces(rows, self.cut, self.cut.size if self.everywhere else self.rank, self.everywhere)
+    def _rank_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view (h, r, ...) of the local part of the weight or a tensor like it; of a gathered factor (rows, ...).
 
-    def set_blocks(self, gathered: dict[int, torch.Tensor]) -> None:
-        """Blocks of a factor cut along its rank: whole heads, and the parts of heads in ``gathered`` {head: (r, n)}."""
-        request = self.request()
-        start, stop = request.cut.range_of(request.cut.rank)
-        if self.everywhere:
-            self.whole = gathered[0].unflatten(0, (self.num_heads, -1))
-            gathered = dict(enumerate(self.whole))
-        first, last = (0, 0) if self.everywhere else split_heads(start, stop, self.rank)[0]
-        if first < last:
-            begin, end = first * self.rank - start, last * self.rank - start
-            base = request.rows[begin:end].unflatten(0, (last - first, self.rank))
-            self.blocks.append(Block(slice(first, last), ALL, begin, end, base, True))
-        for a, b in self._pieces(start, stop):
-            head, base = a // self.rank, gathered[a // self.rank][None]
-            rows = slice(a - head * self.rank, b - head * self.rank)
-            self.blocks.append(Block(slice(head, head + 1), rows, a - start, b - start, base, False))
+        The outer size may be spread over several dimensions (convolutions).
+        """
+        rows = local(tensor)
+        if self.rank_dim != 0:
+            rows = rows.movedim(self.rank_dim, 0)
+        return rows if self.is_gathered else rows.view(len(rows) // self.rank, self.rank, *rows.shape[1:])
 
-    def _pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The rows ``start`` to ``stop`` without the whole heads, unless all are wanted piece by piece."""
-        if not self.everywhere:
-            return split_heads(start, stop, self.rank)[1]
-        heads = range(start // self.rank, -(-stop // self.rank))
-        return [(max(start, head * self.rank), min(stop, (head + 1) * self.rank)) for head in heads]
+    def set_gathered(self, rows: torch.Tensor) -> None:
+        """Take all rows (H·r, n) of a factor whose heads are split."""
+        self.all_rows = rows.unflatten(0, (self.num_heads, self.rank))
+        self.rows = self.all_rows[self.heads]
 
-    def gram(self, partial: bool = True) -> torch.Tensor:
-        """FᵀF of each head (H, r, r). ``partial``: only the summand of this process, so that each head counts once."""
-        if not self.cut_in_rank:
-            base = self.blocks[0].base
-            return torch.bmm(base, base.mT)
-        grams = self.weight.new_zeros(self.num_heads, self.rank, self.rank)
-        for block in self.blocks:
-            if not partial or not block.rows.start:
-                grams[block.heads] = block.base @ block.base.mT
+    def gram(self) -> torch.Tensor:
+        """FᵀF (H, r, r), or this process's summand of it: zeros for heads that have no rows here."""
+        if self.all_rows is not None:
+            return torch.bmm(self.all_rows, self.all_rows.mT)
+        grams = self.rows.new_zeros(self.num_heads, self.rank, self.rank)
+        grams[self.heads] = self.rows @ self.rows.mT
         return grams
-
-    def own_targets(self) -> list[torch.Tensor]:
-        """:meth:`targets` in the weight itself."""
-        if self._own_targets is None:
-            self._own_targets = self.targets(self.weight)
-        return self._own_targets
-
-    def targets(self, out: torch.Tensor) -> list[torch.Tensor]:
-        """For each block the view (h, rows, ...) of ``out``, a tensor like the local weight, that it stands for."""
-        if not self.cut_in_rank:
-            return [head_rows(out, self.num_heads, self.rank_dim)]
-        rows = out.movedim(self.rank_dim, 0)
-        return [
-            rows[block.start : block.stop].unflatten(0, (block.heads.stop - block.heads.start, -1))
-            for block in self.blocks
-        ]
 
 
 class LocalProduct:
-    """One product as far as it lies here, and what is to be added to what: for each of its factors that is ``moving``
+    """One product as far as it lies here, for one step: to each factor's target is added
 
-        out += scale · gradient of ½‖W‖²_F,
+        scale · gradient of ½‖W‖²_F with respect to the factor.
 
-    where ``outs`` are tensors like the factors' local parts, or None for these themselves (decoupled decay).
+    Args:
+        weights: the stored parameters, from left to right.
+        targets: as in :class:`LocalFactor`, one for each.
+        rank_dims, num_heads: how the parameters are stored: :data:`fnl_hf.RANK_DIMS`, and H.
+        scale: a number or a 0-d tensor.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], rank_dims: Sequence[int], num_heads: int):
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor | None],
+        rank_dims: Sequence[int],
+        num_heads: int,
+        scale: float | torch.Tensor = 1.0,
+    ):
         inner = range(1, len(weights) - 1)
         self.factors = [
-            LocalFactor(weight, num_heads, dim, everywhere=i in inner)
-            for i, (weight, dim) in enumerate(zip(weights, rank_dims, strict=True))
+            LocalFactor(weight, target, num_heads, dim, is_middle=i in inner)
+            for i, (weight, target, dim) in enumerate(zip(weights, targets, rank_dims, strict=True))
         ]
-        if any(factor.everywhere and factor.cut and not factor.cut_in_rank for factor in self.factors):
-            raise ValueError(
-                f"the middle factor of shape {tuple(weights[1].shape)} is sharded along dimension 1: it must be "
-                "sharded along dimension 0, as fully_shard does, or replicated"
-            )
-        self.ends = (self.factors[0], self.factors[-1])
-        self.sharded = any(factor.cut is not None for factor in self.factors)
-        # Two factors cut alike along their rank: a Gram matrix is needed only where its rows are.
-        self.grams_stay = not inner and all(end.cut_in_rank for end in self.ends) and self._cut_alike()
-        self.grams: Sequence[torch.Tensor] = ()
-        self.moving = [True] * len(weights)
-        self.outs: Sequence[torch.Tensor | None] | None = None
-        self.scale: float | torch.Tensor = 1.0
-        blocks = [block for factor in self.factors for block in factor.blocks]
-        self.lasts = not self.sharded and all(block.is_view for block in blocks)
-        self._made_for = self._identity(weights, rank_dims, num_heads) if self.lasts else None
-
-    @staticmethod
-    def _identity(weights, rank_dims, num_heads):
-        return [(w.data_ptr(), w.shape, w.stride()) for w in weights], rank_dims, num_heads
-
-    def is_still(self, weights: Sequence[torch.Tensor], rank_dims: Sequence[int], num_heads: int) -> bool:
-        """Whether this, made in an earlier step, would be made the same now: its views are of the same memory."""
-        return self.lasts and self._made_for == self._identity(weights, rank_dims, num_heads)
-
-    def forget(self) -> None:
-        """Drop what belongs to one step."""
-        self.grams, self.outs = (), None
-        for factor in self.factors:
-            factor.copy = None
-
-    def _cut_alike(self) -> bool:
-        left, right = (end.cut for end in self.ends)
-        return left is not None and right is not None and left[1:] == right[1:]
+        self.scale = scale
+        self.outer_factors = left, right = self.factors[0], self.factors[-1]
+        self.is_sharded = any(factor.sharding is not None for factor in self.factors)
+        self.is_updated = any(factor.target is not None for factor in self.factors)
+        # Of a pair that is sharded alike along the rank, a head's Gram matrices are needed only where its rows are.
+        self.has_local_grams = False
+        if not inner and left.is_sharded_along_rank and right.is_sharded_along_rank:
+            assert left.sharding is not None and right.sharding is not None
+            self.has_local_grams = left.sharding[1:] == right.sharding[1:]
 
     @property
     def middle(self) -> torch.Tensor | None:
         """M (H, r, s) of a triple."""
-        return self.factors[1].whole if len(self.factors) == 3 else None
+        return self.factors[1].all_rows if len(self.factors) == 3 else None
 
     @property
     def nbytes(self) -> int:

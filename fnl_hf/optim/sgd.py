@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fnl_hf.optim.base import ProductGroups, aimed_products, decoupled_decay_, moves
+from fnl_hf.optim.base import ProductGroups, decay_products_, is_updated, local_products
 from fnl_hf.optim.frobenius import add_frobenius_gradients_
 from fnl_hf.optim.local_factors import LocalProduct
 
@@ -52,7 +52,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
     def _decay_and_step(self) -> None:
         groups = self._decayed_groups()
         decoupled = [group for group in groups if group["decoupled"]]
-        decoupled_decay_(decoupled, getattr(self, "found_inf", None), self._cache)
+        decay_products_(decoupled, getattr(self, "found_inf", None))
         with self._decay_in_gradients([group for group in groups if not group["decoupled"]]):
             self._base_step()
 
@@ -61,7 +61,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         """The factors' gradients with the decay added; afterwards those that were there, untouched."""
         # A fused kernel divides the gradients by ``grad_scale`` (fp16 loss scaling) and negates them to maximize.
         grad_scale = getattr(self, "grad_scale", None)
-        saved = {weight: weight.grad for group in groups for weight in group["params"] if moves(weight)}
+        saved = {weight: weight.grad for group in groups for weight in group["params"] if is_updated(weight)}
         products: list[LocalProduct] = []
         try:
             for weight in saved:
@@ -70,7 +70,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
                 scale = -group["frobenius_decay"] if group["maximize"] else group["frobenius_decay"]
                 if grad_scale is not None:
                     scale = scale * grad_scale.reshape(())
-                products += aimed_products(group, scale, lambda weight: weight.grad, self._cache)
+                products += local_products(group, scale, lambda weight: weight.grad)
             add_frobenius_gradients_(products)
             yield
         finally:

@@ -1,10 +1,7 @@
 """What a process holds of a sharded parameter, and the few collectives that decay and norms need (FSDP2).
 
-FSDP2 (``fully_shard``) makes each parameter a DTensor cut along one dimension into as many chunks as there are
-processes; the last ones may be empty. Factors are worked on where they lie, as rows: a weight with its rank dimension
-in front, E = H·r rows, r to a head. Cut along another dimension, every process has a part of each row, and Gram
-matrices are sums over the processes. Cut along the rank dimension, a process has whole heads and, at the ends of its
-range, parts of heads that straddle processes: only the rows of those are gathered.
+FSDP2 (``fully_shard``) makes each parameter a DTensor that is split along one dimension into as many chunks as there
+are processes; the last ones may be empty. How Gram matrices and gradients follow from a chunk: optim/local_factors.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,24 +11,33 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
+from torch.nn import functional as F
 
 # torch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Cut(NamedTuple):
-    """A tensor's rows ``start`` to ``stop`` of ``size`` in dimension ``dim``: the ``rank``-th of ``world`` chunks."""
+class Sharding(NamedTuple):
+    """How a tensor is sharded: its ``size`` rows in dimension ``dim`` are dealt out to the processes of ``group``."""
 
     dim: int
     size: int
-    rank: int
-    world: int
+    process: int  # this one's place in the group; "rank" is that of a product here
+    num_processes: int
     group: Any
 
-    def range_of(self, rank: int) -> tuple[int, int]:
-        """Start and stop of a process's chunk; chunks are cut as ``torch.chunk`` does."""
-        chunk = -(-self.size // self.world)
-        return min(rank * chunk, self.size), min((rank + 1) * chunk, self.size)
+    @property
+    def chunk_size(self) -> int:
+        """Rows of each process but the last ones, which may have fewer or none, as ``torch.chunk`` has it."""
+        return -(-self.size // self.num_processes)
+
+    def rows_of(self, process: int) -> tuple[int, int]:
+        """Start and stop of a process's rows."""
+        return min(process * self.chunk_size, self.size), min((process + 1) * self.chunk_size, self.size)
+
+    def splits_heads(self, rank: int) -> bool:
+        """Whether any head, ``rank`` rows in a row, has rows on two processes."""
+        return self.chunk_size < self.size and self.chunk_size % rank != 0
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,94 +48,52 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local()
 
 
-def cut_of(tensor: torch.Tensor) -> Cut | None:
-    """How a tensor is cut, or None if each process has it whole.
+def sharding_of(tensor: torch.Tensor) -> Sharding | None:
+    """How a tensor is sharded, or None if each process has it whole.
 
     Raises:
-        ValueError: cut along several mesh dimensions (FSDP with tensor parallelism), or pending a reduction.
+        ValueError: sharded over several mesh dimensions (FSDP with tensor parallelism), or pending a reduction.
     """
     if not isinstance(tensor, DTensor):
         return None
-    cuts = [(dim, placement) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    if not cuts:
+    split = [(dim, placement) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if not split:
         return None
-    mesh_dim, placement = cuts[0]
-    if len(cuts) > 1 or type(placement) is not Shard:
+    mesh_dim, placement = split[0]
+    if len(split) > 1 or type(placement) is not Shard:
         raise ValueError(
             f"a parameter of shape {tuple(tensor.shape)} has placements {tuple(tensor.placements)}: at most one mesh "
             "dimension may shard a parameter, the others must replicate it (FSDP2, also hybrid; not tensor parallelism)"
         )
     mesh, dim = tensor.device_mesh, placement.dim % tensor.dim()
     group = mesh.get_group(mesh_dim)
-    return Cut(dim, tensor.shape[dim], mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), group)
+    return Sharding(dim, tensor.shape[dim], mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), group)
 
 
-def split_heads(start: int, stop: int, rank: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-    """Whole heads (first, last) within the rows ``start`` to ``stop``, and the ranges of rows of the cut ones."""
-    first, last = -(-start // rank), stop // rank
-    if first > last:  # all within one head
-        return (0, 0), [(start, stop)]
-    pieces = [(start, first * rank), (last * rank, stop)]
-    return (first, last), [piece for piece in pieces if piece[0] < piece[1]]
-
-
-class RowPieces(NamedTuple):
-    """Rows of one weight that several processes need: (rows, n) here, cut as ``cut``, ``rank`` rows to a head."""
-
-    rows: torch.Tensor
-    cut: Cut
-    rank: int
-    everything: bool  # gather all rows, not only those of heads that straddle
-
-    def pieces(self, process: int) -> list[tuple[int, int]]:
-        start, stop = self.cut.range_of(process)
-        if self.everything:
-            return [(start, stop)] if start < stop else []
-        return split_heads(start, stop, self.rank)[1]
-
-
-def gather_pieces(requests: Sequence[RowPieces]) -> list[dict[int, torch.Tensor]]:
-    """For each request {head: all its rows (r, n)}, of the straddling heads.
+def gather_rows(parts: Sequence[torch.Tensor], shardings: Sequence[Sharding]) -> list[torch.Tensor]:
+    """All rows (size, n) of each tensor of which this process has ``parts`` (rows, n).
 
     One packed all-gather for each process group and dtype.
     """
-    gathered: list[dict[int, torch.Tensor]] = [{} for _ in requests]
-    for group, indices in _by_group([(request.rows, request.cut) for request in requests]):
-        members = [requests[i] for i in indices]
-        world, own = members[0].cut.world, members[0].cut.rank
-        counts = [[sum(b - a for a, b in m.pieces(k)) for m in members] for k in range(world)]
-        width = max(sum(n * m.rows.shape[1] for n, m in zip(count, members)) for count in counts)
-        if width == 0:
-            continue
-        parts = [m.rows[a - offset : b - offset].reshape(-1) for m in members
-                 for offset in (m.cut.range_of(own)[0],) for a, b in m.pieces(own)]  # fmt: skip
-        sent = members[0].rows.new_zeros(width)
-        if parts:
-            packed = torch.cat(parts)
-            sent[: packed.numel()] = packed
-        received = sent.new_empty(world * width)
-        _all_gather(received, sent, group=group)
-        received = received.view(world, width)
-        offsets = [0] * world
-        for position, (index, member) in enumerate(zip(indices, members)):
-            size, chunks = member.rows.shape[1], []
-            for k in range(world):
-                count = counts[k][position] * size
-                chunks.append(received[k, offsets[k] : offsets[k] + count])
-                offsets[k] += count
-            heads = sorted({a // member.rank for k in range(world) for a, _ in member.pieces(k)})
-            rows = torch.cat(chunks).view(len(heads), member.rank, size)
-            gathered[index] = dict(zip(heads, rows))
+    gathered = list(parts)
+    for group, indices in _by_group(zip(parts, shardings)):
+        # All processes must send as much: chunks are filled up to the size of the first one.
+        filled = [F.pad(parts[i], (0, 0, 0, shardings[i].chunk_size - len(parts[i]))) for i in indices]
+        sent = torch.cat([part.reshape(-1) for part in filled])
+        received = sent.new_empty(shardings[indices[0]].num_processes, len(sent))
+        _all_gather(received.view(-1), sent, group=group)
+        for i, chunks in zip(indices, received.split([part.numel() for part in filled], dim=1)):
+            gathered[i] = chunks.reshape(-1, parts[i].shape[1])[: shardings[i].size]
     return gathered
 
 
-def sum_over_processes(tensors: Sequence[torch.Tensor], cuts: Sequence[Cut | None]) -> list[torch.Tensor]:
+def sum_over_processes(tensors: Sequence[torch.Tensor], shardings: Sequence[Sharding | None]) -> list[torch.Tensor]:
     """Each tensor summed over the processes that share it (None: as it is).
 
     One packed all-reduce for each process group and dtype.
     """
     summed = list(tensors)
-    for group, indices in _by_group(zip(tensors, cuts)):
+    for group, indices in _by_group(zip(tensors, shardings)):
         packed = torch.cat([tensors[i].reshape(-1) for i in indices])
         dist.all_reduce(packed, group=group)
         for i, part in zip(indices, packed.split([tensors[i].numel() for i in indices])):
@@ -137,10 +101,10 @@ def sum_over_processes(tensors: Sequence[torch.Tensor], cuts: Sequence[Cut | Non
     return summed
 
 
-def _by_group(members: Iterable[tuple[torch.Tensor, Cut | None]]) -> list[tuple[Any, list[int]]]:
-    """Positions of each process group and dtype, in order of first appearance; what is not cut has none."""
+def _by_group(members: Iterable[tuple[torch.Tensor, Sharding | None]]) -> list[tuple[Any, list[int]]]:
+    """Positions of each process group and dtype, in order of first appearance; what is not sharded has none."""
     found: dict[Any, tuple[Any, list[int]]] = {}
-    for index, (tensor, cut) in enumerate(members):
-        if cut is not None:
-            found.setdefault((id(cut.group), tensor.dtype), (cut.group, []))[1].append(index)
+    for index, (tensor, sharding) in enumerate(members):
+        if sharding is not None:
+            found.setdefault((id(sharding.group), tensor.dtype), (sharding.group, []))[1].append(index)
     return list(found.values())

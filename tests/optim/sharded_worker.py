@@ -130,17 +130,17 @@ def collectives(model, optimizer):
 
 @check
 def cuts(folder):
-    """What lies here is what ``cut_of`` says; parameters of which nothing does; rows after the last whole head."""
+    """What lies here is what ``sharding_of`` says; parameters of which nothing does; rows after the last whole head."""
     model = all_kinds(bert=bert())
     whole = {name: full(p) for name, p in model.named_parameters()}
     empty, right = [], True
     for name, parameter in shard(model).named_parameters():
-        cut, part = sharding.cut_of(parameter), sharding.local(parameter)
-        start, stop = cut.range_of(cut.rank)
-        right &= torch.equal(part, whole[name].narrow(cut.dim, start, stop - start))
+        found, part = sharding.sharding_of(parameter), sharding.local(parameter)
+        start, stop = found.rows_of(found.process)
+        right &= torch.equal(part, whole[name].narrow(found.dim, start, stop - start))
         empty += [name] if part.numel() == 0 else []
     pairs = [p for p in find_products(model) if p.kind in ("qk", "vo")]
-    left_over = [sharding.cut_of(p.weights[0]).range_of(0)[1] % 3 for p in pairs]
+    left_over = [sharding.sharding_of(p.weights[0]).rows_of(0)[1] % 3 for p in pairs]
     return {"right": right, "empty": empty, "left_over": left_over}
 
 
@@ -360,10 +360,10 @@ def refused_placements(folder):
         "two": DTensor.from_local(torch.ones(2, 3), plane, [Shard(0), Shard(1)]),
         "partial": DTensor.from_local(torch.ones(2, 3), line, [Partial()]),
     }
-    messages = {name: refusal(sharding.cut_of, tensor) for name, tensor in tensors.items()}
+    messages = {name: refusal(sharding.sharding_of, tensor) for name, tensor in tensors.items()}
     cut = shard(seeded(product("deep", (7, 2), (2, 6), (6, 5))), along={"1.weight": 1})
     whole = DTensor.from_local(torch.ones(2, 3), plane, [Replicate(), Replicate()])
-    return messages | {"middle": refusal(trained, cut, "adamw"), "whole": sharding.cut_of(whole)}
+    return messages | {"middle": refusal(trained, cut, "adamw"), "whole": sharding.sharding_of(whole)}
 
 
 @check_each("original_parameters", "flat_parameters")

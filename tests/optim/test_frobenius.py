@@ -233,9 +233,7 @@ def test_chunks_hold_one_product_on_a_cpu_and_are_bounded_in_bytes_elsewhere(mon
     def decays(device, sizes, moves=True):
         for n in sizes:
             pair = tuple(torch.empty(2, n, device=device) for _ in range(2))
-            product = LocalProduct(pair, (0, 0), 1)
-            product.moving = [moves, moves]
-            yield product
+            yield LocalProduct(pair, pair if moves else (None, None), (0, 0), 1)
 
     def lengths(*args, **kwargs):
         return [len(chunk) for chunk in frobenius._chunks(list(decays(*args, **kwargs)))]

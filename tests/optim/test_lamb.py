@@ -10,7 +10,7 @@ import pytorch_optimizer
 import torch
 
 from fnl_hf import FrobeniusAdamW
-from fnl_hf.optim import lamb
+from fnl_hf.optim import buckets
 from fnl_hf.optim.lamb import FrobeniusLamb, Lamb
 
 INFINITY = float("inf")
@@ -306,7 +306,7 @@ def test_a_rate_in_a_tensor_is_the_rate(decay, kernel):
 def test_buckets_do_not_change_the_result(decay, kernel, monkeypatch):
     results = []
     for size in (1, 2**40):
-        monkeypatch.setattr(lamb, "BUCKET_BYTES", {"cpu": size})
+        monkeypatch.setattr(buckets, "BUCKET_BYTES", {"cpu": size})
         weights = random_parameters(SHAPES + SHAPES[-2:] * 3, torch.float32)
         optimizer = FrobeniusLamb([*groups_of(weights[:7], WEIGHT), {"params": weights[7:]}], decay=decay, **kernel)
         for step in range(5):

@@ -6,6 +6,7 @@ tests/optim/sharded_worker.py computes figures once for each number of processes
 import json
 import os
 from functools import partial
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fnl_hf import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups, register_product
-from fnl_hf.optim.sharding import Cut, split_heads
+from fnl_hf.optim import local_factors
+from fnl_hf.optim.local_factors import LocalFactor
+from fnl_hf.optim.sharding import Sharding
 from tests.conftest import launch
 from tests.optim import sharded_training, sharded_worker  # noqa: F401  which make the checks
 from tests.optim.worker_checks import CHECKS
@@ -253,15 +256,30 @@ def test_a_refused_group_leaves_nothing_behind():
 
 @settings(deadline=None, max_examples=300)
 @given(heads=st.integers(1, 9), rank=st.integers(1, 9), world=st.integers(1, 12))
-def test_whole_heads_and_pieces_cover_every_row_once(heads, rank, world):
+def test_rows_are_dealt_out_as_torch_chunks_them_and_split_heads_are_noticed(heads, rank, world):
     size = heads * rank
-    ranges = [Cut(0, size, 0, world, None).range_of(process) for process in range(world)]
+    sharding = Sharding(0, size, 0, world, None)
     chunks = [chunk.tolist() for chunk in torch.arange(size).chunk(world)]
-    assert [list(range(*bounds)) for bounds in ranges] == chunks + [[]] * (world - len(chunks))
-    for start, stop in ranges:
-        (first, last), pieces = split_heads(start, stop, rank)
-        rows = [*range(first * rank, last * rank), *(row for piece in pieces for row in range(*piece))]
-        assert sorted(rows) == list(range(start, stop))
-        assert len(pieces) <= 2
-        for begin, end in pieces:
-            assert begin // rank == (end - 1) // rank and 0 < end - begin < rank
+    chunks += [[]] * (world - len(chunks))
+    assert [list(range(*sharding.rows_of(process))) for process in range(world)] == chunks
+    holders = [{process for process, rows in enumerate(chunks) if head in {row // rank for row in rows}}
+               for head in range(heads)]  # fmt: skip
+    assert sharding.splits_heads(rank) == any(len(processes) > 1 for processes in holders)
+
+
+@settings(deadline=None, max_examples=300)
+@given(heads=st.integers(1, 9), rank=st.integers(1, 9), world=st.integers(1, 12), rank_dim=st.sampled_from([0, 1]))
+def test_a_process_knows_the_heads_of_its_rows(heads, rank, world, rank_dim):
+    """Its rows, picked from those of the heads that it works on, are its chunk of the weight."""
+    weight = torch.randn((heads * rank, 4) if rank_dim == 0 else (4, heads * rank))
+    rows = weight.movedim(rank_dim, 0)
+    chunks = list(rows.chunk(world)) + [rows[:0]] * (world - len(rows.chunk(world)))
+    for process, chunk in enumerate(chunks):
+        found = Mock(return_value=Sharding(rank_dim, heads * rank, process, world, None))
+        here = Mock(return_value=chunk.movedim(0, rank_dim))
+        with patch.multiple(local_factors, sharding_of=found, local=here):
+            factor = LocalFactor(weight, weight, heads, rank_dim)
+        if factor.is_gathered:
+            factor.set_gathered(rows)
+        assert torch.equal(factor.rows.flatten(0, 1)[factor.local_rows], chunk)
+        assert torch.equal(factor.rows, rows.unflatten(0, (heads, rank))[factor.heads])
