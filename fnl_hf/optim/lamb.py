@@ -218,7 +218,7 @@ class Lamb(torch.optim.Optimizer):
     def _state_of(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            # As torch.optim.Adam has it: on the device for a fused kernel, else on the host.
+            # As in torch.optim.Adam, whose states LAMB continues: on the device for a fused kernel, else on the host.
             device = parameter.device if group["fused"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -264,9 +264,9 @@ class FrobeniusLamb(ProductGroups, Lamb):
     ):
         super().__init__(params, lr, frobenius_decay=frobenius_decay, decay=decay, **kwargs)
 
-    def _decayed_groups(self) -> list[dict[str, Any]]:
+    def _groups_to_decay(self) -> list[dict[str, Any]]:
         self._refuse_unsupported()  # before anything is decayed
-        return [group for group in super()._decayed_groups() if group["decay"] == "decoupled"]
+        return [group for group in super()._groups_to_decay() if group["decay"] == "decoupled"]
 
     def _split_into_units(self, group: dict[str, Any]) -> list[Unit]:
         if group["product"] is None:
