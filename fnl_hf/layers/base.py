@@ -83,7 +83,7 @@ class FactorizedLayer(nn.Module):
         return self._product(self.factors())
 
     def _product(self, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        left, *middle, right = factors  # (G, m, n) from here
+        left, *middle, right = factors
         return self.to_weight(left @ middle[0] @ right.mT if middle else left @ right.mT)
 
     def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:

@@ -95,8 +95,8 @@ class Lamb(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         if group["fused"] is None:
-            supported = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
-            group["fused"] = supported and not group["foreach"]
+            is_supported = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
+            group["fused"] = is_supported and not group["foreach"]
         group["has_matrices"] = any(p.dim() >= 2 for p in group["params"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,6 +114,8 @@ class Lamb(torch.optim.Optimizer):
         grad_scale = self._clip_scale()
         found_inf = getattr(self, "found_inf", None)  # as torch's fused kernels have it: a step that is not to happen
         for buckets in self._make_buckets():
+            # −u grows in each bucket's ``updates``: first what the decay adds to u, then Adam's direction, whose kernels
+            # subtract it. Weights are written last, when the norms of w and u are known.
             for bucket in buckets:
                 bucket.decay(bucket.lr(found_inf))
             self._decay_products(buckets)
