@@ -3,7 +3,7 @@
 
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 
-Shapes: B batch, S sequence, K wanted positions, H heads, d hidden size, E attention embedding size, r = E/H.
+Shapes: B batch, S sequence, K output positions, H heads, d hidden size, E attention embedding size, r = E/H.
 """
 
 import torch
@@ -34,13 +34,13 @@ class FnlBertSelfAttention(BertSelfAttention):
 
     def attend_from(self, rows, hidden_states, attention_mask, **kwargs):
         """Attention of ``rows`` (B, K, d) to all ``hidden_states`` (B, S, d): (B, K, E)."""
-        query, key, value = (
+        query, key, value = (  # (B, H, K, r), (B, H, S, r), (B, H, S, r)
             projection(states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
             for projection, states in ((self.query, rows), (self.key, hidden_states), (self.value, hidden_states))
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         kwargs |= {"dropout": self.dropout.p if self.training else 0.0, "scaling": self.scaling}
-        context, _ = attend(self, query, key, value, attention_mask, **kwargs)
+        context, _ = attend(self, query, key, value, attention_mask, **kwargs)  # (B, K, H, r)
         return context.flatten(2)
 
 
@@ -51,39 +51,40 @@ class FnlBertLayer(BertLayer):
         super().__init__(config, layer_idx=layer_idx)
         self.attention.self = FnlBertSelfAttention(config, layer_idx=layer_idx)
         self.attention.output.dense = nn.Linear(config.mha_embedding_size, config.hidden_size)
-        self.is_last = layer_idx == config.num_hidden_layers - 1
+        self.is_last_layer = layer_idx == config.num_hidden_layers - 1
 
     def forward(self, hidden_states, attention_mask=None, *args, output_positions=None, **kwargs):
         """As in transformers. The last layer returns (B, K, d) for ``output_positions`` (B, K): the same values as at
         these positions of its (B, S, d), of which keys and values are still computed everywhere."""
-        if output_positions is None or not self.is_last:
+        if output_positions is None or not self.is_last_layer:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        # FlashAttention's ways to say what belongs together, lengths and a mask (B, S), and flex_attention's, blocks,
-        # want a query for each key.
-        by_pairs = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
-        if kwargs.get("cu_seq_lens_q") is not None or not by_pairs:
+        # Only a mask (B, 1, S or 1, S) has rows to take. FlashAttention's ways to say what belongs together, lengths
+        # and a mask (B, S), and flex_attention's, blocks, want a query for each key.
+        is_dense = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
+        if kwargs.get("cu_seq_lens_q") is not None or not (attention_mask is None or is_dense):
             return take_positions(super().forward(hidden_states, attention_mask, *args, **kwargs), output_positions)
-        rows = take_positions(hidden_states, output_positions)
+        rows = take_positions(hidden_states, output_positions)  # (B, K, d)
         if attention_mask is not None:
-            attention_mask = mask_rows(attention_mask, output_positions)
+            attention_mask = take_mask_rows(attention_mask, output_positions)  # (B, 1, K or 1, S)
         for name in ("encoder_attention_mask", "past_key_values"):  # an encoder has none
             kwargs.pop(name, None)
-        context = self.attention.self.attend_from(rows, hidden_states, attention_mask, **kwargs)
+        context = self.attention.self.attend_from(rows, hidden_states, attention_mask, **kwargs)  # (B, K, E)
+        # From here on each position is on its own: residuals, feed-forward and LayerNorm need these rows alone.
         return self.feed_forward_chunk(self.attention.output(context, rows))
 
 
 def take_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(B, K, d): the rows of ``states`` (B, S, d) at ``positions`` (B, K). No host synchronization."""
-    starts = torch.arange(states.shape[0], device=states.device)[:, None] * states.shape[1]
-    flat = states.flatten(0, 1).index_select(0, (positions + starts).flatten())
+    starts = torch.arange(states.shape[0], device=states.device)[:, None] * states.shape[1]  # (B, 1)
+    flat = states.flatten(0, 1).index_select(0, (positions + starts).flatten())  # (B·K, d)
     return flat.unflatten(0, positions.shape)
 
 
-def mask_rows(attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def take_mask_rows(attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(B, 1, K, S): the rows of a mask (B, 1, S, S) that ``positions`` (B, K) see; one row for all stays as it is."""
     if attention_mask.shape[2] == 1:
         return attention_mask
-    index = positions[:, None, :, None].expand(-1, -1, -1, attention_mask.shape[3])
+    index = positions[:, None, :, None].expand(-1, -1, -1, attention_mask.shape[3])  # (B, 1, K, S)
     return attention_mask.expand(len(positions), -1, -1, -1).gather(2, index)
 
 
@@ -102,11 +103,12 @@ def document_mask(
     """
     if implementation not in ("sdpa", "eager"):
         raise ValueError(f"document_ids need attention 'sdpa' or 'eager', not {implementation!r}")
-    allowed = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    allowed = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, S, S), True: may attend
     if attention_mask is not None:
         allowed = allowed & attention_mask[:, None, None, :].bool()
     if implementation == "sdpa":
         return allowed
+    # Not -inf: a row without any allowed entry, of a padding token, would be NaN after the softmax.
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
@@ -120,18 +122,18 @@ def factor_pairs(model: nn.Module) -> list[Product]:
     for name, module in model.named_modules():
         if not isinstance(module, BertAttention) or module.is_cross_attention:
             continue
-        heads = module.self.num_attention_heads
-        stem = f"{name}." if name else ""
+        prefix = f"{name}." if name else ""
         for kind, left, right in (("qk", "self.query", "self.key"), ("vo", "self.value", "output.dense")):
-            if not all("weight" in module.get_submodule(layer)._parameters for layer in (left, right)):
-                continue  # these are products themselves
+            layers = module.get_submodule(left), module.get_submodule(right)
+            if not all("weight" in layer._parameters for layer in layers):
+                continue  # a factorized layer has factors instead of a weight, and registers them as its own product
             pairs.append(
                 Product(
-                    name=f"{stem}{kind}",
+                    name=f"{prefix}{kind}",
                     kind=kind,
-                    num_heads=heads,
-                    weights=(module.get_submodule(left).weight, module.get_submodule(right).weight),
-                    weight_names=(f"{stem}{left}.weight", f"{stem}{right}.weight"),
+                    num_heads=module.self.num_attention_heads,
+                    weights=(layers[0].weight, layers[1].weight),
+                    weight_names=(f"{prefix}{left}.weight", f"{prefix}{right}.weight"),
                 )
             )
     return pairs

@@ -19,10 +19,10 @@ from .head_mixing import (
     HeadMoments,
     Truncation,
     activation_moments,
+    find_truncation,
+    make_padding,
     mix_heads,
-    pad_heads,
-    truncate_heads,
-    truncation,
+    truncate_product,
     weight_moments,
 )
 
@@ -51,8 +51,18 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
 
     @classmethod
     def bert_class(cls) -> type[PreTrainedModel]:
-        """The stock class that this one stands for: ``BertForMaskedLM`` for ``FnlBertForMaskedLM``."""
-        return next(base for base in cls.__mro__ if base.__module__ == modeling_bert.__name__)
+        """The stock class that this one stands for: ``BertForMaskedLM`` for ``FnlBertForMaskedLM``.
+
+        Raises:
+            ValueError: there is none, because this class has a head of its own.
+        """
+        found = next(base for base in cls.__mro__ if base.__module__ == modeling_bert.__name__)
+        if found is modeling_bert.BertPreTrainedModel:  # of which all are
+            raise ValueError(
+                f"{cls.__name__} stands for no class of transformers: to be converted it must inherit from one, as "
+                "FnlBertForMaskedLM does from BertForMaskedLM"
+            )
+        return found
 
     @classmethod
     def from_bert(
@@ -85,11 +95,11 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         """
         source = bert if isinstance(bert, PreTrainedModel) else cls.load_bert(bert, **kwargs)
         if not isinstance(source, modeling_bert.BertPreTrainedModel):
-            raise ValueError(f"{_named(source)} is no BERT: {_why_not(source.config)}")
+            raise ValueError(f"{_display_name(source)} is no BERT: {_explain_refusal(source.config)}")
         available = embedding_size_of(source.config)
         embedding_size = available if attention_embedding_size is None else attention_embedding_size
         _validate_embedding_size(embedding_size, source.config)
-        config = FnlBertConfig(**_entries(source.config), attention_embedding_size=embedding_size)
+        config = FnlBertConfig(**_config_entries(source.config), attention_embedding_size=embedding_size)
         target: Any = cls(config)
         target = target.to(device=source.device, dtype=source.dtype).eval()
         _copy_products(source, target)
@@ -98,8 +108,9 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
             return (target, []) if output_truncations else target
         moments = None if calibration is None else activation_moments(source, calibration)
         truncations = []
-        for name, old, new in _attentions(source, target):
-            truncations += _truncate(name, old, new, weight_moments(old) if moments is None else moments[name])
+        for name, old, new in _pair_attentions(source, target):
+            its_moments = weight_moments(old) if moments is None else moments[name]
+            truncations += _truncate_attention(name, old, new, its_moments)
         return (target, truncations) if output_truncations else target
 
     @classmethod
@@ -111,7 +122,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         """
         config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
         if not isinstance(config, BertConfig):
-            raise ValueError(f"{name} is no BERT: {_why_not(config)}")
+            raise ValueError(f"{name} is no BERT: {_explain_refusal(config)}")
         loader: Any = cls if isinstance(config, FnlBertConfig) else cls.bert_class()
         return loader.from_pretrained(name, **kwargs)
 
@@ -122,24 +133,24 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         ordinary fine-tuning; a filled dimension has no gradient. Larger ones must have products whose rank fits.
 
         Raises:
-            ValueError: E is larger than d, and a product has a rank above d/H.
+            ValueError: E is larger than d, and a product has a rank above d/H; or no stock class has this one's head.
         """
-        config = BertConfig(**_entries(self.config))
+        config = BertConfig(**_config_entries(self.config))
         target: Any = self.bert_class()(config)
         target = target.to(device=self.device, dtype=self.dtype).eval()
         _copy_products(self, target)
         _copy_weights(self, target)
         padded = config.hidden_size // config.num_attention_heads
-        for name, source_layer, target_layer in _attentions(self, target):
+        for name, source_layer, target_layer in _pair_attentions(self, target):
             moments = weight_moments(source_layer)
             heads, rank, _ = moments.query.shape
             if rank == padded:
                 continue
             if rank < padded:
-                mixing = pad_heads(heads, rank, padded)
+                mixing = make_padding(heads, rank, padded)
             else:
                 _validate_rank(name, moments, padded)
-                mixing, *_ = truncate_heads(moments, padded)
+                mixing, *_ = find_truncation(moments, padded)
             mix_heads(source_layer, target_layer, mixing, moments.context_mean)
         return target
 
@@ -149,15 +160,15 @@ def embedding_size_of(config: PreTrainedConfig) -> int:
     return getattr(config, "mha_embedding_size", config.hidden_size)
 
 
-def _entries(config: BertConfig) -> dict[str, Any]:
+def _config_entries(config: BertConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in OWN_ENTRIES}
 
 
-def _named(model: PreTrainedModel) -> str:
+def _display_name(model: PreTrainedModel) -> str:
     return model.name_or_path or type(model).__name__
 
 
-def _why_not(config) -> str:
+def _explain_refusal(config) -> str:
     reason = OTHER_ARCHITECTURES.get(config.model_type, "only BERT and FNL-BERT can be converted")
     return f"model type {config.model_type!r}; {reason}"
 
@@ -174,15 +185,16 @@ def _validate_embedding_size(embedding_size: int, config: BertConfig) -> None:
 def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
     """Every weight that both have, by its full name; warns of those that stay as they were initialized."""
     prefix = target.base_model_prefix + "."
-    given = {_in_full(name, source, prefix): value for name, value in source.state_dict().items()}
-    wanted = {_in_full(name, target, prefix): value for name, value in target.state_dict().items()}
-    fitting = {name for name, value in wanted.items() if name in given and given[name].shape == value.shape}
+    source_weights = {_full_name(name, source, prefix): value for name, value in source.state_dict().items()}
+    weights = {_full_name(name, target, prefix): value for name, value in target.state_dict().items()}
+    common = weights.keys() & source_weights.keys()
+    fitting = {name for name in common if weights[name].shape == source_weights[name].shape}
     with torch.no_grad():
         for name in fitting:
-            wanted[name].copy_(given[name])
-    left = sorted(name for name in set(wanted) - fitting if ".attention." not in name)
-    if left:
-        logger.warning(f"newly initialized, because {_named(source)} does not have them: {', '.join(left)}")
+            weights[name].copy_(source_weights[name])
+    missing = sorted(name for name in set(weights) - fitting if ".attention." not in name)
+    if missing:
+        logger.warning(f"newly initialized, because {_display_name(source)} does not have them: {', '.join(missing)}")
 
 
 def _copy_products(source: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -192,24 +204,25 @@ def _copy_products(source: PreTrainedModel, target: PreTrainedModel) -> None:
         ValueError: they are attention's; only dense ones have heads of another rank.
     """
     prefix = target.base_model_prefix + "."
-    there = {_in_full(name, target, prefix): name for name, _ in target.named_modules()}
+    target_names = {_full_name(name, target, prefix): name for name, _ in target.named_modules()}
     for name, layer in source.named_modules():
         if not hasattr(layer, "to_dense"):
             continue
         if ".attention." in name:
             raise ValueError(
-                f"{_named(source)}: {name} is a product of matrices: make it dense first, fnl_hf.merge(model)"
+                f"{_display_name(source)}: {name} is a product of matrices: make it dense first, fnl_hf.merge(model)"
             )
-        full = _in_full(name, source, prefix)
-        if full in there:
-            target.set_submodule(there[full], copy.deepcopy(layer))
+        full_name = _full_name(name, source, prefix)
+        if full_name in target_names:
+            target.set_submodule(target_names[full_name], copy.deepcopy(layer))
 
 
-def _in_full(name: str, model: PreTrainedModel, prefix: str) -> str:
+def _full_name(name: str, model: PreTrainedModel, prefix: str) -> str:
+    """The name that a weight or module of the encoder has in a model with a head."""
     return prefix + name if model.base_model is model else name
 
 
-def _attentions(source: PreTrainedModel, target: PreTrainedModel) -> Iterator[tuple[str, Any, Any]]:
+def _pair_attentions(source: PreTrainedModel, target: PreTrainedModel) -> Iterator[tuple[str, Any, Any]]:
     """(name in ``source``, attention there, attention in ``target``) of each layer."""
     names = {id(module): name for name, module in source.named_modules()}
     encoders: Any = source.base_model.encoder, target.base_model.encoder
@@ -217,16 +230,16 @@ def _attentions(source: PreTrainedModel, target: PreTrainedModel) -> Iterator[tu
         yield names[id(old.attention)], old.attention, new.attention
 
 
-def _truncate(name: str, source, target, moments: HeadMoments) -> list[Truncation]:
+def _truncate_attention(name: str, source, target, moments: HeadMoments) -> list[Truncation]:
     rank = target.self.attention_head_size
-    mixing, scores, values = truncate_heads(moments, rank)
+    mixing, qk_sigma, vo_sigma = find_truncation(moments, rank)
     mix_heads(source, target, mixing, moments.context_mean)
-    return [Truncation(f"{name}.{kind}", kind, rank, sigma) for kind, sigma in (("qk", scores), ("vo", values))]
+    return [Truncation(f"{name}.{kind}", kind, rank, sigma) for kind, sigma in (("qk", qk_sigma), ("vo", vo_sigma))]
 
 
 def _validate_rank(name: str, moments: HeadMoments, largest: int) -> None:
     for kind, left, right in (("qk", moments.query, moments.key), ("vo", moments.value, moments.output)):
-        *_, sigma = truncation(left, right, largest)
+        *_, sigma = truncate_product(left, right, largest)
         smallest = torch.finfo(torch.float32).eps * sigma.shape[-1] * sigma[:, :1]
         rank = int((sigma > smallest).sum(dim=1).max())
         if rank > largest:

@@ -50,15 +50,14 @@ class Product:
 
 def head_rows(weight: torch.Tensor, num_heads: int, rank_dim: int) -> torch.Tensor:
     """A weight with H·r entries in ``rank_dim`` as a view (H, r, ...) with that dimension in front, split by heads."""
-    rows = torch.unflatten(weight, rank_dim, (num_heads, -1))
-    return rows if rank_dim == 0 else rows.movedim((rank_dim, rank_dim + 1), (0, 1))
+    return weight.movedim(rank_dim, 0).unflatten(0, (num_heads, -1))
 
 
 def factor_views(weights: tuple[torch.Tensor, ...], kind: str, num_heads: int) -> tuple[torch.Tensor, ...]:
     """The factors of a product of this ``kind``, shaped as :meth:`Product.factors` has them."""
-    rows = [head_rows(weight, num_heads, dim).flatten(2) for weight, dim in zip(weights, RANK_DIMS[kind], strict=True)]
-    middle = rows[1:-1]  # M (H, r, s) is one already
-    return (rows[0].transpose(1, 2), *middle, rows[-1].transpose(1, 2))
+    dims = RANK_DIMS[kind]
+    left, *middle, right = (head_rows(w, num_heads, dim).flatten(2) for w, dim in zip(weights, dims, strict=True))
+    return (left.transpose(1, 2), *middle, right.transpose(1, 2))  # M's rows (H, r, s) are M itself
 
 
 def validate_product(weights: tuple[torch.Tensor, ...], kind: str, num_heads: int, where: str) -> None:
@@ -80,12 +79,12 @@ def validate_product(weights: tuple[torch.Tensor, ...], kind: str, num_heads: in
             "shard with FSDP2 (fully_shard) instead"
         )
     ranks = [shape[dim] for shape, dim in zip(shapes, dims)]
-    matches = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0
+    is_valid = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0
     needed = f"share one size, a multiple of num_heads ({num_heads}), in dimensions {dims}"
     if len(dims) == 3:  # the middle factor M (H·r, s) carries both ranks
-        matches = matches and len(shapes[1]) == 2 and shapes[1][1] * num_heads == ranks[2]
+        is_valid = is_valid and len(shapes[1]) == 2 and shapes[1][1] * num_heads == ranks[2]
         needed = f"match as U (m, r), M (r, s), Vᵀ (s, n) of each of num_heads ({num_heads})"
-    if not matches:
+    if not is_valid:
         raise ValueError(f"{where}: shapes {' and '.join(map(str, shapes))} must {needed}")
 
 
@@ -99,9 +98,9 @@ def core(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
 
     U (H, m, r), V (H, n, r) -> (H, min(m, r), min(n, r)); U, M (H, r, s), V (H, n, s) likewise.
     """
-    small = torch.linalg.qr(left, mode="r").R
+    small = torch.linalg.qr(left, mode="r").R  # (H, min(m, r), r)
     for middle in rest[:-1]:
-        small = small @ middle
+        small = small @ middle  # (H, min(m, r), s)
     return small @ torch.linalg.qr(rest[-1], mode="r").R.transpose(-2, -1)
 
 
@@ -135,10 +134,10 @@ def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
     largest = min(left.shape[-2], right.shape[-2], left.shape[-1])
     if not 1 <= rank <= largest:
         raise ValueError(f"rank ({rank}) must be between 1 and {largest}, the largest rank the products can have")
-    left_basis, left_core = torch.linalg.qr(left)
+    left_basis, left_core = torch.linalg.qr(left)  # (H, m, min(m, k)), (H, min(m, k), k)
     right_basis, right_core = torch.linalg.qr(right)
     p, sigma, qh = torch.linalg.svd(left_core @ right_core.transpose(-2, -1), full_matrices=False)
-    root = sigma[..., None, :rank].sqrt()
+    root = sigma[..., None, :rank].sqrt()  # (H, 1, r)
     return left_basis @ (p[..., :rank] * root), right_basis @ (qh.transpose(-2, -1)[..., :rank] * root)
 
 

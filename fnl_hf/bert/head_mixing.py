@@ -74,13 +74,18 @@ class Truncation:
 def weight_moments(attention: BertAttention) -> HeadMoments:
     """The moments of the weights, with the biases of query and key as one more row. The value's bias reaches the output
     unchanged, because the attention of a token sums to one: it is the mean of the context."""
-    heads, own = attention.self.num_attention_heads, attention.self
-    query, key, value = (head_rows(p.weight.double(), heads, 0) for p in (own.query, own.key, own.value))  # (H, r, d)
-    output = head_rows(attention.output.dense.weight.double(), heads, 1)
-    biases = [p.bias.double().view(heads, -1, 1) for p in (own.query, own.key, own.value)]
-    with_bias = [torch.cat(parts, dim=-1) for parts in ((query, biases[0]), (key, biases[1]))]
-    first, second, third, last = (gram(rows.transpose(1, 2)) for rows in (*with_bias, value, output))
-    return HeadMoments(first, second, third, last, biases[2][..., 0])
+    heads = attention.self.num_attention_heads
+    layers = attention.self.query, attention.self.key, attention.self.value
+    query, key, value = (head_rows(layer.weight.double(), heads, 0) for layer in layers)  # (H, r, d)
+    output = head_rows(attention.output.dense.weight.double(), heads, 1)  # (H, r, d)
+    query_bias, key_bias, value_bias = (layer.bias.double().view(heads, -1, 1) for layer in layers)  # (H, r, 1)
+    query = torch.cat((query, query_bias), dim=-1)  # (H, r, d + 1): q = [x, 1] [Q; b_q]
+    key = torch.cat((key, key_bias), dim=-1)
+
+    def moment(rows: torch.Tensor) -> torch.Tensor:  # (H, r, n) -> (H, r, r)
+        return gram(rows.transpose(1, 2))
+
+    return HeadMoments(moment(query), moment(key), moment(value), moment(output), value_bias[..., 0])
 
 
 @torch.no_grad()
@@ -102,22 +107,22 @@ def activation_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, to
     try:
         for batch in batches:
             batch = {key: value.to(model.device) for key, value in batch.items()}
-            present = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            for sum_ in sums.values():
-                sum_.present = present
+            is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            for layer_sums in sums.values():
+                layer_sums.is_token = is_token
             model.eval()(**batch)
     finally:
         model.train(was_training)
         model.set_attn_implementation(implementation)
         for handle in handles:
             handle.remove()
-    return {name: sum_.moments(f"calibration of {name}") for name, sum_ in sums.items()}
+    return {name: layer_sums.moments(f"calibration of {name}") for name, layer_sums in sums.items()}
 
 
 class _MomentSums:
     """Sums over the tokens of one layer."""
 
-    present: torch.Tensor  # (B, S), of the batch that is being run
+    is_token: torch.Tensor  # (B, S), False for padding, of the batch that is being run
 
     def __init__(self, attention: BertAttention):
         self.attention = attention
@@ -132,25 +137,28 @@ class _MomentSums:
             rows.double().unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, S, r)
             for rows in (module.query(states), module.key(states), outputs[0])
         )
-        weight = self.present[:, None, :, None].double()
-        attention = outputs[1].double() * weight  # of the tokens that are there
-        mean_key = attention @ key
-        seen = attention.sum(dim=2)[..., None]  # how much each key is looked at
-        found = [
-            _moment(query * weight, query),
-            _moment(key * seen, key) - _moment(mean_key, mean_key),
-            _moment(context * weight, context),
-            (context * weight).sum(dim=(0, 2)),
+        weight = self.is_token[:, None, :, None].double()  # (B, 1, S, 1), 0 for the queries of padding
+        attention = outputs[1].double() * weight  # (B, H, S, S)
+        # Keys have a distribution for each query, its attention. Its covariance is E[kᵀk] - E[k]ᵀE[k], summed over the
+        # queries: what counts of the first term for each key is the attention that it gets from all of them.
+        mean_key = attention @ key  # (B, H, S, r), for each query
+        received = attention.sum(dim=2)[..., None]  # (B, H, S, 1), for each key
+        batch_sums = [
+            _moment(query * weight, query),  # (H, r, r)
+            _moment(key * received, key) - _moment(mean_key, mean_key),  # (H, r, r)
+            _moment(context * weight, context),  # (H, r, r), not yet centred: the mean is known at the end
+            (context * weight).sum(dim=(0, 2)),  # (H, r)
         ]
-        self.sums = found if self.sums is None else [a + b for a, b in zip(self.sums, found)]
-        self.tokens += int(self.present.sum())
+        self.sums = batch_sums if self.sums is None else [a + b for a, b in zip(self.sums, batch_sums)]
+        self.tokens += int(self.is_token.sum())
 
     def moments(self, where: str) -> HeadMoments:
         if self.sums is None or not self.tokens:
             raise ValueError(f"{where}: no tokens")
         query, key, context, mean = (total / self.tokens for total in self.sums)
-        output = weight_moments(self.attention).output
-        return HeadMoments(query, key, context - mean[:, :, None] * mean[:, None, :], output.to(mean.device), mean)
+        covariance = context - mean[:, :, None] * mean[:, None, :]  # (H, r, r)
+        output = weight_moments(self.attention).output  # what the output projection does depends on no text
+        return HeadMoments(query, key, covariance, output.to(mean.device), mean)
 
 
 def _moment(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -158,7 +166,7 @@ def _moment(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bhsi,bhsj->hij", left, right)
 
 
-def truncation(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def truncate_product(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
     """The matrices T, S (H, r, r') with the smallest ‖L (T Sᵀ - I) Rᵀ‖_F for LᵀL = ``left``, RᵀR = ``right``.
 
     With L Rᵀ = P Σ Qᵀ they are T = Rᵀ Q_r' Σ_r'^-½ and S = Lᵀ P_r' Σ_r'^-½, which split Σ evenly.
@@ -166,35 +174,36 @@ def truncation(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torc
     Returns:
         T, S and the singular values (H, r), descending.
     """
-    left_root, right_root = _root(left), _root(right)
+    left_root, right_root = _root(left), _root(right)  # L and R (H, r, r)
     p, sigma, qh = torch.linalg.svd(left_root @ right_root.transpose(-2, -1))
-    smallest = torch.finfo(sigma.dtype).eps * sigma.shape[-1] * sigma[..., :1]
-    inverse_root = torch.where(sigma > smallest, sigma.rsqrt(), 0.0)[..., None, :rank]
-    mixed_left = right_root.transpose(-2, -1) @ qh.transpose(-2, -1)[..., :rank] * inverse_root
-    mixed_right = left_root.transpose(-2, -1) @ p[..., :rank] * inverse_root
+    # Directions that the head does not use have σ = 0 but for rounding: left out, as in a pseudoinverse.
+    smallest = torch.finfo(sigma.dtype).eps * sigma.shape[-1] * sigma[..., :1]  # (H, 1)
+    inverse_root = torch.where(sigma > smallest, sigma.rsqrt(), 0.0)[..., None, :rank]  # (H, 1, r')
+    mixed_left = right_root.transpose(-2, -1) @ qh.transpose(-2, -1)[..., :rank] * inverse_root  # T (H, r, r')
+    mixed_right = left_root.transpose(-2, -1) @ p[..., :rank] * inverse_root  # S (H, r, r')
     return mixed_left, mixed_right, sigma
 
 
 def _root(moment: torch.Tensor) -> torch.Tensor:
-    """A matrix whose Gram matrix is ``moment`` (H, r, r), which may be singular."""
+    """A matrix whose Gram matrix is ``moment`` (H, r, r), which may be singular, so that Cholesky's would fail."""
     values, vectors = torch.linalg.eigh(moment)
     return values.clamp(min=0).sqrt()[..., None] * vectors.transpose(-2, -1)
 
 
-def truncate_heads(moments: HeadMoments, rank: int) -> tuple[HeadMixing, torch.Tensor, torch.Tensor]:
+def find_truncation(moments: HeadMoments, rank: int) -> tuple[HeadMixing, torch.Tensor, torch.Tensor]:
     """The best mixing to a smaller ``rank``, and the singular values of Q Kᵀ and V Oᵀ (H, r) in the moments' metric.
 
     Scores are divided by √r' afterwards instead of √r: the product is scaled by √(r'/r).
     """
-    query, key, scores = truncation(moments.query, moments.key, rank)
-    value, output, values = truncation(moments.value, moments.output, rank)
-    scale = (rank / scores.shape[-1]) ** 0.25
-    return HeadMixing(scale * query, scale * key, value, output), scores, values
+    query, key, qk_sigma = truncate_product(moments.query, moments.key, rank)
+    value, output, vo_sigma = truncate_product(moments.value, moments.output, rank)
+    scale = (rank / qk_sigma.shape[-1]) ** 0.25  # of each factor, half of the product's exponent
+    return HeadMixing(scale * query, scale * key, value, output), qk_sigma, vo_sigma
 
 
-def pad_heads(heads: int, rank: int, padded: int) -> HeadMixing:
+def make_padding(heads: int, rank: int, padded: int) -> HeadMixing:
     """Mixing to a larger rank by dimensions that are zero; exact, but these have no gradient."""
-    eye = torch.eye(rank, padded, dtype=torch.float64).expand(heads, -1, -1)
+    eye = torch.eye(rank, padded, dtype=torch.float64).expand(heads, -1, -1)  # (H, r, r')
     scale = (padded / rank) ** 0.25
     return HeadMixing(scale * eye, scale * eye, eye, eye)
 
@@ -207,11 +216,11 @@ def mix_heads(source: BertAttention, target: BertAttention, mixing: HeadMixing, 
     for name in ("query", "key", "value"):
         mix = getattr(mixing, name).transpose(1, 2)  # (H, r', r)
         old, new = getattr(source.self, name), getattr(target.self, name)
-        new.weight.copy_((mix @ head_rows(old.weight.double(), heads, 0)).flatten(0, 1))
-        new.bias.copy_((mix @ old.bias.double().view(heads, -1, 1)).flatten())
+        new.weight.copy_((mix @ head_rows(old.weight.double(), heads, 0)).flatten(0, 1))  # (H·r', d)
+        new.bias.copy_((mix @ old.bias.double().view(heads, -1, 1)).flatten())  # (H·r',)
     old, new = source.output.dense, target.output.dense
-    rows = head_rows(old.weight.double(), heads, 1)  # (H, r, d)
-    mixed = mixing.output.transpose(1, 2) @ rows
-    new.weight.copy_(mixed.flatten(0, 1).T)
-    mean = context_mean[:, None]
+    rows = head_rows(old.weight.double(), heads, 1)  # Oᵀ (H, r, d)
+    mixed = mixing.output.transpose(1, 2) @ rows  # (H, r', d)
+    new.weight.copy_(mixed.flatten(0, 1).T)  # (d, H·r')
+    mean = context_mean[:, None]  # (H, 1, r)
     new.bias.copy_(old.bias.double() + (mean @ rows - mean @ mixing.value @ mixed).sum(dim=(0, 1)))

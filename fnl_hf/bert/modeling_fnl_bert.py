@@ -4,7 +4,8 @@
 Khodak, Tenenholtz, Mackey and Fusi, "Initialization and Regularization of Factorized Neural Layers", ICLR 2021.
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 
-Shapes: B batch, S sequence, K masked positions, V vocabulary, d hidden size, E attention embedding size.
+Shapes: B batch, S sequence, K masked positions, V vocabulary, H heads, d hidden size, E attention embedding size,
+r = E/H, m and n outer sizes of a product.
 """
 
 from collections.abc import Mapping
@@ -125,29 +126,30 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
     def _initialize_weights(self, module, is_custom_code=False):
         # transformers calls this on the children first and on the model last, both from scratch and, for what the
         # checkpoint lacks, in from_pretrained. ``_init_weights`` is not called for custom code in the second case.
-        last = module is self and not getattr(self, "_is_hf_initialized", False)
+        is_last_call = module is self and not getattr(self, "_is_hf_initialized", False)
         super()._initialize_weights(module, is_custom_code)
-        if last and self.config.attention_init == "spectral":
+        if is_last_call and self.config.attention_init == "spectral":
             for pair in self.factor_pairs():
-                loaded = [getattr(weight, "_is_hf_initialized", False) for weight in pair.weights]
-                if not any(loaded) and pair.weights[0].device.type != "meta":
-                    self._spectral_init(pair)
+                is_loaded = any(getattr(weight, "_is_hf_initialized", False) for weight in pair.weights)
+                if not is_loaded and pair.weights[0].device.type != "meta":
+                    self._initialize_spectrally(pair)
 
     @torch.no_grad()
-    def _spectral_init(self, pair: Product):
+    def _initialize_spectrally(self, pair: Product):
+        # The factors are drawn at the rank d/H that a stock BERT gives them, and their product is truncated to rank r.
         head_size = self.config.hidden_size // self.config.num_attention_heads
-        factors = pair.factors()
-        drawn = [
+        factors = pair.factors()  # (H, m, r) and (H, n, r), views of the weights
+        left, right = (  # (H, m, d/H) and (H, n, d/H)
             torch.empty(*factor.shape[:-1], head_size, device=factor.device, dtype=torch.float32).normal_(
                 std=self.config.initializer_range
             )
             for factor in factors
-        ]
-        for factor, value in zip(factors, spectral_factors(drawn[0], drawn[1], self.config.attention_rank)):
+        )
+        for factor, value in zip(factors, spectral_factors(left, right, self.config.attention_rank)):
             factor.copy_(value)
 
 
-def items_of(num_items: ItemCount, label_name: str) -> torch.Tensor | int | None:
+def select_item_count(num_items: ItemCount, label_name: str) -> torch.Tensor | int | None:
     """The count for one label argument. A bare count, as ``transformers.Trainer`` passes it, belongs to ``labels``."""
     if isinstance(num_items, Mapping):
         return num_items.get(label_name)
@@ -157,9 +159,11 @@ def items_of(num_items: ItemCount, label_name: str) -> torch.Tensor | int | None
 def mean_cross_entropy(logits, labels, num_items: torch.Tensor | int | None = None, ignore_index: int = -100):
     """Σ of the cross-entropies of the labels != ``ignore_index``, over ``num_items`` or, if None, their own number.
 
-    ``num_items`` is the number of such labels in the whole global batch, so that the losses of micro-batches and
-    processes add up to the mean over all of it. Without any label the loss is 0, not NaN.
+    Logits are (..., classes), labels (...). ``num_items`` is the number of such labels in the whole global batch, so
+    that the losses of micro-batches and processes add up to the mean over all of it. Without any label the loss is 0,
+    not NaN.
     """
+    logits, labels = logits.reshape(-1, logits.size(-1)), labels.reshape(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # as autocast does; FSDP2 trains without it
     total = nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     if num_items is None:
@@ -167,7 +171,7 @@ def mean_cross_entropy(logits, labels, num_items: torch.Tensor | int | None = No
     return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
-def with_loss(outputs: ModelOutput, loss) -> ModelOutput:
+def add_loss(outputs: ModelOutput, loss) -> ModelOutput:
     """A copy of ``outputs`` with its loss, in the order that tuples of outputs have."""
     return type(outputs)(**{**outputs, "loss": loss})
 
@@ -192,10 +196,11 @@ class _LabelledHead:
         outputs = super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         if labels is None:
             return outputs
-        return with_loss(outputs, self._head_loss(outputs.logits, labels, items_of(num_items_in_batch, "labels")))
+        num_items = select_item_count(num_items_in_batch, "labels")
+        return add_loss(outputs, self._compute_loss(outputs.logits, labels, num_items))
 
-    def _head_loss(self, logits, labels, num_items):
-        return mean_cross_entropy(logits.reshape(-1, logits.size(-1)), labels.reshape(-1), num_items)
+    def _compute_loss(self, logits, labels, num_items):
+        return mean_cross_entropy(logits, labels, num_items)
 
 
 class FnlBertForNextSentencePrediction(_LabelledHead, FnlBertPreTrainedModel, BertForNextSentencePrediction):
@@ -221,7 +226,7 @@ class FnlBertForSequenceClassification(_LabelledHead, FnlBertPreTrainedModel, Be
 
     _auto_class = "AutoModelForSequenceClassification"
 
-    def _head_loss(self, logits, labels, num_items):
+    def _compute_loss(self, logits, labels, num_items):
         if self.config.problem_type is None:  # decided once from the first labels, as the stock head does
             if self.num_labels == 1:
                 self.config.problem_type = "regression"
@@ -230,7 +235,7 @@ class FnlBertForSequenceClassification(_LabelledHead, FnlBertPreTrainedModel, Be
             else:
                 self.config.problem_type = "multi_label_classification"
         if self.config.problem_type == "single_label_classification":
-            return super()._head_loss(logits, labels, num_items)
+            return super()._compute_loss(logits, labels, num_items)
         logits, targets = logits.reshape(-1), labels.reshape(-1).to(logits.dtype)
         if self.config.problem_type == "regression":
             total = nn.functional.mse_loss(logits, targets, reduction="sum")
@@ -245,26 +250,25 @@ class _MaskedLanguageModel:
     bert: FnlBertModel
     config: FnlBertConfig
 
-    def _encode(self, masked_positions, pooled: bool, **inputs):
+    def _encode(self, masked_positions, has_pooler: bool, **inputs):
         """The encoder's outputs and the hidden states to predict from: (B, S, d), or (B, K, d) at
-        ``masked_positions``. With ``config.sparse_last_layer`` the last layer is run there and, if ``pooled``, on the
-        first token."""
-        if masked_positions is None:
+        ``masked_positions`` (B, K). With ``config.sparse_last_layer`` the last layer is run there and, for the pooler,
+        on the first token."""
+        if masked_positions is None or not self.config.sparse_last_layer:
             outputs = self.bert(return_dict=True, **inputs)
-            return outputs, outputs.last_hidden_state
-        if not self.config.sparse_last_layer:
-            outputs = self.bert(return_dict=True, **inputs)
-            return outputs, take_positions(outputs.last_hidden_state, masked_positions)
-        first = torch.zeros_like(masked_positions[:, :1])
-        positions = torch.cat([first, masked_positions], dim=1) if pooled else masked_positions
+            hidden = outputs.last_hidden_state  # (B, S, d)
+            return outputs, hidden if masked_positions is None else take_positions(hidden, masked_positions)
+        positions = masked_positions
+        if has_pooler:  # it reads the first position that the encoder returns, which must be token 0
+            positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)  # (B, 1 + K)
         outputs = self.bert(return_dict=True, output_positions=positions, **inputs)
-        return outputs, outputs.last_hidden_state[:, 1:] if pooled else outputs.last_hidden_state
+        return outputs, outputs.last_hidden_state[:, 1:] if has_pooler else outputs.last_hidden_state
 
     def _predict(self, head, hidden, labels, masked_positions):
         """Logits and labels; without ``masked_positions`` ``config.sparse_prediction`` picks the labelled ones."""
         if labels is not None and masked_positions is None and self.config.sparse_prediction:
-            labelled = labels != -100
-            hidden, labels = hidden[labelled], labels[labelled]
+            is_labelled = labels != -100  # (B, S)
+            hidden, labels = hidden[is_labelled], labels[is_labelled]  # (labelled, d), (labelled,)
         return head(hidden), labels
 
 
@@ -294,12 +298,11 @@ class FnlBertForMaskedLM(_MaskedLanguageModel, FnlBertPreTrainedModel, BertForMa
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs}
-        outputs, hidden = self._encode(masked_positions, pooled=False, **inputs)
+        outputs, hidden = self._encode(masked_positions, has_pooler=False, **inputs)
         logits, labels = self._predict(self.cls, hidden, labels, masked_positions)
         loss = None
         if labels is not None:
-            items = items_of(num_items_in_batch, "labels")
-            loss = mean_cross_entropy(logits.reshape(-1, logits.size(-1)), labels.reshape(-1), items)
+            loss = mean_cross_entropy(logits, labels, select_item_count(num_items_in_batch, "labels"))
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -333,21 +336,19 @@ class FnlBertForPreTraining(_MaskedLanguageModel, FnlBertPreTrainedModel, BertFo
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs}
-        outputs, hidden = self._encode(masked_positions, pooled=True, **inputs)
-        masked_labels = labels
+        outputs, hidden = self._encode(masked_positions, has_pooler=True, **inputs)
         prediction_logits, labels = self._predict(self.cls.predictions, hidden, labels, masked_positions)
         sentence_logits = self.cls.seq_relationship(outputs.pooler_output)
 
         losses = []
         if labels is not None:
-            items = items_of(num_items_in_batch, "labels")
-            flat_logits = prediction_logits.reshape(-1, prediction_logits.size(-1))
-            losses.append(mean_cross_entropy(flat_logits, labels.reshape(-1), items))
+            num_items = select_item_count(num_items_in_batch, "labels")
+            losses.append(mean_cross_entropy(prediction_logits, labels, num_items))
         if next_sentence_label is not None:
-            items = items_of(num_items_in_batch, "next_sentence_label")
-            sentence_loss = mean_cross_entropy(sentence_logits, next_sentence_label.reshape(-1), items)
-            if masked_labels is not None and items is None and num_items_in_batch is not None:
-                sentence_loss = sentence_loss * (masked_labels != -100).sum() / num_items_in_batch
+            num_items = select_item_count(num_items_in_batch, "next_sentence_label")
+            sentence_loss = mean_cross_entropy(sentence_logits, next_sentence_label, num_items)
+            if labels is not None and num_items is None and num_items_in_batch is not None:
+                sentence_loss = sentence_loss * (labels != -100).sum() / num_items_in_batch
             losses.append(sentence_loss)
         return BertForPreTrainingOutput(
             loss=sum(losses) if losses else None,
@@ -382,17 +383,17 @@ class FnlBertForQuestionAnswering(FnlBertPreTrainedModel, BertForQuestionAnsweri
         outputs = super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         if start_positions is None or end_positions is None:
             return outputs
-        length = outputs.start_logits.size(1)
+        length = outputs.start_logits.size(1)  # S: the position that is ignored, as in the stock head
         loss = 0.5 * sum(
             mean_cross_entropy(
-                logits, positions.reshape(-1).clamp(0, length), items_of(num_items_in_batch, name), length
+                logits, positions.clamp(0, length), select_item_count(num_items_in_batch, name), ignore_index=length
             )
             for name, logits, positions in (
                 ("start_positions", outputs.start_logits, start_positions),
                 ("end_positions", outputs.end_logits, end_positions),
             )
         )
-        return with_loss(outputs, loss)
+        return add_loss(outputs, loss)
 
 
 __all__ = [

@@ -1,4 +1,8 @@
-"""What the factorized layers have in common: their factors, their product, and the way from and to a dense layer."""
+"""What the factorized layers have in common: their factors, their product, and the way from and to a dense layer.
+
+Shapes: G matrices m x n, one for each group of a convolution, else one; r rank; U (G, m, r), M (G, r, r) of a deep
+layer, V (G, n, r).
+"""
 
 import math
 from collections.abc import Sequence
@@ -50,12 +54,8 @@ class FactorizedLayer(nn.Module):
     def _add_parameters(
         self, left: Sequence[int], right: Sequence[int], deep: bool, bias: int | None, **factory: Any
     ) -> None:
-        shapes = {
-            "left": left,
-            "middle": (self.groups * self.rank, self.rank) if deep else None,
-            "right": right,
-            "bias": None if bias is None else (bias,),
-        }
+        middle = (self.groups * self.rank, self.rank) if deep else None
+        shapes = {"left": left, "middle": middle, "right": right, "bias": None if bias is None else (bias,)}
         for name, shape in shapes.items():
             self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **factory)))
         names = ("left", "middle", "right") if deep else ("left", "right")
@@ -122,9 +122,10 @@ class FactorizedLayer(nn.Module):
             std: standard deviation of the dense weight; √fan_in times it is the gain of U and V.
         """
         left, *middle, right = self.factors()
+        # On the CPU, so that the same seed draws the same layer for every device.
         u, v = (
-            size * torch.randn(factor.shape, generator=generator, device="cpu")
-            for factor, size in zip((left, right), self.default_stds(std), strict=True)
+            factor_std * torch.randn(factor.shape, generator=generator, device="cpu")
+            for factor, factor_std in zip((left, right), self.default_stds(std), strict=True)
         )
         self.set_factors(u, *(torch.eye(self.rank).expand_as(factor) for factor in middle), v)
 
@@ -133,8 +134,9 @@ class FactorizedLayer(nn.Module):
         """Write U (G, m, r), M (G, r, r) if deep, and V (G, n, r) into the parameters, however these are stored."""
         parameters = [parameter for parameter in (self.left, self.middle, self.right) if parameter is not None]
         for parameter, factor, rank_dim in zip(parameters, factors, RANK_DIMS[self.kinds[self.deep]], strict=True):
-            rank_first = rank_dim == 0 and parameter is not self.middle
-            parameter.copy_((factor.mT if rank_first else factor).reshape(parameter.shape))
+            # Of M (G, r, r) the entry names one of two ranks; it is stored as it is.
+            is_rank_first = rank_dim == 0 and parameter is not self.middle
+            parameter.copy_((factor.mT if is_rank_first else factor).reshape(parameter.shape))
 
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedLayer":
@@ -166,6 +168,7 @@ class FactorizedLayer(nn.Module):
         if init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {init!r}")
         dense = layer.weight
+        # On the meta device first: a wrong rank is refused, and nothing is drawn that would be thrown away.
         new = cls.like(layer, rank, mode == "deep", device="meta", dtype=dense.dtype)
         check_rank(rank, new.matrix_shape(), mode)
         new.to_empty(device=dense.device)
@@ -178,10 +181,10 @@ class FactorizedLayer(nn.Module):
         if not exact.isfinite().all():
             raise ValueError("its weight has values that are not finite")
         with torch.autocast(dense.device.type, enabled=False):
-            new.begin_from(exact, init, seed)
+            new.initialize_from(exact, init, seed)
         return new
 
-    def begin_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
+    def initialize_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
         """Set the factors, and ``error``, from a dense weight in float32 or float64."""
         if init == "spectral":
             self.set_factors(*spectral_initialization(self.to_matrices(weight), self.rank, self.deep, seed))
@@ -191,10 +194,10 @@ class FactorizedLayer(nn.Module):
             if not std:  # a layer that begins with zeros does so, but one of its factors has a gradient
                 self.left.zero_()
         norm = weight.norm()
-        self.error = ((weight - self.multiplied_out(weight.dtype)).norm() / norm).item() if norm else 0.0
+        self.error = ((weight - self.multiply_out(weight.dtype)).norm() / norm).item() if norm else 0.0
 
     @torch.no_grad()
-    def multiplied_out(self, dtype: torch.dtype) -> torch.Tensor:
+    def multiply_out(self, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight, computed in ``dtype``."""
         device = "cpu" if self.left.is_meta else self.left.device.type  # autocast does not know meta
         with torch.autocast(device, enabled=False):
@@ -203,10 +206,10 @@ class FactorizedLayer(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The dense layer with the same outputs; the product is taken in float32 (float64 factors: in float64)."""
-        product = self.multiplied_out(torch.float64 if self.left.dtype == torch.float64 else torch.float32)
+        product = self.multiply_out(torch.float64 if self.left.dtype == torch.float64 else torch.float32)
         layer = self.new_dense(device="meta", dtype=self.left.dtype)
-        moves = any(parameter.requires_grad for parameter in (self.left, self.right))
-        layer.weight = nn.Parameter(plain_layout(product.to(self.left.dtype)), requires_grad=moves)
+        is_trainable = any(parameter.requires_grad for parameter in (self.left, self.right))
+        layer.weight = nn.Parameter(to_default_strides(product.to(self.left.dtype)), requires_grad=is_trainable)
         if self.bias is not None:
             layer.bias = self.bias
         return layer.train(self.training)
@@ -215,7 +218,7 @@ class FactorizedLayer(nn.Module):
     def to_dense(self) -> Dense:
         """:meth:`merged`, and how far its weight is from the product in float64."""
         layer: Any = self.merged()
-        return Dense(layer, (layer.weight.double() - self.multiplied_out(torch.float64)).abs().max().item())
+        return Dense(layer, (layer.weight.double() - self.multiply_out(torch.float64)).abs().max().item())
 
     def new_dense(self, **factory: Any) -> Any:
         """A dense layer of this one's sizes and options."""
@@ -236,12 +239,13 @@ def check_rank(rank: int, shape: tuple[int, int], mode: str) -> None:
         raise ValueError(f"rank ({rank}) of a {mode} layer must be at least {full}, the smaller size of {shape}")
 
 
-def plain_layout(weight: torch.Tensor) -> torch.Tensor:
+def to_default_strides(weight: torch.Tensor) -> torch.Tensor:
     """In torch's default layout, also where a size of 1 leaves a stride open: its convolutions on the CPU take some of
     those strides for another layout and give wrong results, or crash."""
     return weight.reshape(-1).view(weight.shape)
 
 
-def many_rows_if_exporting(rows: int) -> int:
-    """``rows``, or in an export, whose program is for any number of them, a large number."""
+def rows_to_expect(rows: int) -> int:
+    """How many rows to choose the order of multiplication for: ``rows``, but a large number in an export, whose program
+    is for any number of them."""
     return 2**30 if torch.compiler.is_exporting() else rows

@@ -1,4 +1,8 @@
-"""A two-dimensional convolution whose kernel is a product of a horizontal and a vertical one."""
+"""A two-dimensional convolution whose kernel is a product of a horizontal and a vertical one.
+
+Shapes: B batch, c_in and c_out channels, G groups, r rank in each of them, k_h and k_w kernel, h and w sizes of the
+input, h' and w' of the output. The kernel of a group is seen as a matrix m x n, m = c_out/G·k_h and n = c_in/G·k_w.
+"""
 
 import math
 from typing import Any
@@ -7,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.layers.base import FactorizedLayer, plain_layout
+from fnl_hf.layers.base import FactorizedLayer, to_default_strides
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -51,39 +55,43 @@ class FactorizedConv2d(FactorizedLayer):
         self._add_parameters(left, right, deep, out_channels if bias else None, device=device, dtype=dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x, padding = input, self.padding
-        if self.padding_mode != "zeros":
+        x, padding = input, self.padding  # (B, c_in, h, w)
+        if self.padding_mode != "zeros":  # as torch does, which convolves with zeros around only
             x, padding = F.pad(x, self._padding_around, self.padding_mode), (0, 0)
-        way = self._cheapest_way(x, padding)
+        way = self._choose_way(x, padding)
         if way == "one convolution":
-            kernel = plain_layout(self._product(self.factors()))
+            kernel = to_default_strides(self._product(self.factors()))  # (c_out, c_in/G, k_h, k_w)
             return F.conv2d(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
-        across, down = (padding, padding) if isinstance(padding, str) else ((0, padding[1]), (padding[0], 0))
-        (down_stride, across_stride), (down_dilation, across_dilation) = self.stride, self.dilation
-        x = F.conv2d(x, self.right, None, (1, across_stride), across, (1, across_dilation), self.groups)
-        left, *middle, _ = self.factors()
+        # Padding, stride and dilation along w are for the 1×k_w kernel, those along h for the k_h×1 one.
+        along_h, along_w = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
+        (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
+        x = F.conv2d(x, self.right, None, (1, stride_w), along_w, (1, dilation_w), self.groups)  # (B, G·r, h, w')
+        left, *middle, _ = self.factors()  # (G, m, r), (G, r, r)
         if way == "with the middle":
             x = F.conv2d(x, self.middle[..., None, None], groups=self.groups)  # type: ignore[index]
         elif middle:
             left = left @ middle[0]
-        vertical = plain_layout(left.reshape(self.out_channels, self.kernel_size[0], self.rank).mT[..., None])
-        return F.conv2d(x, vertical, self.bias, (down_stride, 1), down, (down_dilation, 1), self.groups)
+        vertical = left.reshape(self.out_channels, self.kernel_size[0], self.rank).mT[..., None]  # (c_out, r, k_h, 1)
+        vertical = to_default_strides(vertical)
+        return F.conv2d(x, vertical, self.bias, (stride_h, 1), along_h, (dilation_h, 1), self.groups)
 
-    def _cheapest_way(self, x: torch.Tensor, padding: str | tuple[int, ...]) -> str:
+    def _choose_way(self, x: torch.Tensor, padding: str | tuple[int, ...]) -> str:
         """By the number of multiplications for each group: "factor by factor", "with the middle" one applied to the
         input, too, instead of multiplied into the left one, or "one convolution" with the product."""
-        count, height = math.prod(x.shape[:-3]), x.shape[-2]
-        rows, columns = (self._size_after(x.shape[axis - 2], padding, axis) for axis in (0, 1))
+        batch, height = math.prod(x.shape[:-3]), x.shape[-2]
+        new_height, new_width = (self._output_size(x.shape[axis - 2], padding, axis) for axis in (0, 1))
         m, n = self.matrix_shape()
-        fold = self.rank**2 * m if self.deep else 0
-        apply = height * columns * count * self.rank**2 if self.deep else 0
-        factors = (height * n + rows * m) * columns * count * self.rank + min(fold, apply)
-        dense = rows * columns * count * (self.out_channels // self.groups) * n * self.kernel_size[0]
-        if factors > dense + m * n * self.rank + fold:
+        fold_cost = self.rank**2 * m if self.deep else 0
+        apply_cost = height * new_width * batch * self.rank**2 if self.deep else 0
+        factors_cost = (height * n + new_height * m) * new_width * batch * self.rank + min(fold_cost, apply_cost)
+        product_cost = m * n * self.rank + fold_cost
+        dense_cost = new_height * new_width * batch * (self.out_channels // self.groups) * n * self.kernel_size[0]
+        if factors_cost > dense_cost + product_cost:
             return "one convolution"
-        return "with the middle" if apply < fold else "factor by factor"
+        return "with the middle" if apply_cost < fold_cost else "factor by factor"
 
-    def _size_after(self, size: int, padding: str | tuple[int, ...], axis: int) -> int:
+    def _output_size(self, size: int, padding: str | tuple[int, ...], axis: int) -> int:
+        """h' for axis 0, w' for axis 1, of h or w."""
         reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
         around = {"valid": 0, "same": reach}[padding] if isinstance(padding, str) else 2 * padding[axis]
         return (size + around - reach - 1) // self.stride[axis] + 1
@@ -93,13 +101,13 @@ class FactorizedConv2d(FactorizedLayer):
         return self.in_channels // self.groups * math.prod(self.kernel_size)
 
     def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
+        # The rows of a matrix are (output channel, k_h), its columns (input channel, k_w).
         height, width = self.kernel_size
         split = matrices.reshape(self.groups, self.out_channels // self.groups, height, -1, width)
         return split.transpose(2, 3).reshape(self.out_channels, -1, height, width)
 
     def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
-        # The rows of a matrix are (output channel, k_h), its columns (input channel, k_w).
-        split = weight.unflatten(0, (self.groups, -1)).transpose(2, 3)
+        split = weight.unflatten(0, (self.groups, -1)).transpose(2, 3)  # (G, c_out/G, k_h, c_in/G, k_w)
         return split.reshape(self.groups, -1, self.in_channels // self.groups * self.kernel_size[1])
 
     @classmethod

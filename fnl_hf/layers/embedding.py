@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.layers.base import FactorizedLayer, many_rows_if_exporting
+from fnl_hf.layers.base import FactorizedLayer, rows_to_expect
 
 
 class FactorizedEmbedding(FactorizedLayer):
@@ -39,15 +39,15 @@ class FactorizedEmbedding(FactorizedLayer):
         rows = F.embedding(input, self.left, self.padding_idx)
         if self.middle is None:
             found = rows @ self.right
-        elif many_rows_if_exporting(input.numel()) <= self.embedding_dim:
+        elif rows_to_expect(input.numel()) <= self.embedding_dim:
             found = rows @ self.middle @ self.right
         else:
             found = rows @ (self.middle @ self.right)
         return found.to(self.left.dtype)  # under autocast, as a dense table's
 
     @torch.no_grad()
-    def begin_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
-        super().begin_from(weight, init, seed)
+    def initialize_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
+        super().initialize_from(weight, init, seed)
         if self.padding_idx is not None and not weight[self.padding_idx].any():
             self.left[self.padding_idx] = 0.0
 

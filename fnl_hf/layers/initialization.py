@@ -1,7 +1,7 @@
 """Factors of a dense weight by its SVD: spectral initialization and its overcomplete counterpart.
 
-Pure functions on batches of matrices. Shapes: G matrices (groups of a convolution) W (G, m, n), rank r, factors
-U (G, m, r), M (G, r, r) of a deep product, V (G, n, r); W ≈ U Vᵀ or U M Vᵀ.
+Pure functions on batches of matrices. Shapes: G matrices (groups of a convolution) W (G, m, n) of full rank
+k = min(m, n), rank r, factors U (G, m, r), M (G, r, r) of a deep product, V (G, n, r); W ≈ U Vᵀ or U M Vᵀ.
 """
 
 import math
@@ -39,29 +39,32 @@ def spectral_initialization(
         U, V or U, M, V.
     """
     generator = torch.Generator().manual_seed(seed)
-    full = min(weight.shape[1:])
-    p, sigma, q = truncated_svd(weight, min(rank, full), generator)
-    root = sigma.pow(1 / 3 if deep else 1 / 2)
-    mean = root.mean(dim=1, keepdim=True)
+    full_rank = min(weight.shape[1:])
+    p, sigma, q = truncated_svd(weight, min(rank, full_rank), generator)  # (G, m, r), (G, r), (G, n, r), r at most k
+    root = sigma.pow(1 / 3 if deep else 1 / 2)  # (G, r)
+    mean = root.mean(dim=1, keepdim=True)  # (G, 1)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    size = torch.where(root > SMALLEST_SHARE * mean, root, mean)
+    # The norms of U's columns; what is left of σ is in V's (deep: V's are U's, the rest is on the diagonal of M).
+    size = torch.where(root > SMALLEST_SHARE * mean, root, mean)  # (G, r)
     left, middle, right = p * size[:, None], sigma / size**2, q * (size if deep else sigma / size)[:, None]
-    extra = max(0, rank - full)
+    extra = max(0, rank - full_rank)
     if extra and deep:
-        left, right = (
-            torch.cat([factor, _new_directions(basis, extra, mean, generator)], dim=2)
+        left, right = (  # (G, m, r), (G, n, r)
+            torch.cat([factor, _draw_directions(basis, extra, mean, generator)], dim=2)
             for factor, basis in ((left, p), (right, q))
         )
-        first, second = (_rotation(rank, weight, generator) for _ in range(2))
+        first, second = (_draw_rotation(rank, weight, generator) for _ in range(2))  # (r, r) each
         zeros = middle.new_zeros(len(middle), extra)
-        core = torch.diag_embed(torch.cat([middle, zeros], dim=1))
-        return left @ first, first.T @ core @ second, right @ second
+        diagonal = torch.diag_embed(torch.cat([middle, zeros], dim=1))  # (G, r, r)
+        return left @ first, first.T @ diagonal @ second, right @ second
     if extra:
-        x = _new_directions(p, (extra + 1) // 2, mean, generator)
-        y = _new_directions(q, extra // 2, mean, generator)
+        # Where U has a new direction V has zeros and the other way round, so that the product stays; the rotation
+        # spreads both over all columns, and none is left without a gradient.
+        x = _draw_directions(p, (extra + 1) // 2, mean, generator)
+        y = _draw_directions(q, extra // 2, mean, generator)
         left = torch.cat([left, x, torch.zeros_like(x)[..., : extra // 2]], dim=2)
         right = torch.cat([right, y.new_zeros(*y.shape[:2], (extra + 1) // 2), y], dim=2)
-        rotation = _rotation(rank, weight, generator)
+        rotation = _draw_rotation(rank, weight, generator)  # (r, r)
         return left @ rotation, right @ rotation
     return (left, torch.diag_embed(middle), right) if deep else (left, right)
 
@@ -71,34 +74,35 @@ def truncated_svd(weight: torch.Tensor, rank: int, generator: torch.Generator) -
 
     Randomized for small ranks of large weights (Halko, Martinsson and Tropp 2011, algorithm 4.4).
     """
-    width = rank + OVERSAMPLING
+    width = rank + OVERSAMPLING  # l
     if min(weight.shape[1:]) < RANDOMIZED_FROM or 2 * width > min(weight.shape[1:]):
         p, sigma, qh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        basis = torch.linalg.qr(weight @ _drawn(weight.shape[2], width, weight, generator)).Q
+        basis = torch.linalg.qr(weight @ _draw_normal(weight.shape[2], width, weight, generator)).Q  # (G, m, l)
         for _ in range(POWER_ITERATIONS):
             basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ basis).Q).Q
-        small, sigma, qh = torch.linalg.svd(basis.mT @ weight, full_matrices=False)
+        small, sigma, qh = torch.linalg.svd(basis.mT @ weight, full_matrices=False)  # of (G, l, n)
         p = basis @ small
     p, q = p[..., :rank], qh.mT[..., :rank]
-    signs = p.gather(1, p.abs().argmax(dim=1, keepdim=True)).sign()
+    # An SVD leaves the sign of each pair of columns open, and libraries differ.
+    signs = p.gather(1, p.abs().argmax(dim=1, keepdim=True)).sign()  # (G, 1, r)
     return p * signs, sigma[..., :rank], q * signs
 
 
-def _new_directions(basis: torch.Tensor, count: int, size: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _draw_directions(basis: torch.Tensor, count: int, size: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """``count`` random columns of norm ``size`` (G, 1), orthogonal to ``basis`` (G, m, k) if there is room for them."""
     _, rows, known = basis.shape
-    drawn = _drawn(rows, count, basis, generator).expand(len(basis), -1, -1)
+    drawn = _draw_normal(rows, count, basis, generator).expand(len(basis), -1, -1)  # (G, m, count)
     if known + count <= rows:
         drawn = torch.linalg.qr(torch.cat([basis, drawn], dim=2)).Q[..., known:]
     else:
-        drawn = drawn / math.sqrt(rows)
+        drawn = drawn / math.sqrt(rows)  # columns of norm about 1
     return drawn * size[..., None]
 
 
-def _rotation(size: int, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.linalg.qr(_drawn(size, size, like, generator)).Q
+def _draw_rotation(size: int, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(_draw_normal(size, size, like, generator)).Q
 
 
-def _drawn(rows: int, columns: int, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _draw_normal(rows: int, columns: int, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator, device="cpu").to(like)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fnl_hf.layers.base import FactorizedLayer, many_rows_if_exporting
+from fnl_hf.layers.base import FactorizedLayer, rows_to_expect
 
 
 class FactorizedLinear(FactorizedLayer):
@@ -38,18 +38,20 @@ class FactorizedLinear(FactorizedLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         m, n, r = self.out_features, self.in_features, self.rank
-        rows = many_rows_if_exporting(input.numel() // n)
-        apply_middle, fold_middle = (0, 0) if self.middle is None else (rows * r * r, r * r * min(m, n))
-        if rows * r * (m + n) + min(apply_middle, fold_middle) > (rows + r) * m * n + fold_middle:
-            left, right = self._folded()
-            return F.linear(input, left @ right, self.bias)
-        if self.middle is not None and apply_middle <= fold_middle:
+        rows = rows_to_expect(input.numel() // n)
+        # Multiplications for M: applied to the input between the other two, or folded into the smaller of them.
+        apply_cost, fold_cost = (0, 0) if self.middle is None else (rows * r * r, r * r * min(m, n))
+        factors_cost = rows * r * (m + n) + min(apply_cost, fold_cost)
+        dense_cost = rows * m * n + r * m * n + fold_cost  # of the product first, then of one dense layer
+        if factors_cost <= dense_cost and self.middle is not None and apply_cost <= fold_cost:
             return F.linear(F.linear(F.linear(input, self.right), self.middle), self.left, self.bias)
-        left, right = self._folded()
+        left, right = self._fold_middle()
+        if factors_cost > dense_cost:
+            return F.linear(input, left @ right, self.bias)
         return F.linear(F.linear(input, right), left, self.bias)
 
-    def _folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """U and Vᵀ with M, if there is one, in the smaller of them."""
+    def _fold_middle(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """U (m, r) and Vᵀ (r, n) with M, if there is one, in the smaller of them."""
         if self.middle is None:
             return self.left, self.right
         if self.out_features <= self.in_features:

@@ -9,7 +9,7 @@ from fnl_hf.bert.factorization import RANK_DIMS
 from fnl_hf.optim.frobenius import DECAYED_DTYPES, add_frobenius_gradients_, products_of, validate_product_group
 from fnl_hf.optim.local_factors import LocalProduct
 
-# A group's entries: kind of product (None: ordinary parameters), products per pair of weights, λ, and SGD's own.
+# A group's entries: kind of product (None: ordinary parameters), heads, number of products, λ, and SGD's own.
 PRODUCT_ENTRIES = ("product", "num_heads", "num_products", "frobenius_decay", "decoupled")
 
 
@@ -30,7 +30,8 @@ class ProductGroups(torch.optim.Optimizer):
         Raises:
             ValueError: a wrong kind, λ or shape, or a parameter that is a factor twice; nothing is added then.
         """
-        # Only ``defaults``, groups and state survive pickling, so our defaults belong there too.
+        # torch's constructor calls this, before __init__ is over. Only ``defaults``, groups and state survive pickling,
+        # so that our defaults belong there, too.
         for name, value in self.__dict__.get("_own_defaults", {}).items():
             self.defaults.setdefault(name, value)
         is_product = param_group.setdefault("product", None) is not None
@@ -41,24 +42,25 @@ class ProductGroups(torch.optim.Optimizer):
         if is_product:
             params = param_group["params"]
             param_group["params"] = params = [params] if isinstance(params, torch.Tensor) else list(params)
-            self._refuse_factors_twice(params, _name(param_group, len(self.param_groups)))
+            self._refuse_repeated_factors(params, _group_name(param_group, len(self.param_groups)))
         super().add_param_group(param_group)
+        group, index = self.param_groups[-1], len(self.param_groups) - 1
         try:
-            validate_product_group(self.param_groups[-1], _name(self.param_groups[-1], len(self.param_groups) - 1))
+            validate_product_group(group, _group_name(group, index))
         except ValueError:
             del self.param_groups[-1]
             raise
 
-    def _refuse_factors_twice(self, params: list[Any], where: str) -> None:
-        seen = {id(p): _name(group, i) for i, group in enumerate(self.param_groups) for p in group["params"]}
+    def _refuse_repeated_factors(self, params: list[Any], where: str) -> None:
+        owners = {id(p): _group_name(group, i) for i, group in enumerate(self.param_groups) for p in group["params"]}
         for index, entry in enumerate(params):
             name, parameter = entry if isinstance(entry, tuple) else (f"parameter {index}", entry)
-            if id(parameter) in seen:
+            if id(parameter) in owners:
                 raise ValueError(
-                    f"{where}: {name}, of shape {tuple(parameter.shape)}, is already in {seen[id(parameter)]}: a "
+                    f"{where}: {name}, of shape {tuple(parameter.shape)}, is already in {owners[id(parameter)]}: a "
                     "parameter can be a factor of one product only"
                 )
-            seen[id(parameter)] = where
+            owners[id(parameter)] = where
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. A state without products, such as ``torch.optim.AdamW``'s, keeps the products of this optimizer.
@@ -66,14 +68,15 @@ class ProductGroups(torch.optim.Optimizer):
         Raises:
             ValueError: the saved groups' kinds of product or numbers of heads differ from those here.
         """
-        before = [{name: group[name] for name in PRODUCT_ENTRIES if name in group} for group in self.param_groups]
+        own_entries = [{name: group[name] for name in PRODUCT_ENTRIES if name in group} for group in self.param_groups]
         for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
             for name in ("product", "num_heads"):
-                here, there = group[name], saved.get(name, group[name])
-                if here != there:
-                    raise ValueError(f"{_name(group, index)} has {name} {here!r}, the state to be loaded {there!r}")
+                own, loaded = group[name], saved.get(name, group[name])
+                if own != loaded:
+                    where = _group_name(group, index)
+                    raise ValueError(f"{where} has {name} {own!r}, the state to be loaded {loaded!r}")
         super().load_state_dict(state_dict)
-        for group, entries in zip(self.param_groups, before):
+        for group, entries in zip(self.param_groups, own_entries):
             for name, value in entries.items():
                 group.setdefault(name, value)
 
@@ -84,16 +87,16 @@ class ProductGroups(torch.optim.Optimizer):
         return loss
 
     def _decay_and_step(self) -> None:
-        decay_products_(self._decayed_groups(), getattr(self, "found_inf", None))
+        decay_products_(self._groups_to_decay(), getattr(self, "found_inf", None))
         self._base_step()
 
-    def _decayed_groups(self) -> list[dict[str, Any]]:
+    def _groups_to_decay(self) -> list[dict[str, Any]]:
         """The groups of products with λ > 0; refuses parameters that were flattened after construction."""
         groups = []
         for index, group in enumerate(self.param_groups):
             if group["product"] is not None and group["frobenius_decay"] != 0.0:
                 if any(p.dim() < 2 or p.dtype not in DECAYED_DTYPES for p in group["params"]):
-                    validate_product_group(group, _name(group, index))
+                    validate_product_group(group, _group_name(group, index))
                 groups.append(group)
         if self.defaults["frobenius_decay"] and all(group["product"] is None for group in self.param_groups):
             raise ValueError(
@@ -164,5 +167,5 @@ def is_updated(weight: torch.Tensor) -> bool:
     return weight.grad is not None and weight.requires_grad
 
 
-def _name(group: dict[str, Any], index: int) -> str:
+def _group_name(group: dict[str, Any], index: int) -> str:
     return f"parameter group {group['name']!r}" if "name" in group else f"parameter group {index}"

@@ -13,7 +13,9 @@ A product is known to an optimizer by its position in a parameter group with an 
 ``RANK_DIMS``): ``params`` is [left₀, right₀, left₁, right₁, ...] or [left₀, middle₀, right₀, ...]. Attributes on
 parameters would not survive FSDP2.
 
-Shapes here are rank first: an outer factor is (H, r, n), Fᵀ of the formulas, as ``torch.nn.Linear`` stores most.
+Shapes here are rank first: an outer factor is (H, r, n), Fᵀ of the formulas, as ``torch.nn.Linear`` stores most. H heads,
+r rank, s second rank of the middle factor (H, r, s), n outer size, h heads that have rows in this process, all of them
+unless it is sharded along its rank (optim/local_factors.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,14 +56,14 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
     if len(params) != size * group.get("num_products", len(params) // size):
         raise ValueError(
             f"{where}: products of kind {kind!r} have {size} factors each, so the group must hold a multiple of {size} "
-            f"parameters{_expected(group)}, got {len(params)}: a factor is missing, or FSDP1, DeepSpeed ZeRO or "
+            f"parameters{_describe_number(group)}, got {len(params)}: a factor is missing, or FSDP1, DeepSpeed ZeRO or "
             "ZeroRedundancyOptimizer flattened the parameters or dealt them out"
         )
     for index, weights in enumerate(products_of(group)):
         validate_product(tuple(weights), kind, group["num_heads"], f"{where}, product {index} ({kind})")
-        kinds = [f"{weight.dtype} on {weight.device}" for weight in weights]
-        if len(set(kinds)) > 1:
-            raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(kinds)}")
+        dtypes = [f"{weight.dtype} on {weight.device}" for weight in weights]
+        if len(set(dtypes)) > 1:
+            raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(dtypes)}")
         for weight in weights:
             if decay != 0.0 and weight.dtype not in DECAYED_DTYPES:
                 raise ValueError(
@@ -71,7 +73,7 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
                 )
 
 
-def _expected(group: dict[str, Any]) -> str:
+def _describe_number(group: dict[str, Any]) -> str:
     return f", here of {group['num_products']} products" if "num_products" in group else ""
 
 
@@ -97,8 +99,8 @@ def add_frobenius_gradients_(products: Sequence[LocalProduct]) -> None:
             grams, copies = _stacked_grams(chunk)
         else:
             grams = [[factor.gram() for factor in chunk[0].outer_factors]]
-        for product, of_product in zip(chunk, grams):
-            _add_gradients_(product, of_product, copies, scratch)
+        for product, grams_of_product in zip(chunk, grams):
+            _add_gradients_(product, grams_of_product, copies, scratch)
 
 
 def frobenius_operators(

@@ -95,8 +95,8 @@ class Lamb(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         if group["fused"] is None:
-            supported = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
-            group["fused"] = supported and not group["foreach"]
+            is_supported = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
+            group["fused"] = is_supported and not group["foreach"]
         group["has_matrices"] = any(p.dim() >= 2 for p in group["params"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,6 +114,8 @@ class Lamb(torch.optim.Optimizer):
         grad_scale = self._clip_scale()
         found_inf = getattr(self, "found_inf", None)  # as torch's fused kernels have it: a step that is not to happen
         for buckets in self._make_buckets():
+            # −u grows in each bucket's ``updates``: first what the decay adds to u, then Adam's direction, whose kernels
+            # subtract it. Weights are written last, when the norms of w and u are known.
             for bucket in buckets:
                 bucket.decay(bucket.lr(found_inf))
             self._decay_products(buckets)
@@ -218,7 +220,7 @@ class Lamb(torch.optim.Optimizer):
     def _state_of(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            # As torch.optim.Adam has it: on the device for a fused kernel, else on the host.
+            # As in torch.optim.Adam, whose states LAMB continues: on the device for a fused kernel, else on the host.
             device = parameter.device if group["fused"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -264,9 +266,9 @@ class FrobeniusLamb(ProductGroups, Lamb):
     ):
         super().__init__(params, lr, frobenius_decay=frobenius_decay, decay=decay, **kwargs)
 
-    def _decayed_groups(self) -> list[dict[str, Any]]:
+    def _groups_to_decay(self) -> list[dict[str, Any]]:
         self._refuse_unsupported()  # before anything is decayed
-        return [group for group in super()._decayed_groups() if group["decay"] == "decoupled"]
+        return [group for group in super()._groups_to_decay() if group["decay"] == "decoupled"]
 
     def _split_into_units(self, group: dict[str, Any]) -> list[Unit]:
         if group["product"] is None:

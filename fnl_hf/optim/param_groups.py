@@ -57,9 +57,9 @@ def frobenius_param_groups(
     for product in products:
         by_layout.setdefault((product.kind, product.num_heads), []).append(product)
     groups: list[dict[str, Any]] = []
-    for (kind, heads), alike in by_layout.items():
+    for (kind, heads), of_layout in by_layout.items():
         name = f"{kind}_{heads}" if any(group["name"] == kind for group in groups) else kind
-        groups.append(_product_group(name, alike, frobenius_decay, decay_mode))
+        groups.append(_product_group(name, of_layout, frobenius_decay, decay_mode))
     factors = {id(weight) for product in products for weight in product.weights}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
     groups.append(_plain_group("decay", [p for p in others if p.dim() >= 2], weight_decay))
@@ -71,15 +71,12 @@ def frobenius_param_groups(
 
 
 def _refuse_flattened(model: nn.Module) -> None:
-    flat = [
-        name or type(model).__name__ for name, m in model.named_modules() if isinstance(m, FullyShardedDataParallel)
-    ]
-    kind = "FSDP1"
-    if not flat:
-        kind, flat = "DeepSpeed ZeRO-3", [name for name, p in model.named_parameters() if hasattr(p, "ds_id")]
-    if flat:
+    fsdp1 = [name for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    zero3 = [name for name, parameter in model.named_parameters() if hasattr(parameter, "ds_id")]
+    if fsdp1 or zero3:
+        name, kind = (fsdp1[0] or type(model).__name__, "FSDP1") if fsdp1 else (zero3[0], "DeepSpeed ZeRO-3")
         raise ValueError(
-            f"{flat[0]} is sharded by {kind}, which flattens parameters, so that products cannot be told from them: "
+            f"{name} is sharded by {kind}, which flattens parameters, so that products cannot be told from them: "
             "shard with FSDP2 (fully_shard) instead"
         )
 

@@ -50,7 +50,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         super().add_param_group(param_group)
 
     def _decay_and_step(self) -> None:
-        groups = self._decayed_groups()
+        groups = self._groups_to_decay()
         decoupled = [group for group in groups if group["decoupled"]]
         decay_products_(decoupled, getattr(self, "found_inf", None))
         with self._decay_in_gradients([group for group in groups if not group["decoupled"]]):

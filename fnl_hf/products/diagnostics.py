@@ -39,15 +39,15 @@ def diagnose_products(products: Sequence[Product], lr: float = 1.0) -> dict[str,
     cores: dict[tuple[torch.Size, torch.device], list[tuple[str, torch.Tensor]]] = {}
     result: dict[str, dict[str, torch.Tensor]] = {}
     for product in products:
-        weights = tuple(_whole(weight).float() for weight in product.weights)
-        factors = factor_views(weights, product.kind, product.num_heads)
-        small = core(*factors)
+        weights = tuple(_gather(weight).float() for weight in product.weights)
+        factors = factor_views(weights, product.kind, product.num_heads)  # U (H, m, r), V (H, n, r)
+        small = core(*factors)  # (H, min(m, r), min(n, r))
         cores.setdefault((small.shape, small.device), []).append((product.name, small))
         result[product.name] = {"bound": bound(*factors), "non_orthogonality": non_orthogonality(factors)}
-    for alike in cores.values():
-        values = torch.linalg.svdvals(torch.stack([small for _, small in alike])).flatten(1)  # (products, H·r)
+    for of_shape in cores.values():
+        values = torch.linalg.svdvals(torch.stack([small for _, small in of_shape])).flatten(1)  # (products, H·r)
         squares, sums = values.square().sum(1), values.sum(1)
-        for (name, _), square, nuclear in zip(alike, squares, sums):
+        for (name, _), square, nuclear in zip(of_shape, squares, sums):
             result[name] |= {"frobenius": square.sqrt(), "nuclear": nuclear, "effective_step": lr / square}
     return {name: {key: values[key] for key in DIAGNOSTICS} for name, values in result.items()}
 
@@ -60,13 +60,13 @@ def non_orthogonality(factors: Sequence[torch.Tensor]) -> torch.Tensor:
     total, pairs = factors[0].new_zeros(()), 0
     for factor in (factors[0], factors[-1]):
         rank = factor.shape[-1]
-        cosines = gram(torch.nn.functional.normalize(factor, dim=-2, eps=1e-30))
+        cosines = gram(torch.nn.functional.normalize(factor, dim=-2, eps=1e-30))  # (H, r, r)
         off_diagonal = cosines - torch.diag_embed(torch.diagonal(cosines, dim1=-2, dim2=-1))
         total += off_diagonal.square().sum()
         pairs += factor.shape[0] * rank * (rank - 1)
     return (total / max(pairs, 1)).sqrt()
 
 
-def _whole(weight: torch.Tensor) -> torch.Tensor:
+def _gather(weight: torch.Tensor) -> torch.Tensor:
     weight = weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

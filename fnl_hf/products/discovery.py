@@ -5,7 +5,7 @@ from torch import nn
 from fnl_hf.bert.factorization import RANK_DIMS, Product, validate_product
 from fnl_hf.bert.modeling_fnl_bert import factor_pairs
 
-_ATTRIBUTE = "_registered_products"  # on the module: attributes of parameters would not survive FSDP2
+_REGISTRY = "_registered_products"  # on the module: attributes of parameters would not survive FSDP2
 
 
 def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads: int = 1, name: str = "") -> None:
@@ -25,9 +25,9 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
     Raises:
         ValueError: an unknown kind, a missing parameter, shapes that do not match, or a name that is taken.
     """
-    weights = _weights(module, weight_names, f"a product of {type(module).__name__}")
+    weights = _get_weights(module, weight_names, f"a product of {type(module).__name__}")
     validate_product(weights, kind, num_heads, f"product ({', '.join(weight_names)})")
-    registered = module.__dict__.setdefault(_ATTRIBUTE, [])
+    registered = module.__dict__.setdefault(_REGISTRY, [])
     entry = (kind, tuple(weight_names), num_heads, name)
     if entry in registered:
         return
@@ -47,11 +47,11 @@ def find_products(model: nn.Module) -> list[Product]:
     """
     products = factor_pairs(model)
     for path, module in model.named_modules():
-        stem = f"{path}." if path else ""
-        for kind, weight_names, num_heads, name in module.__dict__.get(_ATTRIBUTE, ()):
-            full = f"{stem}{name}" if name else path or type(module).__name__
-            weights = _weights(module, weight_names, f"product {full}")
-            products.append(Product(full, kind, num_heads, weights, tuple(stem + n for n in weight_names)))
+        prefix = f"{path}." if path else ""
+        for kind, weight_names, num_heads, name in module.__dict__.get(_REGISTRY, ()):
+            full_name = f"{prefix}{name}" if name else path or type(module).__name__
+            weights = _get_weights(module, weight_names, f"product {full_name}")
+            products.append(Product(full_name, kind, num_heads, weights, tuple(prefix + n for n in weight_names)))
     owners: dict[int, tuple[str, str]] = {}
     for product in products:
         for weight, weight_name in zip(product.weights, product.weight_names):
@@ -65,7 +65,7 @@ def find_products(model: nn.Module) -> list[Product]:
     return products
 
 
-def _weights(module, weight_names, where) -> tuple[nn.Parameter, ...]:
+def _get_weights(module, weight_names, where) -> tuple[nn.Parameter, ...]:
     weights = []
     for name in weight_names:
         try:

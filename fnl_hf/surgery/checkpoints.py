@@ -53,6 +53,7 @@ class FactorizedLayersLoader(HfQuantizer):
         config: Any = self.quantization_config
         rebuild_layers(model, config.layers)
         untie_factorized(model)
+        # Loading puts other parameters in the place of these, of whatever shape the checkpoint has.
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -86,9 +87,9 @@ def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     prefix, modules, layers = _base_prefix(model), dict(model.named_modules()), {}
     for name, layer in modules.items():
         if isinstance(layer, FactorizedLayer):
-            short = name.removeprefix(prefix)
-            taken = short != name and short in modules  # by a layer of the head
-            layers[name if taken else short] = {"rank": layer.rank, "deep": layer.deep}
+            short_name = name.removeprefix(prefix)
+            is_taken = short_name != name and short_name in modules  # by a layer of the head
+            layers[name if is_taken else short_name] = {"rank": layer.rank, "deep": layer.deep}
     return layers
 
 
@@ -98,7 +99,7 @@ def factorizations(model: nn.Module) -> list[dict[str, Any]]:
         return []
     found = list(vars(model).get("_factorizations", []))
     for part in configured_parts(model):
-        found += [made for made in _entry(part).get("factorizations", []) if made not in found]
+        found += [made for made in _quantization_entry(part).get("factorizations", []) if made not in found]
     return found
 
 
@@ -115,13 +116,14 @@ def record_layers(model: nn.Module, history: list[dict[str, Any]] | None = None)
     history = factorizations(model) if history is None else history
     vars(model)["_factorizations"] = history
     parts = configured_parts(model)
-    memo: dict[int, Any] = {}  # one for all, because the configuration of a model has those of its parts in it
+    copies: dict[int, Any] = {}  # one memo for all, because the configuration of a model has those of its parts in it
     for part in parts:
-        copy.deepcopy(part.config, memo)
+        copy.deepcopy(part.config, copies)
+    # Layers, too, hold the configuration of their model.
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and id(config) in memo:
-            module.config = memo[id(config)]
+        if config is not None and id(config) in copies:
+            module.config = copies[id(config)]
     for part in parts:
         if quantization_method(part) not in (None, METHOD):
             continue
@@ -143,10 +145,10 @@ def configured_parts(model: nn.Module) -> list[PreTrainedModel]:
 
 def quantization_method(model: PreTrainedModel) -> str | None:
     """What the configuration of a Transformers model says was done to its layers: METHOD if they are factorized."""
-    return _entry(model).get("quant_method")
+    return _quantization_entry(model).get("quant_method")
 
 
-def _entry(model: PreTrainedModel) -> dict[str, Any]:
+def _quantization_entry(model: PreTrainedModel) -> dict[str, Any]:
     entry = getattr(model.config, "quantization_config", None) or {}
     return entry if isinstance(entry, dict) else vars(entry)
 
@@ -159,17 +161,18 @@ def untie_factorized(model: nn.Module) -> None:
     for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
         tied = getattr(part, "all_tied_weights_keys", None) or {}
         factorized = {f"{name}.weight" for name, m in part.named_modules() if isinstance(m, FactorizedLayer)}
-        kept = {target: source for target, source in tied.items() if not {target, source} & factorized}
-        if kept != tied:
-            part.all_tied_weights_keys = part._tied_weights_keys = kept
+        still_tied = {target: source for target, source in tied.items() if not {target, source} & factorized}
+        if still_tied != tied:
+            part.all_tied_weights_keys = part._tied_weights_keys = still_tied
 
 
 @torch.no_grad()
 def _initialize_missing(layer: FactorizedLayer) -> None:
     """Draw the parameters of a layer that were not in the checkpoint; Transformers knows no initialization for it."""
-    own = list(layer.parameters(recurse=False))
-    loaded = [p for p in own if p.is_meta or getattr(p, "_is_hf_initialized", False)]
-    if len(loaded) < len(own):
+    parameters = list(layer.parameters(recurse=False))
+    loaded = [p for p in parameters if p.is_meta or getattr(p, "_is_hf_initialized", False)]
+    if len(loaded) < len(parameters):
+        # A layer draws all that it has: what was loaded is put back afterwards.
         values = [parameter.clone() for parameter in loaded]
         layer.reset_parameters()
         for parameter, value in zip(loaded, values):
@@ -191,15 +194,17 @@ def _dense_layers(model: nn.Module, names: Collection[str], within_parts: bool =
     modules = dict(model.named_modules())
     dense = {name: module for name, module in modules.items() if type(module) in FACTORIZED}
     prefix = _base_prefix(model)
-    found = {name: full for name in names for full in (f"{prefix}{name}", name) if full in dense}
-    if within_parts and names and not found:  # the list of a tower in a model that puts a head on it
+    # A name is one within the base model or, if the model itself has such a layer, that one's, which comes last here.
+    full_names = {name: full for name in names for full in (f"{prefix}{name}", name) if full in dense}
+    if within_parts and names and not full_names:  # the list of a tower in a model that puts a head on it
         part = next((part for part in modules if all(f"{part}.{name}" in dense for name in names)), None)
-        found = {} if part is None else {name: f"{part}.{name}" for name in names}
-    return {name: dense[full] for name, full in found.items()}
+        full_names = {} if part is None else {name: f"{part}.{name}" for name in names}
+    return {name: dense[full] for name, full in full_names.items()}
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
-    """Replace the modules with these ids everywhere, also where one has several places; returns the model."""
+    """Replace the modules with these ids everywhere, also where one has several places; returns the model, or what
+    replaces it. ``set_submodule`` knows one place only."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:
@@ -239,7 +244,7 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
             raise ValueError(f"{type(model).__name__} has no dense layer {missing[0]!r}")
         with safe_open(folder / WEIGHTS_FILE, "pt"):  # torn ones are refused while the model is as it was
             model = rebuild_layers(model, layers)
-        _materialize(model)
+        _allocate_meta_tensors(model)
         load_model(model, str(folder / WEIGHTS_FILE))
         record_layers(model, saved["factorizations"])
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
@@ -247,8 +252,11 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def _materialize(model: nn.Module) -> None:
-    """Memory for what is on the meta device, where the others are; shared tensors stay shared."""
+def _allocate_meta_tensors(model: nn.Module) -> None:
+    """Memory for what is on the meta device, where the others are; shared tensors stay shared.
+
+    ``nn.Module.to_empty`` would part those that are shared, and lose the values of buffers that are saved nowhere.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     made: dict[int, torch.Tensor] = {}

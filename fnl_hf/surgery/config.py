@@ -96,6 +96,6 @@ def is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def matches(name: str, pattern: str) -> bool:
+def name_matches(name: str, pattern: str) -> bool:
     """Whether a layer's name, or the end of it after a dot, matches a pattern."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

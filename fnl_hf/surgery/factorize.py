@@ -23,8 +23,8 @@ from fnl_hf.surgery.checkpoints import (
     replace_modules,
     untie_factorized,
 )
-from fnl_hf.surgery.config import FactorizationConfig, matches
-from fnl_hf.surgery.ranks import FACTORIZED, TYPE_NAMES, LayerSize, choose_ranks, is_named
+from fnl_hf.surgery.config import FactorizationConfig, name_matches
+from fnl_hf.surgery.ranks import FACTORIZED, TYPE_NAMES, LayerSize, choose_ranks, matches_layer
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
@@ -40,8 +40,7 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
     gets its new structure only; its weights are loaded, or drawn by each layer's ``reset_parameters``. Models of
     Transformers, also those within ``model``, remember it: ``save_pretrained`` and ``from_pretrained`` work as ever.
     One that has ``model`` as a part of it, as after ``factorize(model.bert)``, is told by :func:`record_layers`. For
-    others there are
-    :func:`save_factorized` and :func:`load_factorized`.
+    others there are :func:`save_factorized` and :func:`load_factorized`.
 
     Args:
         model: any module; its layers of exactly the types ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and GPT-2's
@@ -58,12 +57,12 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
             is unchanged then.
     """
     config = config or FactorizationConfig()
-    _refuse_unfit(model)
+    _refuse_unsupported(model)
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError("the model has adapters of PEFT: factorize it first, and add them then")
     layers = selected_layers(model, config)
     ranks = choose_ranks(layers, config)
-    factorized = {id(layer): _factorized(name, layer, ranks[name], config) for name, layer in layers.items()}
+    factorized = {id(layer): _factorize_layer(name, layer, ranks[name], config) for name, layer in layers.items()}
     if config.mode == "low_rank":
         _warn_of_growth(layers, ranks)
     history = [*factorizations(model), config.settings()]
@@ -73,7 +72,7 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
     return model
 
 
-def _factorized(name: str, layer: Any, rank: int, config: FactorizationConfig) -> nn.Module:
+def _factorize_layer(name: str, layer: Any, rank: int, config: FactorizationConfig) -> nn.Module:
     # Each layer draws its own, whichever others are selected.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
     _refuse_hooks(name, layer)
@@ -94,7 +93,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a model that is wrapped, sharded or offloaded, or a layer with hooks; the model is unchanged then.
     """
-    _refuse_unfit(model)
+    _refuse_unsupported(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
     for name, layer in layers.items():
         _refuse_hooks(name, layer)
@@ -133,20 +132,21 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
         if type(module) in FACTORIZED and "weight" in module._parameters
     }
     for entry in (*wanted, *config.exclude):
-        if not any(is_named(entry, name, layer) for name, layer in candidates.items()) and entry not in TYPE_NAMES:
-            kinds = sorted({type(m).__name__ for name, m in model.named_modules() if matches(name, entry)})
+        is_used = any(matches_layer(entry, name, layer) for name, layer in candidates.items())
+        if not is_used and entry not in TYPE_NAMES:
+            kinds = sorted({type(m).__name__ for name, m in model.named_modules() if name_matches(name, entry)})
             known = ", ".join(list(candidates)[:8]) + (", ..." if len(candidates) > 8 else "")
             raise ValueError(
                 f"{entry!r} names no layer that can be factorized ({', '.join(kinds) or 'nothing at all'}); "
                 f"those are {known}"
             )
-    protected = _protected(model)
+    protected = _find_protected(model)
     layers = {}
     for name, layer in candidates.items():
-        found = [entry for entry in wanted if is_named(entry, name, layer)]
-        by_name = any(entry not in TYPE_NAMES for entry in found)
-        excluded = any(is_named(entry, name, layer) for entry in config.exclude)
-        if found and (by_name or id(layer.weight) not in protected) and not excluded:
+        matching = [entry for entry in wanted if matches_layer(entry, name, layer)]
+        is_named = any(entry not in TYPE_NAMES for entry in matching)  # not by its type alone
+        is_excluded = any(matches_layer(entry, name, layer) for entry in config.exclude)
+        if matching and (is_named or id(layer.weight) not in protected) and not is_excluded:
             layers[name] = layer
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for name in [name for name in tables if name in layers]:
@@ -159,15 +159,16 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
     return layers
 
 
-def _protected(model: nn.Module) -> set[int]:
+def _find_protected(model: nn.Module) -> set[int]:
     """ids of the weights that are left alone unless they are named."""
+    # ``modules()`` has each module once, so that two owners of a parameter are two modules.
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    protected = {key for key, count in owners.items() if count > 1}
+    protected = {parameter for parameter, count in owners.items() if count > 1}
     protected |= {id(weight) for pair in factor_pairs(model) for weight in pair.weights}
-    return protected | {id(getattr(layer, "weight", None)) for layer in _heads(model) if type(layer) in FACTORIZED}
+    return protected | {id(getattr(layer, "weight", None)) for layer in _find_heads(model) if type(layer) in FACTORIZED}
 
 
-def _heads(model: nn.Module) -> Iterator[nn.Module]:
+def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
     """What a Transformers model, or one inside of ``model``, has outside its base model; of a model for a task that has
     none its own layers and output embeddings; of any other model with several layers the last of them."""
     for part in model.modules():
@@ -188,14 +189,15 @@ def _refuse_hooks(name: str, layer: nn.Module) -> None:
         raise ValueError(f"{name}: it has hooks, which a new layer would not have: remove them, or add them afterwards")
 
 
-def _refuse_unfit(model: nn.Module) -> None:
+def _refuse_unsupported(model: nn.Module) -> None:
     for part in configured_parts(model):
         if quantization_method(part) not in (None, METHOD):
             raise ValueError(f"the model is quantized ({quantization_method(part)}): its weights cannot be factorized")
     for module in model.modules():
-        sharded = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
-        if isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod") or sharded:
-            what = "sharded" if sharded else f"wrapped in {type(module).__name__}"
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+        is_compiled = hasattr(module, "_orig_mod")
+        if isinstance(module, WRAPPERS) or is_compiled or is_sharded:
+            what = "sharded" if is_sharded else f"wrapped in {type(module).__name__}"
             raise ValueError(f"the model is {what}: factorize or merge it first, and wrap, shard or compile it then")
 
 

@@ -1,4 +1,7 @@
-"""The rank of each layer that is to be factorized."""
+"""The rank of each layer that is to be factorized.
+
+Shapes: G groups (of a convolution, else 1) of matrices m x n, full rank min(m, n).
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -14,7 +17,7 @@ from fnl_hf.layers import (
     FactorizedLayer,
     FactorizedLinear,
 )
-from fnl_hf.surgery.config import DEFAULT_RANK_SCALES, FactorizationConfig, matches
+from fnl_hf.surgery.config import DEFAULT_RANK_SCALES, FactorizationConfig, name_matches
 
 FACTORIZED: dict[type[nn.Module], type[FactorizedLayer]] = {
     layer_class.dense_class: layer_class
@@ -23,9 +26,9 @@ FACTORIZED: dict[type[nn.Module], type[FactorizedLayer]] = {
 TYPE_NAMES = {kind.__name__: kind for kind in FACTORIZED}
 
 
-def is_named(entry: str, name: str, layer: nn.Module) -> bool:
+def matches_layer(entry: str, name: str, layer: nn.Module) -> bool:
     """Whether a type or pattern of a :class:`FactorizationConfig` means this layer."""
-    return type(layer) is TYPE_NAMES[entry] if entry in TYPE_NAMES else matches(name, entry)
+    return type(layer) is TYPE_NAMES[entry] if entry in TYPE_NAMES else name_matches(name, entry)
 
 
 class LayerSize:
@@ -43,7 +46,7 @@ class LayerSize:
             return self.groups * self.m * self.n + self.bias
         return self.groups * rank * (self.m + self.n + (rank if deep else 0)) + self.bias
 
-    def scaled(self, rank_scale: float, mode: str) -> int:
+    def scale_rank(self, rank_scale: float, mode: str) -> int:
         """max(1, round(rank_scale · full rank)), within what the mode allows."""
         rank = max(1, round(rank_scale * self.full))
         return min(rank, self.full) if mode == "low_rank" else max(rank, self.full)
@@ -58,7 +61,7 @@ def choose_ranks(layers: Mapping[str, nn.Module], config: FactorizationConfig) -
     sizes = {name: LayerSize(layer) for name, layer in layers.items()}
     if config.ranks is not None:
         return {
-            name: next(rank for entry, rank in config.ranks.items() if is_named(entry, name, layer))
+            name: next(rank for entry, rank in config.ranks.items() if matches_layer(entry, name, layer))
             for name, layer in layers.items()
         }
     if config.target_ratio is not None:
@@ -66,7 +69,7 @@ def choose_ranks(layers: Mapping[str, nn.Module], config: FactorizationConfig) -
     if config.energy is not None:
         return {name: _rank_of_energy(name, layer, config.energy) for name, layer in layers.items()}
     scale = DEFAULT_RANK_SCALES[config.mode] if config.rank_scale is None else config.rank_scale
-    return {name: size.scaled(scale, config.mode) for name, size in sizes.items()}
+    return {name: size.scale_rank(scale, config.mode) for name, size in sizes.items()}
 
 
 def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> dict[str, int]:
@@ -76,20 +79,22 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
     budget = int(ratio * dense + 1e-6)
 
     def ranks_at(scale):
-        return {name: size.scaled(scale, mode) for name, size in sizes.items()}
+        return {name: size.scale_rank(scale, mode) for name, size in sizes.items()}
 
     def parameters(ranks):
         return sum(sizes[name].parameters(rank, deep) for name, rank in ranks.items())
 
-    low, high = 0.0, 1.0  # scales
+    low, high = 0.0, 1.0  # scales of the rank: at full rank or below, but for "wide" and "deep"
     while mode != "low_rank" and parameters(ranks_at(high)) <= budget:
         high *= 2
-    for scale, bound in ((low, "below"), (high, "above")):
-        reached = parameters(ranks_at(scale))
-        if reached > budget if bound == "below" else reached < budget:
-            what = f"target_ratio ({ratio}) is {bound} {reached / dense:.3g}"
-            warnings.warn(f"{what}, what the {'small' if bound == 'below' else 'larg'}est ranks take", stacklevel=4)
-    for _ in range(60):
+    least, most = parameters(ranks_at(low)), parameters(ranks_at(high))
+    if least > budget:
+        what = f"target_ratio ({ratio}) is below {least / dense:.3g}, what the smallest ranks take"
+        warnings.warn(what, stacklevel=4)
+    if most < budget:
+        what = f"target_ratio ({ratio}) is above {most / dense:.3g}, what the largest ranks take"
+        warnings.warn(what, stacklevel=4)
+    for _ in range(60):  # halvings, down to the precision of a float
         scale = (low + high) / 2
         low, high = (scale, high) if parameters(ranks_at(scale)) <= budget else (low, scale)
     ranks = ranks_at(low)
@@ -107,9 +112,9 @@ def _rank_of_energy(name: str, layer: Any, energy: float) -> int:
     if layer.weight.is_meta:
         raise ValueError(f"energy ({energy}): {name} is on the meta device, so its singular values are not known")
     layer_class = FACTORIZED[type(layer)]
-    matrices = layer_class.like(layer, 1, False, device="meta").to_matrices(layer.weight.float())
-    squares = torch.linalg.svdvals(matrices).double().square()
+    matrices = layer_class.like(layer, 1, False, device="meta").to_matrices(layer.weight.float())  # (G, m, n)
+    squares = torch.linalg.svdvals(matrices).double().square()  # (G, min(m, n))
     # Less by what float32 cannot tell.
-    wanted = (energy - 1e-7) * squares.sum(dim=1, keepdim=True)
+    wanted = (energy - 1e-7) * squares.sum(dim=1, keepdim=True)  # (G, 1)
     needed = (squares.cumsum(dim=1) < wanted).sum(dim=1).max().item() + 1
     return min(int(needed), squares.shape[1])

@@ -14,7 +14,7 @@ from transformers.models.bert import modeling_bert
 
 import fnl_hf
 from fnl_hf.bert import modeling_fnl_bert
-from fnl_hf.bert.head_mixing import activation_moments, truncation
+from fnl_hf.bert.head_mixing import activation_moments, truncate_product
 from fnl_hf.commands import cli
 from fnl_hf.commands.convert import calibration_batches, convert_checkpoint, truncation_table
 from fnl_hf.data.tokenizer import train_tokenizer
@@ -120,7 +120,7 @@ def test_mixing_matrices_minimize_the_weighted_error():
     """Against the SVD of the whitened product, and the optimum's property that no other pair is better."""
     generator = torch.Generator().manual_seed(3)
     left, right = (torch.randn(2, 11, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    mixed_left, mixed_right, sigma = truncation(left.mT @ left, right.mT @ right, 3)
+    mixed_left, mixed_right, sigma = truncate_product(left.mT @ left, right.mT @ right, 3)
     p, expected, qh = np.linalg.svd((left @ right.mT).numpy(), full_matrices=False)
     best = p[..., :3] * expected[:, None, :3] @ qh[:, :3]
     np.testing.assert_allclose(left @ mixed_left @ (right @ mixed_right).mT, best, atol=1e-10)
@@ -133,7 +133,7 @@ def test_a_product_of_smaller_rank_loses_nothing():
     """Also where moments are singular: a head that is pruned, a direction that no text uses."""
     left = torch.zeros(2, 5, 5, dtype=torch.float64)
     left[0, :2, :2] = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-    mixed_left, mixed_right, sigma = truncation(left, torch.eye(5, dtype=torch.float64).expand(2, -1, -1), 3)
+    mixed_left, mixed_right, sigma = truncate_product(left, torch.eye(5, dtype=torch.float64).expand(2, -1, -1), 3)
     product = mixed_left @ mixed_right.mT
     assert torch.isfinite(product).all() and not product[1].any()
     torch.testing.assert_close(product[0, :2, :2], torch.eye(2, dtype=torch.float64))
@@ -207,6 +207,26 @@ def test_another_head_gives_what_it_has(bert, batch, caplog):
     torch.testing.assert_close(
         outputs(from_encoder.bert, batch)[0], outputs(fnl_hf.FnlBertModel.from_bert(bert, 21), batch)[0]
     )
+
+
+class FnlBertForRanking(fnl_hf.FnlBertPreTrainedModel):
+    """A head that transformers does not have."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = fnl_hf.FnlBertModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+def test_a_head_without_a_counterpart_is_refused_by_its_name(bert, dimensions, tmp_path):
+    model = FnlBertForRanking.from_bert(bert)  # the encoder's weights need no counterpart
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
+    bert.save_pretrained(tmp_path)
+    message = "^FnlBertForRanking stands for no class of transformers: .* inherit from one"
+    for convert_it in (model.to_bert, FnlBertForRanking.bert_class, lambda: FnlBertForRanking.from_bert(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            convert_it()
 
 
 def test_dtype_and_ties_are_kept(dimensions):

@@ -87,7 +87,7 @@ def test_a_convolution_at_full_rank_is_the_dense_one_in_either_way(data):
     [gradient] = torch.autograd.grad(expected, x, direction)
     assert_close(new(x), expected)
     for way in ("factor by factor", "one convolution", *(["with the middle"] if mode == "deep" else [])):
-        new._cheapest_way = lambda x, padding, way=way: way
+        new._choose_way = lambda x, padding, way=way: way
         y = new(x)
         assert_close(y, expected)
         factors = [parameter for parameter in (new.left, new.middle, new.right) if parameter is not None]
@@ -320,7 +320,7 @@ def test_channels_last_and_half_precision():
     # Where strides are ambiguous torch's grouped convolutions in float32 gave other results, not an error.
     grouped, x = nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=2), torch.randn(4, 16, 2, 2)
     new = factorized(grouped, 24)
-    new._cheapest_way = lambda x, padding: "factor by factor"
+    new._choose_way = lambda x, padding: "factor by factor"
     assert_close(new(x.to(memory_format=torch.channels_last)), grouped(x), 1e-5)
     # ... and so did merged ones.
     grouped, x = nn.Conv2d(6, 2, (3, 1), groups=2, padding=(1, 0)), torch.randn(1, 6, 5, 7)
