@@ -255,7 +255,7 @@ def run(argv):
     if checkpoint is not None:
         validate_resume(checkpoint, model)
     used = {"train": (args.do_train, DATA_FINGERPRINT), "test": (args.do_eval, VALIDATION_FINGERPRINT)}
-    planned.uses_data({name: splits[split].fingerprint() for split, (is_used, name) in used.items() if is_used})
+    planned.uses_data({name: splits[split].fingerprint() for split, (does, name) in used.items() if does})
     datasets = make_datasets(splits, data_args, prepare, args.seed)
     trainer = make_trainer(model, args, datasets, data_args.lr_milestones or MILESTONES)
     planned.start()

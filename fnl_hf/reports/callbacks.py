@@ -68,7 +68,7 @@ def _learning_rate(optimizer) -> float:
     return float(groups[0]["lr"])
 
 
-class _ReadableLogs:
+class _Readable:
     """Prints logs without what is for plots and trackers alone."""
 
     training_bar: Any = None
@@ -84,11 +84,11 @@ class _ReadableLogs:
         super().on_log(args, state, control, logs=logs, **kwargs)  # type: ignore[misc]
 
 
-class ReadableProgressCallback(_ReadableLogs, ProgressCallback):
+class ReadableProgressCallback(_Readable, ProgressCallback):
     """Trainer's progress bar with the rate of the last log, in tokens or images a second."""
 
 
-class ReadablePrinterCallback(_ReadableLogs, PrinterCallback):
+class ReadablePrinterCallback(_Readable, PrinterCallback):
     """What Trainer prints with ``disable_tqdm``."""
 
 
