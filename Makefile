@@ -9,12 +9,13 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 ARGS ?=
 PRETRAINED ?= output/pretrain
 SQUAD ?= output/squad
+STUDY ?= decay
 INSTALL := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 # Without its version pip would fetch a torch with gigabytes of CUDA libraries where one for the CPU is installed from.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: pretrain squad docs test compat quality format clean
+.PHONY: pretrain squad docs studies results test compat quality format clean
 
 # Pretrain a tiny FNL-BERT on the embedded corpus: make pretrain ARGS="--decay_mode weight --output_dir output/weight"
 pretrain: $(VENV)/.run
@@ -27,6 +28,14 @@ squad: $(VENV)/.run
 		--resume_from_checkpoint auto $(ARGS)
 	$(BIN)/python -c "import fnl_hf; print(fnl_hf.ask('$(SQUAD)', 'What does a list keep?', \
 		'A list keeps an ordered row of references to objects, and it can grow or shrink.'))"
+
+# What is left of a study; it can be stopped and repeated at any moment: make studies STUDY=decay ARGS="--minutes 60"
+studies: $(VENV)/.run
+	$(BIN)/python -m studies $(STUDY) $(ARGS)
+
+# docs/results.md and its plots, from the recorded runs.
+results: $(VENV)/.run
+	$(BIN)/python -m studies.report
 
 # The documentation site, in output/site.
 docs: $(VENV)/.dev

@@ -1,0 +1,115 @@
+"""The recorded lines, one for each finished run: what is in them, how they are read and appended."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from studies.study import ROOT, Run
+
+CURVE_STEPS = 500  # at least so many between two points of a curve
+NORMS = "norms/"
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a study, none if it has no file. A last one without its end was cut off, and is not there yet."""
+    try:
+        *whole, _ = file.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in whole]
+
+
+def append_line(file: Path, record: dict[str, Any]) -> None:
+    """Append a record as one line, whole or not at all, whoever else appends at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with file.open("a+b", buffering=0) as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        opened.seek(0)
+        torn = opened.read().rpartition(b"\n")[2]
+        opened.truncate(opened.seek(0, os.SEEK_END) - len(torn))
+        if opened.write(data) < len(data):
+            raise OSError(f"{file}: a line could not be written whole")
+        os.fsync(opened.fileno())
+
+
+def record_of(run: Run, folder: Path, seconds: float, revision: str | None) -> dict[str, Any]:
+    """The line of a finished run, from the files in its folder.
+
+    Raises:
+        OSError, ValueError, KeyError: a file is missing or not what a run leaves.
+    """
+    results, state, provenance = (
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in ("all_results.json", "trainer_state.json", "provenance.json")
+    )
+    start, history = provenance["starts"][-1], state["log_history"]
+    return {
+        "study": run.study,
+        "arm": run.arm,
+        "seed": run.seed,
+        "flags": dict(run.flags),
+        "revision": revision,
+        "versions": start["versions"],
+        "machine": {"cpu": cpu_name(), "threads": 1, "devices": start["devices"], "platform": platform.machine()},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 1),
+        "metrics": {name: value for name, value in results.items() if isinstance(value, int | float)},
+        "curves": {"eval_loss": curve(history, "eval_loss")},
+        "norms": last_norms(history),
+    }
+
+
+def curve(history: list[dict[str, Any]], key: str) -> list[list[float]]:
+    """[step, value] of a logged quantity, no closer than ``CURVE_STEPS``, and the last."""
+    points = {entry["step"]: [entry["step"], _rounded(entry[key])] for entry in history if key in entry}
+    kept: list[list[float]] = []
+    for step, point in points.items():
+        if not kept or step - kept[-1][0] >= CURVE_STEPS or step == max(points):
+            kept.append(point)
+    return kept
+
+
+def last_norms(history: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """{kind: {diagnostic: mean over the products}} of the last log of them."""
+    logs = [entry for entry in history if any(key.startswith(NORMS) for key in entry)]
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key, value in logs[-1].items() if logs else ():
+        if key.startswith(NORMS):
+            _, kind, _, diagnostic = key.split("/")
+            found[kind][diagnostic].append(value)
+    return {kind: {name: _rounded(fmean(values)) for name, values in of.items()} for kind, of in found.items()}
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def cpu_name() -> str:
+    """The processor's model; elsewhere than on Linux what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git_revision() -> str | None:
+    """The commit, with "+changes" if other files differ from it than those that studies write; None outside git."""
+    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=30)
+        others = ["--", ".", ":(exclude)studies/results", ":(exclude)docs"]
+        same = subprocess.run([*git, "diff", "--quiet", "HEAD", *others], capture_output=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("" if same.returncode == 0 else "+changes")

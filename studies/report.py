@@ -1,0 +1,178 @@
+"""``python -m studies.report``: ``docs/results.md`` and its plots, from the recorded lines alone."""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from studies.definitions import load_studies
+from studies.intervals import Difference, paired_difference
+from studies.plots import plot_study
+from studies.records import read_lines
+from studies.study import RESULTS, ROOT, Study
+from studies.verdicts import UNKNOWN, Outcome
+
+HEAD = """# Results
+
+What the article's claims come to in this project's own runs, and how sure that is. `make results` renders this page
+from the lines in `studies/results`, one for each run; the studies are defined in `studies/definitions`, and
+`make studies` runs what is left of one. All arms of a study have the same data in the same order, the same budget and
+the same other hyperparameters.
+
+Differences are paired: of runs with the same seed. In brackets is their 95% interval by Student's t, not corrected for
+the number of comparisons. A fixed rule judges them: one arm is *as good* as the other if the interval lies within ± the
+difference that would count; else it is *better* or *worse* if the interval lies on one side of zero; else that *cannot
+be told at this scale*. What could have been seen is the difference that such a test finds with a probability of 80%.
+Where the best of several arms is compared, it was chosen on seeds that are not reported.
+"""
+DASH = "–"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± sample standard deviation."""
+    if not values:
+        return DASH
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def interval(difference: Difference | None) -> str:
+    if difference is None:
+        return DASH
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]".replace("-", "−")
+
+
+def detectable(difference: Difference | None) -> str:
+    return DASH if difference is None else f"{difference.detectable:.3f}"
+
+
+def claims_table(outcomes: Sequence[Outcome]) -> str:
+    rows = []
+    for outcome in outcomes:
+        for comparison in outcome.study.comparisons:
+            for group in outcome.study.arms:
+                arm, reference, difference = outcome.compare(group, comparison)
+                pair = f"{arm} − {reference}" if arm and reference else DASH
+                study = f"[{outcome.name}](#{outcome.name}), {group}"
+                verdict = outcome.claim(comparison, difference)
+                seen = detectable(difference)
+                count = DASH if difference is None else str(difference.count)
+                rows.append([comparison.claim, study, f"**{verdict}**", pair, interval(difference), count, seen])
+    header = ["claim", "study", "verdict", "difference", "mean [95% interval]", "seeds", "could have been seen"]
+    return table(header, rows)
+
+
+def answer(outcome: Outcome) -> str:
+    """One sentence, from the first comparison of the study."""
+    parts = []
+    for group in outcome.study.arms:
+        arm, reference, difference = outcome.compare(group, outcome.study.comparisons[0])
+        said = outcome.rule(difference)
+        if difference is None:
+            parts.append(f"{group}: {said}")
+            continue
+        found = f"a difference of {interval(difference)} on {difference.count} seeds"
+        if said == UNKNOWN:
+            verdict = f"whether {arm} is better than {reference} {said}"
+            found += f", where {difference.detectable:.3f} could have been seen"
+        elif said == "same":
+            verdict = f"{arm} is as good as {reference} within ± {outcome.study.effect:g}"
+        else:
+            verdict = f"{arm} is {said} than {reference}"
+        parts.append(f"{group}: {verdict} ({found})")
+    return "; ".join(parts) + "."
+
+
+def arms_table(outcome: Outcome, group: str) -> str:
+    study = outcome.study
+    measures = [(f"{title} {part}", path) for title, parts in study.measures.items() for part, path in parts.items()]
+    reference = outcome.values(f"{group}/{study.reference}")
+    rows = []
+    for name in study.arms[group]:
+        values = outcome.values(f"{group}/{name}")
+        difference = paired_difference(values, reference) if name != study.reference else None
+        row = [name, spread(list(values.values())), str(len(values)), interval(difference), detectable(difference)]
+        for _, path in measures:
+            found = outcome.values(f"{group}/{name}", path)
+            row.append(f"{fmean(found.values()):.1f}" if found else DASH)
+        rows.append(row)
+    header = [group, study.label, "seeds", f"minus {study.reference} [95% interval]", "could have been seen"]
+    return table([*header, *(title for title, _ in measures)], rows)
+
+
+def valleys_table(outcome: Outcome) -> str:
+    """Along the axis: what was chosen on the tuning seeds, and which values are as good as the best."""
+    study, rows = outcome.study, []
+    axis = str(study.axis)
+    for group in study.arms:
+        for curve, places in study.curves(group).items():
+            means = {
+                place: fmean(v.values()) for place, arm in places if (v := outcome.values(arm)) and place is not None
+            }
+            if not means:
+                continue
+            lowest = outcome.pick(means.values())
+            within = [f"{place:g}" for place in sorted(means) if abs(means[place] - lowest) < study.effect]
+            best = outcome.best([arm for _, arm in places])
+            chosen = DASH if best is None else f"{study.flags(best)[axis]:g}"
+            loss = DASH if best is None else spread(list(outcome.values(best).values()))
+            rows.append([group, curve, chosen, loss, f"{lowest:.3f}", ", ".join(within)])
+    seeds = ", ".join(map(str, study.tuning_seeds))
+    header = ["", str(study.curve), f"{axis} chosen on seeds {seeds}", f"{study.label} there", "best mean",
+              f"{axis} within {study.effect} of it"]  # fmt: skip
+    return table(header, rows)
+
+
+def origins(outcome: Outcome) -> str:
+    """Command, seeds, machine, hours and versions of the recorded runs."""
+    lines = outcome.lines
+    reported = sorted({line["seed"] for line in lines} - {*outcome.study.tuning_seeds})
+    tuning = sorted({line["seed"] for line in lines} & {*outcome.study.tuning_seeds})
+    machines = sorted({f"{line['machine']['cpu']}, {line['machine']['threads']} thread a run" for line in lines})
+    versions = sorted(
+        {f"torch {line['versions']['torch']}, transformers {line['versions']['transformers']}" for line in lines}
+    )
+    revisions = sorted({f"`{str(line['revision'])[:9]}`" for line in lines})
+    hours = sum(line["seconds"] for line in lines) / 3600
+    seeds = f"Seeds {', '.join(map(str, reported))}"
+    if tuning:
+        seeds += f"; for the choice {', '.join(map(str, tuning))}"
+    of = f"{'; '.join(machines)}; {'; '.join(versions)}; revision {', '.join(revisions)}"
+    return f"{seeds}. {len(lines)} runs, {hours:.1f} hours. {of}."
+
+
+def section(outcome: Outcome, docs: Path) -> str:
+    study = outcome.study
+    parts = [f"## {outcome.name}", study.question]
+    if not outcome.lines:
+        return "\n\n".join([*parts, "Not run yet.", command(outcome.name)]) + "\n"
+    picture = Path("results") / f"{outcome.name}.png"
+    plot_study(outcome, docs / picture)
+    parts += [f"**Answer.** {answer(outcome)}", f"What would count: {study.effect:g} in {study.label}."]
+    parts += [f"![{outcome.name}]({picture.as_posix()})"]
+    parts += [arms_table(outcome, group) for group in study.arms]
+    if study.axis is not None:
+        parts.append(valleys_table(outcome))
+    return "\n\n".join([*parts, origins(outcome), command(outcome.name)]) + "\n"
+
+
+def command(name: str) -> str:
+    return f"```bash\nmake studies STUDY={name}\n```"
+
+
+def render(studies: Mapping[str, Study], results: Path, docs: Path) -> Path:
+    """Write ``results.md`` and ``results/*.png`` in ``docs``; returns the page."""
+    shutil.rmtree(docs / "results", ignore_errors=True)
+    outcomes = [Outcome(name, study, read_lines(results / f"{name}.jsonl")) for name, study in studies.items()]
+    sections = [section(outcome, docs) for outcome in outcomes]
+    page = docs / "results.md"
+    page.write_text("\n".join([HEAD, claims_table(outcomes) + "\n", *sections]), encoding="utf-8")
+    return page
+
+
+if __name__ == "__main__":
+    print(render(load_studies(), RESULTS, ROOT / "docs"))

@@ -1,0 +1,244 @@
+"""Launches what is left of a study, a process with one thread for each run, and records what comes of it.
+
+A run works in a folder of its own under ``output/studies``, which goes when its line is written. Whoever works on a run
+holds the lock beside that folder. The launched process holds it, too, so that a run whose runner was killed is not
+started a second time while it is still at work.
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from studies.records import append_line, git_revision, read_lines, record_of
+from studies.study import ROOT, Run, Study, identity
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 120.0  # for a process that was asked to end: it saves a checkpoint
+TAIL_LINES = 6
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def command_of(script: str, run: Run, folder: Path) -> list[str]:
+    """The command line of a run; flags with several values are lists."""
+    flags: dict[str, Any] = {**run.flags, "seed": run.seed, "output_dir": folder}
+    flags |= {"resume_from_checkpoint": "auto", "report_to": "none", "disable_tqdm": True}
+    words = [sys.executable, str(ROOT / script)]
+    for name, value in flags.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+def done_of(results: Path) -> set[str]:
+    """The identities of the runs that are recorded."""
+    return {identity(line) for line in read_lines(results)}
+
+
+def claim(file: Path) -> BinaryIO | None:
+    """The lock of a run, to be closed when done with it; None if another has it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    opened = file.open("ab")
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        opened.close()
+        return None
+    return opened
+
+
+@dataclass
+class Child:
+    """A run at work."""
+
+    run: Run
+    folder: Path
+    lock: BinaryIO
+    process: subprocess.Popen
+    started: float
+    revision: str | None
+
+    @property
+    def seconds_before(self) -> float:
+        """Of earlier starts of the same run."""
+        try:
+            return float((self.folder / "seconds").read_text())
+        except (OSError, ValueError):
+            return 0.0
+
+    def add_seconds(self) -> float:
+        seconds = self.seconds_before + time.monotonic() - self.started
+        (self.folder / "seconds").write_text(f"{seconds:.1f}")
+        return seconds
+
+    def last_words(self) -> str:
+        lines = (self.folder / "stderr").read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(f"  {line}" for line in [line for line in lines if line.strip()][-TAIL_LINES:])
+
+
+class Runner:
+    """Runs of one study, ``workers`` at a time.
+
+    Args:
+        results: the file of lines.
+        work: where the runs have their folders.
+        minutes: after so many the runs at work are stopped; they go on from their checkpoints the next time.
+    """
+
+    def __init__(
+        self, study: Study, runs: Sequence[Run], results: Path, work: Path, workers: int, minutes: float | None = None
+    ):
+        self.study, self.runs, self.results, self.work, self.workers = study, runs, results, work, workers
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.signal: int | None = None
+        self.children: list[Child] = []
+        self.failed = self.elsewhere = 0
+
+    def run(self) -> int:
+        """Launch and record until nothing is left, or until stopped; returns the exit status: 1 if a run failed."""
+        done = done_of(self.results)
+        waiting = deque(run for run in self.runs if run.identity not in done)
+        for run in self.runs:
+            if run.identity in done:
+                self._clear(run)
+        total = len(self.runs)
+        with (
+            self._signals(),
+            tqdm(total=total, initial=total - len(waiting), unit="run", dynamic_ncols=True) as self.bar,
+        ):
+            try:
+                while (waiting or self.children) and not self._is_over():
+                    while waiting and len(self.children) < self.workers:
+                        self._start(waiting.popleft())
+                    time.sleep(POLL_SECONDS)
+                    self._collect()
+            finally:
+                self._stop_children()
+        return self._say_what_is_left()
+
+    def _is_over(self) -> bool:
+        return self.signal is not None or (self.end is not None and time.monotonic() >= self.end)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Signals are noted, not raised: a line that is being written is written to its end."""
+
+        def note(signum, frame):
+            self.signal = signum
+
+        before = {signum: signal.signal(signum, note) for signum in SIGNALS}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _place(self, run: Run) -> tuple[Path, Path]:
+        folder = self.work / run.study / run.folder
+        return folder, folder.with_name(f"{folder.name}.lock")
+
+    def _clear(self, run: Run) -> None:
+        """Remove what a recorded run has left, if its runner was killed before it could."""
+        folder, lock_file = self._place(run)
+        lock = claim(lock_file) if folder.exists() else None
+        if lock is not None:
+            self._release(folder, lock_file, lock)
+
+    def _release(self, folder: Path, lock_file: Path, lock: BinaryIO) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock_file.unlink(missing_ok=True)
+        lock.close()
+
+    def _start(self, run: Run) -> None:
+        folder, lock_file = self._place(run)
+        lock = claim(lock_file)
+        if lock is None:
+            self.elsewhere += 1
+            return
+        if run.identity in done_of(self.results):  # by another runner, since this one began
+            self._release(folder, lock_file, lock)
+            self.bar.update()
+            return
+        folder.mkdir(exist_ok=True)
+        with (folder / "stdout").open("ab") as stdout, (folder / "stderr").open("wb") as stderr:
+            process = subprocess.Popen(
+                command_of(self.study.script, run, folder / "run"),
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=(lock.fileno(),),
+                start_new_session=True,  # Ctrl-C reaches the runner alone, which asks its children to save
+            )
+        self.children.append(Child(run, folder, lock, process, time.monotonic(), git_revision()))
+        self._show()
+
+    def _show(self) -> None:
+        self.bar.set_description_str(", ".join(f"{child.run.arm} {child.run.seed}" for child in self.children))
+
+    def _collect(self) -> None:
+        for child in [child for child in self.children if child.process.poll() is not None]:
+            self.children.remove(child)
+            self._finish(child)
+            self._show()
+
+    def _finish(self, child: Child) -> None:
+        seconds, status = child.add_seconds(), child.process.returncode
+        if status == 0:
+            try:
+                self._record(child, seconds)
+                return
+            except (OSError, ValueError, KeyError) as error:
+                self._fail(child, f"left no results: {error!r}")
+        elif not self._is_over():
+            self._fail(child, f"failed with exit status {status}")
+        child.lock.close()
+
+    def _record(self, child: Child, seconds: float) -> None:
+        record = record_of(child.run, child.folder / "run", seconds, child.revision)
+        if self.study.spectra:
+            from studies.spectra import spectra_of  # imports torch, which nothing else here needs
+
+            record["spectra"] = spectra_of(child.folder / "run")
+        append_line(self.results, record)
+        self._release(child.folder, self._place(child.run)[1], child.lock)
+        self.bar.update()
+
+    def _fail(self, child: Child, how: str) -> None:
+        self.failed += 1
+        self.bar.write(f"{child.run.arm}, seed {child.run.seed}: {how}\n{child.last_words()}", file=sys.stderr)
+
+    def _stop_children(self) -> None:
+        """Ask all to end, and end those that do not."""
+        for child in self.children:
+            child.process.terminate()
+        patience = time.monotonic() + GRACE_SECONDS
+        for child in self.children:
+            try:
+                child.process.wait(max(0.0, patience - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+        self._collect()
+
+    def _say_what_is_left(self) -> int:
+        done = done_of(self.results)
+        left = sum(run.identity not in done for run in self.runs)
+        others = f", {self.elsewhere} of them with another runner when their turn came" if self.elsewhere else ""
+        failed = f"; {self.failed} failed" if self.failed else ""
+        print(
+            f"{len(self.runs) - left} of {len(self.runs)} runs are recorded, {left} left{others}{failed}",
+            file=sys.stderr,
+        )
+        return 128 + self.signal if self.signal is not None else int(self.failed > 0)

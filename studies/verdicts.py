@@ -1,0 +1,86 @@
+"""What recorded lines say: values by arm and seed, the best arm of several, and the fixed rule of an answer."""
+
+import functools
+import operator
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from studies.intervals import Difference, paired_difference
+from studies.study import Comparison, Study, identity, runs_of
+
+UNKNOWN = "cannot be told at this scale"
+TOO_FEW = "too few runs yet"
+# What the rule says of an arm -> of a claim that expects it to be better, or the same.
+CLAIMS = {
+    "better": {
+        "better": "holds here",
+        "worse": "does not hold here: it is worse",
+        "same": "does not hold here: it is as good",
+    },
+    "same": {
+        "same": "holds here",
+        "better": "does not hold here: it is better",
+        "worse": "does not hold here: it is worse",
+    },
+}
+
+
+class Outcome:
+    """The lines of one study, those of its present definition alone."""
+
+    def __init__(self, name: str, study: Study, lines: Sequence[dict[str, Any]]):
+        self.name, self.study = name, study
+        present = {run.identity for run in runs_of(name, study, sorted({line["seed"] for line in lines}))}
+        self.lines = [line for line in lines if identity(line) in present]
+
+    def values(self, arm: str, path: str | None = None, tuning: bool = False) -> dict[int, Any]:
+        """{seed: value} of an arm, by default of the metric, on the reported seeds or the tuning seeds."""
+        path = path or self.study.metric
+        return {
+            line["seed"]: functools.reduce(operator.getitem, path.split("/"), line)
+            for line in self.lines
+            if line["arm"] == arm and (line["seed"] in self.study.tuning_seeds) == tuning
+        }
+
+    def best(self, arms: Sequence[str]) -> str | None:
+        """Of several arms the one whose mean on the tuning seeds is best, of those that have run on all of these."""
+        if len(arms) == 1:
+            return arms[0]
+        found = {arm: self.values(arm, tuning=True) for arm in arms}
+        complete = {*self.study.tuning_seeds}
+        means = {arm: fmean(values.values()) for arm, values in found.items() if values and values.keys() == complete}
+        return self.pick(means, key=means.__getitem__) if means else None
+
+    @property
+    def pick(self):
+        return min if self.study.better == "lower" else max
+
+    def compare(self, group: str, comparison: Comparison) -> tuple[str | None, str | None, Difference | None]:
+        """The names of the two arms and their difference, each None where there are too few runs yet."""
+        arm, reference = (
+            self.best(self.study.names(f"{group}/{side}")) for side in (comparison.arm, comparison.reference)
+        )
+        if arm is None or reference is None:
+            return None, None, None
+        difference = paired_difference(self.values(arm), self.values(reference))
+        return arm.partition("/")[2], reference.partition("/")[2], difference
+
+    def rule(self, difference: Difference | None) -> str:
+        """What the numbers say, by a fixed rule.
+
+        "same" if the 95% interval lies within ± the effect that would count; else "better" or "worse" if it lies on one
+        side of zero; else it cannot be told.
+        """
+        if difference is None:
+            return TOO_FEW
+        if max(-difference.low, difference.high) < self.study.effect:
+            return "same"
+        if difference.low <= 0 <= difference.high:
+            return UNKNOWN
+        return "better" if (difference.mean < 0) == (self.study.better == "lower") else "worse"
+
+    def claim(self, comparison: Comparison, difference: Difference | None) -> str:
+        """What the rule makes of a claim."""
+        said = self.rule(difference)
+        return CLAIMS[comparison.expected].get(said, said)
