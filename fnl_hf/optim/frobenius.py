@@ -14,8 +14,8 @@ A product is known to an optimizer by its position in a parameter group with an 
 parameters would not survive FSDP2.
 
 Shapes here are rank first: an outer factor is (H, r, n), Fᵀ of the formulas, as ``torch.nn.Linear`` stores most. H
-heads, r rank, s second rank of the middle factor (H, r, s), n outer size, h heads that have rows in this process, all
-of them unless it is sharded along its rank (optim/local_factors.py).
+heads, r rank, s second rank of the middle factor (H, r, s), n outer size, h heads that have rows in this process: all
+unless a factor is sharded along its rank (optim/local_factors.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

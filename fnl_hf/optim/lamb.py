@@ -114,8 +114,8 @@ class Lamb(torch.optim.Optimizer):
         grad_scale = self._clip_scale()
         found_inf = getattr(self, "found_inf", None)  # as torch's fused kernels have it: a step that is not to happen
         for buckets in self._make_buckets():
-            # −u grows in each bucket's ``updates``: first what the decay adds to u, then Adam's direction, whose
-            # kernels subtract it. Weights are written last, when the norms of w and u are known.
+            # −u grows in each bucket's ``updates``: first what the decay adds to u, then Adam's direction, which
+            # torch's kernels subtract. Weights are written last, when the norms of w and u are known.
             for bucket in buckets:
                 bucket.decay(bucket.lr(found_inf))
             self._decay_products(buckets)
