@@ -70,7 +70,7 @@ class PretrainingTrainer(FnlTrainer):
         samples, items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
         if self.stream is not None:
             for batch in samples:
-                self.stream.state.take(batch.pop("cursor"), self.args.world_size)
+                self.stream.state.advance(batch.pop("cursor"), self.args.world_size)
         return samples, items
 
     def _save_rng_state(self, output_dir: str) -> None:
