@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from fnl_hf.data.masking import hashed_words
+from fnl_hf.data.masking import draw_bits
 from fnl_hf.errors import UserInputError
 from preparation import Preparation
 
@@ -285,7 +285,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         pixels = self.images.pixels[indices]
         if self.seed is not None:
-            words = hashed_words(self.seed, int(self.epoch), np.asarray(indices), 3)
+            words = draw_bits(self.seed, int(self.epoch), np.asarray(indices), 3)
             pixels = crop_and_flip(pixels, words, self.crop_padding, self.horizontal_flip)
         values = (pixels.float() - self.mean) / self.std
         return {"pixel_values": values.permute(0, 3, 1, 2), "labels": self.images.labels[indices]}

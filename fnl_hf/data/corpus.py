@@ -22,15 +22,16 @@ from transformers.utils import logging
 
 from fnl_hf.data.arrow_cache import cached_dataset
 from fnl_hf.data.readers import (
-    LINES,
+    LINE_FORMATS,
     RECORD_FEATURES,
     Piece,
+    Record,
     check_text,
-    cut_files,
-    found_columns,
+    find_columns,
     hash_files,
-    no_column,
-    read_tables,
+    missing_column,
+    read_record_tables,
+    split_files,
 )
 from fnl_hf.data.source import Source, embedded_corpus, load_hub, stream_files, stream_hub
 from fnl_hf.errors import UserInputError
@@ -76,7 +77,7 @@ def read_documents(
         loaded = load_hub(source, cache_dir)
         where = f"--dataset_name {source.dataset_name}, split"
         splits = {
-            split: _text_only(loaded[split], source.text_column, f"{where} {split}", strict)
+            split: _check_hub_split(loaded[split], source.text_column, f"{where} {split}", strict)
             for split in ("train", "validation")
             if split in loaded
         }
@@ -109,7 +110,7 @@ def _hold_out(documents: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
     return documents.select(np.flatnonzero(~chosen)), documents.select(np.flatnonzero(chosen))
 
 
-# ---- read whole ----
+# ---- documents that are read whole ----
 
 
 def load_text_files(
@@ -127,32 +128,22 @@ def load_text_files(
     Raises:
         UserInputError: see :func:`read_documents`.
     """
-    pieces = cut_files(files, text_column)
-    where_cut = [(piece.format, piece.file, piece.start, piece.stop) for piece in pieces]
-    fingerprint = Hasher.hash((RECORDS_VERSION, hash_files(files), where_cut, text_column))
+    pieces = split_files(files, text_column)
+    bounds = [(piece.format, piece.file, piece.start, piece.stop) for piece in pieces]
+    fingerprint = Hasher.hash((RECORDS_VERSION, hash_files(files), bounds, text_column))
     records = cached_dataset(
-        "documents", read_tables, pieces, {}, RECORD_FEATURES, fingerprint, cache_dir=cache_dir, num_proc=num_proc
+        "documents", read_record_tables, pieces, {}, RECORD_FEATURES, fingerprint, cache_dir, num_proc
     )
-    owners = records.data.column("file").to_numpy()
-    for index, file in enumerate(files):
-        rows = records.data.slice(*_span(owners, index))
-        _report_faults(file, rows.column("text"), rows.column("fault"), _unit(pieces, index), strict)
+    first_pieces = {piece.file: piece for piece in reversed(pieces)}
+    starts = np.searchsorted(records.data.column("file").to_numpy(), np.arange(len(files) + 1)).tolist()
+    for index, (file, start, stop) in enumerate(zip(files, starts, starts[1:])):
+        rows, piece = records.data.slice(start, stop - start), first_pieces.get(index)
+        unit = "line" if piece is not None and piece.format in LINE_FORMATS else "record"
+        _report_faults(file, rows.column("text"), rows.column("fault"), unit, strict)
         if rows.column("text").null_count == len(rows):
-            raise _no_text(file, rows.column("fault"), [piece for piece in pieces if piece.file == index])
-    return _with_text(records.select_columns("text"))
-
-
-def _span(owners: np.ndarray, index: int) -> tuple[int, int]:
-    start, stop = np.searchsorted(owners, [index, index + 1])
-    return int(start), int(stop - start)
-
-
-def _unit(pieces: list[Piece], index: int) -> str:
-    return "line" if next((p.format in LINES for p in pieces if p.file == index), False) else "record"
-
-
-def _with_text(documents: Dataset) -> Dataset:
-    valid = documents.data.column("text").is_valid().to_numpy()
+            raise _no_text(file, rows.column("fault"), piece)
+    valid = records.data.column("text").is_valid().to_numpy()
+    documents = records.select_columns("text")
     return documents if valid.all() else documents.select(np.flatnonzero(valid))
 
 
@@ -172,18 +163,18 @@ def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, 
     logger.warning(f"{message} and left out: {listed}; --strict refuses them")
 
 
-def _no_text(file: str, faults: pa.ChunkedArray, pieces: list[Piece]) -> UserInputError:
+def _no_text(file: str, faults: pa.ChunkedArray, piece: Piece | None) -> UserInputError:
     kinds = pc.unique(faults.drop_null()).to_pylist()
-    if pieces and kinds == [f"no {pieces[0].column!r}"] and pieces[0].format in ("json", "array"):
-        columns = found_columns(pieces[0])
-        if pieces[0].column not in columns:
-            return no_column(file, pieces[0].column, columns)
+    if piece is not None and kinds == [f"no {piece.column!r}"] and piece.format in ("json", "array"):
+        columns = find_columns(piece)
+        if piece.column not in columns:
+            return missing_column(file, piece.column, columns)
     return UserInputError(f"{file}: no text" + (f", all records are broken: {', '.join(kinds)}" if kinds else ""))
 
 
-def _text_only(documents: Dataset, text_column: str, where: str, strict: bool) -> Dataset:
+def _check_hub_split(documents: Dataset, text_column: str, where: str, strict: bool) -> Dataset:
     if text_column not in documents.column_names:
-        raise no_column(where, text_column, documents.column_names)
+        raise missing_column(where, text_column, documents.column_names)
     documents = documents.select_columns(text_column)
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
@@ -205,21 +196,21 @@ def _text_only(documents: Dataset, text_column: str, where: str, strict: bool) -
     return documents
 
 
-def _has_text(batch):
+def _has_text(batch):  # by whose name in this file ``datasets`` finds the filtered documents in its cache
     return [text is not None and bool(text.strip()) for text in batch["text"]]
 
 
-# ---- streams ----
+# ---- documents that are streamed ----
 
 
 @dataclass(frozen=True)
 class DocumentStream:
-    """Documents that are read as they are used.
+    """Documents that are read as they are used, in V shards.
 
     Attributes:
-        records: with the text in ``text_column`` and, where readers have found one, a "fault".
-        shards: how many readers have records of their own.
-        hold_out: documents at the beginning of each shard that are left out, see :meth:`held_out_documents`.
+        records: with the text in ``text_column``, and in ``fault_column``, if there is one, what readers found wrong.
+        shards: V, how many readers have records of their own.
+        hold_out: documents at the beginning of each shard that are left out, see :meth:`read_held_out`.
         strict: refuse broken records; otherwise they are left out and counted in warnings, shard by shard.
     """
 
@@ -228,6 +219,7 @@ class DocumentStream:
     text_column: str = "text"
     hold_out: int = 0
     strict: bool = False
+    fault_column: str | None = "fault"
 
     def read_shard(
         self, shard: int, place: dict | None = None, epoch: int = 0
@@ -241,103 +233,102 @@ class DocumentStream:
         Raises:
             UserInputError: a shard without documents, or a broken record if ``strict``.
         """
-        where = _named(shard, self.shards)
         while True:
-            stream = self._shard(shard)
-            left_out, count, broken = self.hold_out if place is None else 0, 0, 0
+            stream = self._split_off(shard)
+            hold_out, count, broken = self.hold_out if place is None else 0, 0, 0
             if place is not None:
                 stream.load_state_dict(place)
-            before = place
-            for record in _all_records(stream):
-                text, fault = _text_of(record, self.text_column)
+            place_before = place
+            for record in _iterate_in_any_process(stream):
+                text, fault = self._check(record)
                 if fault is not None:
                     broken += 1
-                    self._report(f"{where}: {broken} broken records, the last: {fault}", broken, epoch)
+                    self._report_broken(shard, broken, fault, epoch)
                 if text is not None:
                     count += 1
-                    if count > left_out:
-                        yield text, before, epoch
-                before = stream.state_dict()
-            if place is None and count <= left_out:
-                raise _too_few(where, count, broken, left_out)
+                    if count > hold_out:
+                        yield text, place_before, epoch
+                place_before = stream.state_dict()
+            if place is None and count <= hold_out:
+                raise self._too_few(shard, count, broken)
             place, epoch = None, epoch + 1
             if shard == 0:
                 logger.warning(f"The stream begins again: epoch {epoch}")
 
-    def _shard(self, shard: int) -> IterableDataset:
-        return split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
-
-    def _report(self, message: str, broken: int, epoch: int) -> None:
-        if self.strict:
-            raise UserInputError(f"{message}; --strict refuses them")
-        if epoch == 0 and broken & (broken - 1) == 0:  # at 1, 2, 4, 8: a shard may be too long to wait for its end
-            logger.warning(f"{message}; they are left out, --strict refuses them")
-
-    def held_out_documents(self) -> list[str]:
-        """The documents that are left out.
+    def read_held_out(self) -> list[str]:
+        """The first ``hold_out`` documents of each shard.
 
         Raises:
             UserInputError: a shard has no others.
         """
-        held: list[str] = []
+        held_out: list[str] = []
         for shard in range(self.shards):
             found, broken = [], 0
-            for record in _all_records(self._shard(shard)):
-                text, fault = _text_of(record, self.text_column)
+            for record in _iterate_in_any_process(self._split_off(shard)):
+                text, fault = self._check(record)
                 broken += fault is not None
                 if text is not None:
                     found.append(text)
                 if len(found) > self.hold_out:
                     break
             else:
-                raise _too_few(_named(shard, self.shards), len(found), broken, self.hold_out)
-            held += found[: self.hold_out]
-        return held
+                raise self._too_few(shard, len(found), broken)
+            held_out += found[: self.hold_out]
+        return held_out
 
+    def _split_off(self, shard: int) -> IterableDataset:
+        return split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
 
-def _open_stream(
-    source: Source, shards: int, held_out: int, strict: bool, cache_dir: str | None, num_proc: int | None
-) -> Documents:
-    if source.train_file is not None:
-        # Readers have found the faults, and named the column "text".
-        column, records = "text", stream_files(source.train_file, source.text_column, shards)
-    else:
-        column, records = source.text_column, stream_hub(source)
-    _warn_of_whole_reads(records.num_shards, shards)
-    hold_out = 0 if source.validation_file else -(-held_out // shards)
-    stream = DocumentStream(records, shards, column, hold_out, strict)
-    if source.validation_file:
-        documents = load_text_files(source.validation_file, source.text_column, cache_dir, strict, num_proc)
-    else:
-        documents = Dataset.from_dict({"text": stream.held_out_documents()})
-    return Documents(source, stream, documents)
+    def _check(self, record: dict[str, Any]) -> Record:
+        fault = None if self.fault_column is None else record.get(self.fault_column)
+        return (None, fault) if fault is not None else check_text(record.get(self.text_column), self.text_column)
 
+    def _name(self, shard: int) -> str:
+        return f"shard {shard} of {self.shards} of the stream"
 
-def _warn_of_whole_reads(parts: int, shards: int) -> None:
-    if parts % shards:
-        logger.warning(
-            f"The stream comes in {parts} parts, no multiple of its {shards} shards: each shard reads all of it and "
-            "keeps its share. Plain text or JSON lines, which can be cut, or another number of --streaming_shards helps"
+    def _report_broken(self, shard: int, count: int, fault: str, epoch: int) -> None:
+        message = f"{self._name(shard)}: {count} broken records, the last: {fault}"
+        if self.strict:
+            raise UserInputError(f"{message}; --strict refuses them")
+        if epoch == 0 and count & (count - 1) == 0:  # at 1, 2, 4, 8: a shard may be too long to wait for its end
+            logger.warning(f"{message}; they are left out, --strict refuses them")
+
+    def _too_few(self, shard: int, documents: int, broken: int) -> UserInputError:
+        return UserInputError(
+            f"{self._name(shard)} has {documents} documents and {broken} broken records, and {self.hold_out} documents "
+            "are to be held out: lower --streaming_validation_documents or --streaming_shards"
         )
 
 
-def _named(shard: int, shards: int) -> str:
-    return f"shard {shard} of {shards} of the stream"
+def _open_stream(
+    source: Source, shards: int, held_out_documents: int, strict: bool, cache_dir: str | None, num_proc: int | None
+) -> Documents:
+    columns: tuple[str, str | None]  # of texts and of faults
+    if source.train_file is not None:
+        records, columns = stream_files(source.train_file, source.text_column, shards), ("text", "fault")
+    else:
+        records, columns = stream_hub(source), (source.text_column, None)
+    if records.num_shards % shards:
+        logger.warning(
+            f"The stream comes in {records.num_shards} parts, no multiple of its {shards} shards: each shard reads all "
+            "of it and keeps its share. Plain text or JSON lines, which can be cut, or another number of "
+            "--streaming_shards helps"
+        )
+    hold_out = 0 if source.validation_file else -(-held_out_documents // shards)
+    stream = DocumentStream(records, shards, columns[0], hold_out, strict, columns[1])
+    if source.validation_file:
+        held_out = load_text_files(source.validation_file, source.text_column, cache_dir, strict, num_proc)
+    else:
+        held_out = Dataset.from_dict({"text": stream.read_held_out()})
+    return Documents(source, stream, held_out)
 
 
-def _too_few(where: str, documents: int, broken: int, held_out: int) -> UserInputError:
-    return UserInputError(
-        f"{where} has {documents} documents and {broken} broken records, and {held_out} documents are to be held out: "
-        "lower --streaming_validation_documents or --streaming_shards"
-    )
-
-
-def _all_records(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+def _iterate_in_any_process(stream: IterableDataset) -> Iterator[dict[str, Any]]:
     """All records of a stream, also in a worker of a DataLoader, where ``datasets`` would give a part of them."""
     if get_worker_info() is not None:
         fsspec.asyn.reset_lock()  # held by threads of the parent process, which are not here to release it
     iterator = iter(stream)
-    with _no_worker():  # ``datasets`` asks when the first record is fetched
+    with _hidden_worker():  # ``datasets`` asks when the first record is fetched
         first = next(iterator, None)
     if first is not None:
         yield first
@@ -345,15 +336,10 @@ def _all_records(stream: IterableDataset) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _no_worker() -> Iterator[None]:
+def _hidden_worker() -> Iterator[None]:
     module = torch.utils.data._utils.worker
     info, module._worker_info = module._worker_info, None
     try:
         yield
     finally:
         module._worker_info = info
-
-
-def _text_of(record: dict[str, Any], column: str) -> tuple[str | None, str | None]:
-    fault = record.get("fault")
-    return (None, fault) if fault is not None else check_text(record.get(column), column)

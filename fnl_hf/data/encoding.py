@@ -1,4 +1,9 @@
-"""Documents as tokens: encoded by the tokenizer's Rust backend, in batches, and kept as rows in memory-mapped Arrow."""
+"""Documents as tokens, and rows of tokens that are made once and kept as memory-mapped Arrow.
+
+Work is shared among processes in *chunks*, ranges of documents; text goes to the tokenizer in *batches* of *parts*, of
+which a long document has several. No token depends on any of these bounds; of each chunk less than one row is left
+over.
+"""
 
 import contextlib
 import os
@@ -18,16 +23,14 @@ from fnl_hf.data.arrow_cache import cached_dataset
 from fnl_hf.errors import UserInputError
 
 PACKING_VERSION = 1  # raise it when the same input gives other rows, so that what an older version cached is not used
-# Documents are packed chunk by chunk, so that chunks can be shared among processes; of each less than one sequence is
-# left over and dropped, about 0.03% of the tokens at length 512.
-CHUNK_BYTES = 2**22
-BATCH_BYTES = 2**21  # text that is tokenized at once
-TEXT_BYTES = 2**16  # of a longer document, parts are tokenized
+CHUNK_BYTES = 2**22  # at length 512, about 0.03% of the tokens are left over
+BATCH_BYTES = 2**21
+PART_BYTES = 2**16
+
+Part = tuple[str, bool]  # text, whether its document ends there
 
 
-def token_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The smallest of the types that hold every token id."""
-    return "uint16" if len(tokenizer) <= 2**16 else "int32"
+# ---- rows, made once ----
 
 
 @dataclass(frozen=True)
@@ -36,24 +39,24 @@ class RowKind:
 
     Attributes:
         name: of its folder in the cache.
-        make_tables: (chunks of documents, documents, tokenizer, max_seq_length) -> tables of rows.
-        min_length, holds: the smallest ``max_seq_length``, and what such a row holds.
+        make_tables: (chunks, documents, tokenizer, max_seq_length) -> tables of rows.
+        min_length, content: the smallest ``max_seq_length``, and what a row of it holds.
         columns: beside "input_ids".
     """
 
     name: str
     make_tables: Callable[..., Iterator[pa.Table]]
     min_length: int
-    holds: str
+    content: str
     columns: dict[str, Value] = field(default_factory=dict)
 
     def validate_length(self, max_seq_length: int) -> None:
         if max_seq_length < self.min_length:
-            bound = f"at least {self.min_length}: {self.holds}"
+            bound = f"at least {self.min_length}: {self.content}"
             raise UserInputError(f"--max_seq_length ({max_seq_length}) must be {bound}")
 
 
-def make_rows_of(
+def tokenize_documents(
     kind: RowKind,
     documents: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,7 +64,14 @@ def make_rows_of(
     num_proc: int | None = None,
     cache_dir: str | None = None,
 ) -> Dataset:
-    """The documents' rows, made once. They do not depend on ``num_proc``.
+    """The rows of some documents, from the cache if it holds them.
+
+    Args:
+        documents: a dataset with a column "text".
+        num_proc: processes, one thread each; with one, the tokenizer uses all cores. The rows do not depend on it.
+
+    Returns:
+        a dataset with the columns "input_ids", lists of ``max_seq_length`` ids, and ``kind.columns``.
 
     Raises:
         UserInputError: a length that is too small, or there is not one row.
@@ -70,13 +80,13 @@ def make_rows_of(
     ids = SequenceFeature(Value(token_dtype(tokenizer)), length=max_seq_length)
     digest = xxhash.xxh3_128()
     backend, specials = tokenizer.backend_tokenizer.to_str(), tokenizer.all_special_ids
-    for part in (kind.name, PACKING_VERSION, documents._fingerprint, backend, specials, max_seq_length):
-        digest.update(repr(part).encode())
+    for value in (kind.name, PACKING_VERSION, documents._fingerprint, backend, specials, max_seq_length):
+        digest.update(repr(value).encode())
     with threads_for(num_proc):
         rows = cached_dataset(
             kind.name,
             kind.make_tables,
-            chunk_documents(documents),
+            split_into_chunks(documents),
             {"documents": documents, "tokenizer": tokenizer, "max_seq_length": max_seq_length},
             Features({"input_ids": ids, **kind.columns}),
             digest.hexdigest(),
@@ -108,40 +118,77 @@ def threads_for(num_proc: int | None) -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def stored_rows(dataset: Dataset) -> np.ndarray | None:
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The smallest of the types that hold every token id."""
+    return "uint16" if len(tokenizer) <= 2**16 else "int32"
+
+
+def to_fixed_size_lists(rows: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+
+
+# ---- text in chunks, batches and parts ----
+
+
+def table_indices(dataset: Dataset) -> np.ndarray | None:
     """Where the rows of a dataset stand in its Arrow table; None where they stand in their own order."""
     return None if dataset._indices is None else dataset._indices.column(0).to_numpy().view(np.int64)
 
 
-def chunk_documents(documents: Dataset) -> list[tuple[int, int]]:
+def split_into_chunks(documents: Dataset) -> list[tuple[int, int]]:
     """Consecutive ranges of documents of about ``CHUNK_BYTES`` of text each."""
     sizes = pc.binary_length(documents.data.column("text")).to_numpy()
-    rows = stored_rows(documents)
-    ends = np.cumsum(sizes if rows is None else sizes[rows], dtype=np.int64)
-    if len(ends) == 0:
+    indices = table_indices(documents)
+    bytes_so_far = np.cumsum(sizes if indices is None else sizes[indices], dtype=np.int64)
+    if len(bytes_so_far) == 0:
         return []
-    stops = np.searchsorted(ends, np.arange(CHUNK_BYTES, ends[-1], CHUNK_BYTES)) + 1
-    stops = np.unique(np.append(stops, len(ends))).tolist()
+    stops = np.searchsorted(bytes_so_far, np.arange(CHUNK_BYTES, bytes_so_far[-1], CHUNK_BYTES)) + 1
+    stops = np.unique(np.append(stops, len(bytes_so_far))).tolist()
     return list(zip([0, *stops[:-1]], stops))
 
 
-def cut_text(text: memoryview, limit: int = TEXT_BYTES) -> Iterator[tuple[str, bool]]:
-    """UTF-8 text in parts of at most ``limit`` bytes, each with whether it is the last.
+def read_chunk(documents: Dataset, start: int, stop: int) -> Iterator[memoryview]:
+    """The UTF-8 text of some documents, not copied from the Arrow table."""
+    texts, indices = documents.data.column("text"), table_indices(documents)
+    for index in range(start, stop) if indices is None else indices[start:stop].tolist():
+        yield memoryview(texts[index].as_buffer())
 
-    Cut before white space, so that the parts' tokens are those of the whole; only a word that is longer than the limit
-    is cut within.
+
+def split_text(text: memoryview, limit: int = PART_BYTES) -> Iterator[Part]:
+    """UTF-8 text in parts of at most ``limit`` bytes.
+
+    Split before white space, so that the parts' tokens are those of the whole; only a word that is longer than the
+    limit is split within.
     """
     start = 0
     while len(text) - start > limit:
         window = bytes(text[start : start + limit])
-        cut = max(map(window.rfind, (b" ", b"\n", b"\t", b"\r")))
-        if cut <= 0:
-            cut = limit
-            while text[start + cut] & 0xC0 == 0x80:  # within a character
-                cut -= 1
-        yield str(text[start : start + cut], "utf-8"), False
-        start += cut
+        size = max(map(window.rfind, (b" ", b"\n", b"\t", b"\r")))
+        if size <= 0:
+            size = limit
+            while text[start + size] & 0xC0 == 0x80:  # within a character
+                size -= 1
+        yield str(text[start : start + size], "utf-8"), False
+        start += size
     yield str(text[start:], "utf-8"), True
+
+
+def split_into_batches(documents: Iterable[memoryview]) -> Iterator[list[Part]]:
+    """The parts of UTF-8 documents, about ``BATCH_BYTES`` of text at a time, however long the documents are."""
+    batch: list[Part] = []
+    size = 0
+    for document in documents:
+        for part in split_text(document):
+            batch.append(part)
+            size += len(part[0])
+            if size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- tokens ----
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -153,49 +200,15 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-def batch_parts(documents: Iterable[memoryview]) -> Iterator[list[tuple[str, bool]]]:
-    """The parts of UTF-8 documents, see :func:`cut_text`, about ``BATCH_BYTES`` of text at a time."""
-    parts: list[tuple[str, bool]] = []
-    held = 0
-    for document in documents:
-        for part in cut_text(document):
-            parts.append(part)
-            held += len(part[0])
-            if held >= BATCH_BYTES:
-                yield parts
-                parts, held = [], 0
-    if parts:
-        yield parts
-
-
 def encode_documents(
     backend: Tokenizer, documents: Iterable[memoryview], separator: int, dtype: str
 ) -> Iterator[np.ndarray]:
-    """The tokens of UTF-8 documents one after the other, each followed by ``separator``, in arrays of any length.
-
-    However long the documents are, only about ``BATCH_BYTES`` of text are held at once.
-    """
-    for parts in batch_parts(documents):
-        yield _encode(backend, parts, separator, dtype)
-
-
-def _encode(backend: Tokenizer, parts: list[tuple[str, bool]], separator: int, dtype: str) -> np.ndarray:
-    tokens: list[int] = []
-    for encoding, (_, last) in zip(
-        backend.encode_batch_fast([text for text, _ in parts], add_special_tokens=False), parts
-    ):
-        tokens += encoding.ids
-        if last:
-            tokens.append(separator)
-    return np.array(tokens, dtype=dtype)
-
-
-def document_buffers(documents: Dataset, start: int, stop: int) -> Iterator[memoryview]:
-    """The UTF-8 text of some documents, not copied from the Arrow table."""
-    texts, rows = documents.data.column("text"), stored_rows(documents)
-    for row in range(start, stop) if rows is None else rows[start:stop].tolist():
-        yield memoryview(texts[row].as_buffer())
-
-
-def fixed_lists(rows: np.ndarray) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+    """The tokens of UTF-8 documents one after the other, each followed by ``separator``, in arrays of any length."""
+    for batch in split_into_batches(documents):
+        tokens: list[int] = []
+        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        for encoding, (_, is_last) in zip(encodings, batch):
+            tokens += encoding.ids
+            if is_last:
+                tokens.append(separator)
+        yield np.array(tokens, dtype=dtype)

@@ -6,7 +6,7 @@ a hash of (seed, epoch, sample, position), so that a mask is the same wherever a
 Every sequence has the same number of masked positions, its share of the tokens rounded (Devlin et al. 2019 do so, too):
 the heads then have one shape in every step, as compiled models need it.
 
-Shapes: B sequences, S tokens, K masked positions, V vocabulary.
+Shapes: B sequences, S tokens, K masked positions, V vocabulary, D documents of a batch.
 """
 
 import copy
@@ -29,23 +29,26 @@ HELD_OUT_SEED = 0  # of the masks of held-out rows, so that runs with different 
 # The attention kernels, and how each is told which tokens belong to one document.
 ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varlen"}
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_POSITION = np.uint64(0xFFFF)  # the bits of a key that hold it
-_LAST = np.uint64(2**64 - 1)
+_POSITION_BITS = np.uint64(0xFFFF)  # of a key
+_LARGEST_KEY = np.uint64(2**64 - 1)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+# ---- which tokens, and what stands in their place ----
+
+
+def _scatter(x: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that scatters them."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def hashed_words(seed: int, epoch: int, samples: np.ndarray, length: int) -> np.ndarray:
-    """Random 64-bit words (B, S), a function of seed, epoch, sample index (B,) and position."""
+def draw_bits(seed: int, epoch: int, samples: np.ndarray, length: int) -> np.ndarray:
+    """64 random bits (B, S) a token, a function of seed, epoch, sample index (B,) and position."""
     with np.errstate(over="ignore"):
-        key = _mix(np.asarray([seed], dtype=np.int64).view(np.uint64) * _GOLDEN + np.uint64(epoch))
-        rows = _mix(key + np.asarray(samples).astype(np.uint64) * _GOLDEN)
-        return _mix(rows[:, None] + np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN)
+        key = _scatter(np.asarray([seed], dtype=np.int64).view(np.uint64) * _GOLDEN + np.uint64(epoch))
+        of_samples = _scatter(key + np.asarray(samples).astype(np.uint64) * _GOLDEN)  # (B,)
+        return _scatter(of_samples[:, None] + np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def masked_count(length: int, mlm_probability: float) -> int:
@@ -54,80 +57,73 @@ def masked_count(length: int, mlm_probability: float) -> int:
 
 
 def choose_positions(
-    words: np.ndarray, maskable: np.ndarray, mlm_probability: float, word_starts: np.ndarray | None = None
+    bits: np.ndarray, is_maskable: np.ndarray, mlm_probability: float, word_starts: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The positions to mask: of each row's maskable tokens the share ``mlm_probability``, rounded, drawn at random.
 
     Args:
-        words: (B, S) random 64-bit words.
-        maskable: (B, S) which tokens may be chosen.
+        bits: (B, S) 64 random bits a token.
+        is_maskable: (B, S) which tokens may be chosen.
         word_starts: (B, S) where the word of each token begins, to mask whole words: they are taken in random order
             while they fit into the row's share. A first word that does not fit is masked in part.
 
     Returns:
-        positions (B, K), ascending, and which of them are meant (B, K); the others fill the row and are 0.
+        positions (B, K), ascending, and which of them count (B, K); the others fill the row and are 0.
     """
-    length = words.shape[1]
-    draws = words if word_starts is None else np.take_along_axis(words, word_starts, axis=1)
+    length, most = bits.shape[1], masked_count(bits.shape[1], mlm_probability)  # S, K
+    draws = bits if word_starts is None else np.take_along_axis(bits, word_starts, axis=1)  # (B, S)
     # The position in the low bits: no two keys are equal, the tokens of a word stay together, and the keys in order
     # are the positions in order.
-    keys = np.where(maskable, (draws & ~_POSITION) | np.arange(length, dtype=np.uint64), _LAST)
-    most = masked_count(length, mlm_probability)
-    if most + 1 < length:
-        keys = np.partition(keys, most, axis=1)[:, : most + 1]
-    order = (np.sort(keys, axis=1) & _POSITION).astype(np.int64)
-    available = maskable.sum(axis=1)
-    wanted = np.minimum(np.maximum(np.rint(available * mlm_probability).astype(np.int64), 1), available)
+    keys = np.where(is_maskable, (draws & ~_POSITION_BITS) | np.arange(length, dtype=np.uint64), _LARGEST_KEY)  # (B, S)
+    if most + 1 < length:  # one more than K tells whether a word ends with the K-th
+        keys = np.partition(keys, most, axis=1)[:, : most + 1]  # (B, K + 1)
+    order = (np.sort(keys, axis=1) & _POSITION_BITS).astype(np.int64)  # (B, K + 1), or (B, S) if that is less
+    available = is_maskable.sum(axis=1)  # (B,)
+    counts = np.minimum(np.maximum(np.rint(available * mlm_probability).astype(np.int64), 1), available)  # (B,)
     if word_starts is not None:
         starts = np.take_along_axis(word_starts, np.minimum(order, length - 1), axis=1)
-        starts = np.pad(starts, ((0, 0), (0, most + 1 - starts.shape[1])), constant_values=-1)
-        wanted = _whole_words(starts, wanted, available)
-    meant = np.arange(most) < wanted[:, None]
-    positions = np.sort(np.where(meant, order[:, :most], length), axis=1)
-    meant = positions < length
-    return np.where(meant, positions, 0), meant
+        starts = np.pad(starts, ((0, 0), (0, most + 1 - starts.shape[1])), constant_values=-1)  # (B, K + 1)
+        counts = _count_whole_words(starts, counts, available)
+    is_chosen = np.arange(most) < counts[:, None]  # (B, K)
+    positions = np.sort(np.where(is_chosen, order[:, :most], length), axis=1)  # (B, K): what fills a row comes last
+    is_chosen = positions < length
+    return np.where(is_chosen, positions, 0), is_chosen
 
 
-def _whole_words(starts: np.ndarray, wanted: np.ndarray, available: np.ndarray) -> np.ndarray:
-    """How many of the tokens in random order (their words' starts: (B, K + 1)) make whole words within ``wanted``."""
-    count = np.arange(1, starts.shape[1])
-    word_ends = (starts[:, 1:] != starts[:, :-1]) | (count == available[:, None])
-    fitting = np.where(word_ends & (count <= wanted[:, None]), count, 0).max(axis=1)
-    return np.where(fitting > 0, fitting, wanted)
+def _count_whole_words(starts: np.ndarray, counts: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """How many of the tokens in random order (their words' starts: (B, K + 1)) make whole words within ``counts``."""
+    tokens = np.arange(1, starts.shape[1])  # (K,)
+    ends_word = (starts[:, 1:] != starts[:, :-1]) | (tokens == available[:, None])  # (B, K)
+    whole = np.where(ends_word & (tokens <= counts[:, None]), tokens, 0).max(axis=1)  # (B,)
+    return np.where(whole > 0, whole, counts)
 
 
 def corrupt(
-    input_ids: np.ndarray, positions: np.ndarray, meant: np.ndarray, words: np.ndarray, vocab_size: int, mask_id: int
+    input_ids: np.ndarray,
+    positions: np.ndarray,
+    is_chosen: np.ndarray,
+    bits: np.ndarray,
+    vocab_size: int,
+    mask_id: int,
 ) -> np.ndarray:
     """A copy of ``input_ids`` (B, S) with [MASK] at 80% of the positions, a random token at 10%; 10% stay.
 
     Args:
-        positions, meant: (B, K), from :func:`choose_positions`.
-        words: (B, S), those that chose the positions: bits that hardly matter there decide here.
+        positions, is_chosen: (B, K), from :func:`choose_positions`.
+        bits: (B, S), those that chose the positions: the low ones, which hardly mattered there, decide here.
     """
-    rows, columns = np.nonzero(meant)
+    rows, columns = np.nonzero(is_chosen)
     columns = positions[rows, columns]
-    drawn = words[rows, columns]
-    kind = ((drawn >> np.uint64(24)) & np.uint64(0xFFFF)).astype(np.float64) / 2**16
+    drawn = bits[rows, columns]
+    share = ((drawn >> np.uint64(24)) & np.uint64(0xFFFF)).astype(np.float64) / 2**16
     random_ids = ((drawn & np.uint64(0xFFFFFF)) * np.uint64(vocab_size) >> np.uint64(24)).astype(np.int64)
-    new = np.where(kind < MASK_SHARE + RANDOM_SHARE, random_ids, input_ids[rows, columns])
+    unmasked = np.where(share < MASK_SHARE + RANDOM_SHARE, random_ids, input_ids[rows, columns])
     corrupted = input_ids.copy()
-    corrupted[rows, columns] = np.where(kind < MASK_SHARE, mask_id, new)
+    corrupted[rows, columns] = np.where(share < MASK_SHARE, mask_id, unmasked)
     return corrupted
 
 
-def continuation_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """(V,) which tokens go on with a word: WordPiece's "##".
-
-    Raises:
-        UserInputError: the tokenizer has none, so that it is not WordPiece.
-    """
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    continues = np.array([piece is not None and piece.startswith("##") for piece in pieces])
-    if not continues.any():
-        name = tokenizer.name_or_path or type(tokenizer).__name__
-        raise UserInputError(f"--whole_word_mask needs a WordPiece tokenizer: that of {name} has no piece '##...'")
-    return continues
+# ---- a batch ----
 
 
 class MaskingTransform:
@@ -159,9 +155,9 @@ class MaskingTransform:
             raise UserInputError(f"--mlm_probability ({mlm_probability}) must be above 0 and below 1")
         self.mlm_probability, self.seed, self.sparse, self.documents = mlm_probability, seed, sparse, documents
         self.mask_token_id, self.sep_token_id = tokenizer.mask_token_id, tokenizer.sep_token_id
-        self.maskable = np.ones(len(tokenizer), dtype=bool)
-        self.maskable[tokenizer.all_special_ids] = False
-        self.continues = continuation_ids(tokenizer) if whole_word_mask else None
+        self.is_maskable = np.ones(len(tokenizer), dtype=bool)  # (V,)
+        self.is_maskable[tokenizer.all_special_ids] = False
+        self.continues_word = find_continuations(tokenizer) if whole_word_mask else None  # (V,)
 
     def with_seed(self, seed: int) -> "MaskingTransform":
         """The same, with other masks."""
@@ -172,57 +168,91 @@ class MaskingTransform:
     def __call__(self, input_ids: np.ndarray, samples: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor | int]:
         """Inputs of the model for rows (B, S) of token ids with these sample indices (B,)."""
         ids = input_ids.astype(np.int64)
-        words = hashed_words(self.seed, epoch, samples, ids.shape[1])
-        starts = None if self.continues is None else _word_starts(self.continues[ids])
-        positions, meant = choose_positions(words, self.maskable[ids], self.mlm_probability, starts)
-        labels = np.where(meant, np.take_along_axis(ids, positions, axis=1), IGNORED)
-        inputs: dict[str, np.ndarray | int]
-        inputs = {"input_ids": corrupt(ids, positions, meant, words, len(self.maskable), self.mask_token_id)}
+        bits = draw_bits(self.seed, epoch, samples, ids.shape[1])  # (B, S)
+        word_starts = None if self.continues_word is None else _find_word_starts(self.continues_word[ids])  # (B, S)
+        is_maskable = self.is_maskable[ids]  # (B, S)
+        positions, is_chosen = choose_positions(bits, is_maskable, self.mlm_probability, word_starts)  # (B, K)
+        labels = np.where(is_chosen, np.take_along_axis(ids, positions, axis=1), IGNORED)  # (B, K)
+        corrupted = corrupt(ids, positions, is_chosen, bits, len(self.is_maskable), self.mask_token_id)  # (B, S)
+        inputs: dict[str, np.ndarray | int] = {"input_ids": corrupted}
         if self.sparse:
             inputs |= {"labels": labels, "masked_positions": positions}
         else:
-            everywhere = np.full_like(ids, IGNORED)
-            everywhere[np.nonzero(meant)[0], positions[meant]] = labels[meant]
-            inputs["labels"] = everywhere
+            dense_labels = np.full_like(ids, IGNORED)  # (B, S)
+            dense_labels[np.nonzero(is_chosen)[0], positions[is_chosen]] = labels[is_chosen]
+            inputs["labels"] = dense_labels
         if self.documents is not None:
             inputs |= document_inputs(ids == self.sep_token_id, varlen=self.documents == "varlen")
         return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in inputs.items()}
 
 
-def _word_starts(continues: np.ndarray) -> np.ndarray:
+def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """(V,) which tokens go on with a word: WordPiece's "##".
+
+    Raises:
+        UserInputError: the tokenizer has none, so that it is not WordPiece.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    continues_word = np.array([piece is not None and piece.startswith("##") for piece in pieces])
+    if not continues_word.any():
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise UserInputError(f"--whole_word_mask needs a WordPiece tokenizer: that of {name} has no piece '##...'")
+    return continues_word
+
+
+def _find_word_starts(continues_word: np.ndarray) -> np.ndarray:
     """(B, S) the position at which the word of each token begins."""
-    positions = np.arange(continues.shape[1])
-    return np.maximum.accumulate(np.where(continues, 0, positions), axis=1)
+    positions = np.arange(continues_word.shape[1])
+    return np.maximum.accumulate(np.where(continues_word, 0, positions), axis=1)
 
 
-def document_inputs(ends: np.ndarray, varlen: bool) -> dict[str, np.ndarray | int]:
-    """What keeps attention within documents, from where they end (B, S): see :class:`MaskingTransform`."""
-    begins = np.ones_like(ends)
-    begins[:, 1:] = ends[:, :-1]
-    positions = np.arange(ends.shape[1])
-    position_ids = positions - np.maximum.accumulate(np.where(begins, positions, 0), axis=1)
+def document_inputs(is_last: np.ndarray, varlen: bool) -> dict[str, np.ndarray | int]:
+    """What keeps attention within documents, from which tokens are a document's last (B, S): see
+    :class:`MaskingTransform`."""
+    is_first = np.ones_like(is_last)  # (B, S)
+    is_first[:, 1:] = is_last[:, :-1]
+    positions = np.arange(is_last.shape[1])
+    position_ids = positions - np.maximum.accumulate(np.where(is_first, positions, 0), axis=1)  # (B, S)
     if not varlen:
-        return {"position_ids": position_ids, "document_ids": np.cumsum(begins, axis=1)}
-    bounds = np.append(np.flatnonzero(begins), ends.size).astype(np.int32)
+        return {"position_ids": position_ids, "document_ids": np.cumsum(is_first, axis=1)}
+    bounds = np.append(np.flatnonzero(is_first), is_last.size).astype(np.int32)  # (D + 1,), in the rows laid end to end
     longest = int(np.diff(bounds).max())
     lengths: dict[str, np.ndarray | int] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     return {"position_ids": position_ids, **lengths, "max_length_q": longest, "max_length_k": longest}
 
 
+def pair_inputs(
+    input_ids: np.ndarray, first_length: np.ndarray, length: np.ndarray, next_sentence_label: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """What BERT reads beside the tokens (B, S) of segment pairs [CLS] A [SEP] B [SEP] and padding, from the lengths
+    (B,) of [CLS] A [SEP] and of all, and the labels (B,)."""
+    positions = np.arange(input_ids.shape[1])
+    is_token = positions < length[:, None]  # (B, S)
+    inputs = {
+        "token_type_ids": is_token & (positions >= first_length[:, None]),
+        "attention_mask": is_token,
+        "next_sentence_label": next_sentence_label,
+    }
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in inputs.items()}
+
+
+# ---- all batches ----
+
+
 class MaskedLMDataset(torch.utils.data.Dataset):
-    """Packed sequences, masked anew in each epoch; a batch is fetched and masked at once.
+    """Rows, masked anew in each epoch; a batch is fetched and masked at once.
 
     Use it with :func:`collate_batch` and ``EpochCallback``.
 
     Args:
         sequences: a dataset with a column "input_ids" of fixed length; segment pairs have the columns of
-            :func:`fnl_hf.data.pairs.make_pairs`, too.
+            :func:`fnl_hf.data.pairs.pair_documents`, too.
         transform: masks them.
         dynamic: False keeps the masks of epoch 0, for evaluation.
     """
 
     def __init__(self, sequences: Dataset, transform: MaskingTransform, dynamic: bool = True):
-        self.rows = {column: Column(sequences, column) for column in sequences.column_names}
+        self.columns = {name: Column(sequences, name) for name in sequences.column_names}
         self.transform = transform
         self.dynamic = dynamic
         # In shared memory, so that workers that outlive an epoch see it change.
@@ -233,19 +263,19 @@ class MaskedLMDataset(torch.utils.data.Dataset):
             self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.rows["input_ids"])
+        return len(self.columns["input_ids"])
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor | int]:
         samples = np.asarray(indices)
-        columns = {column: rows[samples] for column, rows in self.rows.items()}
-        inputs = self.transform(columns["input_ids"], samples, int(self.epoch))
-        if len(columns) > 1:
-            inputs |= pair_inputs(**columns)
+        values = {name: column[samples] for name, column in self.columns.items()}
+        inputs = self.transform(values["input_ids"], samples, int(self.epoch))
+        if len(values) > 1:
+            inputs |= pair_inputs(**values)
         return inputs
 
 
 class MaskedStream(torch.utils.data.IterableDataset):
-    """The micro-batches of streamed rows, masked; each has its "cursor", for :meth:`StreamState.take`."""
+    """The micro-batches of streamed rows, masked; each has its "cursor", for :meth:`StreamState.advance`."""
 
     def __init__(self, rows: StreamedRows, transform: MaskingTransform):
         self.rows, self.transform = rows, transform
@@ -270,26 +300,10 @@ class MaskedBatches:
 
 def mask_rows(rows: Rows, transform: MaskingTransform) -> MaskedBatches:
     """The rows' batches, with the masks of ``transform`` for the training data."""
-    streamed = isinstance(rows.train, StreamedRows)
-    return MaskedBatches(
-        train=MaskedStream(rows.train, transform) if streamed else MaskedLMDataset(rows.train, transform),
-        held_out=MaskedLMDataset(rows.held_out, transform.with_seed(HELD_OUT_SEED), dynamic=False),
-    )
-
-
-def pair_inputs(
-    input_ids: np.ndarray, first_length: np.ndarray, length: np.ndarray, next_sentence_label: np.ndarray
-) -> dict[str, torch.Tensor]:
-    """What BERT reads beside the tokens (B, S) of segment pairs [CLS] A [SEP] B [SEP] and padding, from the lengths
-    (B,) of [CLS] A [SEP] and of all, and the labels (B,)."""
-    positions = np.arange(input_ids.shape[1])
-    second = (positions >= first_length[:, None]) & (positions < length[:, None])
-    inputs = {
-        "token_type_ids": second,
-        "attention_mask": positions < length[:, None],
-        "next_sentence_label": next_sentence_label,
-    }
-    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in inputs.items()}
+    held_out = MaskedLMDataset(rows.held_out, transform.with_seed(HELD_OUT_SEED), dynamic=False)
+    if isinstance(rows.train, StreamedRows):
+        return MaskedBatches(MaskedStream(rows.train, transform), held_out)
+    return MaskedBatches(MaskedLMDataset(rows.train, transform), held_out)
 
 
 def collate_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

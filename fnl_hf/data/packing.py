@@ -1,4 +1,7 @@
-"""Documents as packed sequences of token ids, without padding."""
+"""Documents as packed sequences of token ids, without padding.
+
+Shapes: N rows of S tokens, of which S - 2 are text and separators.
+"""
 
 from collections.abc import Iterator
 
@@ -9,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.encoding import (
     RowKind,
-    document_buffers,
     encode_documents,
-    fixed_lists,
-    make_rows_of,
     plain_backend,
+    read_chunk,
+    to_fixed_size_lists,
     token_dtype,
+    tokenize_documents,
 )
 
 
@@ -28,36 +31,13 @@ def pack_documents(
     """Sequences of exactly ``max_seq_length`` tokens, without padding: [CLS] text [SEP] text ... [SEP].
 
     Documents follow each other, a [SEP] between them, and are cut wherever a sequence is full. Special tokens that are
-    spelled out in the text stay text.
-
-    Args:
-        documents: a dataset with a column "text".
-        num_proc: processes, one thread each; with one, the tokenizer uses all cores. The rows do not depend on it.
-
-    Returns:
-        a dataset with one column "input_ids" of fixed length.
-
-    Raises:
-        UserInputError: the documents do not fill one sequence.
+    spelled out in the text stay text. For arguments, result and errors see :func:`tokenize_documents`.
     """
-    return make_rows_of(PACKED, documents, tokenizer, max_seq_length, num_proc, cache_dir)
-
-
-def _packed_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[pa.Table]:
-    backend, dtype, separator = plain_backend(tokenizer), token_dtype(tokenizer), tokenizer.sep_token_id
-    content = max_seq_length - 2
-    for start, stop in chunks:
-        rest = np.empty(0, dtype)
-        for tokens in encode_documents(backend, document_buffers(documents, start, stop), separator, dtype):
-            tokens = np.concatenate([rest, tokens])
-            rows = frame_rows(tokens, tokenizer, max_seq_length)
-            rest = tokens[len(rows) * content :]
-            if len(rows):
-                yield pa.table({"input_ids": fixed_lists(rows)})
+    return tokenize_documents(PACKED, documents, tokenizer, max_seq_length, num_proc, cache_dir)
 
 
 def frame_rows(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> np.ndarray:
-    """Rows [CLS] tokens [SEP] of the length, as many as the tokens fill."""
+    """Rows [CLS] tokens [SEP] (N, S), as many as the tokens fill; the tokens beyond are left out."""
     content = max_seq_length - 2
     count = len(tokens) // content
     rows = np.empty((count, max_seq_length), tokens.dtype)
@@ -66,4 +46,16 @@ def frame_rows(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, max_seq_l
     return rows
 
 
-PACKED = RowKind("packed", _packed_tables, 3, "[CLS], a token, [SEP]")
+def _make_packed_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[pa.Table]:
+    backend, dtype, separator = plain_backend(tokenizer), token_dtype(tokenizer), tokenizer.sep_token_id
+    for start, stop in chunks:
+        left_over = np.empty(0, dtype)
+        for tokens in encode_documents(backend, read_chunk(documents, start, stop), separator, dtype):
+            tokens = np.concatenate([left_over, tokens])
+            rows = frame_rows(tokens, tokenizer, max_seq_length)  # (N, S)
+            left_over = tokens[len(rows) * (max_seq_length - 2) :]
+            if len(rows):
+                yield pa.table({"input_ids": to_fixed_size_lists(rows)})
+
+
+PACKED = RowKind("packed", _make_packed_tables, min_length=3, content="[CLS], a token, [SEP]")

@@ -5,6 +5,8 @@ in the other half a segment from elsewhere, after which the document goes on wit
 differ from the published script: the length is drawn for each pair, not for each document, so that one pair in ten is
 short; and a sentence that fills a pair by itself is cut into A and B instead of always getting a random B, so that half
 of the pairs are random.
+
+Shapes: N pairs of S tokens.
 """
 
 import random
@@ -20,27 +22,29 @@ from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.encoding import (
     RowKind,
-    batch_parts,
-    document_buffers,
-    fixed_lists,
-    make_rows_of,
     plain_backend,
+    read_chunk,
+    split_into_batches,
+    to_fixed_size_lists,
     token_dtype,
+    tokenize_documents,
 )
 from fnl_hf.errors import UserInputError
 
 SHORT_PROBABILITY, RANDOM_PROBABILITY = 0.1, 0.5
 SEED = 0  # pairs are made once, whatever the training seed
-SENTENCE_ENDS = (".", "!", "?")
+SENTENCE_MARKS = (".", "!", "?")
 NEXT, RANDOM = 0, 1  # labels of Transformers' BertForNextSentencePrediction
+
+Line = tuple[str, bool, bool]  # text, whether a line ends there, whether the document does
 
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens, and where its sentences end: increasing positions, the last is the number of tokens."""
+    """Tokens, and the position after each sentence: increasing, the last is the number of tokens."""
 
     tokens: np.ndarray
-    ends: list[int]
+    sentence_stops: list[int]
 
 
 @dataclass(frozen=True)
@@ -72,138 +76,155 @@ def pair_documents(
     """
     if tokenizer.pad_token_id is None:
         raise UserInputError(f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no pad_token")
-    return make_rows_of(PAIRS, documents, tokenizer, max_seq_length, num_proc, cache_dir)
+    return tokenize_documents(PAIRS, documents, tokenizer, max_seq_length, num_proc, cache_dir)
 
 
-def _pair_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[pa.Table]:
-    backend = plain_backend(tokenizer)
-    known = tokenizer.backend_tokenizer.get_vocab()
-    ends = np.array([known[mark] for mark in SENTENCE_ENDS if mark in known])
+def _make_pair_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[pa.Table]:
+    backend, dtype = plain_backend(tokenizer), token_dtype(tokenizer)
+    vocabulary = tokenizer.backend_tokenizer.get_vocab()
+    mark_ids = np.array([vocabulary[mark] for mark in SENTENCE_MARKS if mark in vocabulary])
     for start, stop in chunks:
-        groups = split_sentences(backend, document_buffers(documents, start, stop), ends, token_dtype(tokenizer))
-        for index, group in enumerate(groups):
-            draw = random.Random(f"{SEED} {start} {index}")
-            pairs = [pair for i in range(len(group)) for pair in make_pairs(group, i, max_seq_length - 3, draw)]
+        for number, group in enumerate(split_sentences(backend, read_chunk(documents, start, stop), mark_ids, dtype)):
+            rng = random.Random(f"{SEED} {start} {number}")  # a chunk's pairs are its own, whichever process makes them
+            pairs = [pair for i in range(len(group)) for pair in make_pairs(group, i, max_seq_length - 3, rng)]
             if pairs:
-                yield _table(pairs, tokenizer, max_seq_length)
+                yield _make_table(pairs, tokenizer, max_seq_length)
+
+
+# ---- sentences ----
 
 
 def split_sentences(
-    backend: Tokenizer, documents: Iterator[memoryview], ends: np.ndarray, dtype: str
+    backend: Tokenizer, documents: Iterator[memoryview], mark_ids: np.ndarray, dtype: str
 ) -> Iterator[list[Document]]:
-    """Documents as sentences, in groups of about ``BATCH_BYTES`` of text; a longer one becomes several.
+    """Documents as sentences, in groups of about ``BATCH_BYTES`` of text; one that is longer becomes several.
 
     Args:
-        ends: the tokens that end a sentence.
+        mark_ids: the tokens that end a sentence.
     """
-    for parts in batch_parts(documents):
-        lines: list[tuple[str, bool, bool]] = []  # text, whether a line ends there, whether the document does
-        for text, last in parts:
+    for batch in split_into_batches(documents):
+        lines: list[Line] = []
+        for text, is_last in batch:
             *whole, rest = text.split("\n")
             lines += [(line, True, False) for line in whole]
-            lines.append((rest, last, last))
-        yield _group(backend, lines, ends, dtype)
+            lines.append((rest, is_last, is_last))
+        yield _encode_lines(backend, lines, mark_ids, dtype)
 
 
-def _group(backend: Tokenizer, parts: list[tuple[str, bool, bool]], ends: np.ndarray, dtype: str) -> list[Document]:
+def _encode_lines(backend: Tokenizer, lines: list[Line], mark_ids: np.ndarray, dtype: str) -> list[Document]:
     documents = []
     tokens: list[int] = []
-    lines: list[int] = []
-    encodings = backend.encode_batch_fast([text for text, _, _ in parts], add_special_tokens=False)
-    for index, (encoding, (_, line_ends, document_ends)) in enumerate(zip(encodings, parts)):
+    line_stops: list[int] = []
+    encodings = backend.encode_batch_fast([text for text, _, _ in lines], add_special_tokens=False)
+    for index, (encoding, (_, ends_line, ends_document)) in enumerate(zip(encodings, lines)):
         tokens += encoding.ids
-        if line_ends:
-            lines.append(len(tokens))
-        if tokens and (document_ends or index == len(parts) - 1):
-            documents.append(_document(np.array(tokens, dtype), lines, ends))
-        if document_ends:
-            tokens, lines = [], []
+        if ends_line:
+            line_stops.append(len(tokens))
+        if tokens and (ends_document or index == len(lines) - 1):
+            documents.append(_find_sentences(np.array(tokens, dtype), line_stops, mark_ids))
+        if ends_document:
+            tokens, line_stops = [], []
     return documents
 
 
-def _document(tokens: np.ndarray, lines: list[int], ends: np.ndarray) -> Document:
-    marks = np.isin(tokens, ends)
-    stops = np.flatnonzero(marks & ~np.append(marks[1:], False)) + 1  # "..." ends one sentence
-    positions = np.unique(np.concatenate([stops, np.array([*lines, len(tokens)], dtype=np.int64)]))
-    return Document(tokens, positions[positions > 0].tolist())
+def _find_sentences(tokens: np.ndarray, line_stops: list[int], mark_ids: np.ndarray) -> Document:
+    is_mark = np.isin(tokens, mark_ids)
+    mark_stops = np.flatnonzero(is_mark & ~np.append(is_mark[1:], False)) + 1  # "..." ends one sentence
+    stops = np.unique(np.concatenate([mark_stops, np.array([*line_stops, len(tokens)], dtype=np.int64)]))
+    return Document(tokens, stops[stops > 0].tolist())
 
 
-def make_pairs(group: list[Document], index: int, limit: int, draw: random.Random) -> Iterator[Pair]:
-    """The pairs whose A is from ``group[index]``, of at most ``limit`` tokens together."""
-    tokens, ends = group[index].tokens, group[index].ends
+# ---- pairs ----
+
+
+def make_pairs(group: list[Document], index: int, limit: int, rng: random.Random) -> Iterator[Pair]:
+    """The pairs whose A is from ``group[index]``, of at most ``limit`` tokens together.
+
+    A and the B that follows are the sentences from ``start`` on that reach the pair's length; where B is random, what
+    would have followed stays for the next pair.
+    """
+    tokens, stops = group[index].tokens, group[index].sentence_stops
     start = 0
     while start < len(tokens):
-        target = 2 + int(draw.random() * (limit - 1)) if draw.random() < SHORT_PROBABILITY else limit
-        low = bisect_right(ends, start)
-        high = min(bisect_left(ends, start + target, lo=low), len(ends) - 1)
-        stop = ends[high]
-        middle = _cut(ends, low, high, start, draw)
+        target = 2 + int(rng.random() * (limit - 1)) if rng.random() < SHORT_PROBABILITY else limit
+        first_sentence = bisect_right(stops, start)
+        last_sentence = min(bisect_left(stops, start + target, lo=first_sentence), len(stops) - 1)
+        stop = stops[last_sentence]
+        middle = _draw_middle(stops, first_sentence, last_sentence, start, rng)
         second = None
-        if middle == stop or draw.random() < RANDOM_PROBABILITY:
-            second = _elsewhere(group, index, range(low, high + 1), target - (middle - start), draw)
+        if middle == stop or rng.random() < RANDOM_PROBABILITY:
+            sentences = range(first_sentence, last_sentence + 1)
+            second = _draw_segment(group, index, sentences, target - (middle - start), rng)
         if second is not None:
-            yield Pair(*_truncated(tokens[start:middle], second, limit, draw), RANDOM)
+            yield Pair(*_truncate_pair(tokens[start:middle], second, limit, rng), RANDOM)
             start = middle
             continue
         if middle < stop:
-            yield Pair(*_truncated(tokens[start:middle], tokens[middle:stop], limit, draw), NEXT)
+            yield Pair(*_truncate_pair(tokens[start:middle], tokens[middle:stop], limit, rng), NEXT)
         start = stop
 
 
-def _cut(ends: list[int], low: int, high: int, start: int, draw: random.Random) -> int:
-    """Where A ends: after any but the last of some sentences, or within the one there is."""
-    if high > low:
-        return ends[low + int(draw.random() * (high - low))]
-    return min(start + 1 + int(draw.random() * (ends[high] - start - 1)), ends[high])
+def _draw_middle(stops: list[int], first: int, last: int, start: int, rng: random.Random) -> int:
+    """Where A stops: after any but the last of some sentences, or within the one there is."""
+    if last > first:
+        return stops[first + int(rng.random() * (last - first))]
+    return min(start + 1 + int(rng.random() * (stops[last] - start - 1)), stops[last])
 
 
-def _elsewhere(group: list[Document], index: int, taken: range, length: int, draw: random.Random) -> np.ndarray | None:
+def _draw_segment(
+    group: list[Document], index: int, taken: range, length: int, rng: random.Random
+) -> np.ndarray | None:
     """Sentences of about ``length`` tokens from another document, or outside the sentences ``taken`` of this one."""
     if len(group) > 1:
-        other = int(draw.random() * (len(group) - 1))
+        other = int(rng.random() * (len(group) - 1))
         document = group[other + (other >= index)]
-        first = int(draw.random() * len(document.ends))
+        first = int(rng.random() * len(document.sentence_stops))
     else:
         document = group[index]
-        free = len(document.ends) - len(taken)
+        free = len(document.sentence_stops) - len(taken)
         if free == 0:
             return None
-        first = int(draw.random() * free)
+        first = int(rng.random() * free)
         first += len(taken) * (first >= taken.start)
-    start = document.ends[first - 1] if first else 0
-    last = min(bisect_left(document.ends, start + length, lo=first), len(document.ends) - 1)
-    return document.tokens[start : document.ends[last]]
+    stops = document.sentence_stops
+    start = stops[first - 1] if first else 0
+    last = min(bisect_left(stops, start + length, lo=first), len(stops) - 1)
+    return document.tokens[start : stops[last]]
 
 
-def _truncated(first: np.ndarray, second: np.ndarray, limit: int, draw: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the longer one, then both alike, each lost token from the front or the back at random."""
+def _truncate_pair(
+    first: np.ndarray, second: np.ndarray, limit: int, rng: random.Random
+) -> tuple[np.ndarray, np.ndarray]:
+    """Truncate the longer one, then both alike, each lost token from the front or the back at random."""
     if len(first) + len(second) <= limit:
         return first, second
-    short = min(len(first), len(second), limit // 2)
-    lengths = (limit - short, short) if len(first) >= len(second) else (short, limit - short)
-    return _shortened(first, lengths[0], draw), _shortened(second, lengths[1], draw)
+    shorter = min(len(first), len(second), limit // 2)
+    lengths = (limit - shorter, shorter) if len(first) >= len(second) else (shorter, limit - shorter)
+    return _truncate(first, lengths[0], rng), _truncate(second, lengths[1], rng)
 
 
-def _shortened(tokens: np.ndarray, length: int, draw: random.Random) -> np.ndarray:
-    front = draw.getrandbits(max(len(tokens) - length, 1)).bit_count() if len(tokens) > length else 0
+def _truncate(tokens: np.ndarray, length: int, rng: random.Random) -> np.ndarray:
+    # One random bit for each token that is lost: 1 takes it from the front.
+    front = rng.getrandbits(max(len(tokens) - length, 1)).bit_count() if len(tokens) > length else 0
     return tokens[front : front + length]
 
 
-def _table(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> pa.Table:
-    rows = np.full((len(pairs), max_seq_length), tokenizer.pad_token_id, token_dtype(tokenizer))
+def _make_table(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> pa.Table:
+    rows = np.full((len(pairs), max_seq_length), tokenizer.pad_token_id, token_dtype(tokenizer))  # (N, S)
     rows[:, 0] = tokenizer.cls_token_id
-    first = np.array([len(pair.first) + 2 for pair in pairs], dtype=np.int32)
-    length = first + np.array([len(pair.second) + 1 for pair in pairs], dtype=np.int32)
-    for row, pair, middle, stop in zip(rows, pairs, first.tolist(), length.tolist()):
+    first_length = np.array([len(pair.first) + 2 for pair in pairs], dtype=np.int32)  # (N,)
+    length = first_length + np.array([len(pair.second) + 1 for pair in pairs], dtype=np.int32)  # (N,)
+    for row, pair, middle, stop in zip(rows, pairs, first_length.tolist(), length.tolist()):
         row[1 : middle - 1] = pair.first
         row[middle : stop - 1] = pair.second
-    rows[np.arange(len(pairs)), first - 1] = tokenizer.sep_token_id
-    rows[np.arange(len(pairs)), length - 1] = tokenizer.sep_token_id
+    for last in (first_length - 1, length - 1):
+        rows[np.arange(len(pairs)), last] = tokenizer.sep_token_id
     labels = np.array([pair.label for pair in pairs], dtype=np.int8)
     return pa.table({
-        "input_ids": fixed_lists(rows), "first_length": first, "length": length, "next_sentence_label": labels,
+        "input_ids": to_fixed_size_lists(rows), "first_length": first_length, "length": length,
+        "next_sentence_label": labels,
     })  # fmt: skip
 
 
 COLUMNS = {"first_length": Value("int32"), "length": Value("int32"), "next_sentence_label": Value("int8")}
-PAIRS = RowKind("pairs", _pair_tables, 5, "[CLS], a token, [SEP], a token, [SEP]", COLUMNS)
+PAIRS = RowKind("pairs", _make_pair_tables, 5, "[CLS], a token, [SEP], a token, [SEP]", COLUMNS)

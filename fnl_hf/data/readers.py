@@ -1,14 +1,19 @@
-"""Local files as records, read tolerantly: a broken record is a fault to be counted, not the end of the run."""
+"""Local files as records, read tolerantly: a broken record is a fault to be counted, not the end of the run.
+
+``datasets``' own readers refuse a file for one torn line of JSON, take any bytes for text, and leave out or change
+broken cells of CSV without a word.
+"""
 
 import codecs
 import contextlib
 import csv
-import heapq
+import hashlib
 import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +27,7 @@ from fnl_hf.errors import UserInputError
 
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}  # fsspec's names
-LINES = ("text", "json")
+LINE_FORMATS = ("text", "json")
 PIECE_BYTES = 2**26
 TABLE_ROWS, TABLE_CHARACTERS = 2**14, 2**22
 # ``text`` is None in a blank record and in a broken one; only the latter has a fault. Rows are the file's records or
@@ -50,21 +55,39 @@ class Piece:
     start: int = 0
     stop: int | None = None
 
+    @property
+    def splittable_bytes(self) -> int:
+        """Bytes between which the piece can be split: those of plain lines; 0 for other formats."""
+        return self.stop - self.start if self.format in LINE_FORMATS and self.stop is not None else 0
 
-def format_of(path: Path) -> str:
-    """The format by a file's name, compression suffix aside."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+
+# ---- files and their pieces ----
+
+
+def check_file(file: str) -> str:
+    """The format of a file with something in it.
+
+    Raises:
+        UserInputError: it is missing, no file, of unknown type, or empty.
+    """
+    if not os.path.exists(file):
+        raise UserInputError(f"{file}: no such file")
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in FORMATS:
         raise UserInputError(
-            f"{path}: unknown file type, must be one of {', '.join(FORMATS)}, "
+            f"{file}: unknown file type, must be one of {', '.join(FORMATS)}, "
             f"plain or compressed ({', '.join(COMPRESSIONS)})"
         )
+    if not os.path.isfile(file):
+        raise UserInputError(f"{file}: not a file")
+    if os.path.getsize(file) == 0:
+        raise UserInputError(f"{file}: the file is empty")
     return FORMATS[suffixes[-1]]
 
 
-def cut_files(files: Sequence[str], column: str = "text", piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+def split_files(files: Sequence[str], column: str = "text", piece_bytes: int = PIECE_BYTES) -> list[Piece]:
     """The pieces of some files, in order.
 
     Raises:
@@ -77,77 +100,76 @@ def cut_files(files: Sequence[str], column: str = "text", piece_bytes: int = PIE
         if path in seen:
             raise UserInputError(f"{file}: the file is given twice")
         seen.add(path)
-        pieces += _cut_file(file, column, index, piece_bytes)
+        pieces += _split_file(file, column, index, piece_bytes)
     return pieces
 
 
-def cut_for_shards(pieces: Sequence[Piece], shards: int) -> list[Piece]:
-    """The same records in a multiple of ``shards`` pieces, the largest ones of plain files of lines cut in halves; as
-    they are where they cannot be cut."""
-    if len(pieces) + sum(map(_cuttable_bytes, pieces)) < shards:
-        return list(pieces)
-    largest = [(-_cuttable_bytes(piece), piece.file, piece.start, piece) for piece in pieces]
-    heapq.heapify(largest)
-    while len(largest) % shards:
-        _, file, start, piece = heapq.heappop(largest)
-        if _cuttable_bytes(piece) < 2:
-            return list(pieces)
-        middle = (start + (piece.stop or 0)) // 2
-        for half in (replace(piece, stop=middle), replace(piece, start=middle)):
-            heapq.heappush(largest, (-_cuttable_bytes(half), file, half.start, half))
-    return [piece for *_, piece in sorted(largest, key=lambda entry: entry[1:3])]
-
-
-def _cuttable_bytes(piece: Piece) -> int:
-    return piece.stop - piece.start if piece.format in LINES and piece.stop is not None else 0
-
-
-def check_file(file: str) -> str:
-    """The format of a file with something in it.
-
-    Raises:
-        UserInputError: it is missing, no file, of unknown type, or empty.
-    """
-    if not os.path.exists(file):
-        raise UserInputError(f"{file}: no such file")
-    kind = format_of(Path(file))
-    if not os.path.isfile(file):
-        raise UserInputError(f"{file}: not a file")
-    if os.path.getsize(file) == 0:
-        raise UserInputError(f"{file}: the file is empty")
-    return kind
-
-
-def _cut_file(file: str, column: str, index: int, piece_bytes: int) -> list[Piece]:
-    kind, path = check_file(file), Path(file)
-    size = path.stat().st_size
-    plain = path.suffix.lower() not in COMPRESSIONS
+def _split_file(file: str, column: str, index: int, piece_bytes: int) -> list[Piece]:
+    kind = check_file(file)
     if kind == "parquet":
         with _open_parquet(file) as table:
             _check_parquet_column(file, table.schema_arrow, column)
             groups = table.num_row_groups
-        bounds = [(i, i + 1) for i in range(groups)] if plain else [(0, groups)]
+        bounds = [(0, groups)] if _is_compressed(file) else [(i, i + 1) for i in range(groups)]
         return [Piece(file, kind, column, index, *bound) for bound in bounds]
-    if _head(file, kind).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    beginning = _read_beginning(file, kind)
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserInputError(f"{file}: the text is UTF-16, it must be UTF-8")
-    if kind == "json" and ".json" in [suffix.lower() for suffix in path.suffixes] and _starts_array(file):
+    if ".json" in [suffix.lower() for suffix in Path(file).suffixes] and beginning.startswith(b"["):
         kind = "array"
-    if kind in LINES and plain:
+    if kind in LINE_FORMATS and not _is_compressed(file):
+        size = os.path.getsize(file)
         starts = range(0, size, piece_bytes)
         return [Piece(file, kind, column, index, start, min(start + piece_bytes, size)) for start in starts]
     return [Piece(file, kind, column, index)]
+
+
+def split_for_shards(pieces: Sequence[Piece], shards: int) -> list[Piece]:
+    """The same records in a multiple of ``shards`` pieces, the largest ones halved, the first of them first; the pieces
+    as they are where they cannot be split."""
+    if len(pieces) + sum(piece.splittable_bytes for piece in pieces) < shards:
+        return list(pieces)
+    split = list(pieces)
+    while len(split) % shards:
+        largest = max(range(len(split)), key=lambda i: split[i].splittable_bytes)
+        piece = split[largest]
+        if piece.splittable_bytes < 2:
+            return list(pieces)
+        middle = (piece.start + (piece.stop or 0)) // 2
+        split[largest : largest + 1] = [replace(piece, stop=middle), replace(piece, start=middle)]
+    return split
+
+
+def find_columns(piece: Piece, records: int = 100) -> list[str]:
+    """The columns that the first lines of a file of JSON objects, or of an array of them, have."""
+    columns: dict[str, None] = {}
+    with _naming_file(piece.path, piece.format):
+        values: Iterator[Any] = iter(_load_array(piece)) if piece.format == "array" else _parse_whole_lines(piece)
+        for value in islice(values, records):
+            columns |= dict.fromkeys(value if isinstance(value, dict) else ())
+    return list(columns)
+
+
+def _parse_whole_lines(piece: Piece) -> Iterator[Any]:
+    for line in _read_lines(piece):
+        with contextlib.suppress(ValueError, RecursionError):
+            yield json.loads(line.decode())
+
+
+def missing_column(where: str, column: str, columns: Sequence[str]) -> UserInputError:
+    return UserInputError(f"{where}: no column {column!r}, only {list(columns)}: set --text_column_name")
 
 
 def hash_files(files: Sequence[str]) -> list[str]:
     """A checksum of the contents of each file."""
     digests = []
     for file in files:
-        digest = xxhash.xxh3_128()
-        with _readable(file, "a file"), open(file, "rb") as stream:
-            while block := stream.read(2**22):
-                digest.update(block)
-        digests.append(digest.hexdigest())
+        with _naming_file(file, "a file"), open(file, "rb") as stream:
+            digests.append(hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest())
     return digests
+
+
+# ---- pieces and their records ----
 
 
 def read_records(piece: Piece) -> Iterator[Record]:
@@ -156,12 +178,13 @@ def read_records(piece: Piece) -> Iterator[Record]:
     Raises:
         UserInputError: the file is torn or not of its type; what has been read by then is right.
     """
-    readers = {"text": _texts, "json": _objects, "array": _array, "csv": _cells, "parquet": _values}
-    with _readable(piece.path, piece.format):
+    readers = {"text": _read_text, "json": _read_json_lines, "array": _read_json_array, "csv": _read_csv,
+               "parquet": _read_parquet}  # fmt: skip
+    with _naming_file(piece.path, piece.format):
         yield from readers[piece.format](piece)
 
 
-def read_tables(pieces: Sequence[Piece]) -> Iterator[pa.Table]:
+def read_record_tables(pieces: Sequence[Piece]) -> Iterator[pa.Table]:
     """The records of some pieces as tables of :data:`RECORD_FEATURES`."""
     for piece in pieces:
         rows: list[Record] = []
@@ -170,10 +193,15 @@ def read_tables(pieces: Sequence[Piece]) -> Iterator[pa.Table]:
             rows.append(record)
             characters += len(record[0] or "")
             if len(rows) == TABLE_ROWS or characters >= TABLE_CHARACTERS:
-                yield _table(rows, piece.file)
+                yield _make_table(rows, piece.file)
                 rows, characters = [], 0
         if rows:
-            yield _table(rows, piece.file)
+            yield _make_table(rows, piece.file)
+
+
+def _make_table(rows: list[Record], file: int) -> pa.Table:
+    columns = [*map(list, zip(*rows)), [file] * len(rows)]
+    return pa.table(columns, schema=RECORD_FEATURES.arrow_schema)
 
 
 def generate_records(pieces: Sequence[Piece]) -> Iterator[dict[str, str | None]]:
@@ -182,57 +210,6 @@ def generate_records(pieces: Sequence[Piece]) -> Iterator[dict[str, str | None]]
         for text, fault in read_records(piece):
             if text is not None or fault is not None:
                 yield {"text": text, "fault": fault}
-
-
-def found_columns(piece: Piece, records: int = 100) -> list[str]:
-    """The columns that the first lines of a file of JSON objects, or of an array of them, have."""
-    columns: dict[str, None] = {}
-    with _readable(piece.path, piece.format):
-        values = _load_array(piece) if piece.format == "array" else _parsed_lines(piece)
-        for value, _ in zip(values, range(records)):
-            columns |= dict.fromkeys(value if isinstance(value, dict) else ())
-    return list(columns)
-
-
-def _table(rows: list[Record], file: int) -> pa.Table:
-    columns = [*map(list, zip(*rows)), [file] * len(rows)]
-    return pa.table(columns, schema=RECORD_FEATURES.arrow_schema)
-
-
-@contextlib.contextmanager
-def _readable(file: str, kind: str) -> Iterator[None]:
-    """Whatever goes wrong within is the file's fault: each codec has its own classes of errors."""
-    try:
-        yield
-    except UserInputError:
-        raise
-    except Exception as error:
-        raise UserInputError(f"{file}: cannot be read as {kind}: {error or type(error).__name__}") from error
-
-
-@contextlib.contextmanager
-def _open(file: str) -> Iterator[BinaryIO]:
-    codec = COMPRESSIONS.get(Path(file).suffix.lower())
-    if codec is not None and codec not in compr:
-        package = {"zstd": "zstandard"}.get(codec, codec)
-        raise UserInputError(f"{file}: reading it needs the package {package}: pip install {package}")
-    with open(file, "rb") as plain:
-        if codec is None:
-            yield plain
-        else:
-            with compr[codec](plain, mode="rb") as stream:
-                yield stream
-
-
-def _lines(piece: Piece) -> Iterator[bytes]:
-    with _open(piece.path) as stream:
-        position = 0
-        if piece.start:
-            stream.seek(piece.start - 1)  # a line that begins right at ``start`` is ours
-            position = piece.start - 1 + len(stream.readline())
-        while (piece.stop is None or position < piece.stop) and (line := stream.readline()):
-            yield line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
-            position += len(line)
 
 
 def check_text(value: Any, column: str) -> Record:
@@ -250,74 +227,61 @@ def check_text(value: Any, column: str) -> Record:
     return value, None
 
 
-def _field(value: Any, column: str) -> Record:
+def _check_object(value: Any, column: str) -> Record:
     return check_text(value.get(column), column) if isinstance(value, dict) else (None, "not an object")
 
 
-def _texts(piece: Piece) -> Iterator[Record]:
-    for line in _lines(piece):
+def _read_lines(piece: Piece) -> Iterator[bytes]:
+    """The lines that begin within the piece."""
+    with _open_decompressed(piece.path) as stream:
+        position = 0
+        if piece.start:
+            stream.seek(piece.start - 1)  # a line that begins right at ``start`` is ours
+            position = piece.start - 1 + len(stream.readline())
+        while (piece.stop is None or position < piece.stop) and (line := stream.readline()):
+            yield line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
+            position += len(line)
+
+
+def _read_text(piece: Piece) -> Iterator[Record]:
+    for line in _read_lines(piece):
         try:
             yield check_text(line.decode().rstrip("\r\n"), piece.column)
         except UnicodeDecodeError:
             yield None, "not UTF-8"
 
 
-def _objects(piece: Piece) -> Iterator[Record]:
-    for value in _parsed_lines(piece):
-        if isinstance(value, _Broken):
-            yield None, value.fault
-        else:
-            yield _field(value, piece.column)
-
-
-@dataclass(frozen=True)
-class _Broken:
-    fault: str | None
-
-
-def _parsed_lines(piece: Piece) -> Iterator[Any]:
-    for line in _lines(piece):
+def _read_json_lines(piece: Piece) -> Iterator[Record]:
+    for line in _read_lines(piece):
         try:
-            yield json.loads(line.decode()) if line.strip() else _Broken(None)
+            yield _check_object(json.loads(line.decode()), piece.column) if line.strip() else (None, None)
         except UnicodeDecodeError:
-            yield _Broken("not UTF-8")
+            yield None, "not UTF-8"
         except (ValueError, RecursionError):
-            yield _Broken("not JSON")
+            yield None, "not JSON"
 
 
-def _head(file: str, kind: str) -> bytes:
-    with _readable(file, kind), _open(file) as stream:
-        return stream.read(2)
-
-
-def _starts_array(file: str) -> bool:
-    with _readable(file, "json"), _open(file) as stream:
-        while (block := stream.read(2**12).removeprefix(codecs.BOM_UTF8)) and not block.strip():
-            pass
-        return block.lstrip().startswith(b"[")
+def _read_json_array(piece: Piece) -> Iterator[Record]:
+    for value in _load_array(piece):
+        yield _check_object(value, piece.column)
 
 
 def _load_array(piece: Piece) -> list:
-    with _open(piece.path) as stream:
+    with _open_decompressed(piece.path) as stream:
         return json.loads(stream.read().decode("utf-8-sig"))
 
 
-def _array(piece: Piece) -> Iterator[Record]:
-    for value in _load_array(piece):
-        yield _field(value, piece.column)
-
-
-def _cells(piece: Piece) -> Iterator[Record]:
+def _read_csv(piece: Piece) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the longest cell; the default is 128 KB
     with (
-        _open(piece.path) as stream,
+        _open_decompressed(piece.path) as stream,
         # What is not UTF-8 becomes lone surrogates, which mark the cell without losing the place in the file.
         io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
         rows = csv.reader(text, strict=True)
         header = next(rows)
         if piece.column not in header:
-            raise no_column(piece.path, piece.column, header)
+            raise missing_column(piece.path, piece.column, header)
         position = header.index(piece.column)
         while True:
             try:
@@ -327,10 +291,10 @@ def _cells(piece: Piece) -> Iterator[Record]:
             except csv.Error:
                 yield None, "not CSV"
                 continue
-            yield _cell(row, position, len(header), piece.column)
+            yield _check_row(row, position, len(header), piece.column)
 
 
-def _cell(row: list[str], position: int, columns: int, column: str) -> Record:
+def _check_row(row: list[str], position: int, columns: int, column: str) -> Record:
     if not row:
         return None, None
     if len(row) > columns:
@@ -339,18 +303,9 @@ def _cell(row: list[str], position: int, columns: int, column: str) -> Record:
     return text, "not UTF-8" if fault == "not Unicode" else fault
 
 
-def _open_parquet(file: str) -> pq.ParquetFile:
-    plain = Path(file).suffix.lower() not in COMPRESSIONS
-    with _readable(file, "parquet"):
-        if plain:
-            return pq.ParquetFile(file)
-        with _open(file) as stream:
-            return pq.ParquetFile(pa.BufferReader(stream.read()))
-
-
 def _check_parquet_column(file: str, schema: pa.Schema, column: str) -> None:
     if column not in schema.names:
-        raise no_column(file, column, schema.names)
+        raise missing_column(file, column, schema.names)
     if schema.names.count(column) > 1:
         raise UserInputError(f"{file}: {schema.names.count(column)} columns are named {column!r}")
     dtype = schema.field(column).type
@@ -359,7 +314,7 @@ def _check_parquet_column(file: str, schema: pa.Schema, column: str) -> None:
         raise UserInputError(f"{file}: column {column!r} holds {dtype}, not text")
 
 
-def _values(piece: Piece) -> Iterator[Record]:
+def _read_parquet(piece: Piece) -> Iterator[Record]:
     with _open_parquet(piece.path) as table:
         groups = list(range(piece.start, table.num_row_groups if piece.stop is None else piece.stop))
         for batch in table.iter_batches(batch_size=2**10, row_groups=groups, columns=[piece.column]):
@@ -367,17 +322,62 @@ def _values(piece: Piece) -> Iterator[Record]:
             try:
                 texts = values.to_pylist()
             except UnicodeDecodeError:
-                texts = [_decoded(value) for value in values.cast(pa.large_binary()).to_pylist()]
+                texts = [_decode(value) for value in values.cast(pa.large_binary()).to_pylist()]
             for text in texts:
                 yield (None, "not UTF-8") if isinstance(text, bytes) else check_text(text, piece.column)
 
 
-def _decoded(value: bytes | None) -> str | bytes | None:
+def _decode(value: bytes | None) -> str | bytes | None:
+    """The text, or the bytes that are none."""
     try:
         return None if value is None else value.decode()
     except UnicodeDecodeError:
         return value
 
 
-def no_column(where: str, column: str, columns: Sequence[str]) -> UserInputError:
-    return UserInputError(f"{where}: no column {column!r}, only {list(columns)}: set --text_column_name")
+# ---- opening ----
+
+
+@contextlib.contextmanager
+def _naming_file(file: str, kind: str) -> Iterator[None]:
+    """Whatever goes wrong within is the file's fault: each codec has its own classes of errors."""
+    try:
+        yield
+    except UserInputError:
+        raise
+    except Exception as error:
+        raise UserInputError(f"{file}: cannot be read as {kind}: {error or type(error).__name__}") from error
+
+
+def _is_compressed(file: str) -> bool:
+    return Path(file).suffix.lower() in COMPRESSIONS
+
+
+@contextlib.contextmanager
+def _open_decompressed(file: str) -> Iterator[BinaryIO]:
+    codec = COMPRESSIONS.get(Path(file).suffix.lower())
+    if codec is not None and codec not in compr:
+        package = {"zstd": "zstandard"}.get(codec, codec)
+        raise UserInputError(f"{file}: reading it needs the package {package}: pip install {package}")
+    with open(file, "rb") as plain:
+        if codec is None:
+            yield plain
+        else:
+            with compr[codec](plain, mode="rb") as stream:
+                yield stream
+
+
+def _read_beginning(file: str, kind: str) -> bytes:
+    """Some bytes from the first one that is neither blank nor UTF-8's mark."""
+    with _naming_file(file, kind), _open_decompressed(file) as stream:
+        while (block := stream.read(2**12)) and not (text := block.removeprefix(codecs.BOM_UTF8).lstrip()):
+            pass
+        return text if block else b""
+
+
+def _open_parquet(file: str) -> pq.ParquetFile:
+    with _naming_file(file, "parquet"):
+        if not _is_compressed(file):
+            return pq.ParquetFile(file)
+        with _open_decompressed(file) as stream:
+            return pq.ParquetFile(pa.BufferReader(stream.read()))

@@ -1,4 +1,7 @@
-"""Rows of token ids, of one length, from documents: packed sequences, segment pairs or a stream."""
+"""Rows of token ids, of one length, from documents: packed sequences, segment pairs or a stream.
+
+Shapes: B chosen rows, S tokens.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.corpus import Documents
-from fnl_hf.data.encoding import stored_rows
+from fnl_hf.data.encoding import table_indices
 from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.pairs import pair_documents
 from fnl_hf.data.source import Source
@@ -97,42 +100,42 @@ def first_rows(dataset: Dataset, flag: str, count: int | None) -> Dataset:
 class Column:
     """A column of numbers, or of lists of one length, as NumPy arrays straight from the memory-mapped table.
 
-    ``rows[indices]`` is (B,) or (B, S) in the column's own dtype. Indexing the dataset itself costs about a millisecond
-    a batch. Travels to other processes with the dataset, which is mapped anew there.
+    ``column[indices]`` is (B,) or (B, S) in the column's own dtype, three to eighteen times as fast as by the dataset's
+    own formats. Travels to other processes with the dataset, which is mapped anew there.
     """
 
     def __init__(self, dataset: Dataset, column: str = "input_ids"):
         self.dataset = dataset
         self.column = column
-        self._map()
+        self._map_table()
 
-    def _map(self) -> None:
+    def _map_table(self) -> None:
         chunks = [chunk for chunk in self.dataset.data.column(self.column).chunks if len(chunk)]
-        self._views = [_view(chunk) for chunk in chunks]
+        self._views = [_as_numpy(chunk) for chunk in chunks]
         self._starts = np.cumsum([0] + [len(view) for view in self._views])
-        self._stored = stored_rows(self.dataset)
+        self._indices = table_indices(self.dataset)
 
     def __getstate__(self):
         return {"dataset": self.dataset, "column": self.column}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._map()
+        self._map_table()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        stored = np.asarray(indices) if self._stored is None else self._stored[indices]
-        chunks = np.searchsorted(self._starts, stored, side="right") - 1
-        out = np.empty((len(stored), *self._views[0].shape[1:]), self._views[0].dtype)
-        for i, (chunk, row) in enumerate(zip(chunks.tolist(), (stored - self._starts[chunks]).tolist())):
-            out[i] = self._views[chunk][row]
-        return out
+        places = np.asarray(indices) if self._indices is None else self._indices[indices]  # (B,) in the table
+        chunks = np.searchsorted(self._starts, places, side="right") - 1
+        values = np.empty((len(places), *self._views[0].shape[1:]), self._views[0].dtype)
+        for i, (chunk, row) in enumerate(zip(chunks.tolist(), (places - self._starts[chunks]).tolist())):
+            values[i] = self._views[chunk][row]
+        return values
 
     def blocks(self, count: int = 2**12) -> Iterator[np.ndarray]:
         """All rows in order, at most ``count`` at a time."""
-        if self._stored is None:
+        if self._indices is None:
             for view in self._views:
                 for start in range(0, len(view), count):
                     yield view[start : start + count]
@@ -141,7 +144,7 @@ class Column:
                 yield self[np.arange(start, min(start + count, len(self)))]
 
 
-def _view(chunk: pa.Array) -> np.ndarray:
+def _as_numpy(chunk: pa.Array) -> np.ndarray:
     if not pa.types.is_nested(chunk.type):
         return chunk.to_numpy()
     return chunk.flatten().to_numpy().reshape(len(chunk), -1)  # flatten() minds the offset of a sliced table

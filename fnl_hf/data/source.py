@@ -11,7 +11,7 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
-from fnl_hf.data.readers import cut_files, cut_for_shards, found_columns, generate_records, no_column
+from fnl_hf.data.readers import find_columns, generate_records, missing_column, split_files, split_for_shards
 from fnl_hf.errors import UserInputError
 
 
@@ -78,7 +78,7 @@ def stream_hub(source: Source) -> IterableDataset:
     except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration or split
         raise UserInputError(f"--dataset_name {name}: {_root_cause(error)}") from error
     if source.text_column not in columns:
-        raise no_column(f"--dataset_name {name}", source.text_column, columns)
+        raise missing_column(f"--dataset_name {name}", source.text_column, columns)
     return stream
 
 
@@ -92,19 +92,19 @@ def _root_cause(error: BaseException) -> BaseException:
 
 def stream_files(files: Sequence[str], text_column: str, shards: int) -> IterableDataset:
     """The records of files as they are used, {"text": ..., "fault": ...}, in a multiple of ``shards`` parts if the
-    files can be cut so.
+    files can be split so.
 
     Raises:
-        UserInputError: see :func:`fnl_hf.data.readers.cut_files`; no text, or JSON objects without the column.
+        UserInputError: see :func:`fnl_hf.data.readers.split_files`; no text, or JSON objects without the column.
     """
-    pieces = cut_files(files, text_column)
+    pieces = split_files(files, text_column)
     if not pieces:
         raise UserInputError(f"{', '.join(files)}: no text")
     for piece in pieces:  # a column that is nowhere would be looked for to the stream's end
-        columns = found_columns(piece) if piece.format == "json" and piece.start == 0 else []
+        columns = find_columns(piece) if piece.format == "json" and piece.start == 0 else []
         if columns and piece.column not in columns:
-            raise no_column(piece.path, piece.column, columns)
-    return IterableDataset.from_generator(generate_records, gen_kwargs={"pieces": cut_for_shards(pieces, shards)})
+            raise missing_column(piece.path, piece.column, columns)
+    return IterableDataset.from_generator(generate_records, gen_kwargs={"pieces": split_for_shards(pieces, shards)})
 
 
 def embedded_corpus() -> Dataset:

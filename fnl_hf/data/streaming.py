@@ -6,7 +6,10 @@ depends on V and their size alone: not on W, and not on the number of DataLoader
 shards.
 
 A shard's place is that of the buffer it is in: the state of ``datasets``' own cursor before the document in which the
-buffer begins, and how many of that document's tokens came before. Resuming reads that buffer again, and nothing else.
+buffer begins, and how many of that document's tokens came before. Resuming reads that buffer again, and nothing else;
+``datasets``' own shuffling loses on resume what its buffer held.
+
+Shapes: B rows in a micro-batch, N rows in a buffer, S tokens in a row.
 """
 
 import copy
@@ -65,7 +68,7 @@ class StreamState:
     """Where a run stands in its stream.
 
     Attributes:
-        shards, batch_size, buffer_size: V, rows in a micro-batch, rows in a buffer; they decide the order of the rows.
+        shards, batch_size, buffer_size: V, B, N; they decide the order of the rows.
         consumed: micro-batches that all processes together have used.
         cursors: the newest place of each shard that has been read.
     """
@@ -76,7 +79,7 @@ class StreamState:
     consumed: int = 0
     cursors: dict[int, Cursor] = field(default_factory=dict)
 
-    def take(self, cursor: str, world_size: int) -> None:
+    def advance(self, cursor: str, world_size: int) -> None:
         """Note that this process has used the micro-batch that came with ``cursor``, and each other process its own."""
         place = Cursor(**json.loads(cursor))
         self.cursors[place.shard] = place
@@ -91,7 +94,7 @@ class StreamState:
         values["cursors"] = {int(shard): Cursor(**cursor) for shard, cursor in values["cursors"].items()}
         return cls(**values)
 
-    def batches_of(self, shard: int) -> int:
+    def count_batches(self, shard: int) -> int:
         """How many micro-batches of a shard are among those consumed."""
         return len(range(shard, self.consumed, self.shards))
 
@@ -100,14 +103,14 @@ class StreamState:
         for shard in range(self.shards):
             cursor = self.cursors.get(shard, Cursor(shard))
             found = (cursor.buffer * self.buffer_size + cursor.row) // self.batch_size
-            if found != self.batches_of(shard):
+            if found != self.count_batches(shard):
                 raise UserInputError(
                     f"the state of the stream is incomplete: shard {shard} of {self.shards} stands at micro-batch "
-                    f"{found}, not {self.batches_of(shard)}; the state of every process is needed"
+                    f"{found}, not {self.count_batches(shard)}; the state of every process is needed"
                 )
 
 
-def merge(states: Sequence[StreamState]) -> StreamState:
+def merge_states(states: Sequence[StreamState]) -> StreamState:
     """The state of a run from those of its processes, for any number of processes to go on from.
 
     Raises:
@@ -142,7 +145,7 @@ def read_state(checkpoint: str) -> StreamState:
             raise UserInputError(f"{file} is not the state of a stream: {error}") from error
     if not states:
         raise UserInputError(f"checkpoint {checkpoint} has no {STATE_FILE.format(0)}: where its stream stood is lost")
-    return merge(states)
+    return merge_states(states)
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,8 @@ class StreamOrder:
     """What decides the order of a stream's rows beside its shards, and which of them a process reads.
 
     Attributes:
-        batch_size: B, rows in a micro-batch: all of one process's rows of one forward pass.
-        buffer_size: rows that are shuffled at a time, rounded up to a multiple of B.
+        batch_size: B, all of one process's rows of one forward pass.
+        buffer_size: rows that are shuffled at a time; N is the next multiple of B.
         rank, world_size: r, W.
         state: where to begin; None: at the beginning. Its V, B and buffer size must be those given here.
     """
@@ -168,12 +171,12 @@ class StreamedRows(torch.utils.data.IterableDataset):
     """Micro-batches of packed rows [CLS] text [SEP] text ... [SEP], without end.
 
     Each is {"input_ids": (B, S) token ids, "sample_ids": (B,) a number that no other row of the run has, "cursor": JSON
-    for :meth:`StreamState.take`}. Use it with ``DataLoader(batch_size=None)``. When a shard's documents end, it begins
-    again. Tokens are never dropped.
+    for :meth:`StreamState.advance`}. Use it with ``DataLoader(batch_size=None)``. When a shard's documents end, it
+    begins again. Tokens are never dropped.
 
     Attributes:
-        state: where the run stands. Call ``state.take`` for each micro-batch that was used, and save ``state`` of every
-            process; iterating begins where it says.
+        state: where the run stands. Call ``state.advance`` for each micro-batch that was used, and save ``state`` of
+            every process; iterating begins where it says.
 
     Raises:
         UserInputError: V does not suit the processes and workers, a state of another stream, a shard without documents.
@@ -205,6 +208,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         return self._micro_batches(copy.deepcopy(self.state))
 
     def _micro_batches(self, state: StreamState) -> Iterator[dict[str, Any]]:
+        """The micro-batches of this process and worker, from its shards in turn."""
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         validate_shards(state.shards, self.order.world_size, workers)
@@ -213,48 +217,48 @@ class StreamedRows(torch.utils.data.IterableDataset):
         while True:
             shard = number % state.shards
             if shard not in readers:
-                readers[shard] = self._batches(state.cursors.get(shard, Cursor(shard)))
+                readers[shard] = self._read_shard(state.cursors.get(shard, Cursor(shard)))
             yield next(readers[shard])
             number += workers * self.order.world_size
 
-    def _batches(self, cursor: Cursor) -> Iterator[dict[str, Any]]:
+    def _read_shard(self, cursor: Cursor) -> Iterator[dict[str, Any]]:
         """The micro-batches of one shard."""
         size, shards = self.state.batch_size, self.state.shards
-        for rows, start, following in self._buffers(cursor):
-            words = np.random.PCG64([self.order.seed % 2**64, start.shard, start.buffer]).random_raw(len(rows))
-            order = np.argsort(words, kind="stable")
+        for rows, start, following in self._fill_buffers(cursor):
+            bits = np.random.PCG64([self.order.seed % 2**64, start.shard, start.buffer]).random_raw(len(rows))
+            order = np.argsort(bits, kind="stable")  # (N,)
             for row in range(start.row, len(rows), size):
-                chosen = order[row : row + size]
-                ids, numbers = rows[chosen], (start.buffer * len(rows) + chosen) * shards + start.shard
+                chosen = order[row : row + size]  # (B,)
+                sample_ids = (start.buffer * len(rows) + chosen) * shards + start.shard
                 used = row + size
                 place = following if used == len(rows) else dataclasses.replace(start, row=used)
-                yield {"input_ids": ids, "sample_ids": numbers, "cursor": json.dumps(dataclasses.asdict(place))}
+                cursor_json = json.dumps(dataclasses.asdict(place))
+                yield {"input_ids": rows[chosen], "sample_ids": sample_ids, "cursor": cursor_json}
 
-    def _buffers(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor, Cursor]]:
+    def _fill_buffers(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor, Cursor]]:
         """Buffers (N, S), each with its own place and that of the next."""
-        dtype, content, size = token_dtype(self.tokenizer), self.max_seq_length - 2, self.state.buffer_size
-        buffer, filled = np.empty(size * content, dtype), 0
-        for tokens, place in self._tokens(cursor):
+        dtype, capacity = token_dtype(self.tokenizer), self.state.buffer_size * (self.max_seq_length - 2)
+        buffer, filled = np.empty(capacity, dtype), 0  # (N (S - 2),)
+        for tokens, place in self._encode_shard(cursor):
             used = 0
             while used < len(tokens):
-                count = min(len(tokens) - used, len(buffer) - filled)
+                count = min(len(tokens) - used, capacity - filled)
                 buffer[filled : filled + count] = tokens[used : used + count]
                 used, filled = used + count, filled + count
-                if filled == len(buffer):
+                if filled == capacity:
                     rows = frame_rows(buffer, self.tokenizer, self.max_seq_length)
-                    skip = place.skip + used
-                    following = dataclasses.replace(place, skip=skip, buffer=cursor.buffer + 1, row=0)
+                    following = dataclasses.replace(place, skip=place.skip + used, buffer=cursor.buffer + 1, row=0)
                     yield rows, cursor, following
                     cursor, filled = following, 0
 
-    def _tokens(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
+    def _encode_shard(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
         """Tokens, each array with its place: the state before its document, and the document's tokens before it."""
         backend, dtype, skip = plain_backend(self.tokenizer), token_dtype(self.tokenizer), cursor.skip
         for text, source, epoch in self.documents.read_shard(cursor.shard, cursor.source, cursor.epoch):
             position = 0
             document = memoryview(text.encode())
             for tokens in encode_documents(backend, [document], self.tokenizer.sep_token_id, dtype):
-                known = min(max(skip - position, 0), len(tokens))
+                known = min(max(skip - position, 0), len(tokens))  # in buffers that were used before the cursor
                 place = Cursor(cursor.shard, source, position + known, epoch)
                 position += len(tokens)
                 yield tokens[known:], place

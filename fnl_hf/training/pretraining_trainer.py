@@ -70,7 +70,7 @@ class PretrainingTrainer(FnlTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.stream is not None:
             for batch in batches:
-                self.stream.state.take(batch.pop("cursor"), self.args.world_size)
+                self.stream.state.advance(batch.pop("cursor"), self.args.world_size)
         return batches, items
 
     def save_data_position(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ from fnl_hf.data.masking import (
     MaskedLMDataset,
     MaskingTransform,
     choose_positions,
-    hashed_words,
+    draw_bits,
     masked_count,
 )
 
@@ -125,7 +125,7 @@ def test_whole_words_are_masked_whole(length, probability, seed, data):
     for position in range(length):
         start = start if continues[position] else position
         starts.append(start)
-    words = hashed_words(seed, 0, np.array([7]), length)
+    words = draw_bits(seed, 0, np.array([7]), length)
     positions, meant = choose_positions(words, maskable[None], probability, np.array([starts]))
     assert positions.shape == (1, masked_count(length, probability))
     tokens = {s: [p for p in range(length) if starts[p] == s and maskable[p]] for s in set(starts)}
@@ -144,7 +144,7 @@ def test_whole_words_are_masked_whole(length, probability, seed, data):
 
 
 def test_single_tokens_are_chosen_by_their_own_draw():
-    words = hashed_words(1, 0, np.arange(5), 13)
+    words = draw_bits(1, 0, np.arange(5), 13)
     maskable = np.ones((5, 13), dtype=bool)
     maskable[:, [0, 12]] = maskable[2, 3:] = False
     positions, meant = choose_positions(words, maskable, 0.3)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fnl_hf import UserInputError
 from fnl_hf.data import arrow_cache, encoding
 from fnl_hf.data.corpus import load_text_files
-from fnl_hf.data.encoding import cut_text, plain_backend
+from fnl_hf.data.encoding import plain_backend, split_text
 from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.rows import Column, data_fingerprint, unigram_entropy
 from fnl_hf.data.tokenizer import train_tokenizer
@@ -44,7 +44,7 @@ def test_rows_do_not_depend_on_processes_and_follow_the_documents(documents, tok
     monkeypatch.setattr(encoding, "CHUNK_BYTES", 200)
     order = np.random.default_rng(0).permutation(2 * len(TEXTS))[:-5]
     chosen = concatenate_datasets([documents, documents]).select(order)
-    chunks = encoding.chunk_documents(chosen)
+    chunks = encoding.split_into_chunks(chosen)
     assert [start for start, _ in chunks] == [0, *(stop for _, stop in chunks[:-1])] and chunks[-1][1] == len(order)
     texts = [(TEXTS * 2)[i] for i in order]
     for start, stop in chunks[:-1]:
@@ -107,7 +107,7 @@ ANY_TOKENIZER = train_tokenizer(Dataset.from_dict({"text": ["wörd größe 東 �
 @given(ANY_TEXT, st.integers(4, 40))
 def test_cuts_at_white_space_change_no_token(text, limit):
     backend = plain_backend(ANY_TOKENIZER)
-    cut = list(cut_text(memoryview(text.encode()), limit))
+    cut = list(split_text(memoryview(text.encode()), limit))
     parts = [part for part, _ in cut]
     assert "".join(parts) == text and all(len(part.encode()) <= limit for part in parts)
     assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
@@ -121,7 +121,7 @@ def test_cuts_at_white_space_change_no_token(text, limit):
 def test_long_documents_are_cut_and_lose_nothing(tokenizer, tmp_path):
     words = " ".join(TEXTS * 1000)
     documents = Dataset.from_dict({"text": [words, "short", "x" * 200_000 + " dog"]})
-    assert len(words) > 5 * encoding.TEXT_BYTES
+    assert len(words) > 5 * encoding.PART_BYTES
     packed = pack_documents(documents, tokenizer, 7, cache_dir=str(tmp_path))
     tokens = np.array(packed["input_ids"][:])[:, 1:-1].ravel().tolist()
     expected = stream([words, "short"], tokenizer)

@@ -122,7 +122,7 @@ def test_a_single_document_ends_and_never_repeats_itself(ends):
 def test_pairs_do_not_depend_on_the_number_of_processes(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK_BYTES", 3000)
     documents = Dataset.from_dict({"text": TEXTS})
-    assert len(encoding.chunk_documents(documents)) > 3
+    assert len(encoding.split_into_chunks(documents)) > 3
     made = [
         pair_documents(documents, tokenizer, LENGTH, processes, cache_dir=str(tmp_path / str(processes)))
         for processes in (1, 2)

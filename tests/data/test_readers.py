@@ -17,7 +17,7 @@ from fnl_hf import UserInputError
 from fnl_hf.data import corpus as corpus_module
 from fnl_hf.data import readers
 from fnl_hf.data.corpus import load_text_files, read_documents
-from fnl_hf.data.readers import cut_files, cut_for_shards, generate_records, read_records
+from fnl_hf.data.readers import generate_records, read_records, split_files, split_for_shards
 from fnl_hf.data.source import Source
 
 
@@ -53,7 +53,7 @@ RECORDS = [
 def test_faults_of_json_lines(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(line for line, _, _ in RECORDS))
-    [piece] = cut_files([str(path)])
+    [piece] = split_files([str(path)])
     assert list(read_records(piece)) == [(text, fault) for _, text, fault in RECORDS]
     assert [r["fault"] for r in generate_records([piece])] == [f for _, t, f in RECORDS if t or f]
 
@@ -63,7 +63,7 @@ def test_faults_of_csv(tmp_path):
     path.write_bytes(
         b'\xef\xbb\xbfid,text\n1,"two\nlines"\n2\n3,\n4,a,b\n5,\xff\n\n6,"x"y\n7,' + b"z" * 200_000 + b"\n"
     )
-    [piece] = cut_files([str(path)])
+    [piece] = split_files([str(path)])
     assert list(read_records(piece)) == [
         ("two\nlines", None), (None, "no 'text'"), (None, None), (None, "more cells than columns"), (None, "not UTF-8"),
         (None, None), (None, "not CSV"), ("z" * 200_000, None),
@@ -75,13 +75,13 @@ def test_faults_of_parquet(tmp_path):
     offsets, data = pa.py_buffer(pa.array([0, 1, 2, 2, 2], pa.int32()).buffers()[1]), pa.py_buffer(b"a\xff")
     broken = pa.Array.from_buffers(pa.string(), 4, [pa.py_buffer(bytes([0b0111])), offsets, data])
     pq.write_table(pa.table({"text": broken}), path, row_group_size=3)
-    pieces = cut_files([str(path)])
+    pieces = split_files([str(path)])
     assert [list(read_records(piece)) for piece in pieces] == [
         [("a", None), (None, "not UTF-8"), (None, None)],
         [(None, "no 'text'")],
     ]
     (tmp_path / "packed.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
-    [piece] = cut_files([str(tmp_path / "packed.parquet.gz")])
+    [piece] = split_files([str(tmp_path / "packed.parquet.gz")])
     assert list(read_records(piece)) == [r for piece in pieces for r in read_records(piece)]
 
 
@@ -91,7 +91,7 @@ def test_pieces_of_any_size_hold_each_line_once(tmp_path, lines, piece_bytes):
     """Bytes decide where a piece ends, lines which piece has them; only a newline ends a line."""
     path = tmp_path / "corpus.txt"
     path.write_bytes("\n".join([*lines, "end"]).encode())
-    pieces = cut_files([str(path)], piece_bytes=piece_bytes)
+    pieces = split_files([str(path)], piece_bytes=piece_bytes)
     assert [text for piece in pieces for text, _ in read_records(piece)] == [line or None for line in lines] + ["end"]
 
 
@@ -170,16 +170,16 @@ def test_a_changed_file_is_never_served_stale(tmp_path, monkeypatch):
     assert load(path, tmp_path) == ["two"]
     (tmp_path / "moved").mkdir()
     moved = path.rename(tmp_path / "moved" / "corpus.txt")
-    monkeypatch.setattr(readers, "_lines", None)
+    monkeypatch.setattr(readers, "_read_lines", None)
     assert load(moved, tmp_path) == ["two"], "from the cache: the contents are the same"
 
 
 def test_documents_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers.cut_files, "__defaults__", ("text", 100))
+    monkeypatch.setattr(readers.split_files, "__defaults__", ("text", 100))
     path = tmp_path / "corpus.txt"
     lines = [f"line {i} " + "x" * (i % 17) for i in range(70)]
     path.write_text("\n".join(lines))
-    assert len(cut_files([str(path)])) > 5
+    assert len(split_files([str(path)])) > 5
     for num_proc in (1, 2):
         found = load_text_files([str(path)], cache_dir=str(tmp_path / str(num_proc)), num_proc=num_proc)
         assert found["text"][:] == lines
@@ -208,20 +208,20 @@ def test_pieces_for_shards_hold_the_same_records(tmp_path_factory, texts, shards
     files = [folder / f"{index}.txt" for index in range(len(texts))]
     for file, text in zip(files, texts):
         file.write_bytes(b"first line\n" + text)
-    pieces = cut_files([str(file) for file in files], piece_bytes=17)
-    cut = cut_for_shards(pieces, shards)
-    assert len(cut) % shards == 0 and len(cut) < len(pieces) + shards
-    assert [record for piece in cut for record in read_records(piece)] == [
+    pieces = split_files([str(file) for file in files], piece_bytes=17)
+    split = split_for_shards(pieces, shards)
+    assert len(split) % shards == 0 and len(split) < len(pieces) + shards
+    assert [record for piece in split for record in read_records(piece)] == [
         record for piece in pieces for record in read_records(piece)
     ]
 
 
-def test_what_cannot_be_cut_for_shards_is_read_whole(tmp_path, warnings_of):
+def test_what_cannot_be_split_for_shards_is_read_whole(tmp_path, warnings_of):
     for name, opened in (("a.txt.gz", gzip.open), ("b.txt", open)):
         with opened(tmp_path / name, "wt") as file:
             file.write("one\ntwo\nthree\n")
-    packed, plain = cut_files([str(tmp_path / "a.txt.gz")]), cut_files([str(tmp_path / "b.txt")])
-    assert cut_for_shards(packed, 2) == packed and len(cut_for_shards(plain, 2)) == 2
+    packed, plain = split_files([str(tmp_path / "a.txt.gz")]), split_files([str(tmp_path / "b.txt")])
+    assert split_for_shards(packed, 2) == packed and len(split_for_shards(plain, 2)) == 2
     held_out = [str(tmp_path / "b.txt")]
     read_documents(Source(train_file=[str(tmp_path / "b.txt")], validation_file=held_out, shards=2))
     assert not warnings_of

@@ -18,9 +18,9 @@ from fnl_hf import UserInputError
 from fnl_hf.data import corpus, streaming
 from fnl_hf.data.corpus import DocumentStream, read_documents
 from fnl_hf.data.masking import MaskedStream
-from fnl_hf.data.readers import cut_files, generate_records
+from fnl_hf.data.readers import generate_records, split_files
 from fnl_hf.data.source import Source
-from fnl_hf.data.streaming import Cursor, StreamedRows, StreamOrder, StreamState, merge
+from fnl_hf.data.streaming import Cursor, StreamedRows, StreamOrder, StreamState, merge_states
 from fnl_hf.data.tokenizer import train_tokenizer
 
 LENGTH, SIZE, BUFFER, SHARDS = 7, 2, 6, 4
@@ -48,7 +48,7 @@ def streams(tmp_path_factory):
         part.to_json(folder / f"clean{i}.jsonl")
 
     def generated(names, **kwargs):
-        pieces = cut_files([str(folder / name) for name in names], **kwargs)
+        pieces = split_files([str(folder / name) for name in names], **kwargs)
         return IterableDataset.from_generator(generate_records, gen_kwargs={"pieces": pieces})
 
     def loaded(builder, pattern):
@@ -106,7 +106,7 @@ def run(make, count, world_size=1, workers=0, state=None, **kwargs):
         for dataset, reader in zip(datasets, readers):
             batch = next(reader[n % len(reader)])
             batches.append((batch["input_ids"].tolist(), batch["sample_ids"].tolist()))
-            dataset.state.take(batch["cursor"], world_size)
+            dataset.state.advance(batch["cursor"], world_size)
     return batches, [dataset.state for dataset in datasets]
 
 
@@ -170,7 +170,7 @@ def test_order_depends_on_neither_processes_nor_workers_also_after_a_resume(make
     first, states = run(make, 2 * position, *before)
     assert first == whole[: 2 * position]
     states = [StreamState.from_json(state.to_json()) for state in states]
-    following, _ = run(make, 16, *after, state=merge(states))
+    following, _ = run(make, 16, *after, state=merge_states(states))
     assert following == whole[2 * position : 2 * position + 16]
 
 
@@ -220,7 +220,7 @@ def test_long_documents_span_buffers(tokenizer):
 
 
 def test_held_out_documents_never_come(streams, tokenizer, make):
-    held = DocumentStream(streams["files"], SHARDS, hold_out=2).held_out_documents()
+    held = DocumentStream(streams["files"], SHARDS, hold_out=2).read_held_out()
     assert len(held) == 2 * SHARDS and set(held) < set(TEXTS)
     rows = [expected_rows(streams, tokenizer, "files", shard, skip=2) for shard in range(SHARDS)]
     batches, [state] = run(make, 40, kind="files", hold_out=2)
@@ -251,32 +251,40 @@ def test_corpora_as_streams(tmp_path, tokenizer):
         Source(shards=SHARDS)
 
 
+def test_a_column_of_a_data_set_is_no_fault_of_its_records(tmp_path):
+    Dataset.from_dict({"text": TEXTS, "fault": ["theirs"] * len(TEXTS)}).to_json(tmp_path / "train.jsonl")
+    documents = read_documents(Source(str(tmp_path), shards=1), held_out_documents=2)
+    assert documents.held_out["text"][:] == TEXTS[:2]
+    read = itertools.islice(documents.train.read_shard(0), len(TEXTS) - 2)
+    assert [text for text, _, _ in read] == TEXTS[2:]
+
+
 # ---- states ----
 
 
 def test_states_of_processes_merge_into_that_of_one(make):
     _, [alone] = run(make, 12)
     _, states = run(make, 12, world_size=2)
-    assert set(states[0].cursors) == {0, 2} and merge(states) == merge(states[::-1]) == alone
-    _, later = run(make, 4, world_size=2, state=merge(states))
+    assert set(states[0].cursors) == {0, 2} and merge_states(states) == merge_states(states[::-1]) == alone
+    _, later = run(make, 4, world_size=2, state=merge_states(states))
     assert later[0].cursors[1] == states[1].cursors[1], "not its own: as it was"
-    assert merge(later) == run(make, 16)[1][0]
+    assert merge_states(later) == run(make, 16)[1][0]
 
 
 def test_states_that_do_not_fit_are_refused(make, streams, tokenizer):
     _, states = run(make, 10, world_size=2)
     with pytest.raises(UserInputError, match="incomplete: shard 1 of 4 stands at micro-batch 0, not 3"):
-        merge(states[:1])
+        merge_states(states[:1])
     other = StreamState.from_json(states[1].to_json())
     other.consumed = 8
     with pytest.raises(UserInputError, match="states of the stream differ in consumed: 10 and 8"):
-        merge([states[0], other])
+        merge_states([states[0], other])
     with pytest.raises(UserInputError, match="cannot be resumed: shards is 4 there and 2 here"):
-        make(shards=2, state=merge(states))
+        make(shards=2, state=merge_states(states))
     with pytest.raises(UserInputError, match="cannot be resumed: batch_size is 2 there and 3 here"):
-        stream_rows(streams["pieces"], tokenizer, SHARDS, size=3, state=merge(states))
+        stream_rows(streams["pieces"], tokenizer, SHARDS, size=3, state=merge_states(states))
     with pytest.raises(UserInputError, match="cannot be resumed: buffer_size is 6 there and 8 here"):
-        stream_rows(streams["pieces"], tokenizer, SHARDS, 7, state=merge(states))
+        stream_rows(streams["pieces"], tokenizer, SHARDS, 7, state=merge_states(states))
     assert Cursor(**json.loads(json.dumps(states[0].cursors[0].__dict__))) == states[0].cursors[0]
 
 
