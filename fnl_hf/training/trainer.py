@@ -2,7 +2,7 @@
 
 import inspect
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
@@ -220,7 +220,8 @@ class FnlTrainer(PushingTrainer):
         if self._model_takes_counts or items is None:
             return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         # A stock head returns the mean over its micro-batch: turn it into this one's part of the global mean.
-        name, count = next(iter(items.items()))
+        # A bare count, as Trainer has it in an evaluation, is of ``labels``.
+        name, count = next(iter((items if isinstance(items, Mapping) else {"labels": items}).items()))
         own = _labels_of(inputs, name).ne(-100).sum()
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
