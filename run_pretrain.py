@@ -101,7 +101,7 @@ def prepare(model_args, data_args, args, checkpoint):
         return tokenizer, config, rows, mask_rows(rows, masking)
 
 
-def plan_run(argv):
+def parse_command(argv):
     """The arguments of a command line, and the run that they describe."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
@@ -136,7 +136,7 @@ def make_trainer(model, tokenizer, args, batches, plan):
 
 
 def run(argv):
-    model_args, data_args, args, planned = plan_run(with_quickstart(list(argv)))
+    model_args, data_args, args, planned = parse_command(with_quickstart(list(argv)))
     if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)
