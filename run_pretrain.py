@@ -71,7 +71,8 @@ def plan_stream(data_args, args, checkpoint):
 
 
 def prepare(model_args, data_args, args, checkpoint):
-    """Tokenizer, configuration, rows and their masked batches; the main process fills the caches."""
+    """The data's way from their source to masked batches, with the tokenizer and configuration that it takes; the main
+    process fills the caches."""
     shards, order = plan_stream(data_args, args, checkpoint)
     cache = {"cache_dir": data_args.cache_dir, "num_proc": data_args.preprocessing_num_workers}
     with args.main_process_first(desc="reading the corpus"):
@@ -83,25 +84,31 @@ def prepare(model_args, data_args, args, checkpoint):
             data_args.text_column_name,
             shards,
         )
-        held_out = (data_args.validation_split_percentage, data_args.streaming_validation_documents)
-        documents = read_documents(source, *held_out, data_args.strict, **cache)
+        documents = read_documents(
+            source,
+            held_out_percentage=data_args.validation_split_percentage,
+            held_out_documents=data_args.streaming_validation_documents,
+            strict=data_args.strict,
+            **cache,
+        )
         tokenizer = get_tokenizer(model_args, checkpoint, documents)
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-        limits = (data_args.max_train_samples, data_args.max_eval_samples)
-        options = RowOptions(data_args.max_seq_length, data_args.objective, *limits)
+        options = RowOptions(
+            data_args.max_seq_length, data_args.objective, data_args.max_train_samples, data_args.max_eval_samples
+        )
         rows = make_rows(documents, tokenizer, options, order, **cache)
         masking = MaskingTransform(
             tokenizer,
             data_args.mlm_probability,
             args.seed,
-            data_args.whole_word_mask,
-            model_args.sparse_prediction,
-            ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None,
+            whole_word_mask=data_args.whole_word_mask,
+            sparse=model_args.sparse_prediction,
+            documents=ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None,
         )
         return tokenizer, config, rows, mask_rows(rows, masking)
 
 
-def plan_run(argv):
+def parse_command(argv):
     """The arguments of a command line, and the run that they describe."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
@@ -136,7 +143,7 @@ def make_trainer(model, tokenizer, args, batches, plan):
 
 
 def run(argv):
-    model_args, data_args, args, planned = plan_run(with_quickstart(list(argv)))
+    model_args, data_args, args, planned = parse_command(with_quickstart(list(argv)))
     if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)

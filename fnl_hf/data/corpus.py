@@ -25,7 +25,6 @@ from fnl_hf.data.readers import (
     LINE_FORMATS,
     RECORD_FEATURES,
     Piece,
-    Record,
     check_text,
     find_columns,
     hash_files,
@@ -187,9 +186,8 @@ def _check_hub_split(documents: Dataset, text_column: str, where: str, strict: b
             chunk.validate(full=True)
     except pa.ArrowInvalid as error:
         raise UserInputError(f"{where}: not UTF-8 text: {error}") from error
-    fault = pa.array([f"no {text_column!r}"])
-    faults = fault.take(pa.array(np.zeros(len(texts), dtype=np.int8), mask=texts.is_valid().to_numpy()))
-    _report_faults(where, texts, pa.chunked_array([faults]), "record", strict)
+    faults = pc.if_else(texts.is_null(), f"no {text_column!r}", pa.scalar(None, pa.string()))
+    _report_faults(where, texts, faults, "record", strict)
     documents = documents.filter(_has_text, batched=True)
     if len(documents) == 0:
         raise UserInputError(f"{where}: no text")
@@ -234,13 +232,8 @@ class DocumentStream:
             UserInputError: a shard without documents, or a broken record if ``strict``.
         """
         while True:
-            stream = self._split_off(shard)
             hold_out, count, broken = self.hold_out if place is None else 0, 0, 0
-            if place is not None:
-                stream.load_state_dict(place)
-            place_before = place
-            for record in _iterate_in_any_process(stream):
-                text, fault = self._check(record)
+            for text, fault, place_before in self._read_once(shard, place):
                 if fault is not None:
                     broken += 1
                     self._report_broken(shard, broken, fault, epoch)
@@ -248,7 +241,6 @@ class DocumentStream:
                     count += 1
                     if count > hold_out:
                         yield text, place_before, epoch
-                place_before = stream.state_dict()
             if place is None and count <= hold_out:
                 raise self._too_few(shard, count, broken)
             place, epoch = None, epoch + 1
@@ -264,8 +256,7 @@ class DocumentStream:
         held_out: list[str] = []
         for shard in range(self.shards):
             found, broken = [], 0
-            for record in _iterate_in_any_process(self._split_off(shard)):
-                text, fault = self._check(record)
+            for text, fault, _ in self._read_once(shard):
                 broken += fault is not None
                 if text is not None:
                     found.append(text)
@@ -276,12 +267,18 @@ class DocumentStream:
             held_out += found[: self.hold_out]
         return held_out
 
-    def _split_off(self, shard: int) -> IterableDataset:
-        return split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
-
-    def _check(self, record: dict[str, Any]) -> Record:
-        fault = None if self.fault_column is None else record.get(self.fault_column)
-        return (None, fault) if fault is not None else check_text(record.get(self.text_column), self.text_column)
+    def _read_once(self, shard: int, place: dict | None = None) -> Iterator[tuple[str | None, str | None, dict | None]]:
+        """A shard's records from a place to their end: text, fault, and the place before it."""
+        stream = split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
+        if place is not None:
+            stream.load_state_dict(place)
+        for record in _iterate_in_any_process(stream):
+            fault = None if self.fault_column is None else record.get(self.fault_column)
+            text = None
+            if fault is None:
+                text, fault = check_text(record.get(self.text_column), self.text_column)
+            yield text, fault, place
+            place = stream.state_dict()
 
     def _name(self, shard: int) -> str:
         return f"shard {shard} of {self.shards} of the stream"

@@ -318,21 +318,12 @@ def _read_parquet(piece: Piece) -> Iterator[Record]:
     with _open_parquet(piece.path) as table:
         groups = list(range(piece.start, table.num_row_groups if piece.stop is None else piece.stop))
         for batch in table.iter_batches(batch_size=2**10, row_groups=groups, columns=[piece.column]):
-            values = batch.column(0).cast(pa.large_string())
-            try:
-                texts = values.to_pylist()
-            except UnicodeDecodeError:
-                texts = [_decode(value) for value in values.cast(pa.large_binary()).to_pylist()]
-            for text in texts:
-                yield (None, "not UTF-8") if isinstance(text, bytes) else check_text(text, piece.column)
-
-
-def _decode(value: bytes | None) -> str | bytes | None:
-    """The text, or the bytes that are none."""
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value
+            # As bytes: one string that is not UTF-8 would keep Arrow from giving the others.
+            for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+                try:
+                    yield check_text(None if value is None else value.decode(), piece.column)
+                except UnicodeDecodeError:
+                    yield None, "not UTF-8"
 
 
 # ---- opening ----

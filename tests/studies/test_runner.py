@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from studies import records
 from studies.records import append_line, read_lines
 from tests.studies import fakes
 from tests.studies.fakes import command, fake_study
@@ -148,6 +149,22 @@ def test_a_line_that_was_cut_off_is_replaced(tmp_path):
     with pytest.raises(ValueError, match="Out of range"):
         append_line(file, {"loss": float("nan")})
     assert read_lines(file) == [{"seed": 1}, {"seed": 3}]
+
+
+def test_the_revision_does_not_change_with_what_studies_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert records.git_revision() is None
+    files = [tmp_path / name for name in ("studies/results/a.jsonl", "docs/results.md", "code.py")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("before")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    for file, revision in zip(files, (commit, commit, f"{commit}+changes")):
+        file.write_text("after")
+        assert records.git_revision() == revision
 
 
 @pytest.mark.parametrize(
