@@ -3,7 +3,7 @@
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fnl_hf.bert.attention_fnl_bert import factor_pairs
 from fnl_hf.layers import FactorizedLayer
+from fnl_hf.layers.base import check_rank
 from fnl_hf.surgery.checkpoints import (
     METHOD,
     configured_parts,
@@ -25,15 +26,18 @@ from fnl_hf.surgery.checkpoints import (
 )
 from fnl_hf.surgery.config import FactorizationConfig, name_matches
 from fnl_hf.surgery.ranks import FACTORIZED, TYPE_NAMES, LayerSize, choose_ranks, matches_layer
+from fnl_hf.surgery.truncation import CalibratedLayer, calibrate
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
 
 
-def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn.Module:
+def factorize(
+    model: nn.Module, config: FactorizationConfig | None = None, calibration: Iterable[Any] | None = None
+) -> nn.Module:
     """Replace layers of ``model`` by products of two or three matrices, in place::
 
-        model = fnl_hf.factorize(model, fnl_hf.FactorizationConfig(target_ratio=0.1))
+        model = fnl_hf.factorize(model, fnl_hf.FactorizationConfig(target_ratio=0.5), calibration=batches)
         optimizer = fnl_hf.FrobeniusAdamW(fnl_hf.frobenius_param_groups(model, weight_decay=0.01), lr=1e-4)
 
     Call it before an optimizer is made and before the model is wrapped, sharded or compiled. A model on the meta device
@@ -47,37 +51,59 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
             ``Conv1D`` can be replaced.
         config: which, and how; by default each Linear, Conv1D and Conv2d at a quarter of its rank, except heads and
             tied weights.
+        calibration: what ``model`` is called with, as mappings (a tokenizer's batches), tuples or tensors, of some
+            hundred texts or images. With it a trained model keeps most of what it knows. A weight is truncated where
+            the model's outputs feel it least for such inputs (:mod:`fnl_hf.surgery.calibration`), not where its
+            singular values are small; what an output loses on average goes into its bias; and with ``target_ratio``
+            layers that count more get higher ranks, or stay dense where a product would be no smaller.
 
     Returns:
         ``model``, or where it is such a layer itself what takes its place.
 
     Raises:
         ValueError: a model that is wrapped, sharded, offloaded or quantized or has adapters, a pattern or a selection
-            without a layer, a rank that is out of range, or a layer with hooks or values that are not finite; the model
-            is unchanged then.
+            without a layer, a rank that is out of range, or a layer with hooks or values that are not finite; a
+            calibration without a batch, or for anything but a low-rank spectral start; the model is unchanged then.
     """
     config = config or FactorizationConfig()
+    if calibration is not None and (config.mode, config.init) != ("low_rank", "spectral"):
+        raise ValueError(
+            f"calibration is for mode 'low_rank' and init 'spectral', not {config.mode!r}, {config.init!r}"
+        )
     _refuse_unsupported(model)
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError("the model has adapters of PEFT: factorize it first, and add them then")
     layers = selected_layers(model, config)
-    ranks = choose_ranks(layers, config)
-    factorized = {id(layer): _factorize_layer(name, layer, ranks[name], config) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        _refuse_hooks(name, layer)
+    calibrated = {} if calibration is None else calibrate(model, layers, calibration)
+    losses = {name: each.losses for name, each in calibrated.items() if each.losses.any()}
+    ranks = choose_ranks(layers, config, losses)
+    factorized = {
+        id(layers[name]): _factorize_layer(name, layers[name], rank, config, calibrated.get(name))
+        for name, rank in ranks.items()
+    }
     if config.mode == "low_rank":
         _warn_of_growth(layers, ranks)
-    history = [*factorizations(model), config.settings()]
+    history = [*factorizations(model), config.settings() | ({} if calibration is None else {"calibrated": True})]
     model = replace_modules(model, factorized)
     untie_factorized(model)
     record_layers(model, history)
     return model
 
 
-def _factorize_layer(name: str, layer: Any, rank: int, config: FactorizationConfig) -> nn.Module:
+def _factorize_layer(
+    name: str, layer: Any, rank: int, config: FactorizationConfig, calibrated: CalibratedLayer | None
+) -> nn.Module:
     # Each layer draws its own, whichever others are selected.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
-    _refuse_hooks(name, layer)
     try:
-        return FACTORIZED[type(layer)].from_dense(layer, rank, config.mode, config.init, seed)
+        if calibrated is None:
+            return FACTORIZED[type(layer)].from_dense(layer, rank, config.mode, config.init, seed)
+        check_rank(rank, FACTORIZED[type(layer)].like(layer, 1, False, device="meta").matrix_shape(), config.mode)
+        new = FACTORIZED[type(layer)].from_dense(calibrated.truncated(rank), rank, seed=seed)
+        new.error = calibrated.error(rank)
+        return new.to(layer.weight.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -104,7 +130,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def factorization_table(model: nn.Module) -> str:
     """One line for each factorized layer: its matrix, rank, parameters of the dense and of this layer, and the share of
-    the weight's norm that it began without, ‖W − U Vᵀ‖_F/‖W‖_F."""
+    the weight's norm that it began without, ‖W − U Vᵀ‖_F/‖W‖_F, if it was calibrated in the metric of that."""
     lines, dense_total, total = [], 0, 0
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLayer):
@@ -203,8 +229,8 @@ def _refuse_unsupported(model: nn.Module) -> None:
 
 def _warn_of_growth(layers: dict[str, nn.Module], ranks: dict[str, int]) -> None:
     grown = []
-    for name, layer in layers.items():
-        size = LayerSize(layer)
+    for name in ranks:
+        size = LayerSize(layers[name])
         if size.parameters(ranks[name]) > size.parameters(None):
             limit = size.m * size.n // (size.m + size.n)
             grown.append(f"{name} (rank {ranks[name]}, at most {limit} saves)")

@@ -5,6 +5,7 @@ Shapes: G groups (of a convolution, else 1) of matrices m x n, full rank min(m, 
 
 import warnings
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,8 +53,17 @@ class LayerSize:
         return min(rank, self.full) if mode == "low_rank" else max(rank, self.full)
 
 
-def choose_ranks(layers: Mapping[str, nn.Module], config: FactorizationConfig) -> dict[str, int]:
+def choose_ranks(
+    layers: Mapping[str, nn.Module],
+    config: FactorizationConfig,
+    losses: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> dict[str, int]:
     """Name -> rank of each layer.
+
+    Args:
+        losses: of calibrated layers, what leaving out each direction costs (min(m, n),), descending. ``target_ratio``
+            and ``energy`` then go by them; a layer that stays dense because its budget would pay for it is left out.
+            Layers that no output depends on have none.
 
     Raises:
         ValueError: weights on the meta device, of which ``energy`` cannot be known.
@@ -65,11 +75,56 @@ def choose_ranks(layers: Mapping[str, nn.Module], config: FactorizationConfig) -
             for name, layer in layers.items()
         }
     if config.target_ratio is not None:
+        if losses:
+            return _ranks_of_losses(sizes, losses, config.target_ratio)
         return _ranks_of_ratio(sizes, config.target_ratio, config.mode)
     if config.energy is not None:
-        return {name: _rank_of_energy(name, layer, config.energy) for name, layer in layers.items()}
+        return {
+            name: _rank_that_keeps(losses[name][None], config.energy)
+            if name in losses
+            else _rank_of_energy(name, layer, config.energy)
+            for name, layer in layers.items()
+        }
     scale = DEFAULT_RANK_SCALES[config.mode] if config.rank_scale is None else config.rank_scale
     return {name: size.scale_rank(scale, config.mode) for name, size in sizes.items()}
+
+
+def _ranks_of_losses(
+    sizes: Mapping[str, LayerSize], losses: Mapping[str, torch.Tensor], ratio: float
+) -> dict[str, int]:
+    """As many parameters as ``ratio`` allows, where a parameter saves the most loss.
+
+    A direction of a layer costs m + n parameters. One for which the directions would cost as much as the layer itself
+    stays dense, and is left out. Layers without a loss, which the outputs do not depend on, get ``ratio`` each.
+    """
+    ranks = {name: 1 for name in sizes if name in losses}
+    idle = {name: size for name, size in sizes.items() if name not in ranks}
+    fixed = {name: _ranks_of_ratio({name: size}, ratio, "low_rank")[name] for name, size in idle.items()}
+    budget = ratio * sum(size.parameters(None) for size in sizes.values()) + 1e-6
+    used = sum(sizes[name].parameters(rank) for name, rank in (ranks | fixed).items())
+    if used > budget:
+        warnings.warn(f"target_ratio ({ratio}) is below what the smallest ranks take", stacklevel=4)
+    directions = sorted(
+        (-value / (sizes[name].m + sizes[name].n) / sizes[name].groups, name)
+        for name in ranks
+        for value in losses[name].tolist()[1:]
+    )
+    dense, full = set(), set()
+    for _, name in directions:
+        size = sizes[name]
+        if name in dense or name in full:
+            continue
+        rank = ranks[name] + 1
+        is_dense = size.parameters(rank) >= size.parameters(None)
+        added = size.parameters(None if is_dense else rank) - size.parameters(ranks[name])
+        if used + added > budget:
+            full.add(name)
+            continue
+        used += added
+        ranks[name] = rank
+        if is_dense:
+            dense.add(name)
+    return {name: rank for name, rank in (ranks | fixed).items() if name not in dense}
 
 
 def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> dict[str, int]:
@@ -113,7 +168,11 @@ def _rank_of_energy(name: str, layer: Any, energy: float) -> int:
         raise ValueError(f"energy ({energy}): {name} is on the meta device, so its singular values are not known")
     layer_class = FACTORIZED[type(layer)]
     matrices = layer_class.like(layer, 1, False, device="meta").to_matrices(layer.weight.float())  # (G, m, n)
-    squares = torch.linalg.svdvals(matrices).double().square()  # (G, min(m, n))
+    return _rank_that_keeps(torch.linalg.svdvals(matrices).double().square(), energy)
+
+
+def _rank_that_keeps(squares: torch.Tensor, energy: float) -> int:
+    """Of Σσ² (G, min(m, n)), in every group."""
     # Less by what float32 cannot tell.
     wanted = (energy - 1e-7) * squares.sum(dim=1, keepdim=True)  # (G, 1)
     needed = (squares.cumsum(dim=1) < wanted).sum(dim=1).max().item() + 1

@@ -1,0 +1,291 @@
+"""What calibration data tell of the layers of a model: which inputs they get, and how much their outputs count.
+
+Where the weight of a layer y = W x + b changes by Δ, the outputs of the model change by J Δ x to first order, J their
+derivative by y. With C = E[x xᵀ] and G = Σ Jᵀ J the squared change is ⟨G, Δ C Δᵀ⟩, x and J taken for independent: the
+Gauss-Newton approximation with Kronecker factors (Martens and Grosse 2015, arXiv 1503.05671). All layers have it in the
+same unit, that of the model's outputs, so that they can share one budget. It takes no labels: Jᵀ J is the second moment
+of Jᵀ v for random directions v of the outputs with E[v vᵀ] = I.
+
+Shapes: B batch, S sequence, N rows that a layer is applied to, K groups of a convolution, else 1, n inputs and c
+outputs of a group, k_h and k_w kernel, L places of a convolution.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MAX_BYTES = 2 * 2**30  # of sums that are held at a time; for the layers beyond it the data are run once more
+SEED = 0  # of the directions v
+
+
+class LayerMoments:
+    """Sums over what a Linear layer or Conv1D got and gave, in float32.
+
+    Attributes:
+        rows: N.
+        inputs: Σ x xᵀ (K, n, n).
+        total: Σ x (K, n).
+        outputs: Σ Jᵀ J (K, c, c).
+    """
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+        self.rows = 0
+        self.inputs: Any = 0.0
+        self.total: Any = 0.0
+        self.outputs: Any = 0.0
+
+    def add_inputs(self, x: torch.Tensor, is_token: torch.Tensor | None) -> None:
+        """The layer's input; rows of padding are left out where ``is_token`` (B, S) tells them."""
+        rows = self._input_rows(x, is_token)  # (K, N, n)
+        self.inputs = self.inputs + rows.mT @ rows
+        self.total = self.total + rows.sum(dim=1)
+        self.rows += rows.shape[1]
+
+    def add_gradients(self, gradient: torch.Tensor) -> None:
+        """Jᵀ v of the layer's output; 0 at padding, on which nothing depends."""
+        rows = self._gradient_rows(gradient.float())  # (K, N, c)
+        self.outputs = self.outputs + rows.mT @ rows
+
+    def covariance(self, centred: bool) -> torch.Tensor:
+        """C (K, n, n), float64; about the mean if ``centred``."""
+        second = self.inputs.double() / self.rows
+        if not centred:
+            return second
+        mean = self.total.double() / self.rows
+        return second - mean[:, :, None] * mean[:, None, :]
+
+    def mean_output(self, change: torch.Tensor) -> torch.Tensor:
+        """E[Δ x] (c,) for a change of the weight, as the layer stores it."""
+        return change.double() @ (self.total[0].double() / self.rows)
+
+    def _input_rows(self, x: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+        return _tokens(x, is_token).float()[None]
+
+    def _gradient_rows(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.flatten(0, -2)[None]
+
+    @staticmethod
+    def bytes_of(layer: Any) -> int:
+        """What the sums of a layer take."""
+        rows, columns = layer.weight.shape
+        return 4 * (rows**2 + columns**2)
+
+
+class Conv1DMoments(LayerMoments):
+    """Of GPT-2's Conv1D, whose weight is stored (n, c)."""
+
+    def mean_output(self, change: torch.Tensor) -> torch.Tensor:
+        return super().mean_output(change.T)
+
+
+class EmbeddingMoments(LayerMoments):
+    """Of a table: ``inputs`` (entries,) says how often each of its entries was looked up."""
+
+    def add_inputs(self, x: torch.Tensor, is_token: torch.Tensor | None) -> None:
+        found = x[is_token] if is_token is not None and x.shape == is_token.shape else x.flatten()
+        self.inputs = self.inputs + torch.bincount(found, minlength=self.layer.num_embeddings).float()
+        self.rows += found.numel()
+
+    def covariance(self, centred: bool) -> torch.Tensor:
+        """Frequencies (entries,), as if each entry had been looked up once more: the text does not show them all."""
+        return (self.inputs.double() + 1) / (self.rows + self.layer.num_embeddings)
+
+    @staticmethod
+    def bytes_of(layer: Any) -> int:
+        return 4 * (layer.num_embeddings + layer.embedding_dim**2)
+
+
+class ConvMoments(LayerMoments):
+    """Of a convolution: the rows of ``inputs`` are the 1×k_w patches of its input, which the first of its factors sees.
+
+    Attributes:
+        patch: Σ of the patches that the whole kernel sees, (c_in, k_h, k_w).
+        patches: how many these are.
+    """
+
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__(layer)
+        self.patch: Any = 0.0
+        self.patches = 0
+
+    def add_inputs(self, x: torch.Tensor, is_token: torch.Tensor | None) -> None:
+        super().add_inputs(x, is_token)
+        padded = self._pad(x.float().reshape(-1, *x.shape[-3:]), self.layer._reversed_padding_repeated_twice)
+        layer = self.layer
+        whole = F.unfold(padded.sum(dim=0, keepdim=True), layer.kernel_size, layer.dilation, 0, layer.stride)
+        self.patch = self.patch + whole.sum(dim=(0, 2)).view(layer.in_channels, *layer.kernel_size)
+        self.patches += whole.shape[2] * len(padded)
+
+    def mean_output(self, change: torch.Tensor) -> torch.Tensor:
+        mean = self.patch.double().unflatten(0, (self.layer.groups, -1)) / self.patches  # (K, n/k_w, k_h, k_w)
+        grouped = change.double().unflatten(0, (self.layer.groups, -1))  # (K, c, n/k_w, k_h, k_w)
+        return (grouped * mean[:, None]).sum(dim=(2, 3, 4)).flatten()
+
+    def _pad(self, x: torch.Tensor, around: list[int]) -> torch.Tensor:
+        mode = "constant" if self.layer.padding_mode == "zeros" else self.layer.padding_mode
+        return F.pad(x, around, mode) if any(around) else x
+
+    def _input_rows(self, x: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+        layer = self.layer
+        left, right = layer._reversed_padding_repeated_twice[:2]
+        padded = self._pad(x.float().reshape(-1, *x.shape[-3:]), [left, right, 0, 0])
+        width, dilation, stride = layer.kernel_size[1], layer.dilation[1], layer.stride[1]
+        patches = F.unfold(padded, (1, width), (1, dilation), 0, (1, stride))  # (B, c_in·k_w, L)
+        return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+    def _gradient_rows(self, gradient: torch.Tensor) -> torch.Tensor:
+        grouped = gradient.flatten(-2).unflatten(-2, (self.layer.groups, -1))  # (B, K, c, L)
+        return grouped.reshape(-1, *grouped.shape[-3:]).permute(1, 0, 3, 2).flatten(1, 2)
+
+    @staticmethod
+    def bytes_of(layer: Any) -> int:
+        inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        return 4 * layer.groups * ((inputs * layer.kernel_size[1]) ** 2 + outputs**2)
+
+
+def moments_class(layer: nn.Module) -> type[LayerMoments]:
+    """The class for a dense layer's type."""
+    if isinstance(layer, nn.Conv2d):
+        return ConvMoments
+    if isinstance(layer, nn.Embedding):
+        return EmbeddingMoments
+    return LayerMoments if isinstance(layer, nn.Linear) else Conv1DMoments
+
+
+def collect_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]
+) -> dict[str, LayerMoments]:
+    """Name -> moments of ``layers`` over calibration data.
+
+    ``model`` is run in evaluation mode, on its device, forward and backward, and left as it was. Sums of more than
+    ``MAX_BYTES`` are collected in several passes.
+
+    Args:
+        batches: what ``model`` is called with: mappings of its arguments, tuples of them, or a tensor. An
+            ``attention_mask`` (B, S) tells padding. Labels are of no use.
+
+    Raises:
+        ValueError: no batch, or outputs without a tensor that depends on the layers.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("calibration has no batch")
+    found: dict[str, LayerMoments] = {}
+    for part in _parts(layers):
+        moments = {name: moments_class(layer)(layer) for name, layer in part.items()}
+        with _evaluating(model), _recording(moments) as record:
+            generator = torch.Generator().manual_seed(SEED)
+            for batch in batches:
+                record.is_token = _mask_of(batch)
+                _project(_call(model, batch), record.is_token, generator).backward()
+        found |= moments
+    return found
+
+
+def _parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """The layers, in parts whose sums fit."""
+    part: dict[str, nn.Module] = {}
+    size = 0
+    for name, layer in layers.items():
+        added = moments_class(layer).bytes_of(layer)
+        if part and size + added > MAX_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = layer
+        size += added
+    yield part
+
+
+class _Recorder:
+    """Hooks that add to the moments of layers."""
+
+    is_token: torch.Tensor | None = None  # (B, S) of the batch that is being run
+
+    def hook(self, moments: LayerMoments):
+        def record(module, args, kwargs, output):
+            x = args[0] if args else kwargs["input"]
+            with torch.no_grad():
+                moments.add_inputs(x.detach(), self.is_token)
+            if not output.requires_grad:  # parameters are frozen: gradients begin at the first of the layers
+                output = output.detach().requires_grad_()
+            output.register_hook(moments.add_gradients)
+            return output.clone()  # which may be changed in place
+
+        return record
+
+
+@contextmanager
+def _recording(moments: Mapping[str, LayerMoments]) -> Iterator[_Recorder]:
+    recorder = _Recorder()
+    handles = [each.layer.register_forward_hook(recorder.hook(each), with_kwargs=True) for each in moments.values()]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with frozen parameters."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        return model(**{name: value.to(device) for name, value in batch.items()})
+    arguments = batch if isinstance(batch, tuple | list) else (batch,)
+    return model(*(value.to(device) for value in arguments))
+
+
+def _mask_of(batch: Any) -> torch.Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
+def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+    """⟨v, outputs⟩ for a random v of independent entries of variance 1, 0 at padding."""
+    named = (
+        result.items()
+        if isinstance(result, Mapping)
+        else enumerate(result if isinstance(result, tuple | list) else [result])
+    )
+    total = None
+    for name, output in named:
+        if name == "loss" or not isinstance(output, torch.Tensor) or not output.requires_grad:
+            continue
+        # On the CPU, so that the same seed draws the same directions for every device.
+        v = torch.randn(output.shape, generator=generator).to(output.device)
+        if is_token is not None and output.shape[:2] == is_token.shape:
+            v *= is_token.to(output.device).view(*is_token.shape, *[1] * (output.dim() - 2))
+        added = (v * output.float()).sum()
+        total = added if total is None else total + added
+    if total is None:
+        raise ValueError("calibration: the model returns no tensor that depends on the layers to factorize")
+    return total
+
+
+def _tokens(x: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+    """The rows (N, n) of an input (B, S, n), (B·S, n) or any other shape that are no padding."""
+    if is_token is not None:
+        if x.shape[:2] == is_token.shape:
+            return x[is_token.to(x.device)].flatten(0, -2)
+        if x.dim() == 2 and len(x) == is_token.numel():
+            return x[is_token.to(x.device).flatten()]
+    return x.flatten(0, -2)

@@ -1,0 +1,152 @@
+"""Weights of smaller rank that change a model's outputs least, by the moments of :mod:`fnl_hf.surgery.calibration`.
+
+Shapes: K groups of matrices W (K, m, n), m outputs and n inputs; C (K, n, n) second moment of the inputs, G (K, m, m)
+of the derivatives by the outputs, k = min(m, n).
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fnl_hf.surgery.calibration import LayerMoments, collect_moments
+from fnl_hf.surgery.ranks import FACTORIZED
+
+# Of the mean eigenvalue, added to all: text does not show every direction, and each has to have a gradient.
+SHRINKAGE = 1e-3
+
+
+@dataclass
+class Truncations:
+    """The best approximations of a layer's weight of each rank, float64.
+
+    Attributes:
+        losses: (k,), what leaving out each direction adds to the squared change of the outputs, descending.
+        left, right: (K, m, k), (K, n, k): W of rank r is left[..., :r] right[..., :r]ᵀ.
+    """
+
+    losses: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def find_truncations(weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> Truncations:
+    """Minimizes ⟨G, (W − W') C (W − W')ᵀ⟩: W' = A⁻¹ P_r P_rᵀ A W with A² = G and the SVD A W C^½ = P Σ Qᵀ.
+
+    No inverse of C is taken, and the root of G or of C only, that of the smaller.
+
+    Args:
+        weight: W (K, m, n).
+        inputs: C (K, n, n), or the diagonal of one, (n,).
+        outputs: G (K, m, m); all zeros count as the identity.
+    """
+    weight = weight.double()
+    outputs = _regularize(outputs.double())
+    if inputs.dim() == 1:
+        weighted = weight * inputs.double()  # W C
+    else:
+        inputs = _regularize(inputs.double())
+        weighted = weight @ inputs
+    if weight.shape[1] <= weight.shape[2] or inputs.dim() == 1:
+        root, inverse = _roots(outputs)
+        losses, p = _eigh(root @ weighted @ weight.mT @ root)  # (K, m), (K, m, m)
+        return Truncations(losses.sum(dim=0), inverse @ p, weight.mT @ (root @ p))
+    root, _ = _roots(inputs)
+    mapped = weight @ root  # W L (K, m, n), L² = C
+    losses, q = _eigh(mapped.mT @ outputs @ mapped)  # (K, n), (K, n, n)
+    smallest = torch.finfo(losses.dtype).eps * losses.shape[1] * losses[:, :1]
+    inverse = torch.where(losses > smallest, 1 / losses, 0.0)[:, None]  # (K, 1, n)
+    left = mapped @ q  # W L Q = A⁻¹ P Σ
+    return Truncations(losses.sum(dim=0), left, weight.mT @ (outputs @ left) * inverse)
+
+
+def _regularize(moment: torch.Tensor) -> torch.Tensor:
+    mean = moment.diagonal(dim1=1, dim2=2).mean(dim=1)  # (K,)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    eye = torch.eye(moment.shape[1], dtype=moment.dtype, device=moment.device)
+    return moment + torch.where(moment.any(), SHRINKAGE, 1.0) * mean[:, None, None] * eye
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, descending and not below 0, and vectors."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(-1).clamp(min=0), vectors.flip(-1)
+
+
+def _roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The symmetric root of a positive matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(moment)
+    root = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()[:, None]
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+class CalibratedLayer:
+    """A dense layer with its best approximations, for the moments of its inputs and of the derivatives by its outputs.
+
+    Args:
+        layer: of one of the types that can be factorized.
+        moments: its own.
+    """
+
+    def __init__(self, layer: Any, moments: LayerMoments):
+        self.layer, self.moments = layer, moments
+        self._shapes: Any = FACTORIZED[type(layer)].like(layer, 1, False, device="meta")
+        weight = self._shapes.to_matrices(layer.weight.detach())
+        self._found = self._find(weight, moments.covariance(getattr(layer, "bias", None) is not None), moments.outputs)
+
+    def _find(self, weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> Truncations:
+        if isinstance(self.layer, nn.Embedding):  # its entries are rows: the transposed weight maps them to the outputs
+            found = find_truncations(weight.mT, inputs, outputs)
+            return Truncations(found.losses, found.right, found.left)
+        if isinstance(self.layer, nn.Conv2d):  # a row for each (output channel, k_h)
+            outputs = torch.kron(outputs, torch.eye(self.layer.kernel_size[0]).to(outputs))
+        return find_truncations(weight, inputs, outputs)
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """What leaving out each direction costs, (min(m, n),), descending; 0 where no output depends on the layer."""
+        return self._found.losses if self.moments.outputs.any() else torch.zeros_like(self._found.losses)
+
+    def error(self, rank: int) -> float:
+        """‖G^½ (W − W') C^½‖_F / ‖G^½ W C^½‖_F."""
+        losses = self._found.losses
+        return (losses[rank:].sum() / losses.sum()).sqrt().item() if losses.any() else 0.0
+
+    @torch.no_grad()
+    def truncated(self, rank: int) -> Any:
+        """A dense layer whose weight has this rank, in float32 (float64: in float64); what its output loses on average
+        is in its bias."""
+        layer, dtype = self.layer, torch.promote_types(self.layer.weight.dtype, torch.float32)
+        weight = self._shapes.to_weight(self._found.left[..., :rank] @ self._found.right[..., :rank].mT)
+        truncated = self._shapes.new_dense(device="meta")
+        truncated.weight = nn.Parameter(weight.to(dtype), requires_grad=layer.weight.requires_grad)
+        if getattr(layer, "bias", None) is not None:
+            bias = layer.bias.double() + self.moments.mean_output(layer.weight.double() - weight)
+            truncated.bias = nn.Parameter(bias.to(dtype), requires_grad=layer.bias.requires_grad)
+        return truncated.train(layer.training)
+
+
+def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, CalibratedLayer]:
+    """Name -> calibrated layer; those that the data do not reach are left out.
+
+    Raises:
+        ValueError: see :func:`fnl_hf.surgery.calibration.collect_moments`; weights on the meta device or not finite.
+    """
+    for name, layer in layers.items():
+        if not layer.weight.is_meta and layer.weight.isfinite().all():
+            continue
+        what = "on the meta device" if layer.weight.is_meta else "not finite"
+        raise ValueError(f"{name}: calibration needs its weight, which is {what}")
+    moments = collect_moments(model, layers, batches)
+    few = [name for name, each in moments.items() if 0 < each.rows < each.inputs.shape[-1]]
+    if few:
+        name = max(few, key=lambda name: moments[name].inputs.shape[-1])
+        warnings.warn(
+            f"calibration has {moments[name].rows} rows for {name}, which has {moments[name].inputs.shape[-1]} inputs: "
+            f"with fewer rows than inputs ({len(few)} of {len(layers)} layers) it does not tell what counts",
+            stacklevel=4,
+        )
+    return {name: CalibratedLayer(layer, moments[name]) for name, layer in layers.items() if moments[name].rows}
