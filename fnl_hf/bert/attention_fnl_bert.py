@@ -33,8 +33,8 @@ class FnlBertSelfAttention(BertSelfAttention):
         self.value = nn.Linear(config.hidden_size, self.all_head_size)
 
     def forward(self, hidden_states, attention_mask=None, *args, rows=None, **kwargs):
-        """As in transformers; with ``rows`` (B, K, d) their attention alone to all ``hidden_states`` (B, S, d): contexts
-        (B, K, E) and, of the implementations that have them, weights (B, H, K, S)."""
+        """As in transformers; with ``rows`` (B, K, d) the attention of these alone to all ``hidden_states`` (B, S, d):
+        contexts (B, K, E) and, where the implementation gives them, weights (B, H, K, S)."""
         if rows is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         query, key, value = (  # (B, H, K, r), (B, H, S, r), (B, H, S, r)
