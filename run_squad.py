@@ -204,7 +204,7 @@ def run_one(model_args, data_args, args, planned):
     set_seed(args.seed)
     checkpoint = planned.plan.checkpoint
     tokenizer = load_tokenizer(checkpoint or model_args.tokenizer_name or model_args.model_name_or_path)
-    model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
+    model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length, args.do_train)
     if checkpoint is not None:
         validate_resume(checkpoint, model)
     questions, fingerprints = load_splits(data_args, args)

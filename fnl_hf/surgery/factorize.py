@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fnl_hf.bert.attention_fnl_bert import factor_pairs
 from fnl_hf.layers import FactorizedLayer
+from fnl_hf.products.discovery import find_products
 from fnl_hf.surgery.checkpoints import (
     METHOD,
     configured_parts,
@@ -53,10 +54,12 @@ def factorize(model: nn.Module, config: FactorizationConfig | None = None) -> nn
 
     Raises:
         ValueError: a model that is wrapped, sharded, offloaded or quantized or has adapters, a pattern or a selection
-            without a layer, a rank that is out of range, or a layer with hooks or values that are not finite; the model
-            is unchanged then.
+            without a layer, a rank that is out of range, a layer with hooks or values that are not finite, or one that
+            is named though its weight is a factor of a registered product; the model is unchanged then.
     """
-    config = config or FactorizationConfig()
+    config = FactorizationConfig() if config is None else config
+    if not isinstance(config, FactorizationConfig):
+        raise ValueError(f"config must be a FactorizationConfig, not a {type(config).__name__}")
     _refuse_unsupported(model)
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError("the model has adapters of PEFT: factorize it first, and add them then")
@@ -123,7 +126,8 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
     """Name -> layer of all that ``config`` names.
 
     Raises:
-        ValueError: none at all, or a pattern or type that is of no use.
+        ValueError: none at all, a pattern or type that is of no use, or a pattern that names a factor of a product that
+            :func:`fnl_hf.register_product` was told of.
     """
     wanted = list(config.include if config.ranks is None else config.ranks)
     candidates = {
@@ -148,6 +152,7 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
         is_excluded = any(matches_layer(entry, name, layer) for entry in config.exclude)
         if matching and (is_named or id(layer.weight) not in protected) and not is_excluded:
             layers[name] = layer
+    _refuse_factors(model, layers)
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for name in [name for name in tables if name in layers]:
         others = [n for n, m in tables.items() if m is not layers[name] and m.weight is layers[name].weight]
@@ -164,8 +169,21 @@ def _find_protected(model: nn.Module) -> set[int]:
     # ``modules()`` has each module once, so that two owners of a parameter are two modules.
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     protected = {parameter for parameter, count in owners.items() if count > 1}
-    protected |= {id(weight) for pair in factor_pairs(model) for weight in pair.weights}
+    protected |= {id(weight) for product in find_products(model) for weight in product.weights}
     return protected | {id(getattr(layer, "weight", None)) for layer in _find_heads(model) if type(layer) in FACTORIZED}
+
+
+def _refuse_factors(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Layers whose weights somebody registered as a product's: without them it could not be found any more. Those of
+    attention, which come first, are found anew."""
+    registered = find_products(model)[len(factor_pairs(model)) :]
+    owners = {id(weight): product.name for product in registered for weight in product.weights}
+    for name, layer in layers.items():
+        if id(layer.weight) in owners:
+            raise ValueError(
+                f"{name}: its weight is a factor of the product {owners[id(layer.weight)]} (register_product), which "
+                "would lose it: exclude the layer"
+            )
 
 
 def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
@@ -190,6 +208,8 @@ def _refuse_hooks(name: str, layer: nn.Module) -> None:
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     for part in configured_parts(model):
         if quantization_method(part) not in (None, METHOD):
             raise ValueError(f"the model is quantized ({quantization_method(part)}): its weights cannot be factorized")

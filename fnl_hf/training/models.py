@@ -42,6 +42,7 @@ BOUNDS = {
     "initializer_range": (0.0, float("inf")),
     "chunk_size_feed_forward": (0, 1),  # the masked positions are no multiple of a chunk
 }
+ANSWER_LOGITS = 2  # of a token: that it starts the answer, and that it ends it
 LIBRARY_ERRORS = (SafetensorError, StrictDataclassError)  # which are no kind of a built-in one
 
 
@@ -179,9 +180,12 @@ def _validate_loaded(name_or_path: str, model: PreTrainedModel, loaded: dict) ->
 
 
 def build_question_answering_model(
-    model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+    model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, is_trained: bool
 ) -> PreTrainedModel:
     """A question answering model of any BERT-like architecture, checked against tokenizer and sequence length.
+
+    Args:
+        is_trained: it is to be trained, so that it may begin with a new head.
 
     Raises:
         UserInputError: no such model, or one that cannot answer questions, hold the tokenizer, or read the sequence.
@@ -190,25 +194,57 @@ def build_question_answering_model(
     name = model_args.model_name_or_path or model_args.config_name
     factorized = model_args.model_type == FnlBertConfig.model_type
     config = load_bert_config(name) if factorized else None
-    with as_user_input(name):
-        if model_args.model_name_or_path is None:
+    if model_args.model_name_or_path is not None:
+        model = load_question_answering_model(name, config, is_trained, dtype=torch.float32)
+    elif not is_trained:
+        raise UserInputError(f"--config_name {name} begins with random weights: train them (--do_train)")
+    else:
+        with as_user_input(name):
             config = config or AutoConfig.from_pretrained(name)
-            config.dtype = torch.float32
+            config.dtype, config.num_labels = torch.float32, ANSWER_LOGITS
             model = AutoModelForQuestionAnswering.from_config(config)
-        else:
-            auto_class = FnlBertForQuestionAnswering if factorized else AutoModelForQuestionAnswering
-            model = auto_class.from_pretrained(name, config=config, dtype=torch.float32)
     _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
     return model
 
 
+def load_question_answering_model(
+    name: str, config: FnlBertConfig | None = None, is_trained: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """The question answering model of a checkpoint, whatever the number of labels in its configuration is.
+
+    Args:
+        config: of a stock BERT, to load it as an FNL-BERT.
+        is_trained: it is to be trained: the encoder of another model gets a new head.
+        kwargs: for ``from_pretrained``.
+
+    Raises:
+        UserInputError: no such model, one whose head is of another kind, or a head that nobody has trained.
+    """
+    kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    with as_user_input(name, "no question answering model in"):
+        if config is None:
+            found: Any = AutoModelForQuestionAnswering.from_pretrained(name, num_labels=ANSWER_LOGITS, **kwargs)
+        else:
+            config.num_labels = ANSWER_LOGITS
+            found = FnlBertForQuestionAnswering.from_pretrained(name, config=config, **kwargs)
+    model, loaded = found
+    _validate_loaded(name, model, loaded)
+    missing = sorted(loaded["missing_keys"])
+    if missing and not is_trained and not getattr(model, "_hf_peft_config_loaded", False):  # adapters may bring them
+        raise UserInputError(
+            f"no question answering model in {name}: it lacks {missing[0]}, which would be random: fine-tune it "
+            "(run_squad.py) first"
+        )
+    return model
+
+
 @contextmanager
-def as_user_input(name):
+def as_user_input(name, problem: str = "no model of the wanted kind can be built from"):
     """What Transformers raises for a configuration or checkpoint that it cannot build."""
     try:
         yield
     except (LookupError, TypeError, ValueError, RuntimeError, ImportError, OSError, *LIBRARY_ERRORS) as error:
-        raise UserInputError(f"no model of the wanted kind can be built from {name}: {error}") from error
+        raise UserInputError(f"{problem} {name}: {error}") from error
 
 
 def _usable_positions(model: PreTrainedModel) -> int | None:

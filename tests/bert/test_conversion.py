@@ -425,6 +425,54 @@ def test_the_command_converts_there_and_back(bert, batch, checkpoint, tmp_path, 
     assert_same_outputs(loaded, expected, batch)
 
 
+@pytest.mark.parametrize("stock", [True, False])
+def test_to_bert_leaves_no_layer_that_needs_fnl_hf(bert, batch, tokenizer, tmp_path, stock):
+    model = bert if stock else fnl_hf.FnlBertForPreTraining.from_bert(bert, 21)
+    fnl_hf.factorize(model, fnl_hf.FactorizationConfig(rank_scale=0.5, include=["intermediate.dense"]))
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    cli.main(["convert", str(tmp_path / "small"), str(tmp_path / "back"), "--to", "bert"])
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    loaded, info = BertForPreTraining.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same_outputs(loaded.eval(), model.eval(), batch)
+    card = (tmp_path / "back" / "README.md").read_text(encoding="utf-8")
+    assert "| factorized layers | 2 of the original, multiplied out |" in card and "import fnl_hf" not in card
+
+
+def test_what_lies_beside_the_weights_goes_with_them(checkpoint, tmp_path):
+    modules = [{"path": path} for path in ("", "1_Pooling", "2_Other", "3_Normalize", "../escaped", "/etc")]
+    files = {"modules.json": modules, "sentence_bert_config.json": {"max_seq_length": 7}, "1_Pooling/config.json": {"a": 1},
+             "2_Other/config.json": {"b": 2}}  # fmt: skip
+    for name, content in files.items():
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text(json.dumps(content))
+    (checkpoint / "2_Other" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "escaped").mkdir()
+    (tmp_path / "escaped" / "config.json").write_text("{}")
+    convert_checkpoint(str(checkpoint), tmp_path / "deep" / "new")
+    new = tmp_path / "deep" / "new"
+    assert {name: json.loads((new / name).read_text()) for name in files} == files
+    assert (new / "2_Other" / "model.safetensors").read_bytes() == b"weights" and not (new.parent / "escaped").exists()
+
+
+def test_nothing_is_left_of_a_conversion_that_cannot_be_saved(checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fnl_hf.commands.convert.write_card", full)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["convert", str(checkpoint), str(tmp_path / "new")])
+    assert "new: [Errno 28] No space left on device" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_weights_that_a_checkpoint_lacks_are_named(checkpoint, tmp_path, caplog):
+    entries = json.loads((checkpoint / "config.json").read_text()) | {"architectures": ["BertForTokenClassification"]}
+    (checkpoint / "config.json").write_text(json.dumps(entries))
+    convert_checkpoint(str(checkpoint), tmp_path / "new")
+    assert "lacks weights of FnlBert" not in caplog.text and "which are random now: classifier.bias" in caplog.text
+
+
 def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint, tmp_path):
     head = "license: other\nlicense_name: mine\nlanguage: en\nbase_model: ada/bert\ntags: [theirs]"
     (checkpoint / "README.md").write_text(f"---\n{head}\n---\n# A BERT\n")
