@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -276,6 +277,21 @@ def test_an_unforeseen_error_of_one_process_ends_all(corpus, tmp_path):
     assert left == []
 
 
+STOPPED = """
+from fnl_hf.errors import Preempted
+from fnl_hf.runs.command_line import run_script
+def run(argv):
+    raise Preempted("stopped by SIGTERM")
+run_script(run)
+"""
+
+
+def test_accelerate_launch_can_be_told_to_leave_its_traceback_out(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    ended = launch(tmp_path / "stopped.py", check=False, options=["--quiet"])
+    assert (ended.returncode, ended.stderr) == (1, "stopped.py: stopped by SIGTERM\n")
+
+
 def wait_for_checkpoint(process, folder, step):
     deadline = time.monotonic() + 120
     while not (folder / f"checkpoint-{step}").exists() and time.monotonic() < deadline:
@@ -322,6 +338,9 @@ def test_two_processes_stop_together_when_one_is_told(corpus, tmp_path):
     assert process.returncode == 1 and "exitcode  : 75" in error, error
     lines = [line for line in error.splitlines() if "run_pretrain.py: stopped by SIGTERM after step" in line]
     assert len(lines) == 1, "only the main process speaks"
+    assert re.search(
+        r"^ +traceback : stopped by SIGTERM after step .*", error[error.index("Root Cause") :], re.MULTILINE
+    )
     newest = newest_complete_checkpoint(out)
     assert str(newest) in lines[0] and {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(newest))
     for folder, resume in ((out, {"resume_from_checkpoint": "auto"}), (tmp_path / "whole", {})):
