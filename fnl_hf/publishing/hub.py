@@ -58,16 +58,22 @@ def push_folder(
     with hub_errors(name, f"{folder} is as it was: the same command sends what is missing"):
         repository = create_repository(name, private, token)
         name_repository(folder / CARD_FILE, repository)
-        api = HfApi(library_name="fnl_hf")
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message="Upload model",
-            token=token,
-            revision=revision,
-            ignore_patterns=list(NOT_UPLOADED),
-        )
-    return f"{api.endpoint}/{repository}"
+        upload_model(folder, repository, token, revision)
+    return f"{HfApi().endpoint}/{repository}"
+
+
+def upload_model(
+    folder: str | Path, repository: str, token: str | None, revision: str | None, message: str = "Upload model"
+) -> None:
+    """Commit what belongs to a saved model, as it lies in its folder, to a repository that exists."""
+    HfApi(library_name="fnl_hf").upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        commit_message=message,
+        token=token,
+        revision=revision,
+        ignore_patterns=list(NOT_UPLOADED),
+    )
 
 
 def create_repository(name: str, private: bool | None, token: str | None) -> str:

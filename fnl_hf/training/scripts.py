@@ -98,5 +98,7 @@ class ScriptRun:
         for split, values in metrics.items():
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and self.args.do_train:
+            trainer.push_saved()
+        elif self.args.push_to_hub:  # nothing is saved yet
             trainer.push_to_hub()

@@ -4,7 +4,6 @@ import inspect
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from fnl_hf.errors import Preempted, UserInputError
 from fnl_hf.reports.callbacks import TrainingClockCallback, add_fnl_callbacks
 from fnl_hf.reports.throughput import ThroughputMeter
 from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, finalize_checkpoint, is_disk_full
-from fnl_hf.runs.preemption import PreemptionCallback, end_workers_at_exit, ignore_sigterm, sigterm_handled_by
+from fnl_hf.runs.preemption import PreemptionCallback, ignore_sigterm, sigterm_handled_by, surviving_sigterm
 from fnl_hf.runs.processes import gather_objects
 from fnl_hf.runs.provenance import copy_provenance
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
 from fnl_hf.training.optimizers import build_optimizer, validate_optimization
+from fnl_hf.training.precision import keeping_weights
 from fnl_hf.training.pushing import PushCallback, PushingTrainer
 from fnl_hf.training.resuming import ResumeCallback, expecting_other_steps, loading_tied_weights
 from fnl_hf.training.sampling import EpochCallback
@@ -47,6 +47,11 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
         raise UserInputError(
             "DeepSpeed and FSDP1 flatten parameters, so that products cannot be told from them: use FSDP2 "
             "(fsdp_version: 2 in Accelerate's configuration)"
+        )
+    if plugin is not None and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
+        raise UserInputError(
+            "--bf16_full_eval and --fp16_full_eval cast the model, which FSDP2 does not let them: --bf16 true is for "
+            "evaluations, too"
         )
     add_fnl_callbacks(trainer)
     trainer.add_callback(EpochCallback)
@@ -165,10 +170,16 @@ class FnlTrainer(PushingTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         for part in {loader, getattr(loader, "base_dataloader", loader)}:  # Accelerate's is a wrapper
             part.generator = generator
-            part.worker_init_fn = partial(ignore_sigterm, part.worker_init_fn)
-            if part.persistent_workers:
-                end_workers_at_exit(part)
+            part.worker_init_fn = surviving_sigterm(part.worker_init_fn)
         return loader
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As Trainer's, which casts the model in place for ``bf16_full_eval`` and ``fp16_full_eval``, and leaves it so:
+        to be saved, pushed, or trained on."""
+        if not (self.args.bf16_full_eval or self.args.fp16_full_eval):
+            return super().evaluation_loop(*args, **kwargs)
+        with keeping_weights(self.accelerator.unwrap_model(self.model)):
+            return super().evaluation_loop(*args, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
