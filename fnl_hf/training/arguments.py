@@ -105,8 +105,8 @@ class FnlTrainingArguments(TrainingArguments):
     optimizer_state_from: str | None = field(
         default=None,
         metadata={
-            "help": "A run's folder: start from the optimizer state of its checkpoint whose weights this run starts from, "
-            "with its own learning rate, schedule and decay."
+            "help": "A run's folder: start from the optimizer state of its checkpoint whose weights this run starts "
+            "from, with its own learning rate, schedule and decay."
         },
     )
     overwrite_output_dir: bool = field(

@@ -20,10 +20,10 @@ from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.resuming import complete_metrics, find_best_checkpoint
 from tests.conftest import assert_same_weights, pretraining
 
-# The best of the evaluations is the second one of three, at a rate that grows until all is lost.
+# The largest loss is the first evaluation's.
 BEST = {
     "max_steps": 9, "save_steps": 3, "eval_steps": 3, "eval_strategy": "steps", "load_best_model_at_end": "true",
-    "metric_for_best_model": "loss", "save_total_limit": 1, "learning_rate": 0.3, "lr_scheduler_type": "constant",
+    "metric_for_best_model": "loss", "greater_is_better": "true", "save_total_limit": 1,
 }  # fmt: skip
 
 
@@ -33,12 +33,14 @@ def run(corpus, folder, **flags):
 
 @pytest.fixture(scope="module")
 def best(corpus, tmp_path_factory):
-    """A finished run whose best checkpoint is not its last, and that run as it was after its second checkpoint."""
+    """A finished run whose best checkpoint is its first, and that run as it was after its second checkpoint."""
     folder = tmp_path_factory.mktemp("best")
     run(corpus, folder / "whole", **BEST, do_train="true")
     state = json.loads((folder / "whole" / "trainer_state.json").read_text())
-    assert state["best_global_step"] < 9, state["log_history"]
-    run(corpus, folder / "stopped", **BEST | {"max_steps": 6, "save_total_limit": 2}, do_train="true")
+    assert state["best_global_step"] == 3
+    assert [path.name for path in (folder / "whole").glob("checkpoint-*")] == ["checkpoint-3"]
+    run(corpus, folder / "stopped", **BEST | {"save_total_limit": 3}, do_train="true")
+    shutil.rmtree(folder / "stopped" / "checkpoint-9")
     for name in ("all_results.json", "model.safetensors", "trainer_state.json"):
         (folder / "stopped" / name).unlink()
     return folder
