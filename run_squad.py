@@ -17,6 +17,7 @@ from fnl_hf.data.rows import first_rows
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import validate_bounds
 from fnl_hf.runs.command_line import parse_arguments, run_script
+from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.runs.seeds import commands_of_seeds, summarize_seeds
 from fnl_hf.squad.answers import AnswerOptions
@@ -233,6 +234,7 @@ def run_one(model_args, data_args, args, planned):
     )
 
 
+@folders_in_use()
 def run(argv):
     arguments = parse_arguments(ARGUMENTS, argv)
     args = arguments[-1]

@@ -25,6 +25,7 @@ from fnl_hf.data.masking import collate_batch
 from fnl_hf.layers import FactorizedLayer
 from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
 from fnl_hf.runs.command_line import parse_arguments, run_script
+from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.runs.provenance import read_starts
 from fnl_hf.training.models import as_user_input
@@ -255,6 +256,7 @@ def save_merged(
     )
 
 
+@folders_in_use()
 def run(argv):
     model_args, data_args, args = parse_arguments(ARGUMENTS, argv)
     name = model_args.model_name_or_path

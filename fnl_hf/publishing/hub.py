@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.cards import CARD_FILE, name_repository
 from fnl_hf.runs.checkpoints import CHECKSUMS_FILE
-from fnl_hf.runs.plan import STARTED_FILE
+from fnl_hf.runs.ownership import STARTED_FILE, staying_recorded
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,8 @@ def push_folder(
             raise UserInputError(f"{folder} holds no saved model: it has no {' or '.join(names)}")
     with hub_errors(name, f"{folder} is as it was: the same command sends what is missing"):
         repository = create_repository(name, private, token)
-        name_repository(folder / CARD_FILE, repository)
+        with staying_recorded(folder / CARD_FILE):
+            name_repository(folder / CARD_FILE, repository)
         upload_model(folder, repository, token, revision)
     return f"{HfApi().endpoint}/{repository}"
 

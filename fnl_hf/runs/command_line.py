@@ -31,12 +31,12 @@ class _Parser(HfArgumentParser):
 
 def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the dataclasses from ``[config.yaml ...] [--flag value ...]``; a later file overrides
-    an earlier one, and flags override all files.
+    an earlier one, and flags override all files; a "~" that begins a value is the home folder.
 
     Raises:
         UserInputError: an unreadable file, an unknown flag or key, or a value of the wrong kind.
     """
-    argv = with_config_files(argv)
+    argv = expand_home(with_config_files(expand_home(argv)))
     for flag, word in zip(["", *argv], argv):
         if "\0" in word:
             raise UserInputError(f"{flag} ({word!r}) must not hold a null byte")
@@ -54,6 +54,16 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
         if name in NAMES and value is not None and "" in ([value] if isinstance(value, str) else value):
             raise UserInputError(f"--{name} is empty: leave it out")
     return tuple(instances)
+
+
+def expand_home(argv: Sequence[str]) -> list[str]:
+    """A command line with the home folder in the place of "~" at the beginning of a value, which no shell expands in
+    ``--flag=~/x`` and nobody in a config file."""
+    expanded = []
+    for word in argv:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        expanded.append(f"{flag}{equals}{os.path.expanduser(value)}" if value.startswith("~") else word)
+    return expanded
 
 
 def join_negative_numbers(argv: Sequence[str]) -> list[str]:
