@@ -25,8 +25,8 @@ def open_zstd(compressed: BinaryIO) -> BinaryIO:
 
 
 class ZstandardFile(io.RawIOBase):
-    """What ``zstandard`` decompresses. Its own reader ends with the first frame, takes a cut file for a whole one and has
-    no lines."""
+    """What ``zstandard`` decompresses. Its own reader ends with the first frame, takes a cut file for a whole one and
+    has no lines."""
 
     def __init__(self, compressed: BinaryIO):
         self._compressed = compressed

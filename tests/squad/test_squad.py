@@ -14,6 +14,8 @@ from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.squad import features as squad
 from fnl_hf.squad.answers import AnswerOptions, answers_from_logits
 from fnl_hf.squad.features import EXAMPLE_FEATURES, FeatureMaker, load_sample, questions_fingerprint, read_squad_file
+from fnl_hf.squad.trainer import SquadTrainer
+from fnl_hf.training.arguments import FnlTrainingArguments
 
 CONTEXT = "Ada Lovelace wrote the first programme for Babbage’s engine. " * 3 + "Grace Hopper built a compiler in 1952."
 
@@ -300,6 +302,13 @@ def test_bad_questions_are_refused(tmp_path):
     twice = read_squad_file(squad_json(tmp_path, question(place), question(place)))
     with pytest.raises(UserInputError, match="question id 'a' occurs 2 times among the validation questions"):
         squad.validate_ids(twice, "validation")
+
+
+def test_scores_need_predictions(tmp_path):
+    args = FnlTrainingArguments(output_dir=str(tmp_path / "out"), prediction_loss_only=True, report_to="none")
+    with pytest.raises(UserInputError, match=r"--prediction_loss_only \(True\) leaves no predictions"):
+        SquadTrainer(None, args, answer_options=AnswerOptions())
+    assert not (tmp_path / "out").exists()
 
 
 # ---- answers ----
