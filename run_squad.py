@@ -29,7 +29,7 @@ from fnl_hf.squad.features import (
     read_squad_file,
     validate_ids,
 )
-from fnl_hf.squad.trainer import SquadTrainer, write_answers
+from fnl_hf.squad.trainer import SquadTrainer, validate_scoring, write_answers
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.models import build_question_answering_model
 from fnl_hf.training.scripts import ScriptRun
@@ -109,6 +109,10 @@ class SquadTrainingArguments(FnlTrainingArguments):
             "scores go to <output_dir>/seeds.json."
         },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        validate_scoring(self)
 
 
 FINGERPRINTS = {"train": DATA_FINGERPRINT, "validation": VALIDATION_FINGERPRINT, "test": TEST_FINGERPRINT}

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
 from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
+from fnl_hf.data.tokenizer import vocabulary_size
 from fnl_hf.errors import UserInputError
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
@@ -96,7 +97,7 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
     if name is not None:
         config = load_bert_config(name)
     else:
-        config = make_config(preset_config(model_args.preset or "tiny") | {"vocab_size": len(tokenizer)})
+        config = make_config(preset_config(model_args.preset or "tiny") | {"vocab_size": vocabulary_size(tokenizer)})
     requested = model_args.attention_embedding_size
     if model_args.model_name_or_path and requested not in (None, config.mha_embedding_size):
         raise UserInputError(
@@ -256,9 +257,10 @@ def _usable_positions(model: PreTrainedModel) -> int | None:
 
 
 def _validate_sizes(config, tokenizer, max_seq_length, positions):
-    if len(tokenizer) > config.vocab_size:
+    size = vocabulary_size(tokenizer)
+    if size > config.vocab_size:
         raise UserInputError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size ({config.vocab_size})"
+            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({config.vocab_size})"
         )
     if positions is not None and max_seq_length > positions:
         raise UserInputError(

@@ -286,6 +286,7 @@ def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
         ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
         ({"learning_rate": "-1e-4"}, r"--learning_rate \(-0.0001\) must be at least 0.0"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
+        ({"prediction_loss_only": "true"}, r"--prediction_loss_only \(True\) leaves no predictions to make answers of"),
         ({"do_predict": "true"}, "no questions to predict: give --test_file"),
         ({"seeds": 5}, r"--seeds \(5\) must be at least two different ones"),
         ({"seeds": "3 3"}, r"--seeds \(3 3\) must be at least two different ones"),
