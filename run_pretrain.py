@@ -19,6 +19,7 @@ from fnl_hf.data.source import Source
 from fnl_hf.data.streaming import StreamOrder, read_state, validate_shards
 from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
 from fnl_hf.runs.command_line import parse_arguments, run_script
+from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT, validate_resume
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
@@ -142,6 +143,7 @@ def make_trainer(model, tokenizer, args, batches, plan):
     return trainer
 
 
+@folders_in_use()
 def run(argv):
     model_args, data_args, args, planned = parse_command(with_quickstart(list(argv)))
     if planned.is_finished(model_args.model_name_or_path):

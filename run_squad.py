@@ -17,6 +17,7 @@ from fnl_hf.data.rows import first_rows
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import validate_bounds
 from fnl_hf.runs.command_line import parse_arguments, run_script
+from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
 from fnl_hf.runs.seeds import commands_of_seeds, summarize_seeds
 from fnl_hf.squad.answers import AnswerOptions
@@ -28,7 +29,7 @@ from fnl_hf.squad.features import (
     read_squad_file,
     validate_ids,
 )
-from fnl_hf.squad.trainer import SquadTrainer, write_answers
+from fnl_hf.squad.trainer import SquadTrainer, validate_scoring, write_answers
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.models import build_question_answering_model
 from fnl_hf.training.scripts import ScriptRun
@@ -108,6 +109,10 @@ class SquadTrainingArguments(FnlTrainingArguments):
             "scores go to <output_dir>/seeds.json."
         },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        validate_scoring(self)
 
 
 FINGERPRINTS = {"train": DATA_FINGERPRINT, "validation": VALIDATION_FINGERPRINT, "test": TEST_FINGERPRINT}
@@ -204,7 +209,7 @@ def run_one(model_args, data_args, args, planned):
     set_seed(args.seed)
     checkpoint = planned.plan.checkpoint
     tokenizer = load_tokenizer(checkpoint or model_args.tokenizer_name or model_args.model_name_or_path)
-    model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length)
+    model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length, args.do_train)
     if checkpoint is not None:
         validate_resume(checkpoint, model)
     questions, fingerprints = load_splits(data_args, args)
@@ -233,6 +238,7 @@ def run_one(model_args, data_args, args, planned):
     )
 
 
+@folders_in_use()
 def run(argv):
     arguments = parse_arguments(ARGUMENTS, argv)
     args = arguments[-1]

@@ -141,9 +141,9 @@ def from_checkpoint(change_run: FolderChange) -> BadInput:
     return resumed(change_run, resume_from_checkpoint="<here>/out/checkpoint-2")
 
 
-def overwriting(**given) -> BadInput:
+def overwriting(change_run: FolderChange = lambda out: None, **given) -> BadInput:
     """The same, to be started anew."""
-    return resumed(**{"resume_from_checkpoint": None, "overwrite_output_dir": "true"} | given)
+    return resumed(change_run, **{"resume_from_checkpoint": None, "overwrite_output_dir": "true"} | given)
 
 
 def moved(**given) -> BadInput:
@@ -201,6 +201,21 @@ def replaced_by(make_folder: FolderChange) -> FolderChange:
 def somebody_elses(folder: Path) -> None:
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
+
+
+def holding(*names: str) -> FolderChange:
+    """A folder of somebody's own files, and no run."""
+
+    def make(folder):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("mine")
+
+    return make
+
+
+def linked(name: str, target: str) -> FolderChange:
+    return lambda folder: (folder / name).symlink_to(target)
 
 
 def not_finite(folder: Path) -> None:

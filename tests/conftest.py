@@ -72,7 +72,7 @@ def batch():
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def launch(script, *arguments, processes=1, check=True, timeout=600, **environment):
+def launch(script, *arguments, processes=1, check=True, timeout=600, options=(), **environment):
     """Run a script as a user does. ``accelerate launch --cpu`` starts one process whatever it is told, so several
     CPU processes take torchrun."""
     if processes == 1:
@@ -81,7 +81,7 @@ def launch(script, *arguments, processes=1, check=True, timeout=600, **environme
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", *launcher, str(ROOT / script), *map(str, arguments)]
+    command = [sys.executable, "-m", *launcher, *options, str(ROOT / script), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
     if check:
         assert result.returncode == 0, result.stderr[-4000:]

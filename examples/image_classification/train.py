@@ -23,8 +23,11 @@ from data import ImageDataset, Images, class_balanced, load_folders, load_hub, l
 from fnl_hf import UserInputError
 from fnl_hf.data.masking import collate_batch
 from fnl_hf.layers import FactorizedLayer
+from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
 from fnl_hf.runs.command_line import parse_arguments, run_script
+from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
+from fnl_hf.runs.provenance import read_starts
 from fnl_hf.training.models import as_user_input
 from fnl_hf.training.sampling import epoch_sampler
 from fnl_hf.training.scripts import ScriptRun
@@ -218,23 +221,42 @@ def make_trainer(
     )
 
 
-def evaluate(trainer: ImageTrainer, test: ImageDataset, prepare: Preparation) -> dict[str, dict[str, float]]:
-    """Loss, accuracy and parameters of the model and, if it is factorized, of the one that it is multiplied out to;
-    after training that is saved, too."""
+def evaluate(trainer: ImageTrainer, test: ImageDataset) -> tuple[dict[str, dict[str, float]], Any]:
+    """Loss, accuracy and parameters of the model and, if it is factorized, of the one that it is multiplied out to; and
+    that one, or None."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {"eval": trainer.evaluate(test) | {"eval_parameters": remaining_parameters(model)}}
     if not any(isinstance(module, FactorizedLayer) for module in model.modules()):
-        return metrics
+        return metrics, None
     merged: Any = fnl_hf.merge(copy.deepcopy(model))
     parameters = remaining_parameters(merged)
     metrics["merged"] = trainer.evaluate_model(merged, test, "merged") | {"merged_parameters": parameters}
-    if trainer.args.do_train and trainer.args.should_save:
-        folder = Path(str(trainer.args.output_dir), MERGED_FOLDER)
-        merged.save_pretrained(folder)
-        prepare.save(folder)
-    return metrics
+    return metrics, merged
 
 
+def save_merged(
+    merged: Any,
+    args: Any,
+    prepare: Preparation,
+    metrics: dict[str, dict[str, float]],
+    source: str,
+    card: dict[str, Any],
+) -> None:
+    """Save the model that is multiplied out in a folder of its own, with a card."""
+    folder = Path(args.output_dir, MERGED_FOLDER)
+    merged.save_pretrained(folder)
+    prepare.save(folder)
+    write_run_card(
+        folder,
+        model=merged,
+        facts=model_facts(merged, args, source) | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
+        metrics={name.replace("merged_", "eval_"): value for name, value in metrics["merged"].items()},
+        license=args.hub_license,
+        **card | {"description": f"{card['description']} They are multiplied out here: its layers are dense."},
+    )
+
+
+@folders_in_use()
 def run(argv):
     model_args, data_args, args = parse_arguments(ARGUMENTS, argv)
     name = model_args.model_name_or_path
@@ -260,26 +282,28 @@ def run(argv):
     trainer = make_trainer(model, args, datasets, data_args.lr_milestones or MILESTONES)
     planned.start()
 
-    metrics = {}
+    metrics, merged = {}, None
     if args.do_train:
         metrics["train"] = train_and_save(trainer, checkpoint)
     if args.do_eval:
-        metrics |= evaluate(trainer, datasets["test"], prepare)
+        evaluated, merged = evaluate(trainer, datasets["test"])
+        metrics |= evaluated
     if model_args.method == "pruning":
         make_permanent(model)
         if args.do_train:  # it was saved with its masks
             trainer.save_model(_internal_call=True)
+    source = data_args.dataset_name or str(data_args.train_dir or data_args.idx_dir)
+    card = {
+        "title": Path(str(args.output_dir)).resolve().name,
+        "description": DESCRIPTIONS[model_args.method],
+        "auto_class": "AutoModelForImageClassification",
+        "dataset": data_args.dataset_name,
+    }
     if args.do_train and args.should_save:
         prepare.save(args.output_dir)
-    planned.finish(
-        trainer,
-        metrics,
-        source=data_args.dataset_name or str(data_args.train_dir or data_args.idx_dir),
-        title=Path(str(args.output_dir)).resolve().name,
-        description=DESCRIPTIONS[model_args.method],
-        auto_class="AutoModelForImageClassification",
-        dataset=data_args.dataset_name,
-    )
+        if merged is not None:
+            save_merged(merged, args, prepare, metrics, source, card)
+    planned.finish(trainer, metrics, source=source, **card)
 
 
 if __name__ == "__main__":

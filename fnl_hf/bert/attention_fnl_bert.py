@@ -32,16 +32,19 @@ class FnlBertSelfAttention(BertSelfAttention):
         self.key = nn.Linear(config.hidden_size, self.all_head_size)
         self.value = nn.Linear(config.hidden_size, self.all_head_size)
 
-    def attend_from(self, rows, hidden_states, attention_mask, **kwargs):
-        """Attention of ``rows`` (B, K, d) to all ``hidden_states`` (B, S, d): (B, K, E)."""
+    def forward(self, hidden_states, attention_mask=None, *args, rows=None, **kwargs):
+        """As in transformers; with ``rows`` (B, K, d) the attention of these alone to all ``hidden_states`` (B, S, d):
+        contexts (B, K, E) and, where the implementation gives them, weights (B, H, K, S)."""
+        if rows is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
         query, key, value = (  # (B, H, K, r), (B, H, S, r), (B, H, S, r)
             projection(states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
             for projection, states in ((self.query, rows), (self.key, hidden_states), (self.value, hidden_states))
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         kwargs |= {"dropout": self.dropout.p if self.training else 0.0, "scaling": self.scaling}
-        context, _ = attend(self, query, key, value, attention_mask, **kwargs)  # (B, K, H, r)
-        return context.flatten(2)
+        context, weights = attend(self, query, key, value, attention_mask, **kwargs)  # (B, K, H, r), (B, H, K, S)
+        return context.flatten(2), weights
 
 
 class FnlBertLayer(BertLayer):
@@ -68,7 +71,8 @@ class FnlBertLayer(BertLayer):
             attention_mask = take_mask_rows(attention_mask, output_positions)  # (B, 1, K or 1, S)
         for name in ("encoder_attention_mask", "past_key_values"):  # an encoder has none
             kwargs.pop(name, None)
-        context = self.attention.self.attend_from(rows, hidden_states, attention_mask, **kwargs)  # (B, K, E)
+        # Called as a module, so that hooks on it, transformers' capture of attentions among them, see every layer.
+        context, _ = self.attention.self(hidden_states, attention_mask, rows=rows, **kwargs)  # (B, K, E)
         # From here on each position is on its own: residuals, feed-forward and LayerNorm need these rows alone.
         return self.feed_forward_chunk(self.attention.output(context, rows))
 

@@ -22,7 +22,8 @@ class FnlBertConfig(BertConfig):
         sparse_prediction: with labels, run the masked language modelling head on the labelled positions only.
             The loss is the same; ``logits`` then has shape (labelled positions, vocabulary).
         sparse_last_layer: where the masked positions are given, run the last layer for them alone. The predictions are
-            the same; dropout draws other numbers, and the encoder's last hidden state is of these positions.
+            the same; dropout draws other numbers, and the last layer's hidden state and attentions are of these
+            positions (for next sentence prediction, too, of the first token and these).
 
     Raises:
         StrictDataclassError: E not a positive multiple of ``num_attention_heads``, an unknown ``attention_init``,

@@ -10,6 +10,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.bert import modeling_bert
 from transformers.utils import logging
@@ -22,6 +23,7 @@ from .head_mixing import (
     find_truncation,
     make_padding,
     mix_heads,
+    regularize_moments,
     truncate_product,
     weight_moments,
 )
@@ -32,6 +34,7 @@ OWN_ENTRIES = (
     "attention_embedding_size", "attention_init", "sparse_prediction", "sparse_last_layer",
     "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
 )  # fmt: skip
+NAMED_WEIGHTS = 3  # in a message
 # Why models that look like BERT cannot be read as one.
 OTHER_ARCHITECTURES = {
     "roberta": "its positions start behind the padding index and it has no next sentence head",
@@ -56,13 +59,18 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         Raises:
             ValueError: there is none, because this class has a head of its own.
         """
-        found = next(base for base in cls.__mro__ if base.__module__ == modeling_bert.__name__)
+        found = cls._stock_base()
         if found is modeling_bert.BertPreTrainedModel:  # of which all are
             raise ValueError(
                 f"{cls.__name__} stands for no class of transformers: to be converted it must inherit from one, as "
                 "FnlBertForMaskedLM does from BertForMaskedLM"
             )
         return found
+
+    @classmethod
+    def _stock_base(cls) -> type[PreTrainedModel]:
+        """The stock class that this one inherits its head from; ``BertPreTrainedModel`` where the head is its own."""
+        return next(base for base in cls.__mro__ if base.__module__ == modeling_bert.__name__)
 
     @classmethod
     def from_bert(
@@ -82,7 +90,8 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
             bert: a model, or the name or folder of one. Weights of another head are taken as far as they fit.
             attention_embedding_size: E, a multiple of the number of heads, at most that of ``bert``. Default: the same.
             calibration: batches of inputs. With them "closest" is measured on what the heads compute for these, not on
-                the weights alone: whitened SVD.
+                the weights alone: whitened SVD. Of N tokens the weights keep a share of r/(N + r), r the rank of a head
+                in ``bert``, so that no direction is lost that the text does not show; a warning says where N < r.
             output_truncations: return also what each product lost, a list of
                 :class:`~fnl_hf.bert.head_mixing.Truncation`.
             kwargs: for ``from_pretrained`` where ``bert`` is a name.
@@ -91,9 +100,11 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
             The model in evaluation mode, or it and the list.
 
         Raises:
-            ValueError: no BERT, or an E that does not fit.
+            ValueError: no BERT, one with adapters or with weights that are not those of its class and configuration, or
+                an E that does not fit.
         """
-        source = bert if isinstance(bert, PreTrainedModel) else cls.load_bert(bert, **kwargs)
+        source: Any = cls.load_bert(bert, **kwargs) if isinstance(bert, str | PathLike) else bert
+        _refuse_changed(source)
         if not isinstance(source, modeling_bert.BertPreTrainedModel):
             raise ValueError(f"{_display_name(source)} is no BERT: {_explain_refusal(source.config)}")
         available = embedding_size_of(source.config)
@@ -103,13 +114,18 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         target: Any = cls(config)
         target = target.to(device=source.device, dtype=source.dtype).eval()
         _copy_products(source, target)
-        _copy_weights(source, target)
+        stock: Any = cls._stock_base()
+        same_head = isinstance(source, cls if stock is modeling_bert.BertPreTrainedModel else stock)
+        _copy_weights(source.state_dict(), source, target, same_head)
         if embedding_size == available:
             return (target, []) if output_truncations else target
-        moments = None if calibration is None else activation_moments(source, calibration)
+        measured = {} if calibration is None else activation_moments(source, calibration)
+        _warn_of_few_tokens(measured)
         truncations = []
         for name, old, new in _pair_attentions(source, target):
-            its_moments = weight_moments(old) if moments is None else moments[name]
+            its_moments = weight_moments(old)
+            if measured:
+                its_moments = regularize_moments(measured[name], its_moments)
             truncations += _truncate_attention(name, old, new, its_moments)
         return (target, truncations) if output_truncations else target
 
@@ -127,19 +143,22 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         return loader.from_pretrained(name, **kwargs)
 
     def to_bert(self) -> PreTrainedModel:
-        """The stock BERT that computes the same, for tools that know no other; in evaluation mode.
+        """The stock BERT that computes the same, for tools that know no other; in evaluation mode. Layers that are
+        products of matrices (``fnl_hf.factorize``) are multiplied out.
 
         Heads of rank r below d/H are filled with zeros, and the scale moves into query and key: exact, for serving and
         ordinary fine-tuning; a filled dimension has no gradient. Larger ones must have products whose rank fits.
 
         Raises:
-            ValueError: E is larger than d, and a product has a rank above d/H; or no stock class has this one's head.
+            ValueError: E is larger than d, and a product has a rank above d/H; no stock class has this one's head; or
+                adapters, or weights that are not those of this class and configuration.
         """
+        _refuse_changed(self)
         config = BertConfig(**_config_entries(self.config))
+        vars(config).pop("quantization_config", None)  # it lists the layers that are products
         target: Any = self.bert_class()(config)
         target = target.to(device=self.device, dtype=self.dtype).eval()
-        _copy_products(self, target)
-        _copy_weights(self, target)
+        _copy_weights(_dense_weights(self), self, target, same_head=True)
         padded = config.hidden_size // config.num_attention_heads
         for name, source_layer, target_layer in _pair_attentions(self, target):
             moments = weight_moments(source_layer)
@@ -164,8 +183,8 @@ def _config_entries(config: BertConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in OWN_ENTRIES}
 
 
-def _display_name(model: PreTrainedModel) -> str:
-    return model.name_or_path or type(model).__name__
+def _display_name(model: Any) -> str:
+    return getattr(model, "name_or_path", None) or type(model).__name__
 
 
 def _explain_refusal(config) -> str:
@@ -182,19 +201,79 @@ def _validate_embedding_size(embedding_size: int, config: BertConfig) -> None:
         )
 
 
-def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Every weight that both have, by its full name; warns of those that stay as they were initialized."""
+def _refuse_changed(model: Any) -> None:
+    """
+    Raises:
+        ValueError: no model of Transformers, or one whose layers are not the ones that its class makes.
+    """
+    if isinstance(model, nn.Module):
+        if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+            raise ValueError(
+                f"{_display_name(model)} has adapters of PEFT, which a conversion would lose: merge them first "
+                "(merge_and_unload), or remove them"
+            )
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise ValueError(f"{_display_name(model)} is quantized: convert the original, and quantize it then")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a {type(model).__name__} is no model of Transformers, nor the name or folder of one")
+
+
+def _dense_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Its weights, those of layers that are products of matrices multiplied out."""
+    weights = model.state_dict()
+    modules: Any = model.named_modules(remove_duplicate=False)
+    for name, layer in modules:
+        if hasattr(layer, "to_dense"):
+            for factor in layer.state_dict():
+                del weights[f"{name}.{factor}"]
+            weights |= {f"{name}.{part}": value for part, value in layer.merged().state_dict().items()}
+    return weights
+
+
+def _copy_weights(
+    given: dict[str, torch.Tensor], source: PreTrainedModel, target: PreTrainedModel, same_head: bool
+) -> None:
+    """Write the weights of ``source`` into ``target`` by their full names, but those of attention of another E.
+
+    Those of the encoder, and of the head if both have the same, must be the same ones. For what else ``target`` has and
+    ``source`` has not, a warning says that it stays as it was initialized.
+
+    Raises:
+        ValueError: they are not the same ones: a layer was wrapped, replaced, pruned or added.
+    """
     prefix = target.base_model_prefix + "."
-    source_weights = {_full_name(name, source, prefix): value for name, value in source.state_dict().items()}
-    weights = {_full_name(name, target, prefix): value for name, value in target.state_dict().items()}
-    common = weights.keys() & source_weights.keys()
-    fitting = {name for name in common if weights[name].shape == source_weights[name].shape}
+    given = {_full_name(name, source, prefix): value for name, value in given.items()}
+    wanted = {_full_name(name, target, prefix): value for name, value in target.state_dict().items()}
+    sizes = embedding_size_of(source.config), embedding_size_of(target.config)
+    common = given.keys() & wanted.keys()
+    fitting = {name for name in common if given[name].shape == wanted[name].shape}
     with torch.no_grad():
         for name in fitting:
-            weights[name].copy_(source_weights[name])
-    missing = sorted(name for name in set(weights) - fitting if ".attention." not in name)
-    if missing:
+            wanted[name].copy_(given[name])
+    resized = {name for name in common if ".attention." in name and _same_but_e(given[name], wanted[name], sizes)}
+    found = fitting | resized
+
+    def is_shared(name: str) -> bool:  # some classes have no pooler
+        return (same_head or name.startswith(prefix)) and not name.startswith(f"{prefix}pooler.")
+
+    lacking, unknown = (sorted(filter(is_shared, weights.keys() - found)) for weights in (wanted, given))
+    if lacking or unknown:
+        parts = [f"{what} {_list_names(names)}" for what, names in (("lacks", lacking), ("has", unknown)) if names]
+        raise ValueError(
+            f"{_display_name(source)} is not the {type(source).__name__} that its configuration describes: in names "
+            f"and shapes it {' and '.join(parts)}. Undo what was done to these layers first"
+        )
+    if missing := sorted(wanted.keys() - found):
         logger.warning(f"newly initialized, because {_display_name(source)} does not have them: {', '.join(missing)}")
+
+
+def _same_but_e(old: torch.Tensor, new: torch.Tensor, sizes: tuple[int, int]) -> bool:
+    """Whether two shapes differ in the E of each at most."""
+    return old.dim() == new.dim() and all(a == b or (a, b) == sizes for a, b in zip(old.shape, new.shape))
+
+
+def _list_names(names: list[str]) -> str:
+    return ", ".join(names[:NAMED_WEIGHTS]) + f" and {len(names) - NAMED_WEIGHTS} more" * (len(names) > NAMED_WEIGHTS)
 
 
 def _copy_products(source: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -228,6 +307,16 @@ def _pair_attentions(source: PreTrainedModel, target: PreTrainedModel) -> Iterat
     encoders: Any = source.base_model.encoder, target.base_model.encoder
     for old, new in zip(*(encoder.layer for encoder in encoders), strict=True):
         yield names[id(old.attention)], old.attention, new.attention
+
+
+def _warn_of_few_tokens(measured: Mapping[str, HeadMoments]) -> None:
+    for moments in list(measured.values())[:1]:  # all have seen the same text
+        tokens, rank = moments.tokens or 0, moments.query.shape[-1]
+        if tokens < rank:
+            logger.warning(
+                f"the calibration has {tokens} tokens, fewer than the {rank} dimensions of a head: the weights alone "
+                "decide about those that it does not show. Some thousand tokens are enough"
+            )
 
 
 def _truncate_attention(name: str, source, target, moments: HeadMoments) -> list[Truncation]:

@@ -8,6 +8,8 @@ formed: the QR decomposition of both factors leaves an r×r core with the same s
 This file travels with checkpoints, so it imports nothing of ``fnl_hf``.
 """
 
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +106,24 @@ def core(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     return small @ torch.linalg.qr(rest[-1], mode="r").R.transpose(-2, -1)
 
 
+def singular_values(cores: torch.Tensor) -> torch.Tensor:
+    """Of a batch of matrices (..., n, r): (..., min(n, r)), all NaN where an entry of a matrix is not finite.
+
+    LAPACK refuses such matrices, and with them the whole batch. The host is not asked which ones they are.
+    """
+    is_finite = cores.isfinite().all(-1).all(-1)
+    values = torch.linalg.svdvals(torch.where(is_finite[..., None, None], cores, 0.0))
+    return torch.where(is_finite[..., None], values, torch.nan)
+
+
+def without_autocast(tensors: Iterable[torch.Tensor]) -> ExitStack:
+    """A context in which products of these tensors are computed in their own dtype."""
+    stack = ExitStack()
+    for device in {tensor.device.type for tensor in tensors} - {"meta"}:  # which autocast does not know
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
 def bound(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     """½(‖U‖²_F + ‖V‖²_F) over all heads, or ½(‖U M‖²_F + ‖V‖²_F): at least the nuclear norm of the product."""
     for middle in rest[:-1]:
@@ -117,9 +137,11 @@ def product_norms(*factors: torch.Tensor) -> dict[str, torch.Tensor]:
     Of U (H, m, r) and V (H, n, r), or U, M (H, r, s) and V (H, n, s), as :meth:`Product.factors` gives them.
     ``frobenius``: (Σ_h ‖U_h V_hᵀ‖²_F)^½. ``nuclear``: Σ_h ‖U_h V_hᵀ‖_*. ``bound``: ½(‖U‖²_F + ‖V‖²_F),
     what weight decay on the factors penalizes (Khodak et al., section 4); of three factors ½(‖U M‖²_F + ‖V‖²_F).
+    The first two are NaN where a factor is not finite.
     """
-    values = torch.linalg.svdvals(core(*factors))
-    return {"frobenius": values.square().sum().sqrt(), "nuclear": values.sum(), "bound": bound(*factors)}
+    with without_autocast(factors):
+        values = singular_values(core(*factors))
+        return {"frobenius": values.square().sum().sqrt(), "nuclear": values.sum(), "bound": bound(*factors)}
 
 
 def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,6 +172,8 @@ __all__ = [
     "gram",
     "head_rows",
     "product_norms",
+    "singular_values",
     "spectral_factors",
     "validate_product",
+    "without_autocast",
 ]

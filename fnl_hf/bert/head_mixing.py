@@ -13,12 +13,13 @@ Shapes: H heads, r rank of a head, r' wanted rank, d hidden size, B batch, S seq
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertAttention
 
+from .evaluation import evaluation_mode
 from .factorization import gram, head_rows
 
 
@@ -27,7 +28,8 @@ class HeadMoments:
     """Second moments of what H heads compute: (H, r, r) each, float64; ``context_mean`` is (H, r).
 
     ``value`` is the covariance of the context, whose mean moves into the output bias; ``key`` is the one under the
-    attention, because a softmax does not see what all keys of a query share.
+    attention, because a softmax does not see what all keys of a query share. ``tokens`` is the length of the text that
+    they were measured on, None for those of the weights.
     """
 
     query: torch.Tensor
@@ -35,6 +37,7 @@ class HeadMoments:
     value: torch.Tensor
     output: torch.Tensor
     context_mean: torch.Tensor
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,17 @@ def activation_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, to
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BertAttention)}
     sums = {name: _MomentSums(module) for name, module in layers.items()}
     handles = [module.self.register_forward_hook(sums[name].add, with_kwargs=True) for name, module in layers.items()]
-    was_training, implementation = model.training, str(model.config._attn_implementation)
+    implementation = str(model.config._attn_implementation)
     model.set_attn_implementation("eager")
     try:
-        for batch in batches:
-            batch = {key: value.to(model.device) for key, value in batch.items()}
-            is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            for layer_sums in sums.values():
-                layer_sums.is_token = is_token
-            model.eval()(**batch)
+        with evaluation_mode(model):
+            for batch in batches:
+                batch = {key: value.to(model.device) for key, value in batch.items()}
+                is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+                for layer_sums in sums.values():
+                    layer_sums.is_token = is_token
+                model(**batch)
     finally:
-        model.train(was_training)
         model.set_attn_implementation(implementation)
         for handle in handles:
             handle.remove()
@@ -158,12 +161,36 @@ class _MomentSums:
         query, key, context, mean = (total / self.tokens for total in self.sums)
         covariance = context - mean[:, :, None] * mean[:, None, :]  # (H, r, r)
         output = weight_moments(self.attention).output  # what the output projection does depends on no text
-        return HeadMoments(query, key, covariance, output.to(mean.device), mean)
+        return HeadMoments(query, key, covariance, output.to(mean.device), mean, self.tokens)
 
 
 def _moment(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Σ over batch and sequence of lᵀ r: (B, H, S, r), (B, H, S, r) -> (H, r, r)."""
     return torch.einsum("bhsi,bhsj->hij", left, right)
+
+
+def regularize_moments(measured: HeadMoments, weights: HeadMoments) -> HeadMoments:
+    """``measured`` on N tokens, with a share r/(N + r) of the moments of the ``weights``.
+
+    A text of fewer than r tokens leaves directions of a head unseen. A truncation that leaves them out makes a row of
+    both factors zero, which has no gradient and stays so for ever; as shares, all that the weights have is there, and a
+    long text decides alone.
+    """
+    rank = measured.query.shape[-1]
+    share = rank / (int(measured.tokens or 0) + rank)
+
+    def mix(seen: torch.Tensor, known: torch.Tensor) -> torch.Tensor:  # (H, r, r) both
+        sizes, known_sizes = (moment.diagonal(dim1=1, dim2=2).sum(dim=1) for moment in (seen, known))  # traces (H,)
+        # Where nothing varies in the text, as the keys of a single token do not, there is no size to take over.
+        scale = torch.where(sizes > 1e-9 * known_sizes, sizes / known_sizes, 1.0)
+        return (1 - share) * seen + share * scale[:, None, None] * known
+
+    return replace(
+        measured,
+        query=mix(measured.query, weights.query),
+        key=mix(measured.key, weights.key),
+        value=mix(measured.value, weights.value),
+    )
 
 
 def truncate_product(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:

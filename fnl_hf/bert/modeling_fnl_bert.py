@@ -65,6 +65,8 @@ class FnlBertPreTrainedModel(BertConversion):
         encoder = getattr(self, "bert", None)
         if isinstance(encoder, BertModel) and not isinstance(encoder, FnlBertModel):
             self.bert = FnlBertModel(self.config, add_pooling_layer=encoder.pooler is not None)
+            if encoder.is_gradient_checkpointing:  # it has taken the flag out of the configuration
+                self.bert.gradient_checkpointing_enable()
         super().post_init()
 
     def factor_pairs(self) -> list[Product]:
@@ -110,8 +112,8 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
 
         Args:
             document_ids: (B, S); tokens attend to those with the same number only.
-            output_positions: (B, K); ``last_hidden_state`` is (B, K, d), for these positions alone. The pooler reads
-                the first of them.
+            output_positions: (B, K); ``last_hidden_state`` is (B, K, d), for these positions alone, and so are the
+                last layer's attentions, (B, H, K, S). The pooler reads the first of them.
         """
         if encoder_hidden_states is not None or past_key_values is not None:
             raise ValueError(

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fnl_hf.commands import export
 from fnl_hf.commands.compress import Compression, factorize_checkpoint, merge_checkpoint
 from fnl_hf.commands.convert import SPECTRA_FILE, convert_checkpoint, load_model, truncation_table
+from fnl_hf.commands.folders import refuse_bad_file
 from fnl_hf.errors import UserInputError
 from fnl_hf.layers.base import INITS, MODES
 from fnl_hf.publishing.hub import push_folder
@@ -15,6 +17,9 @@ from fnl_hf.squad.features import read_squad_file
 from fnl_hf.squad.inference import ask
 from fnl_hf.surgery.config import DEFAULT_RANK_SCALES, TYPES, FactorizationConfig
 from fnl_hf.surgery.factorize import factorization_table
+from fnl_hf.version import __version__
+
+PLACES = ("source", "folder", "model", "file", "name", "questions_file")  # what is read or written
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
+        for name in PLACES:
+            if getattr(args, name, None) == "":
+                raise UserInputError(f"{name} is empty: name one")
         args.run(args)
     except UserInputError as error:
         print(f"fnl-hf: error: {error}", file=sys.stderr)
@@ -32,11 +40,39 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fnl-hf", description="Convert, factorize, export, upload and ask models whose layers are products."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    add_convert(commands)
+    add_factorize(commands)
+    add_merge(commands)
+    add_export(commands)
+    add_push(commands)
+    add_ask(commands)
+    return parser
 
-    converting = commands.add_parser("convert", help="BERT to FNL-BERT of a smaller attention, or FNL-BERT to BERT")
-    converting.add_argument("source", help="a checkpoint: folder or Hub name")
-    converting.add_argument("folder", help="where the converted one goes; empty or new")
+
+def add_command(
+    commands, name: str, run: Callable[[argparse.Namespace], None], help: str, description: str, example: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help, description=description, epilog=f"example: fnl-hf {name} {example}")
+    command.set_defaults(run=run)
+    return command
+
+
+def add_source_and_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", help="a checkpoint: folder or Hub name")
+    command.add_argument("folder", help="where the new one goes; empty or new")
+
+
+def add_convert(commands) -> None:
+    converting = add_command(
+        commands, "convert", run_convert, "BERT to FNL-BERT of a smaller attention, or FNL-BERT to BERT",
+        "Convert a BERT to an FNL-BERT: the same at the same E, truncated by SVD at a smaller one. Or back to a stock "
+        "BERT with dense layers that computes the same and loads without fnl_hf. Tokenizer, files of sentence-transformers "
+        "and a model card go with it.",
+        "google-bert/bert-base-uncased my-bert --attention_embedding_size 384 --calibration_file text.txt",
+    )  # fmt: skip
+    add_source_and_folder(converting)
     converting.add_argument("--to", choices=("fnl_bert", "bert"), default="fnl_bert", help="(%(default)s)")
     converting.add_argument(
         "--attention_embedding_size", type=int, help="E, a multiple of the number of heads; default: unchanged"
@@ -46,33 +82,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     converting.add_argument("--calibration_samples", type=int, default=256, help="documents of it (%(default)s)")
     converting.add_argument("--max_seq_length", type=int, default=128, help="tokens of each (%(default)s)")
-    converting.set_defaults(run=run_convert)
-
-    add_compression(commands)
-
-    exporting = commands.add_parser("export", help="write a model as ONNX, checked against PyTorch in onnxruntime")
-    exporting.add_argument("model", help="a checkpoint with its head: folder or Hub name")
-    exporting.add_argument("file", help="the .onnx file to write")
-    exporting.set_defaults(run=run_export)
-
-    pushing = commands.add_parser("push", help="upload a saved model to the Hub, with the token of `hf auth login`")
-    pushing.add_argument("folder", help="of the model; its checkpoints stay where they are")
-    pushing.add_argument("name", help="of the repository: name or owner/name")
-    pushing.add_argument("--private", action="store_true", help="make it a private one")
-    pushing.set_defaults(run=run_push)
-
-    add_ask(commands)
-    return parser
 
 
-def add_compression(commands) -> None:
-    factorizing = commands.add_parser(
-        "factorize", help="layers of a checkpoint of any architecture as products of matrices"
-    )
-    merging = commands.add_parser("merge", help="a checkpoint's factorized layers back to dense ones")
-    for parser in (factorizing, merging):
-        parser.add_argument("source", help="a checkpoint: folder or Hub name")
-        parser.add_argument("folder", help="where the new one goes; empty or new")
+def add_factorize(commands) -> None:
+    factorizing = add_command(
+        commands, "factorize", run_factorize, "layers of a checkpoint of any architecture as products of matrices",
+        "Replace layers of a checkpoint by products of two or three matrices, which begin as its weights or are drawn "
+        "anew. A table says what each layer lost. To be trained afterwards.",
+        "google-bert/bert-base-uncased my-small-bert --target_ratio 0.5",
+    )  # fmt: skip
+    add_source_and_folder(factorizing)
     factorizing.add_argument(
         "--mode", choices=MODES, default=MODES[0], help="smaller, or larger until merged (%(default)s)"
     )
@@ -89,12 +108,46 @@ def add_compression(commands) -> None:
     )
     factorizing.add_argument("--exclude", nargs="+", default=[], help="types or patterns of names")
     factorizing.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
-    factorizing.set_defaults(run=run_factorize)
-    merging.set_defaults(run=run_merge)
+
+
+def add_merge(commands) -> None:
+    merging = add_command(
+        commands, "merge", run_merge, "a checkpoint's factorized layers back to dense ones",
+        "Multiply out the factorized layers of a checkpoint: the result computes the same and loads without fnl_hf.",
+        "my-small-bert my-dense-bert",
+    )  # fmt: skip
+    add_source_and_folder(merging)
+
+
+def add_export(commands) -> None:
+    exporting = add_command(
+        commands, "export", run_export, "write a model as ONNX, checked against PyTorch in onnxruntime",
+        "Write the forward pass of a BERT or FNL-BERT in float32 as ONNX, for any batch size and length, and run it "
+        "beside PyTorch. Needs pip install 'fnl-hf[onnx]'.",
+        "my-bert-squad my-bert-squad.onnx",
+    )  # fmt: skip
+    exporting.add_argument("model", help="a checkpoint with its head: folder or Hub name")
+    exporting.add_argument("file", help="the .onnx file to write; new")
+
+
+def add_push(commands) -> None:
+    pushing = add_command(
+        commands, "push", run_push, "upload a saved model to the Hub, with the token of `hf auth login`",
+        "Upload a saved model with tokenizer, code, card and report. What the Hub has is not sent again.",
+        "my-bert-squad me/my-bert-squad --private",
+    )  # fmt: skip
+    pushing.add_argument("folder", help="of the model; its checkpoints stay where they are")
+    pushing.add_argument("name", help="of the repository: name or owner/name")
+    pushing.add_argument("--private", action="store_true", help="make it a private one")
 
 
 def add_ask(commands) -> None:
-    asking = commands.add_parser("ask", help="answer questions with spans of their contexts")
+    asking = add_command(
+        commands, "ask", run_ask, "answer questions with spans of their contexts",
+        "Answer one question or a file of them with a model that was fine-tuned for it, by run_squad.py for example. A "
+        "line for each: its id if it is from a file, answer and score, separated by tabs.",
+        'my-bert-squad "Who wrote it?" "It was written by Ada Lovelace."',
+    )  # fmt: skip
     asking.add_argument("model", help="a question answering model: folder or Hub name")
     asking.add_argument("question", nargs="?", help="one question")
     asking.add_argument("context", nargs="?", help="the text to answer it from")
@@ -109,7 +162,6 @@ def add_ask(commands) -> None:
     asking.add_argument(
         "--null_score_diff_threshold", type=float, default=0.0, help="none above this score difference (%(default)s)"
     )
-    asking.set_defaults(run=run_ask)
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -150,6 +202,7 @@ def print_sizes(result: Compression, folder: str) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
+    refuse_bad_file(Path(args.file), export.SUFFIX)  # before the model is loaded
     difference = export.export_onnx(load_model(args.model), args.file)
     print(f"{args.file}: differs from PyTorch by {difference:.1e} at most")
 

@@ -1,8 +1,9 @@
 """A checkpoint on disk or on the Hub, converted and saved: BERT to FNL-BERT of another size, FNL-BERT to BERT."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -14,10 +15,20 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
 from fnl_hf.bert.head_mixing import Truncation
+from fnl_hf.commands.folders import (
+    complete_or_removed,
+    copy_companions,
+    find_companions,
+    reading,
+    refuse_bad_folder,
+    refuse_misfits,
+)
 from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
-from fnl_hf.publishing.cards import architecture_facts, describe_source, write_card
+from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, describe_source, write_card
+from fnl_hf.surgery.checkpoints import factorized_layers
+from fnl_hf.surgery.factorize import merge
 
 SPECTRA_FILE = "spectra.png"
 BATCH_SIZE = 16
@@ -51,10 +62,11 @@ def convert_checkpoint(
     calibration_samples: int = 256,
     max_seq_length: int = 128,
 ) -> Conversion:
-    """Convert the checkpoint ``source``, with its head, and save it and its tokenizer in ``folder``.
+    """Convert the checkpoint ``source``, with its head, and save it in ``folder``, with its tokenizer and what else it
+    has beside its weights, as the files of sentence-transformers.
 
     Args:
-        to: "fnl_bert" or "bert".
+        to: "fnl_bert" or "bert", whose layers are dense: factorized ones are multiplied out.
         attention_embedding_size: E of an FNL-BERT; by default that of ``source``.
         calibration_files: text whose first ``calibration_samples`` documents, cut to ``max_seq_length`` tokens, say
             which directions count; without any, the weights do.
@@ -64,46 +76,47 @@ def convert_checkpoint(
         of the products are drawn in ``spectra.png``.
 
     Raises:
-        UserInputError: a folder in use, no such checkpoint, another architecture, or sizes that do not fit.
+        UserInputError: a folder in use or one that cannot be written, no such checkpoint, one that cannot be read,
+            another architecture, or sizes that do not fit.
     """
     folder = Path(folder)
-    refuse_used_folder(folder)
+    refuse_bad_folder(folder)
     if to == "bert" and (attention_embedding_size is not None or calibration_files):
         raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
     validate_bounds("calibration_samples", calibration_samples, 1)
     validate_bounds("max_seq_length", max_seq_length, 1)
-    tokenizer = load_tokenizer(source)
+    tokenizer, companions = load_tokenizer(source), find_companions(source)
     original = load_model(source)
     fnl_class = _fnl_class(type(original).__name__)
     try:
         calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
         if to == "bert":
-            result = Conversion(original, original.to_bert() if isinstance(original, fnl_class) else original, [])
+            result = Conversion(original, _to_bert(original), [])
         else:
             converted = fnl_class.from_bert(original, attention_embedding_size, calibration or None, True)
             result = Conversion(original, *converted)
-        result.model.save_pretrained(folder)
     except UserInputError:
         raise
     except (OSError, ValueError) as error:
         raise UserInputError(str(error)) from error
-    tokenizer.save_pretrained(folder)
-    if result.truncations:
-        plot_spectra(result.truncations, folder / SPECTRA_FILE)
     documents = sum(len(batch["input_ids"]) for batch in calibration)
     names = ", ".join(Path(file).name for file in calibration_files)
     text = f"{documents} documents of {names}, at most {max_seq_length} tokens of each" if documents else None
-    _write_conversion_card(folder, source, result, text)
+    with complete_or_removed(folder):
+        result.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        copy_companions(companions, folder)
+        if result.truncations:
+            plot_spectra(result.truncations, folder / SPECTRA_FILE)
+        _write_conversion_card(folder, source, result, text)
     return result
 
 
-def refuse_used_folder(folder: Path) -> None:
-    """
-    Raises:
-        UserInputError: there is something in it, or it is a file.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
+def _to_bert(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock BERT, with dense layers, that computes what ``model`` does, which stays as it is."""
+    if isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel):
+        return model.to_bert()
+    return merge(copy.deepcopy(model)) if factorized_layers(model) else model
 
 
 def _fnl_class(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
@@ -115,13 +128,16 @@ def load_model(source: str) -> PreTrainedModel:
     """The BERT or FNL-BERT of a checkpoint, with its head.
 
     Raises:
-        UserInputError: no such checkpoint, or another architecture.
+        UserInputError: no such checkpoint, one that cannot be read, another architecture, or weights that do not fit.
     """
-    try:
+    with reading(source):
         architectures = AutoConfig.from_pretrained(source).architectures or [""]
-        return _fnl_class(architectures[0]).load_bert(source)
-    except (OSError, ValueError) as error:
-        raise UserInputError(str(error)) from error
+        found: Any = _fnl_class(architectures[0]).load_bert(
+            source, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, info = found
+    refuse_misfits(source, model, info)
+    return model
 
 
 def calibration_batches(
@@ -163,6 +179,8 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
         "parameters before": f"{original.num_parameters():,}",
         "truncation": truncated,
     }
+    if products := len(factorized_layers(original)) - len(factorized_layers(model)):
+        facts[FACTORIZED_LAYERS] = f"{products} of the original, multiplied out"
     head = type(model).__name__.removeprefix("Fnl")
     write_card(
         folder,

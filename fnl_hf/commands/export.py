@@ -3,17 +3,22 @@
 Shapes: B batch, S sequence, both free in what is written.
 """
 
+import copy
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fnl_hf.bert.evaluation import evaluation_mode
+from fnl_hf.commands.folders import refuse_bad_file
 from fnl_hf.errors import UserInputError
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+SUFFIX = ".onnx"
 TOLERANCE = 1e-4  # absolute, between onnxruntime and PyTorch
 
 
@@ -30,7 +35,8 @@ class _PositionalModel(nn.Module):
 
 
 def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
-    """The forward pass as a program of (input_ids, attention_mask, token_type_ids), (B, S) each; B and S are free.
+    """The forward pass as a program of (input_ids, attention_mask, token_type_ids), (B, S) each; B and S are free. The
+    model stays in the mode that it is in; the program is of its evaluation mode.
 
     It returns the model's outputs as a tuple, logits first.
 
@@ -39,9 +45,8 @@ def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     """
     if "MultipleChoice" in type(model).__name__:
         raise UserInputError(f"{type(model).__name__} reads (B, choices, S): export its encoder instead")
-    model = model.eval()
     dimensions = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with warnings.catch_warnings(action="ignore"):  # exporters warn of their own insides
+    with evaluation_mode(model), warnings.catch_warnings(action="ignore"):  # exporters warn of their own insides
         return torch.export.export(
             _PositionalModel(model), _example_inputs(model, 3, 7), dynamic_shapes=dict.fromkeys(INPUTS, dimensions)
         )
@@ -50,33 +55,40 @@ def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
 def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
     """Write the forward pass as ONNX and run it in onnxruntime beside PyTorch, at other sizes than it was traced with.
 
+    Both are of a copy of the model, in float32 on the CPU.
+
     Returns:
         The largest difference of any output, in absolute terms.
 
     Raises:
-        UserInputError: a package is missing, the file exists, or the difference is above 1e-4; then there is no file.
+        UserInputError: a package is missing, the file is no .onnx, exists or cannot be written, or the difference is
+            above 1e-4; then there is no file.
     """
+    file = Path(file)
+    refuse_bad_file(file, SUFFIX)
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise UserInputError(f"exporting to ONNX needs {error.name}: pip install 'fnl-hf[onnx]'") from error
-    file = Path(file)
-    if file.exists():
-        raise UserInputError(f"{file} exists: name another file")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    model = model.float().cpu().eval()
+    model = copy.deepcopy(model).float().cpu().eval()
     names = list(_PositionalModel(model).model(**dict(zip(INPUTS, _example_inputs(model, 2, 5))), return_dict=True))
     with warnings.catch_warnings(action="ignore"):
         program: Any = torch.onnx.export(
             export_program(model), input_names=list(INPUTS), output_names=names, dynamo=True, verbose=False
         )
-    program.save(str(file))
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    difference = max(_largest_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8)))
-    if not difference <= TOLERANCE:
-        file.unlink()
-        raise UserInputError(f"{file}: ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+            program.save(f"{folder}/{file.name}")
+            session = onnxruntime.InferenceSession(f"{folder}/{file.name}", providers=["CPUExecutionProvider"])
+            difference = max(_largest_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8)))
+            if not difference <= TOLERANCE:
+                raise UserInputError(f"{file}: ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}")
+            for written in Path(folder).iterdir():  # beside the file, its weights if they are too large for it
+                written.replace(file.parent / written.name)
+    except OSError as error:
+        raise UserInputError(f"{file}: {error}") from error
     return difference
 
 

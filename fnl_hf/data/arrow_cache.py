@@ -1,15 +1,23 @@
 """Data sets that are made once, in parallel, as memory-mapped Arrow, and reused by later runs."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, SplitGenerator
 from datasets.exceptions import DatasetGenerationError
+from transformers.utils import logging
 
 from fnl_hf.errors import UserInputError
+
+logger = logging.get_logger(__name__)
+
+# What reading a damaged ``dataset_info.json`` raises; what goes wrong in making a data set comes as other errors.
+INFO_ERRORS = (ValueError, TypeError, LookupError, AttributeError)
 
 
 class _Refused(DatasetGenerationError):
@@ -62,7 +70,7 @@ def cached_dataset(
     """The rows of ``make_tables(pieces, **arguments)``, from the cache if it holds them.
 
     The cache is ``datasets``' own: two runs started at once wait for each other, and what a killed run has written is
-    written anew.
+    written anew. So is what a full disk has cut or a cleaner of scratch disks removed in part, with a warning.
 
     Args:
         pieces: the work, shared among ``num_proc`` processes; the rows must not depend on how it is shared.
@@ -72,7 +80,9 @@ def cached_dataset(
     Raises:
         UserInputError: one raised by ``make_tables``, or the cache cannot be written.
     """
-    try:
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+
+    def read() -> Dataset:
         builder = Tables(
             cache_dir=cache_dir,
             dataset_name=name,
@@ -84,14 +94,44 @@ def cached_dataset(
             fingerprint=fingerprint,
         )
         builder.download_and_prepare(num_proc=min(num_proc or 1, max(len(pieces), 1)))
+        return _read_rows(builder, features)
+
+    with _cache_errors(folder):
+        try:
+            return read()
+        except INFO_ERRORS as error:
+            logger.warning(f"The cache in {folder / name / fingerprint} is damaged and made again: {error!r}")
+            for info in (folder / name / fingerprint).rglob(datasets.config.DATASET_INFO_FILENAME):
+                info.unlink()  # without which ``datasets`` takes the folder for one that a killed run has left
+            return read()
+
+
+def _read_rows(builder: Tables, features: Features) -> Dataset:
+    """All rows that were written.
+
+    Raises:
+        ValueError: some of them cannot be read.
+    """
+    count = builder.info.splits["train"].num_examples
+    if count == 0:  # ``datasets`` cannot read what has no rows
+        return Dataset.from_dict({column: [] for column in features}, features=features)
+    try:
+        rows = builder.as_dataset(split="train")
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from error
+    if len(rows) != count:  # the stream is cut between two record batches
+        raise ValueError(f"it has {len(rows)} of {count} rows")
+    return rows
+
+
+@contextlib.contextmanager
+def _cache_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except _Refused as error:
         raise UserInputError(str(error)) from error
     except (OSError, DatasetGenerationError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if isinstance(cause, OSError):
-            folder = cache_dir or datasets.config.HF_DATASETS_CACHE
             raise UserInputError(f"--cache_dir {folder}: cannot be written: {cause}") from error
         raise
-    if builder.info.splits["train"].num_examples == 0:  # ``datasets`` cannot read what has no rows
-        return Dataset.from_dict({column: [] for column in features}, features=features)
-    return builder.as_dataset(split="train")

@@ -37,7 +37,7 @@ from fnl_hf.errors import UserInputError
 
 logger = logging.get_logger(__name__)
 
-RECORDS_VERSION = 1  # raise it when the same files give other records, so that what an older version cached is not used
+RECORDS_VERSION = 2  # raise it when the same files give other records, so that what an older version cached is not used
 # The held-out documents do not depend on the training seed, so that runs with different seeds can be compared.
 SPLIT_SEED = 0
 

@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.arrow_cache import cached_dataset
+from fnl_hf.data.tokenizer import vocabulary_size
 from fnl_hf.errors import UserInputError
 
-PACKING_VERSION = 1  # raise it when the same input gives other rows, so that what an older version cached is not used
+PACKING_VERSION = 2  # raise it when the same input gives other rows, so that what an older version cached is not used
 CHUNK_BYTES = 2**22  # at length 512, about 0.03% of the tokens are left over
 BATCH_BYTES = 2**21
 PART_BYTES = 2**16
@@ -120,7 +121,7 @@ def threads_for(num_proc: int | None) -> Iterator[None]:
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
     """The smallest of the types that hold every token id."""
-    return "uint16" if len(tokenizer) <= 2**16 else "int32"
+    return "uint16" if vocabulary_size(tokenizer) <= 2**16 else "int32"
 
 
 def to_fixed_size_lists(rows: np.ndarray) -> pa.FixedSizeListArray:

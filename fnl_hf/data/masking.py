@@ -6,7 +6,8 @@ a hash of (seed, epoch, sample, position), so that a mask is the same wherever a
 Every sequence has the same number of masked positions, its share of the tokens rounded (Devlin et al. 2019 do so, too):
 the heads then have one shape in every step, as compiled models need it.
 
-Shapes: B sequences, S tokens, K masked positions, V vocabulary, D documents of a batch.
+Shapes: B sequences, S tokens, K masked positions, T token ids, V the largest of them + 1, D documents
+of a batch.
 """
 
 import copy
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.rows import Column, Rows
 from fnl_hf.data.streaming import StreamedRows, StreamState
+from fnl_hf.data.tokenizer import vocabulary_ids, vocabulary_size
 from fnl_hf.errors import UserInputError
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stay as they are (Devlin et al. 2019)
@@ -103,12 +105,13 @@ def corrupt(
     positions: np.ndarray,
     is_chosen: np.ndarray,
     bits: np.ndarray,
-    vocab_size: int,
+    vocabulary: np.ndarray,
     mask_id: int,
 ) -> np.ndarray:
     """A copy of ``input_ids`` (B, S) with [MASK] at 80% of the positions, a random token at 10%; 10% stay.
 
     Args:
+        vocabulary: (T,) the token ids to draw from.
         positions, is_chosen: (B, K), from :func:`choose_positions`.
         bits: (B, S), those that chose the positions: the low ones, which hardly mattered there, decide here.
     """
@@ -116,7 +119,7 @@ def corrupt(
     columns = positions[rows, columns]
     drawn = bits[rows, columns]
     share = ((drawn >> np.uint64(24)) & np.uint64(0xFFFF)).astype(np.float64) / 2**16
-    random_ids = ((drawn & np.uint64(0xFFFFFF)) * np.uint64(vocab_size) >> np.uint64(24)).astype(np.int64)
+    random_ids = vocabulary[(drawn & np.uint64(0xFFFFFF)) * np.uint64(len(vocabulary)) >> np.uint64(24)]
     unmasked = np.where(share < MASK_SHARE + RANDOM_SHARE, random_ids, input_ids[rows, columns])
     corrupted = input_ids.copy()
     corrupted[rows, columns] = np.where(share < MASK_SHARE, mask_id, unmasked)
@@ -155,7 +158,8 @@ class MaskingTransform:
             raise UserInputError(f"--mlm_probability ({mlm_probability}) must be above 0 and below 1")
         self.mlm_probability, self.seed, self.sparse, self.documents = mlm_probability, seed, sparse, documents
         self.mask_token_id, self.sep_token_id = tokenizer.mask_token_id, tokenizer.sep_token_id
-        self.is_maskable = np.ones(len(tokenizer), dtype=bool)  # (V,)
+        self.vocabulary = vocabulary_ids(tokenizer)  # (T,)
+        self.is_maskable = np.ones(self.vocabulary[-1] + 1, dtype=bool)  # (V,)
         self.is_maskable[tokenizer.all_special_ids] = False
         self.continues_word = find_continuations(tokenizer) if whole_word_mask else None  # (V,)
 
@@ -173,7 +177,7 @@ class MaskingTransform:
         is_maskable = self.is_maskable[ids]  # (B, S)
         positions, is_chosen = choose_positions(bits, is_maskable, self.mlm_probability, word_starts)  # (B, K)
         labels = np.where(is_chosen, np.take_along_axis(ids, positions, axis=1), IGNORED)  # (B, K)
-        corrupted = corrupt(ids, positions, is_chosen, bits, len(self.is_maskable), self.mask_token_id)  # (B, S)
+        corrupted = corrupt(ids, positions, is_chosen, bits, self.vocabulary, self.mask_token_id)  # (B, S)
         inputs: dict[str, np.ndarray | int] = {"input_ids": corrupted}
         if self.sparse:
             inputs |= {"labels": labels, "masked_positions": positions}
@@ -187,12 +191,12 @@ class MaskingTransform:
 
 
 def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """(V,) which tokens go on with a word: WordPiece's "##".
+    """(V,) which ids go on with a word: WordPiece's "##".
 
     Raises:
         UserInputError: the tokenizer has none, so that it is not WordPiece.
     """
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(vocabulary_size(tokenizer))))
     continues_word = np.array([piece is not None and piece.startswith("##") for piece in pieces])
     if not continues_word.any():
         name = tokenizer.name_or_path or type(tokenizer).__name__

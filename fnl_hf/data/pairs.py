@@ -1,10 +1,12 @@
 """Pairs of segments for next sentence prediction, as the original BERT's (Devlin et al. 2019).
 
 A pair is [CLS] A [SEP] B [SEP]. A is one or more sentences of a document; B is what follows in half of the pairs, and
-in the other half a segment from elsewhere, after which the document goes on with what B would have been. Two things
+in the other half a segment from elsewhere, after which the document goes on with what B would have been. Three things
 differ from the published script: the length is drawn for each pair, not for each document, so that one pair in ten is
-short; and a sentence that fills a pair by itself is cut into A and B instead of always getting a random B, so that half
-of the pairs are random.
+short; a sentence that fills a pair by itself is cut into A and B instead of always getting a random B, so that half of
+the pairs are random; and a random B is as long as what it stands for, and begins and ends within a sentence or with one
+as that does. There it is filled to the target, where a true B ends with its document, so that of short documents the
+length alone tells most labels.
 
 Shapes: N pairs of S tokens.
 """
@@ -32,6 +34,7 @@ from fnl_hf.data.encoding import (
 from fnl_hf.errors import UserInputError
 
 SHORT_PROBABILITY, RANDOM_PROBABILITY = 0.1, 0.5
+DRAWS = 16  # of random segments, for one as long as what it stands for
 SEED = 0  # pairs are made once, whatever the training seed
 SENTENCE_MARKS = (".", "!", "?")
 NEXT, RANDOM = 0, 1  # labels of Transformers' BertForNextSentencePrediction
@@ -52,6 +55,34 @@ class Pair:
     first: np.ndarray
     second: np.ndarray
     label: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a true B a random one has, too, so that nothing but its meaning tells them apart.
+
+    Attributes:
+        length: tokens.
+        room: how many of them fit beside A.
+        begins_within: it begins within a sentence.
+        ends_document: it ends with its document.
+    """
+
+    length: int
+    room: int
+    begins_within: bool
+    ends_document: bool
+
+    def distance(self, document: Document, start: int, stop: int) -> tuple[int, ...]:
+        """How far tokens of a document are from it, what matters most first; zeros are equal."""
+        stops, size = document.sentence_stops, stop - start
+        begins_within = start > 0 and stops[bisect_left(stops, start)] != start
+        return (
+            begins_within != self.begins_within,
+            (stop == len(document.tokens)) != self.ends_document,
+            abs(min(size, self.room) - min(self.length, self.room)),
+            abs(size - self.length),
+        )
 
 
 def pair_documents(
@@ -151,16 +182,18 @@ def make_pairs(group: list[Document], index: int, limit: int, rng: random.Random
         last_sentence = min(bisect_left(stops, start + target, lo=first_sentence), len(stops) - 1)
         stop = stops[last_sentence]
         middle = _draw_middle(stops, first_sentence, last_sentence, start, rng)
+        if middle == stop:
+            return  # a last token, which is no pair
         second = None
-        if middle == stop or rng.random() < RANDOM_PROBABILITY:
+        if rng.random() < RANDOM_PROBABILITY:
             sentences = range(first_sentence, last_sentence + 1)
-            second = _draw_segment(group, index, sentences, target - (middle - start), rng)
+            like = Shape(stop - middle, limit - (middle - start), len(sentences) == 1, stop == len(tokens))
+            second = _draw_segment(group, index, sentences, like, tokens[middle:stop], rng)
         if second is not None:
             yield Pair(*_truncate_pair(tokens[start:middle], second, limit, rng), RANDOM)
             start = middle
             continue
-        if middle < stop:
-            yield Pair(*_truncate_pair(tokens[start:middle], tokens[middle:stop], limit, rng), NEXT)
+        yield Pair(*_truncate_pair(tokens[start:middle], tokens[middle:stop], limit, rng), NEXT)
         start = stop
 
 
@@ -172,24 +205,60 @@ def _draw_middle(stops: list[int], first: int, last: int, start: int, rng: rando
 
 
 def _draw_segment(
-    group: list[Document], index: int, taken: range, length: int, rng: random.Random
+    group: list[Document], index: int, taken: range, like: Shape, following: np.ndarray, rng: random.Random
 ) -> np.ndarray | None:
-    """Sentences of about ``length`` tokens from another document, or outside the sentences ``taken`` of this one."""
+    """Of some draws the segment that is most like the true B but not the same: from another document, or from this one
+    outside the sentences ``taken``; None if there is nothing else than what is ``following``."""
+    best: tuple[int, ...] | None = None
+    found = None
+    for _ in range(DRAWS):
+        document, sentences = _draw_place(group, index, taken, rng)
+        if not sentences:
+            return None
+        for start, stop in _cut_segments(document.sentence_stops, sentences, like, rng):
+            segment, distance = document.tokens[start:stop], like.distance(document, start, stop)
+            # Of documents that stand twice in the corpus the true B would be the most like itself.
+            if (best is None or distance < best) and not np.array_equal(segment, following):
+                best, found = distance, segment
+        if best is not None and not any(best):
+            break
+    return found
+
+
+def _draw_place(group: list[Document], index: int, taken: range, rng: random.Random) -> tuple[Document, range]:
+    """A document and the sentences of it that may be drawn: of another document all, of this one those before or after
+    the ones ``taken``."""
     if len(group) > 1:
         other = int(rng.random() * (len(group) - 1))
         document = group[other + (other >= index)]
-        first = int(rng.random() * len(document.sentence_stops))
-    else:
-        document = group[index]
-        free = len(document.sentence_stops) - len(taken)
-        if free == 0:
-            return None
-        first = int(rng.random() * free)
-        first += len(taken) * (first >= taken.start)
-    stops = document.sentence_stops
+        return document, range(len(document.sentence_stops))
+    count = len(group[index].sentence_stops)
+    is_before = rng.random() * (count - len(taken)) < taken.start
+    return group[index], range(taken.start) if is_before else range(taken.stop, count)
+
+
+def _cut_segments(stops: list[int], sentences: range, like: Shape, rng: random.Random) -> Iterator[tuple[int, int]]:
+    """Where segments of about ``like.length`` tokens start and stop: those that end with the sentences, or some that
+    begin with one of them drawn at random."""
+    begin, end = stops[sentences[0] - 1] if sentences[0] else 0, stops[sentences[-1]]
+    if like.ends_document:
+        if like.begins_within:
+            yield max(begin, end - like.length), end
+            return
+        after = bisect_left(stops, end - like.length, lo=sentences[0], hi=sentences[-1])
+        for start in (stops[after - 1] if after > sentences[0] else begin, stops[after]):
+            if start < end:
+                yield start, end
+        return
+    first = sentences[int(rng.random() * len(sentences))]
     start = stops[first - 1] if first else 0
-    last = min(bisect_left(stops, start + length, lo=first), len(stops) - 1)
-    return document.tokens[start : stops[last]]
+    if like.begins_within:
+        stop = stops[min(bisect_right(stops, start + like.length, lo=first), sentences[-1])]
+        yield max(start, stop - like.length), stop
+        return
+    last = min(bisect_left(stops, start + like.length, lo=first), sentences[-1])
+    for stop in (stops[last], stops[max(last - 1, first)]):
+        yield start, stop
 
 
 def _truncate_pair(

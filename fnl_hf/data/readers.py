@@ -23,6 +23,7 @@ import xxhash
 from datasets import Features, Value
 from fsspec.compression import compr
 
+from fnl_hf.data.zstd import open_zstd
 from fnl_hf.errors import UserInputError
 
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -72,6 +73,8 @@ def check_file(file: str) -> str:
     """
     if not os.path.exists(file):
         raise UserInputError(f"{file}: no such file")
+    if not os.path.isfile(file):
+        raise UserInputError(f"{file}: not a file")
     suffixes = [suffix.lower() for suffix in Path(file).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -80,8 +83,6 @@ def check_file(file: str) -> str:
             f"{file}: unknown file type, must be one of {', '.join(FORMATS)}, "
             f"plain or compressed ({', '.join(COMPRESSIONS)})"
         )
-    if not os.path.isfile(file):
-        raise UserInputError(f"{file}: not a file")
     if os.path.getsize(file) == 0:
         raise UserInputError(f"{file}: the file is empty")
     return FORMATS[suffixes[-1]]
@@ -337,7 +338,7 @@ def _naming_file(file: str, kind: str) -> Iterator[None]:
     except UserInputError:
         raise
     except Exception as error:
-        raise UserInputError(f"{file}: cannot be read as {kind}: {error or type(error).__name__}") from error
+        raise UserInputError(f"{file}: cannot be read as {kind}: {str(error) or type(error).__name__}") from error
 
 
 def _is_compressed(file: str) -> bool:
@@ -353,9 +354,9 @@ def _open_decompressed(file: str) -> Iterator[BinaryIO]:
     with open(file, "rb") as plain:
         if codec is None:
             yield plain
-        else:
-            with compr[codec](plain, mode="rb") as stream:
-                yield stream
+            return
+        with open_zstd(plain) if codec == "zstd" else compr[codec](plain, mode="rb") as stream:
+            yield stream
 
 
 def _read_beginning(file: str, kind: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 from datasets import Dataset
 from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
@@ -54,6 +55,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserInputError(f"the tokenizer of {name_or_path} is a slow one ({type(tokenizer).__name__})")
     return tokenizer
+
+
+def vocabulary_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """All token ids, ascending. They may have holes: ``len(tokenizer)`` counts them and bounds none."""
+    return np.unique(np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64))
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id + 1: what a table indexed by ids must hold."""
+    return int(vocabulary_ids(tokenizer)[-1]) + 1
 
 
 def validate_mlm_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from fnl_hf.optim.base import ProductGroups
+from fnl_hf.optim.checked import ADAM_STATE
 
 
 class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
@@ -24,8 +25,12 @@ class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
         args, kwargs: everything that ``torch.optim.AdamW`` takes.
 
     Raises:
-        ValueError: λ < 0, λ on a group without products, factors that do not match, or factors in half precision.
+        ValueError: λ < 0, λ on a group without products, factors that do not match, factors in half precision, or
+            ``differentiable`` with λ > 0.
+        RuntimeError: sparse gradients; nothing is decayed then.
     """
+
+    state_entries = ADAM_STATE
 
     def __init__(self, params, lr: float | torch.Tensor = 1e-3, *args, frobenius_decay: float = 0.0, **kwargs):
         super().__init__(params, lr, *args, frobenius_decay=frobenius_decay, **kwargs)

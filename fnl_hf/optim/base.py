@@ -6,22 +6,33 @@ from typing import Any
 import torch
 
 from fnl_hf.bert.factorization import RANK_DIMS
-from fnl_hf.optim.frobenius import DECAYED_DTYPES, add_frobenius_gradients_, products_of, validate_product_group
+from fnl_hf.optim.checked import CheckedOptimizer, get_lr, group_name, validate_number
+from fnl_hf.optim.frobenius import (
+    DECAYED_DTYPES,
+    Examine,
+    add_frobenius_gradients_,
+    products_of,
+    validate_product_group,
+)
 from fnl_hf.optim.local_factors import LocalProduct
+from fnl_hf.optim.stability import StabilityCheck
 
 # A group's entries: kind of product (None: ordinary parameters), heads, number of products, λ, and SGD's own.
 PRODUCT_ENTRIES = ("product", "num_heads", "num_products", "frobenius_decay", "decoupled")
+DECAY_ENTRIES = ("name", "weight_decay", "decay")  # which say, beside those, what is decayed and how
 
 
-class ProductGroups(torch.optim.Optimizer):
+class ProductGroups(CheckedOptimizer):
     """Mixin before a ``torch.optim`` class: parameter groups whose parameters are factors of products.
 
     The class after the mixin does the step; ``step`` here evaluates the closure, then calls :meth:`_decay_and_step`.
     """
 
     def __init__(self, params, *args, frobenius_decay: float = 0.0, **kwargs):
+        validate_number("frobenius_decay", frobenius_decay)
         # torch's constructors fill ``defaults`` with their own entries only and then add the groups.
         self._own_defaults = {"frobenius_decay": frobenius_decay}
+        self._stability = StabilityCheck()
         super().__init__(params, *args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -36,23 +47,25 @@ class ProductGroups(torch.optim.Optimizer):
             self.defaults.setdefault(name, value)
         is_product = param_group.setdefault("product", None) is not None
         param_group.setdefault("num_heads", 1)
-        param_group.setdefault("frobenius_decay", self.defaults["frobenius_decay"] if is_product else 0.0)
-        if param_group["frobenius_decay"] != 0.0:
+        decay = param_group.setdefault("frobenius_decay", self.defaults["frobenius_decay"] if is_product else 0.0)
+        validate_number("frobenius_decay", decay, f"{group_name(param_group, len(self.param_groups))}: ")
+        if decay != 0.0:
             param_group.setdefault("weight_decay", 0.0)  # not the base class's default: factors are decayed once
         if is_product:
             params = param_group["params"]
             param_group["params"] = params = [params] if isinstance(params, torch.Tensor) else list(params)
-            self._refuse_repeated_factors(params, _group_name(param_group, len(self.param_groups)))
+            self._refuse_repeated_factors(params, group_name(param_group, len(self.param_groups)))
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         try:
-            validate_product_group(group, _group_name(group, index))
+            get_lr(group)
+            validate_product_group(group, group_name(group, index))
         except ValueError:
             del self.param_groups[-1]
             raise
 
     def _refuse_repeated_factors(self, params: list[Any], where: str) -> None:
-        owners = {id(p): _group_name(group, i) for i, group in enumerate(self.param_groups) for p in group["params"]}
+        owners = {id(p): group_name(group, i) for i, group in enumerate(self.param_groups) for p in group["params"]}
         for index, entry in enumerate(params):
             name, parameter = entry if isinstance(entry, tuple) else (f"parameter {index}", entry)
             if id(parameter) in owners:
@@ -63,22 +76,32 @@ class ProductGroups(torch.optim.Optimizer):
             owners[id(parameter)] = where
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. A state without products, such as ``torch.optim.AdamW``'s, keeps the products of this optimizer.
+        """As torch's. A state without products, such as ``torch.optim.AdamW``'s, leaves products and all decay as here.
+
+        Such a state's own ``weight_decay`` was for parameters that may be factors or biases here. What it brings are
+        moments, step counts, learning rate and the other options of the base class.
 
         Raises:
-            ValueError: the saved groups' kinds of product or numbers of heads differ from those here.
+            ValueError: other groups or parameters than here, other kinds of product or numbers of heads, or another
+                optimizer's state; nothing is changed then.
         """
-        own_entries = [{name: group[name] for name in PRODUCT_ENTRIES if name in group} for group in self.param_groups]
-        for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
-            for name in ("product", "num_heads"):
-                own, loaded = group[name], saved.get(name, group[name])
-                if own != loaded:
-                    where = _group_name(group, index)
-                    raise ValueError(f"{where} has {name} {own!r}, the state to be loaded {loaded!r}")
         super().load_state_dict(state_dict)
-        for group, entries in zip(self.param_groups, own_entries):
-            for name, value in entries.items():
-                group.setdefault(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).setdefault("_stability", StabilityCheck())
+        super().__setstate__(state)
+
+    def _take_group(self, own: dict[str, Any], group: dict[str, Any], where: str) -> None:
+        if "product" not in group:
+            group.update({name: own[name] for name in DECAY_ENTRIES if name in own})
+        for name in PRODUCT_ENTRIES:
+            if name in own:
+                group.setdefault(name, own[name])
+        for name in ("product", "num_heads"):
+            if own[name] != group[name]:
+                raise ValueError(f"{where} has {name} {own[name]!r}, the state to be loaded {group[name]!r}")
+        super()._take_group(own, group, where)
+        validate_product_group(group, where)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the closure if given, then the decay and the base class's step."""
@@ -87,16 +110,24 @@ class ProductGroups(torch.optim.Optimizer):
         return loss
 
     def _decay_and_step(self) -> None:
-        decay_products_(self._groups_to_decay(), getattr(self, "found_inf", None))
+        self._decay(self._groups_to_decay())
         self._base_step()
 
+    @torch.compiler.disable  # its loops over groups would be compiled again for each
+    def _decay(self, groups: Sequence[dict[str, Any]]) -> None:
+        decay_products_(groups, getattr(self, "found_inf", None), self._stability.examine)
+        self._stability.end_step(self.param_groups)
+
+    @torch.compiler.disable
     def _groups_to_decay(self) -> list[dict[str, Any]]:
-        """The groups of products with λ > 0; refuses parameters that were flattened after construction."""
+        """The groups of products with λ > 0; refuses what has become of groups, parameters and gradients meanwhile."""
+        self._refuse_sparse_gradients()
         groups = []
         for index, group in enumerate(self.param_groups):
+            get_lr(group)
             if group["product"] is not None and group["frobenius_decay"] != 0.0:
-                if any(p.dim() < 2 or p.dtype not in DECAYED_DTYPES for p in group["params"]):
-                    validate_product_group(group, _group_name(group, index))
+                if group.get("differentiable") or any(_is_undecayable(p) for p in group["params"]):
+                    validate_product_group(group, group_name(group, index))
                 groups.append(group)
         if self.defaults["frobenius_decay"] and all(group["product"] is None for group in self.param_groups):
             raise ValueError(
@@ -114,11 +145,17 @@ class ProductGroups(torch.optim.Optimizer):
             step()
 
 
-def decay_products_(groups: Sequence[dict[str, Any]], found_inf: torch.Tensor | None = None) -> None:
+def _is_undecayable(parameter: torch.Tensor) -> bool:
+    return parameter.dim() < 2 or parameter.dtype not in DECAYED_DTYPES
+
+
+def decay_products_(
+    groups: Sequence[dict[str, Any]], found_inf: torch.Tensor | None = None, examine: Examine | None = None
+) -> None:
     """U ← U − ηλ U VᵀV and so on for all factors with a gradient in groups of products, at each group's ``lr``.
 
     ``found_inf`` is set under fp16 loss scaling with a fused kernel, which skips the step when it is 1: no decay then,
-    and no host synchronization to learn it.
+    and no host synchronization to learn it. ``examine`` sees each product before its step.
     """
     products: list[LocalProduct] = []
     for group in groups:
@@ -128,7 +165,7 @@ def decay_products_(groups: Sequence[dict[str, Any]], found_inf: torch.Tensor | 
                 scale = scale.to(found_inf.device, non_blocking=True)
             scale = (found_inf.reshape(()) == 0) * scale
         products += local_products(group, scale)
-    add_frobenius_gradients_(products)
+    add_frobenius_gradients_(products, examine)
 
 
 def local_products(
@@ -157,15 +194,6 @@ def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def get_lr(group: dict[str, Any]) -> float | torch.Tensor:
-    """A group's learning rate, a number or a 0-d tensor."""
-    return group["lr"].reshape(()) if isinstance(group["lr"], torch.Tensor) else group["lr"]
-
-
 def is_updated(weight: torch.Tensor) -> bool:
     """Whether a step changes this factor."""
     return weight.grad is not None and weight.requires_grad
-
-
-def _group_name(group: dict[str, Any], index: int) -> str:
-    return f"parameter group {group['name']!r}" if "name" in group else f"parameter group {index}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fnl_hf.optim.base import get_lr
+from fnl_hf.optim.checked import get_lr
 from fnl_hf.optim.sharding import local, sharding_of, sum_over_processes
 
 # Bytes of parameters handled together. On a CPU a bucket that stays in the caches is read once.
@@ -21,7 +21,7 @@ Unit = tuple[torch.Tensor, ...]  # parameters that must be in the same bucket
 
 
 class Bucket:
-    """Parameters of one group, as many as are updated together.
+    """Parameters of one group, device and dtype, as many as are updated together.
 
     ``parameters`` are those with a gradient, ``weights`` their local parts, ``matrices`` the indices of those with two
     or more dimensions, ``updates`` become −u.
@@ -57,7 +57,7 @@ class Bucket:
     def apply(self, ratios: torch.Tensor, lr: float | torch.Tensor) -> None:
         """w ← w − η · ratio · u, with a ratio for each matrix; 1 for vectors."""
         if self.matrices:
-            factors = (ratios * lr).to(self.weights[self.matrices[0]].dtype)
+            factors = (ratios * lr).to(self.weights[0].dtype)
             for i, factor in zip(self.matrices, factors.unbind()):
                 self.weights[i].addcmul_(self.updates[i], factor)
         vectors = [i for i, weight in enumerate(self.weights) if weight.dim() < 2]
@@ -67,14 +67,21 @@ class Bucket:
             torch._foreach_add_([self.weights[i] for i in vectors], updates)
 
 
+def split_by_kind(units: Sequence[Unit]) -> list[list[Unit]]:
+    """The units of each device and dtype."""
+    kinds: dict[Any, list[Unit]] = {}
+    for unit in units:
+        kinds.setdefault((unit[0].device, unit[0].dtype), []).append(unit)
+    return list(kinds.values())
+
+
 def split_by_size(units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Consecutive units of one device in lists of at most as many bytes as suit it, or of one unit."""
+    """Consecutive units of one kind in lists of at most as many bytes as suit their device, or of one unit."""
     bucket: list[Unit] = []
     size = 0
     for unit in units:
-        nbytes, device = sum(p.nbytes for p in unit), unit[0].device
-        is_full = size + nbytes > BUCKET_BYTES.get(device.type, DEFAULT_BUCKET_BYTES)
-        if bucket and (is_full or device != bucket[0][0].device):
+        nbytes = sum(p.nbytes for p in unit)
+        if bucket and size + nbytes > BUCKET_BYTES.get(unit[0].device.type, DEFAULT_BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
         bucket.append(unit)
@@ -84,11 +91,13 @@ def split_by_size(units: Sequence[Unit]) -> Iterator[list[Unit]]:
 
 
 def compute_norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Euclidean norms as 0-d tensors, in float32 for half precision."""
+    """Euclidean norms as 0-d tensors, in float32 for half precision; each as it would be without the others."""
     is_half = [t.dtype in (torch.float16, torch.bfloat16) for t in tensors]
-    if not any(is_half):
-        return list(torch._foreach_norm(tensors)) if tensors else []
-    return [torch.linalg.vector_norm(t, dtype=torch.float32 if half else None) for t, half in zip(tensors, is_half)]
+    others = [t for t, half in zip(tensors, is_half) if not half]
+    norms = iter(torch._foreach_norm(others) if others else ())
+    return [
+        torch.linalg.vector_norm(t, dtype=torch.float32) if half else next(norms) for t, half in zip(tensors, is_half)
+    ]
 
 
 def trust_ratios(buckets: Sequence[Bucket]) -> Iterator[torch.Tensor]:

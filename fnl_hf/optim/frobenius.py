@@ -18,12 +18,13 @@ heads, r rank, s second rank of the middle factor (H, r, s), n outer size, h hea
 unless a factor is sharded along its rank (optim/local_factors.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fnl_hf.bert.factorization import RANK_DIMS, validate_product
+from fnl_hf.bert.factorization import RANK_DIMS, validate_product, without_autocast
+from fnl_hf.optim.checked import validate_number
 from fnl_hf.optim.local_factors import LocalFactor, LocalProduct
 from fnl_hf.optim.sharding import gather_rows, sum_over_processes
 
@@ -31,6 +32,8 @@ from fnl_hf.optim.sharding import gather_rows, sum_over_processes
 # time. On a CPU the caches do: one product at a time.
 STACK_BYTES = 16 * 2**20
 DECAYED_DTYPES = (torch.float32, torch.float64)
+
+Examine = Callable[[LocalProduct, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]  # Gram matrices, operators
 
 
 def validate_product_group(group: dict[str, Any], where: str = "parameter group") -> None:
@@ -40,8 +43,7 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
         ValueError: naming the entry and its value.
     """
     decay = group["frobenius_decay"]
-    if not 0.0 <= decay < float("inf"):
-        raise ValueError(f"{where}: frobenius_decay ({decay}) must be finite and >= 0")
+    validate_number("frobenius_decay", decay, f"{where}: ")
     kind, params = group["product"], group["params"]
     if kind is None:
         if decay != 0.0:
@@ -50,6 +52,11 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
                 f"{sorted(RANK_DIMS)} in the parameter group, as frobenius_param_groups does, or use weight_decay"
             )
         return
+    if decay != 0.0 and group.get("differentiable"):
+        raise ValueError(
+            f"{where}: differentiable (True) needs frobenius_decay 0, got {decay}: the decay is done in place, outside "
+            "autograd, and the step's derivative would lack it"
+        )
     if kind not in RANK_DIMS:
         raise ValueError(f"{where}: product must be one of {sorted(RANK_DIMS)} or None, got {kind!r}")
     size = len(RANK_DIMS[kind])
@@ -66,11 +73,16 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
             raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(dtypes)}")
         for weight in weights:
             if decay != 0.0 and weight.dtype not in DECAYED_DTYPES:
-                raise ValueError(
-                    f"{where}, product {index} ({kind}) has dtype {weight.dtype}: Frobenius decay changes a weight by "
-                    "about 3e-7 of its value per step, which is lost in half precision. Keep the parameters in float32 "
-                    "(or float64) and use autocast"
-                )
+                raise ValueError(f"{where}, product {index} ({kind}) has dtype {weight.dtype}: {_why_not(weight)}")
+
+
+def _why_not(weight: torch.Tensor) -> str:
+    if not weight.is_floating_point():
+        return "Frobenius decay is for real parameters, in float32 or float64"
+    return (
+        "Frobenius decay changes a weight by about 3e-7 of its value per step, which is lost in half precision. Keep "
+        "the parameters in float32 (or float64) and use autocast"
+    )
 
 
 def _describe_number(group: dict[str, Any]) -> str:
@@ -84,12 +96,17 @@ def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def add_frobenius_gradients_(products: Sequence[LocalProduct]) -> None:
-    """Add to each factor's target what :class:`LocalProduct` says.
+def add_frobenius_gradients_(products: Sequence[LocalProduct], examine: Examine | None = None) -> None:
+    """Add to each factor's target what :class:`LocalProduct` says, in the factors' own dtype, inside autocast too.
 
     Sharded factors are worked on where they lie: every process of their mesh must call this with the same products, and
-    one all-gather and one all-reduce serve them all.
+    one all-gather and one all-reduce serve them all. ``examine`` sees each product before its targets change.
     """
+    with without_autocast(factor.weight for product in products for factor in product.factors):
+        _add_all_gradients_(products, examine)
+
+
+def _add_all_gradients_(products: Sequence[LocalProduct], examine: Examine | None) -> None:
     scratch: dict[Any, torch.Tensor] = {}
     for chunk in _chunks(products):
         copies: dict[LocalFactor, torch.Tensor] = {}
@@ -100,7 +117,7 @@ def add_frobenius_gradients_(products: Sequence[LocalProduct]) -> None:
         else:
             grams = [[factor.gram() for factor in chunk[0].outer_factors]]
         for product, grams_of_product in zip(chunk, grams):
-            _add_gradients_(product, grams_of_product, copies, scratch)
+            _add_gradients_(product, grams_of_product, copies, scratch, examine)
 
 
 def frobenius_operators(
@@ -175,8 +192,11 @@ def _add_gradients_(
     grams: Sequence[torch.Tensor],
     copies: Mapping[LocalFactor, torch.Tensor],
     scratch: dict[Any, torch.Tensor],
+    examine: Examine | None,
 ) -> None:
     operators, middle_right = frobenius_operators(grams, product.middle)
+    if examine is not None and product.is_updated:
+        examine(product, grams, operators)
     alpha: Any = product.scale
     if isinstance(alpha, torch.Tensor):  # as ``alpha`` of a kernel it would have to be fetched from its device
         scale = alpha.to(operators[0].dtype)

@@ -5,24 +5,28 @@ ratio of the parameters that are updated together are in optim/buckets.py.
 """
 
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
+from fnl_hf.bert.factorization import without_autocast
 from fnl_hf.optim.base import ProductGroups, evaluate_closure, local_products
-from fnl_hf.optim.buckets import Bucket, Unit, compute_norms, split_by_size, trust_ratios
+from fnl_hf.optim.buckets import Bucket, Unit, compute_norms, split_by_kind, split_by_size, trust_ratios
+from fnl_hf.optim.checked import ADAM_STATE, CheckedOptimizer, get_lr, validate_number
 from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of
 from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.sharding import local, sharding_of, sum_over_processes
 
 DECAYS = ("decoupled", "in_trust_ratio")
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+TAKEN_FROM_ADAM = ("lr", "initial_lr", "betas", "eps")  # of the groups in a state of torch's Adam
 MANY_STEPS = 1e8  # β ** MANY_STEPS is 0: Adam's kernels then correct no bias
 
 
-class Lamb(torch.optim.Optimizer):
+class Lamb(CheckedOptimizer):
     """LAMB: Adam's direction, rescaled so that each parameter moves by a multiple of its own norm::
 
         m ← β₁m + (1 − β₁)g,    v ← β₂v + (1 − β₂)g²,    m̂ = m/(1 − β₁ᵗ),    v̂ = v/(1 − β₂ᵗ)
@@ -48,9 +52,11 @@ class Lamb(torch.optim.Optimizer):
         foreach, fused: which of torch's Adam kernels to use, as in ``torch.optim.Adam``; by default fused, where it is.
 
     Raises:
-        ValueError: a value outside its bounds.
+        ValueError: a value outside its bounds, or complex parameters.
         RuntimeError: sparse gradients.
     """
+
+    state_entries = ADAM_STATE
 
     def __init__(
         self,
@@ -81,7 +87,8 @@ class Lamb(torch.optim.Optimizer):
             "fused": fused,
         }
         super().__init__(params, defaults)
-        if max_grad_norm is not None and not 0.0 < max_grad_norm < float("inf"):
+        is_bound = isinstance(max_grad_norm, Real) and 0.0 < float(max_grad_norm) < float("inf")
+        if max_grad_norm is not None and not is_bound:
             raise ValueError(f"max_grad_norm ({max_grad_norm}) must be positive and finite, or None")
         self.defaults["max_grad_norm"] = max_grad_norm  # of all groups together, so no group's own entry
 
@@ -95,22 +102,49 @@ class Lamb(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         if group["fused"] is None:
-            is_supported = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
+            is_supported = all(p.device.type in FUSED_DEVICES for p in group["params"])
             group["fused"] = is_supported and not group["foreach"]
         group["has_matrices"] = any(p.dim() >= 2 for p in group["params"])
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # states of torch's Adam have fewer entries
-            for name in ("decay", "bias_correction", "weight_norm_clamp", "trust_clamp"):
-                group.setdefault(name, self.defaults[name])
-            group.setdefault("has_matrices", any(p.dim() >= 2 for p in group["params"]))
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. A state of torch's Adam or AdamW brings moments, step counts, learning rate, betas and eps.
+
+        Raises:
+            ValueError: other groups or parameters than here, another optimizer's state, or one that maximizes; nothing
+                is changed then.
+        """
+        super().load_state_dict(state_dict)
+
+    def _take_group(self, own: dict[str, Any], group: dict[str, Any], where: str) -> None:
+        if "trust_clamp" not in group:
+            if group.get("maximize"):
+                raise ValueError(f"{where} cannot take a state to be loaded that has maximize (True): LAMB minimizes")
+            taken = {name: group[name] for name in TAKEN_FROM_ADAM if name in group}
+            group.clear()
+            group.update({name: value for name, value in own.items() if name not in TAKEN_FROM_ADAM} | taken)
+        super()._take_group(own, group, where)
+        _validate(group)
+        for parameter in group["params"]:
+            entries = self.state.get(parameter)
+            if entries:
+                device = parameter.device if group["fused"] else "cpu"
+                step = torch.as_tensor(entries["step"], dtype=torch.float32, device=device)  # once it was a number
+                self.state[parameter] = {name: entries[name] for name in ADAM_STATE} | {"step": step}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: the closure if given, clipping, then LAMB's update."""
         loss = evaluate_closure(closure)
+        self._update()
+        return loss
+
+    @torch.compiler.disable  # its loops over buckets would be compiled again for each, and its kernels are torch's own
+    def _update(self) -> None:
         self._refuse_unsupported()
+        with without_autocast(p for group in self.param_groups for p in group["params"]):
+            self._update_buckets()
+
+    def _update_buckets(self) -> None:
         grad_scale = self._clip_scale()
         found_inf = getattr(self, "found_inf", None)  # as torch's fused kernels have it: a step that is not to happen
         for buckets in self._make_buckets():
@@ -123,13 +157,12 @@ class Lamb(torch.optim.Optimizer):
                 self._subtract_adam_direction(bucket, grad_scale, found_inf)
             for bucket, ratios in zip(buckets, trust_ratios(buckets)):
                 bucket.apply(ratios, bucket.lr(found_inf))
-        return loss
 
     def _refuse_unsupported(self) -> None:
-        """Sparse gradients; parameters that were flattened after the optimizer was made."""
+        """Sparse gradients, and what has become of groups and parameters since the optimizer was made."""
+        self._refuse_sparse_gradients()
         for group in self.param_groups:
-            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-                raise RuntimeError("Lamb does not support sparse gradients")
+            get_lr(group)
             if group["has_matrices"] and all(p.dim() < 2 for p in group["params"]):
                 raise ValueError(
                     "the parameters were reshaped after the optimizer was made, as FSDP1 and DeepSpeed ZeRO do: LAMB "
@@ -162,10 +195,10 @@ class Lamb(torch.optim.Optimizer):
             sharded: list[Unit] = []
             for unit in self._split_into_units(group):
                 (sharded if any(isinstance(p, DTensor) for p in unit) else whole).append(unit)
-            for units in split_by_size(whole):
-                yield [Bucket(group, units)]
-            if sharded:
-                sharded_buckets.append(Bucket(group, sharded))
+            for of_kind in split_by_kind(whole):
+                for units in split_by_size(of_kind):
+                    yield [Bucket(group, units)]
+            sharded_buckets += [Bucket(group, of_kind) for of_kind in split_by_kind(sharded)]
         if sharded_buckets:
             yield sharded_buckets
 
@@ -294,9 +327,15 @@ def _have_equal_strides(*lists: list[torch.Tensor]) -> bool:
 
 def _validate(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
-        if not 0.0 <= group[name] < float("inf"):
-            raise ValueError(f"{name} ({group[name]}) must be finite and >= 0")
-    if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+        validate_number(name, group[name])
+    for position, parameter in enumerate(group["params"]):
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB is for "
+                "real floating-point parameters"
+            )
+    betas = group["betas"] if isinstance(group["betas"], tuple | list) else ()
+    if len(betas) != 2 or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas):
         raise ValueError(f"betas ({group['betas']}) must be two numbers, at least 0 and below 1")
     if group["decay"] not in DECAYS:
         raise ValueError(f"decay must be one of {DECAYS}, got {group['decay']!r}")

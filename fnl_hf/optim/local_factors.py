@@ -114,6 +114,7 @@ class LocalProduct:
         num_heads: int,
         scale: float | torch.Tensor = 1.0,
     ):
+        self.weights = weights
         inner = range(1, len(weights) - 1)
         self.factors = [
             LocalFactor(weight, target, num_heads, dim, is_middle=i in inner)

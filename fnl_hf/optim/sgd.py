@@ -1,11 +1,10 @@
 """SGD with Frobenius decay, coupled through the gradient or decoupled."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from fnl_hf.optim.base import ProductGroups, decay_products_, is_updated, local_products
+from fnl_hf.optim.base import ProductGroups, is_updated, local_products
 from fnl_hf.optim.frobenius import add_frobenius_gradients_
 from fnl_hf.optim.local_factors import LocalProduct
 
@@ -29,7 +28,10 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         args, kwargs: everything that ``torch.optim.SGD`` takes: momentum, nesterov, weight_decay, ...
 
     Raises:
-        ValueError: λ < 0, λ on a group without products, factors that do not match, or factors in half precision.
+        ValueError: λ < 0, λ on a group without products, factors that do not match, factors in half precision, or
+            ``differentiable`` with λ > 0.
+        RuntimeError: sparse gradients of a group with weight decay or coupled λ, or for a fused kernel; nothing is
+            decayed then.
     """
 
     def __init__(
@@ -51,28 +53,32 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
 
     def _decay_and_step(self) -> None:
         groups = self._groups_to_decay()
-        decoupled = [group for group in groups if group["decoupled"]]
-        decay_products_(decoupled, getattr(self, "found_inf", None))
-        with self._decay_in_gradients([group for group in groups if not group["decoupled"]]):
+        self._decay([group for group in groups if group["decoupled"]])
+        coupled = [group for group in groups if not group["decoupled"]]
+        saved = [(w, w.grad) for group in coupled for w in group["params"] if is_updated(w)]
+        try:
+            self._add_decay_to_gradients(coupled)
             self._base_step()
+        finally:
+            for weight, gradient in saved:
+                weight.grad = gradient
 
-    @contextmanager
-    def _decay_in_gradients(self, groups) -> Iterator[None]:
-        """The factors' gradients with the decay added; afterwards those that were there, untouched."""
+    def _takes_sparse_gradients(self, group: dict[str, Any]) -> bool:
+        is_coupled = group["frobenius_decay"] != 0.0 and not group["decoupled"]
+        return not is_coupled and group["weight_decay"] == 0.0 and not group["fused"]
+
+    @torch.compiler.disable  # as ``_decay``
+    def _add_decay_to_gradients(self, groups: list[dict[str, Any]]) -> None:
+        """Give the factors other gradients, with the decay in them."""
         # A fused kernel divides the gradients by ``grad_scale`` (fp16 loss scaling) and negates them to maximize.
         grad_scale = getattr(self, "grad_scale", None)
-        saved = {weight: weight.grad for group in groups for weight in group["params"] if is_updated(weight)}
         products: list[LocalProduct] = []
-        try:
-            for weight in saved:
-                weight.grad = saved[weight].clone()
-            for group in groups:
-                scale = -group["frobenius_decay"] if group["maximize"] else group["frobenius_decay"]
-                if grad_scale is not None:
-                    scale = scale * grad_scale.reshape(())
-                products += local_products(group, scale, lambda weight: weight.grad)
-            add_frobenius_gradients_(products)
-            yield
-        finally:
-            for weight, gradient in saved.items():
-                weight.grad = gradient
+        for group in groups:
+            for weight in group["params"]:
+                if is_updated(weight):
+                    weight.grad = weight.grad.clone()
+            scale = -group["frobenius_decay"] if group["maximize"] else group["frobenius_decay"]
+            if grad_scale is not None:
+                scale = scale * grad_scale.reshape(())
+            products += local_products(group, scale, lambda weight: weight.grad)
+        add_frobenius_gradients_(products)

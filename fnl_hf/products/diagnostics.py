@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
-from fnl_hf.bert.factorization import Product, bound, core, factor_views, gram
+from fnl_hf.bert.factorization import Product, bound, core, factor_views, gram, singular_values, without_autocast
 
 DIAGNOSTICS = ("frobenius", "nuclear", "bound", "effective_step", "non_orthogonality")
 
@@ -30,12 +30,18 @@ def diagnose_products(products: Sequence[Product], lr: float = 1.0) -> dict[str,
                           spectral initialization), 1 parallel
     ===================== =============================================================================
 
-    Sharded weights are gathered one at a time: all processes must call this.
+    Sharded weights are gathered one at a time: all processes must call this. Weights that are not finite end no run:
+    the diagnostics of their product are NaN (or infinite), those of the others what they are.
 
     Args:
         products: as :func:`fnl_hf.find_products` finds them.
         lr: η.
     """
+    with without_autocast(weight for product in products for weight in product.weights):
+        return _diagnose(products, lr)
+
+
+def _diagnose(products: Sequence[Product], lr: float) -> dict[str, dict[str, torch.Tensor]]:
     cores: dict[tuple[torch.Size, torch.device], list[tuple[str, torch.Tensor]]] = {}
     result: dict[str, dict[str, torch.Tensor]] = {}
     for product in products:
@@ -45,7 +51,7 @@ def diagnose_products(products: Sequence[Product], lr: float = 1.0) -> dict[str,
         cores.setdefault((small.shape, small.device), []).append((product.name, small))
         result[product.name] = {"bound": bound(*factors), "non_orthogonality": non_orthogonality(factors)}
     for of_shape in cores.values():
-        values = torch.linalg.svdvals(torch.stack([small for _, small in of_shape])).flatten(1)  # (products, H·r)
+        values = singular_values(torch.stack([small for _, small in of_shape])).flatten(1)  # (products, H·r)
         squares, sums = values.square().sum(1), values.sum(1)
         for (name, _), square, nuclear in zip(of_shape, squares, sums):
             result[name] |= {"frobenius": square.sqrt(), "nuclear": nuclear, "effective_step": lr / square}

@@ -3,6 +3,7 @@
 Its text is in ``card_template.md``.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def write_run_card(
         dataset: the Hub's name of the data; None for the user's own.
         license: the Hub's identifier, as "apache-2.0"; None for none.
     """
-    if dataset is not None and Path(dataset).exists():  # one of the user's own
+    if dataset is not None and os.path.exists(dataset):  # one of the user's own
         dataset = None
     metadata = {
         "license": license,
@@ -174,7 +175,7 @@ def evaluation_results(metrics: Mapping[str, float], task: str, dataset: str | N
 
 def describe_source(source: str) -> tuple[str, dict[str, Any]]:
     """A checkpoint's name for the card of what is made from it, and what its own card says that also holds there."""
-    is_on_hub = not Path(source).exists()
+    is_on_hub = not os.path.exists(source)
     name = source if is_on_hub else Path(source).resolve().name  # not where it lies on this machine
     try:
         found = metadata_load(str(cached_file(source, CARD_FILE))) or {}
@@ -233,7 +234,7 @@ def model_facts(model, args, data: str) -> dict[str, Any]:
     """The rows that describe architecture, data and optimizer."""
     options = f" ({args.optim_args})" if args.optim_args else ""
     facts = architecture_facts(model) | {
-        "data": Path(data).name if Path(data).exists() else data,  # not where it lies on this machine
+        "data": Path(data).name if os.path.exists(data) else data,  # not where it lies on this machine
         "optimizer": f"{args.optimizer}{options}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
     }
     if find_products(model):

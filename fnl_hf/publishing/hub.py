@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.cards import CARD_FILE, name_repository
 from fnl_hf.runs.checkpoints import CHECKSUMS_FILE
-from fnl_hf.runs.plan import STARTED_FILE
+from fnl_hf.runs.ownership import STARTED_FILE, staying_recorded
 
 logger = logging.get_logger(__name__)
 
@@ -57,17 +57,24 @@ def push_folder(
             raise UserInputError(f"{folder} holds no saved model: it has no {' or '.join(names)}")
     with hub_errors(name, f"{folder} is as it was: the same command sends what is missing"):
         repository = create_repository(name, private, token)
-        name_repository(folder / CARD_FILE, repository)
-        api = HfApi(library_name="fnl_hf")
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message="Upload model",
-            token=token,
-            revision=revision,
-            ignore_patterns=list(NOT_UPLOADED),
-        )
-    return f"{api.endpoint}/{repository}"
+        with staying_recorded(folder / CARD_FILE):
+            name_repository(folder / CARD_FILE, repository)
+        upload_model(folder, repository, token, revision)
+    return f"{HfApi().endpoint}/{repository}"
+
+
+def upload_model(
+    folder: str | Path, repository: str, token: str | None, revision: str | None, message: str = "Upload model"
+) -> None:
+    """Commit what belongs to a saved model, as it lies in its folder, to a repository that exists."""
+    HfApi(library_name="fnl_hf").upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        commit_message=message,
+        token=token,
+        revision=revision,
+        ignore_patterns=list(NOT_UPLOADED),
+    )
 
 
 def create_repository(name: str, private: bool | None, token: str | None) -> str:

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from fnl_hf.runs.provenance import read_starts
+from fnl_hf.runs.provenance import PROVENANCE_FILE, read_starts
 
 logger = logging.get_logger(__name__)
 
@@ -25,13 +26,14 @@ STATE_FILE = "trainer_state.json"
 CHECKSUMS_FILE = "checksums.json"
 # Within the output folder, so that renaming moves no data. Trainer uploads nothing whose name begins with "_".
 STAGING_FOLDER = "_incomplete"
+_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+")
 CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=_step_of, reverse=True)
+    """What has the name of a checkpoint in a folder, newest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((folder / name for name in names if _CHECKPOINT_NAME.fullmatch(name)), key=_step_of, reverse=True)
 
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:
@@ -48,7 +50,7 @@ def find_fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None. One without checksums, as stock Trainer writes it, is checked by its
     files' presence, their ends and the header of its weights alone."""
     needed = [*CHECKPOINT_FILES, *_random_states(checkpoint)]
-    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    missing = [name for name in needed if not os.path.isfile(checkpoint / name)]
     if missing:
         return f"{missing[0]} is missing"
     if read_state(checkpoint) is None:
@@ -90,19 +92,62 @@ def finalize_checkpoint(staged: Path, checkpoint: Path) -> None:
     _sync(checkpoint.parent)
 
 
+def not_of_the_run(checkpoint: Path) -> list[str]:
+    """What no run has written of something that has a checkpoint's name: all of it if it has no record of ours, or else
+    the files that were put into it since. Names from the run's folder on; what a link leads to is nobody's concern."""
+    if not any(os.path.isfile(checkpoint / name) for name in (CHECKSUMS_FILE, PROVENANCE_FILE)):
+        return [checkpoint.name]
+    if checkpoint.is_symlink():
+        return []
+    try:
+        listed = set(json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        listed = set()
+    if not listed:  # torn
+        return []
+    files = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir())
+    return [f"{checkpoint.name}/{name}" for name in files if name not in listed and name != CHECKSUMS_FILE]
+
+
+def drop_checkpoints(folder: Path, keep: int, best: str | None = None, keep_newest: bool = True) -> None:
+    """Delete the oldest checkpoints of a run until so many are left; never the best, or what is not the run's, which is
+    not counted, and the newest only if that is asked for. Paths may be spelled in any way."""
+    own = [checkpoint for checkpoint in list_checkpoints(folder) if not not_of_the_run(checkpoint)]
+    kept = {Path(os.path.realpath(path)) for path in (*own[:keep_newest], *filter(None, [best]))}
+    droppable = [checkpoint for checkpoint in own if Path(os.path.realpath(checkpoint)) not in kept]
+    excess = len(own) - max(keep, len(own) - len(droppable))
+    for checkpoint in reversed(droppable[len(droppable) - excess :]):
+        remove(checkpoint)
+
+
+def remove(path: Path, ignore_errors: bool = True) -> None:
+    """Delete a folder, or a link to one and not what it leads to; nothing if it is not there."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors)
+
+
 def abandon_later_checkpoints(folder: Path, step: int, resumed: str | None) -> None:
     """Rename what a run that now goes on from ``step`` had done beyond it, all but the checkpoint that is resumed.
 
     Left as they are, these checkpoints would pass for newer ones than those that are to be written.
     """
     for checkpoint in list_checkpoints(folder):
-        if _step_of(checkpoint) > step and (resumed is None or checkpoint.resolve() != Path(resumed).resolve()):
+        is_resumed = resumed is not None and os.path.realpath(checkpoint) == os.path.realpath(resumed)
+        if _step_of(checkpoint) > step and not is_resumed and not_of_the_run(checkpoint) != [checkpoint.name]:
             _abandon(checkpoint)
 
 
 def _abandon(checkpoint: Path) -> None:
+    """Rename it; what was set aside before goes, if it is a run's."""
     aside = checkpoint.with_name(f"_abandoned-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    if os.path.lexists(aside) and not not_of_the_run(aside):
+        remove(aside)
+    number = 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = checkpoint.with_name(f"_abandoned-{checkpoint.name}-{number}")
     checkpoint.rename(aside)
     logger.warning(f"{checkpoint} is set aside as {aside.name}: the run goes on from an earlier step")
 

@@ -1,11 +1,13 @@
 """Command lines of the scripts: dataclasses, optional YAML or JSON files, overriding flags, and the exit status."""
 
+import json
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,12 @@ class _Parser(HfArgumentParser):
 
 def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the dataclasses from ``[config.yaml ...] [--flag value ...]``; a later file overrides
-    an earlier one, and flags override all files.
+    an earlier one, and flags override all files; a "~" that begins a value is the home folder.
 
     Raises:
         UserInputError: an unreadable file, an unknown flag or key, or a value of the wrong kind.
     """
-    argv = with_config_files(argv)
+    argv = expand_home(with_config_files(expand_home(argv)))
     for flag, word in zip(["", *argv], argv):
         if "\0" in word:
             raise UserInputError(f"{flag} ({word!r}) must not hold a null byte")
@@ -52,6 +54,16 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
         if name in NAMES and value is not None and "" in ([value] if isinstance(value, str) else value):
             raise UserInputError(f"--{name} is empty: leave it out")
     return tuple(instances)
+
+
+def expand_home(argv: Sequence[str]) -> list[str]:
+    """A command line with the home folder in the place of "~" at the beginning of a value, which no shell expands in
+    ``--flag=~/x`` and nobody in a config file."""
+    expanded = []
+    for word in argv:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        expanded.append(f"{flag}{equals}{os.path.expanduser(value)}" if value.startswith("~") else word)
+    return expanded
 
 
 def join_negative_numbers(argv: Sequence[str]) -> list[str]:
@@ -92,7 +104,8 @@ def run_script(run: Callable[[Sequence[str]], None]) -> None:
 
     2 is bad input; 3 too many losses that are not finite; 75 (``EX_TEMPFAIL``) a stop by SIGTERM, in training after a
     checkpoint, elsewhere at once.
-    ``torchrun`` and ``accelerate launch`` turn every status into 1.
+    ``torchrun`` and ``accelerate launch`` turn every status into 1. Their report of it ends in the same line where they
+    ask the processes; ``accelerate launch --quiet`` with one process leaves it out.
     """
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _stop_at_once)
@@ -101,15 +114,18 @@ def run_script(run: Callable[[Sequence[str]], None]) -> None:
         _end_process_group()
     except UserInputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
+        _tell_launcher(str(error))
         _end_process_group(together=False)
         sys.exit(2)
     except TrainingDiverged as error:
         _print_once(f"{script}: error: {error}")
+        _tell_launcher(str(error))
         _end_process_group()
         sys.exit(3)
     except Preempted as stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _print_once(f"{script}: {stop.message}")
+        _tell_launcher(stop.message)
         _end_process_group()
         raise
 
@@ -118,6 +134,16 @@ def _print_once(message: str) -> None:
     """What all processes have to say is said by the first."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, file=sys.stderr)
+
+
+def _tell_launcher(message: str) -> None:
+    """Let torchrun's report of this process say why it ended: as ``torch.distributed.elastic`` reads it, but without a
+    traceback."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        reply = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        with suppress(OSError):  # the script has said it
+            Path(file).write_text(json.dumps({"message": reply}), encoding="utf-8")
 
 
 def _end_process_group(together: bool = True) -> None:

@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,30 @@ from fnl_hf.runs.checkpoints import (
     find_fault,
     list_checkpoints,
     newest_complete_checkpoint,
+    not_of_the_run,
     read_state,
+    remove,
+)
+from fnl_hf.runs.locks import LOCK_FILE, lock_folder, read_lock
+from fnl_hf.runs.ownership import (
+    ALL,
+    EVALUATION,
+    RESULTS_FILE,
+    STARTED_FILE,
+    holds_run,
+    others_files,
+    refuse_others_files,
+    shortened,
+    write_json,
 )
 from fnl_hf.runs.processes import decide_on_first_process
 from fnl_hf.runs.provenance import mask_home, read_starts
 
 logger = logging.get_logger(__name__)
 
-RESULTS_FILE = "all_results.json"
-STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
+# Flags that name a file or folder; other names of the same one make no other run. Data are known by their contents.
+DATA_PATHS = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir", "idx_dir")
+PATHS = (*DATA_PATHS, "dataset_name", "model_name_or_path", "tokenizer_name", "config_name")
 # What, beside the scripts' own arguments, makes two runs different ones.
 TRAINING_ARGUMENTS = (
     "optimizer",
@@ -78,6 +92,7 @@ ARCHITECTURE = (
     "max_position_embeddings",
     "attention_embedding_size",
 )
+EPOCH_ROUNDING = 1e-6  # an epoch's steps are whole numbers, their shares of it are not
 # Entries of a configuration that Trainer sets before it saves a model.
 SET_BY_TRAINER = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -86,12 +101,14 @@ SET_BY_TRAINER = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 class RunPlan:
     """What to do with the output folder: continue from ``checkpoint``, start (None), or nothing (``finished``).
 
-    ``continued`` is the folder of the run that goes on, also from its beginning; None for a new one.
+    ``continued`` is the folder of the run that goes on, also from its beginning; None for a new one. ``lock`` is what
+    :func:`fnl_hf.runs.locks.read_lock` has found there.
     """
 
     checkpoint: str | None = None
     finished: bool = False
     continued: Path | None = None
+    lock: bytes = b""
 
 
 def describe_run(args, *script_arguments) -> dict[str, Any]:
@@ -109,46 +126,66 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
     The first process decides for all: disks do not show the same to every machine at the same time.
 
     Raises:
-        UserInputError: the folder is in use, its run has other arguments, or the named checkpoint, or each of those
-            that there are, is not complete.
+        UserInputError: the folder is in use, by a run that is alive, one with other arguments, or with files that are
+            no run's; or the named checkpoint, or each of those that there are, is not complete.
     """
-    return decide_on_first_process(lambda: _plan(args, description))
+
+    def plan() -> RunPlan:
+        folder = Path(args.output_dir)
+        _validate_place(folder)
+        lock = read_lock(folder)
+        return replace(_plan(folder, args, description), lock=lock)
+
+    return decide_on_first_process(plan)
 
 
-def _plan(args, description: dict[str, Any]) -> RunPlan:
-    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
-    _validate_place(folder)
+def _plan(folder: Path, args, description: dict[str, Any]) -> RunPlan:
+    resume = args.resume_from_checkpoint
     if resume is not None and args.overwrite_output_dir:
         raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
-    in_use = folder.is_dir() and any(folder.iterdir())
+    in_use = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
     if resume not in (None, "auto"):
         return _plan_from_checkpoint(Path(resume), folder, in_use, description, args.allow_other_world_size)
+    if args.overwrite_output_dir:
+        refuse_others_files(folder, ALL if args.do_train else EVALUATION)
     if not in_use or args.overwrite_output_dir:
         return RunPlan()
     if resume is None or not args.do_train:
-        raise UserInputError(
-            f"--output_dir {folder} is not empty: choose another, continue its training with --resume_from_checkpoint "
-            "auto, or replace it with --overwrite_output_dir true"
-        )
-    _validate_same_run(folder, description, args.allow_other_world_size)
+        raise UserInputError(f"--output_dir {folder} is not empty: {_remedies(folder, args, auto=args.do_train)}")
+    _validate_same_run(folder, description, args.allow_other_world_size, _remedies(folder, args))
     if is_finished(folder, args):
         return RunPlan(finished=True, continued=folder)
     checkpoint = newest_complete_checkpoint(folder)
     if checkpoint is None and (faulty := list_checkpoints(folder)):
         raise UserInputError(
             f"--resume_from_checkpoint auto: {folder} has no complete checkpoint: "
-            f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start anew, give "
-            "--overwrite_output_dir true instead"
+            f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start anew, "
+            f"{_remedies(folder, args)}"
         )
-    if checkpoint is None and not (folder / STARTED_FILE).is_file():
+    if checkpoint is None and not holds_run(folder):
         raise UserInputError(
-            f"--output_dir {folder} is not empty and holds no run to resume: choose another, or replace it with "
-            "--overwrite_output_dir true"
+            f"--output_dir {folder} is not empty and holds no run to resume: {_remedies(folder, args)}"
         )
+    refuse_others_files(folder, anew=False)
     if checkpoint is None:
         return RunPlan(continued=folder)
     _warn_of_another_length(folder, description)
     return RunPlan(checkpoint=str(checkpoint), continued=folder)
+
+
+def _remedies(folder: Path, args, auto: bool = False) -> str:
+    """What can be done where an output folder is in use; only what would not be refused in its turn."""
+    own = [path for path in list_checkpoints(folder) if path.name not in not_of_the_run(path)]
+    is_run, others = holds_run(folder) or bool(own), others_files(folder, ALL if args.do_train else EVALUATION)
+    remedies = ["choose another"]
+    if auto and is_run:
+        remedies.append("continue its training with --resume_from_checkpoint auto")
+    if not others:
+        instead = " instead of --resume_from_checkpoint" if args.resume_from_checkpoint else ""
+        what = "replace it" if is_run else "keep all that is there beside the new run"
+        remedies.append(f"{what} with --overwrite_output_dir true{instead}")
+    joined = f"{', '.join(remedies[:-1])}, or {remedies[-1]}" if len(remedies) > 1 else remedies[0]
+    return joined + (f" ({shortened(others)} there is not as a run has written it)" if others else "")
 
 
 def _validate_place(folder: Path) -> None:
@@ -172,10 +209,14 @@ def _plan_from_checkpoint(
     fault = find_fault(checkpoint)
     if fault is not None:
         raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
-    if in_use and checkpoint.resolve().parent != folder.resolve():
+    if in_use and folder.resolve() not in (
+        checkpoint.parent.resolve(),
+        checkpoint.resolve().parent,
+    ):  # it may be a link
         raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
     run = checkpoint.parent if read_started(checkpoint.parent) else checkpoint
-    _validate_same_run(run, description, allow_other_world_size)
+    _validate_same_run(run, description, allow_other_world_size, "go on with what it was started with")
+    refuse_others_files(folder, anew=False)
     _warn_of_another_length(run, description)
     return RunPlan(checkpoint=str(checkpoint), continued=run)
 
@@ -192,21 +233,36 @@ def read_started(folder: Path) -> dict[str, Any]:
     return started if isinstance(started, dict) else {}
 
 
-def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_world_size: bool) -> None:
+def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_world_size: bool, remedies: str) -> None:
     started = read_started(folder)
-    different = {  # the record in a checkpoint does not name the user's home folder
+    different = {
         name
         for name, value in description.items()
-        if name != LENGTH and name in started and started[name] not in (value, mask_home(value))
+        if name != LENGTH and name in started and not _is_same(name, started[name], value)
     }
     if "world_size" in different and different <= {*SPLIT}:
         _validate_split(folder, started, description, allow_other_world_size)
     elif different:
         differences = [f"{name} is {started[name]} there and {description[name]} here" for name in sorted(different)]
         raise UserInputError(
-            f"{folder} holds another run: {'; '.join(differences)}. Choose another --output_dir, or replace it with "
-            "--overwrite_output_dir true"
+            f"{folder} holds another run: {'; '.join(differences)}. {remedies[0].upper()}{remedies[1:]}"
         )
+
+
+def _is_same(name: str, there: Any, here: Any) -> bool:
+    """Whether an argument was the same, or another name of the same file; the record in a checkpoint does not name the
+    user's home folder."""
+    if there in (here, mask_home(here)):
+        return True
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        return all(_is_same(name, *pair) for pair in zip(there, here))
+    if name not in PATHS or not (isinstance(there, str) and isinstance(here, str)):
+        return False
+    there = os.path.expanduser(there)
+    if os.path.realpath(there) == os.path.realpath(here):
+        return True
+    was_moved = os.path.basename(there) == os.path.basename(here) and not os.path.lexists(there)
+    return name in DATA_PATHS and was_moved  # then the fingerprints of the data decide
 
 
 def _warn_of_another_length(folder: Path, description: dict[str, Any]) -> None:
@@ -261,7 +317,7 @@ def validate_data(plan: RunPlan, description: dict[str, Any]) -> None:
 def weights_checksum(name: str | None) -> str | None:
     """Of the weights in a model's folder, SHA-256; None for another's name, and where they are in other files."""
     file = None if name is None else Path(name, SAFE_WEIGHTS_NAME)
-    return checksum(file) if file is not None and file.is_file() else None
+    return checksum(file) if file is not None and os.path.isfile(file) else None
 
 
 def validate_start_weights(plan: RunPlan, found: str | None) -> None:
@@ -278,31 +334,35 @@ def validate_start_weights(plan: RunPlan, found: str | None) -> None:
         )
 
 
-def start_run(args, description: dict[str, Any]) -> None:
-    """Make the output folder, drop the checkpoints of a run that is overwritten, and record what this run is."""
+def start_run(args, plan: RunPlan, description: dict[str, Any]) -> None:
+    """Make and lock the output folder, drop the checkpoints of a run that is overwritten, and record what this run is.
+
+    Raises:
+        UserInputError: another process has begun a run there since this one was planned.
+    """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder, plan.lock)
     if not args.do_train:
         return
-    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+    remove(folder / STAGING_FOLDER)
     if args.overwrite_output_dir:
         for old in list_checkpoints(folder):
-            shutil.rmtree(old)
+            if not not_of_the_run(old):
+                remove(old, ignore_errors=False)  # it would pass for one of this run
         for name in (RESULTS_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
-    written = folder / f"{STARTED_FILE}.new"
-    written.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(written, folder / STARTED_FILE)  # a torn one would let any other run go on
+    write_json(folder / STARTED_FILE, description)  # a torn one would let any other run go on
 
 
 def is_finished(folder: Path, args) -> bool:
     """Whether the run in ``folder`` ended and reached what ``args`` ask for; the results are written last."""
     state = read_state(folder)
-    if state is None or not (folder / RESULTS_FILE).is_file() or state.global_step < state.max_steps:
+    if state is None or not os.path.isfile(folder / RESULTS_FILE) or state.global_step < state.max_steps:
         return False
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
-    return state.num_train_epochs >= args.num_train_epochs
+    return (state.epoch or 0.0) >= args.num_train_epochs - EPOCH_ROUNDING  # Trainer's num_train_epochs is rounded up
 
 
 def validate_resume(checkpoint: str | Path, model: PreTrainedModel, names: Collection[str] | None = None) -> None:

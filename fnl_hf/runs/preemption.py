@@ -1,18 +1,20 @@
 """SIGTERM, as schedulers send it before they take a machine away: save, and end with a status that says "try again"."""
 
 import atexit
+import multiprocessing
 import signal
 import threading
-import weakref
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 AGREEMENT_STEPS = 10  # between two questions to all processes on an accelerator, where reading the answer synchronizes
+GRACE_SECONDS = 1.0  # for child processes that end by themselves on SIGTERM
 
 
 @contextmanager
@@ -28,23 +30,46 @@ def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
+def surviving_sigterm(then: Callable[[int], None] | None = None) -> Callable[[int], None]:
+    """A ``worker_init_fn`` for workers that ignore SIGTERM, and end with this process all the same.
+
+    A scheduler signals the workers too, and the checkpoint needs them for its last step.
+
+    Args:
+        then: another one, which is called as well.
+    """
+    _register_end_of_workers()
+    return partial(ignore_sigterm, then)
+
+
 def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
-    """A ``worker_init_fn``: a scheduler signals the workers too, and the checkpoint needs them for its last step."""
+    """What :func:`surviving_sigterm` makes of a worker."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)
 
 
-def end_workers_at_exit(loader: DataLoader) -> None:
-    """Let the workers that outlive an epoch end before the interpreter does: it would stop them with SIGTERM, which
-    they ignore, and wait for ever."""
-    atexit.register(_end_workers, weakref.ref(loader))
+@cache
+def _register_end_of_workers() -> None:
+    atexit.register(end_workers)  # runs before multiprocessing's own handler, which was registered before
 
 
-def _end_workers(reference: "weakref.ref[DataLoader]") -> None:
-    iterator = getattr(reference(), "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
+def end_workers() -> None:
+    """End all daemonic processes of ``multiprocessing``'s, as it does when the interpreter ends, but those that ignore
+    SIGTERM, too: it sends them SIGTERM and waits, for ever where an exception's traceback keeps a DataLoader's iterator
+    and with it the workers.
+    """
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if not workers:
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker that is killed
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    for worker in workers:
+        worker.kill()
 
 
 class PreemptionCallback(TrainerCallback):

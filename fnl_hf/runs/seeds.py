@@ -1,15 +1,16 @@
 """One recipe, several seeds: a run for each in a folder of its own, and what their scores have in common."""
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from fnl_hf.errors import UserInputError, validate_bounds
+from fnl_hf.runs.ownership import RESULTS_FILE, write_json
 from fnl_hf.runs.plan import (
     DATA_FINGERPRINT,
     LENGTH,
-    RESULTS_FILE,
     START_WEIGHTS,
     VALIDATION_FINGERPRINT,
     read_started,
@@ -30,7 +31,8 @@ def commands_of_seeds(argv: Sequence[str], args) -> list[list[str]]:
     """The command line of each run of ``args.seeds``.
 
     Raises:
-        UserInputError: fewer than two seeds, one given twice, or flags that make no sense for several runs.
+        UserInputError: fewer than two seeds, one given twice, flags that make no sense for several runs, or a
+            ``seeds.json`` that is no run's.
     """
     if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):
         raise UserInputError(f"--seeds ({' '.join(map(str, args.seeds))}) must be at least two different ones")
@@ -44,8 +46,23 @@ def commands_of_seeds(argv: Sequence[str], args) -> list[list[str]]:
         raise UserInputError(
             f"--resume_from_checkpoint {args.resume_from_checkpoint} is the checkpoint of one run: with --seeds, 'auto'"
         )
+    _validate_summary(Path(args.output_dir, SEEDS_FILE))
     folders = [str(seed_folder(args.output_dir, seed)) for seed in args.seeds]
     return [[*argv, "--seed", str(seed), "--output_dir", folder] for seed, folder in zip(args.seeds, folders)]
+
+
+def _validate_summary(file: Path) -> None:
+    """Raise UserInputError if what has the summary's name is somebody else's."""
+    if not os.path.lexists(file):
+        return
+    try:
+        is_summary = json.loads(file.read_text(encoding="utf-8")).keys() == {"seeds", "scores"}
+    except (OSError, ValueError, AttributeError):
+        is_summary = False
+    if not is_summary:
+        raise UserInputError(
+            f"--output_dir {file.parent}: {file.name} there is not as --seeds has written it: move it away"
+        )
 
 
 def summarize_seeds(output_dir: str | Path, seeds: Sequence[int]) -> str:
@@ -66,8 +83,7 @@ def summarize_seeds(output_dir: str | Path, seeds: Sequence[int]) -> str:
     for name in names:
         values = [result[name] for result in results]
         summary[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
-    text = json.dumps({"seeds": list(seeds), "scores": summary}, indent=2)
-    Path(output_dir, SEEDS_FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(Path(output_dir, SEEDS_FILE), {"seeds": list(seeds), "scores": summary})
     width = max(map(len, names), default=0)
     lines = [f"mean ± standard deviation of {len(seeds)} seeds ({', '.join(map(str, seeds))})"]
     for name, score in summary.items():

@@ -59,9 +59,12 @@ def load_squad_hub(name: str, config: str | None, split: str, cache_dir: str | N
     missing = [column for column in EXAMPLE_FEATURES if column not in loaded.column_names]
     if missing:
         raise UserInputError(f"--dataset_name {name} has no columns {missing}, only {loaded.column_names}")
-    loaded = loaded.select_columns(list(EXAMPLE_FEATURES)).cast(EXAMPLE_FEATURES)
-    for example in loaded:
-        validate_answers(example, f"--dataset_name {name}")
+    try:
+        loaded = loaded.select_columns(list(EXAMPLE_FEATURES)).cast(EXAMPLE_FEATURES)
+        for example in loaded:
+            validate_answers(example, f"--dataset_name {name}")
+    except (pa.ArrowException, UnicodeDecodeError, TypeError) as error:  # Arrow's JSON reader takes any bytes for text
+        raise UserInputError(f"--dataset_name {name} is not like rajpurkar/squad: {error}") from error
     return loaded
 
 
@@ -73,23 +76,28 @@ def read_squad_file(file: str | Path | Any) -> Dataset:
     """
     path = Path(file) if isinstance(file, str) else file
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserInputError(f"{file}: no such file") from error
+    except IsADirectoryError as error:
+        raise UserInputError(f"{file}: not a file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserInputError(f"{file}: cannot be read: {error}") from error
     if not text.strip():
         raise UserInputError(f"{file}: the file is empty")
     try:
-        articles = json.loads(text)["data"]
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserInputError(f"{file}: not JSON: {error}") from error
+    try:
         examples = [
             _flatten(question, paragraph["context"])
-            for article in articles
+            for article in content["data"]
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         ]
-    except json.JSONDecodeError as error:
-        raise UserInputError(f"{file}: not JSON: {error}") from error
+    except UserInputError as error:
+        raise UserInputError(f"{file}: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise UserInputError(f"{file}: not in SQuAD's layout (data, paragraphs, qas): {error!r}") from error
     if not examples:
@@ -100,14 +108,21 @@ def read_squad_file(file: str | Path | Any) -> Dataset:
 
 
 def _flatten(question: dict[str, Any], context: str) -> dict[str, Any]:
-    answers = [] if question.get("is_impossible", False) else question.get("answers", [])
+    name, impossible = question["id"], question.get("is_impossible", False)
+    if type(name) not in (str, int):
+        raise TypeError(f"a question's id must be a text, got {name!r}")
+    if not isinstance(impossible, bool):
+        raise TypeError(f"question {name!r}: is_impossible must be true or false, got {impossible!r}")
+    answers = [] if impossible else question.get("answers", [])
     texts = [context, question["question"], *(answer["text"] for answer in answers)]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"question {question['id']}: context, question and answers must be texts, got {texts}")
+        raise TypeError(f"question {name!r}: context, question and answers must be texts, got {texts}")
+    for text in (str(name), *texts):
+        validate_unicode(text, f"question {name!r}")
     if not all(type(answer["answer_start"]) is int for answer in answers):
-        raise TypeError(f"question {question['id']}: answer_start must be an integer")
+        raise TypeError(f"question {name!r}: answer_start must be an integer")
     return {
-        "id": str(question["id"]),
+        "id": str(name),
         "question": question["question"],
         "context": context,
         "answers": {
@@ -115,6 +130,14 @@ def _flatten(question: dict[str, Any], context: str) -> dict[str, Any]:
             "answer_start": [answer["answer_start"] for answer in answers],
         },
     }
+
+
+def validate_unicode(text: str, where: str) -> None:
+    """Raise UserInputError for half of a surrogate pair, which JSON and command lines can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserInputError(f"{where}: not Unicode at character {error.start}: {text!r}") from error
 
 
 def validate_answers(example: dict[str, Any], where: str) -> None:
@@ -199,9 +222,11 @@ class FeatureMaker:
         Special tokens that are spelled out in a text stay text.
 
         Raises:
-            UserInputError: a question leaves no room for a token of the context.
+            UserInputError: a question leaves no room for a token of the context, or a text is not Unicode.
         """
         options: dict[str, Any] = {"return_offsets_mapping": True, "split_special_tokens": True, "verbose": False}
+        for text in (*questions, *contexts):
+            validate_unicode(text, "question and context")
         questions = [question.strip() for question in questions]
         alone = self.tokenizer(questions, add_special_tokens=False, **options)["offset_mapping"]
         for question, offsets, context in zip(questions, alone, contexts, strict=True):

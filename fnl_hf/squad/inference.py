@@ -6,12 +6,14 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fnl_hf.bert.evaluation import evaluation_mode
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.squad.answers import AnswerOptions, answers_from_logits
 from fnl_hf.squad.features import FeatureMaker, evaluation_features
+from fnl_hf.training.models import ANSWER_LOGITS, load_question_answering_model
 
 
 @overload
@@ -58,8 +60,8 @@ def ask(
         for a list of questions a list of these.
 
     Raises:
-        UserInputError: no such model, an empty question or context, lists of different length, or lengths that leave
-            no room for the context.
+        UserInputError: no such model or one without a trained head for question answering, an empty question or
+            context, lists of different length, or lengths that leave no room for the context.
     """
     questions, contexts = _as_lists(question, context)
     validate_bounds("batch_size", batch_size, 1)
@@ -69,7 +71,8 @@ def ask(
         null_score_diff_threshold=null_score_diff_threshold,
     )
     if not isinstance(model, PreTrainedModel):
-        model = _load(model)
+        model = load_question_answering_model(str(model)).to("cuda" if torch.cuda.is_available() else "cpu")
+    _validate_head(model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(tokenizer or str(model.name_or_path))
     if not questions:
@@ -100,12 +103,14 @@ def _as_lists(question: str | Sequence[str], context: str | Sequence[str]) -> tu
     return questions, contexts
 
 
-def _load(name: str | Path) -> PreTrainedModel:
-    try:
-        model: Any = AutoModelForQuestionAnswering.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserInputError(f"no question answering model in {name}: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+def _validate_head(model: PreTrainedModel) -> None:
+    """What a model of the caller's, which was not loaded here, may be instead."""
+    logits = getattr(getattr(model, "qa_outputs", None), "out_features", ANSWER_LOGITS)
+    if logits != ANSWER_LOGITS:
+        raise UserInputError(
+            f"a {type(model).__name__} with {logits} logits a token (num_labels) answers no questions: it needs "
+            f"{ANSWER_LOGITS}, for start and end"
+        )
 
 
 @torch.no_grad()
@@ -116,16 +121,14 @@ def _logits(
     lengths = [len(ids) for ids in features["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     start, end = ([np.empty(0)] * len(order) for _ in range(2))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             columns = {name: [features[name][row] for row in rows] for name in tokenizer.model_input_names}
             outputs = model(**tokenizer.pad(columns, return_tensors="pt").to(model.device))
+            if "start_logits" not in outputs:
+                raise UserInputError(f"a {type(model).__name__} answers no questions: it gives {', '.join(outputs)}")
             for logits, kept in ((outputs.start_logits, start), (outputs.end_logits, end)):
                 for row, values in zip(rows, logits.float().cpu().numpy()):
                     kept[row] = values[: lengths[row]]
-    finally:
-        model.train(was_training)
     return start, end

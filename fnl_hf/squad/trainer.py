@@ -7,10 +7,17 @@ from typing import Any
 import evaluate
 from datasets import Dataset
 
+from fnl_hf.errors import UserInputError
 from fnl_hf.squad import fnl_squad
 from fnl_hf.squad.answers import AnswerOptions, Answers, answers_from_logits
 from fnl_hf.squad.features import ANSWER_COLUMNS
 from fnl_hf.training.trainer import FnlTrainer
+
+
+def validate_scoring(args) -> None:
+    """Raise UserInputError for evaluation without predictions: answers are made of them."""
+    if args is not None and args.prediction_loss_only:
+        raise UserInputError("--prediction_loss_only (True) leaves no predictions to make answers of: leave it out")
 
 
 class SquadTrainer(FnlTrainer):
@@ -19,10 +26,16 @@ class SquadTrainer(FnlTrainer):
     Args:
         eval_examples: the questions that ``eval_dataset``'s features belong to.
         answer_options: how logits become answers.
+
+    Raises:
+        UserInputError: see :func:`validate_scoring`.
     """
 
-    def __init__(self, *args, eval_examples: Dataset | None = None, answer_options: AnswerOptions, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model=None, args=None, eval_examples: Dataset | None = None, *, answer_options: AnswerOptions, **kwargs
+    ):
+        validate_scoring(args)  # before Trainer's constructor makes the output folder
+        super().__init__(model, args, **kwargs)
         self.eval_examples = eval_examples
         self.answer_options = answer_options
         version = "v2.0" if answer_options.version_2_with_negative else "v1.1"

@@ -1,6 +1,6 @@
 """Which layers are factorized, and how."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import inf
@@ -39,8 +39,8 @@ class FactorizationConfig:
         seed: of what is drawn.
 
     Layers that ``include`` names by type are left alone where they are a head, share their weight with another layer,
-    or are a factor of attention's products (:func:`fnl_hf.factor_pairs`) already; those that a pattern of ``include``
-    or ``ranks`` names are taken.
+    or are a factor of a product (:func:`fnl_hf.find_products`) already; those that a pattern of ``include`` or
+    ``ranks`` names are taken, but none of a registered product.
 
     Raises:
         ValueError: a value out of its range, or two sizes.
@@ -62,7 +62,8 @@ class FactorizationConfig:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         for name in ("include", "exclude"):
             entries = getattr(self, name)
-            if isinstance(entries, str) or not all(isinstance(entry, str) for entry in entries):
+            is_list = isinstance(entries, Iterable) and not isinstance(entries, str)
+            if not is_list or not all(isinstance(entry, str) for entry in entries):
                 raise ValueError(f"{name} ({entries!r}) must be a list of types and patterns")
         self._validate_sizes()
 
@@ -78,7 +79,11 @@ class FactorizationConfig:
                 )
         if self.energy is not None and self.mode != "low_rank":
             raise ValueError(f"energy ({self.energy}) chooses a rank below the full one, but mode is {self.mode!r}")
+        if not isinstance(self.ranks, Mapping | None):
+            raise ValueError(f"ranks ({self.ranks!r}) must be a mapping of types or patterns to ranks")
         for pattern, rank in (self.ranks or {}).items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"ranks: {pattern!r} must be a type or pattern")
             if not is_number(rank, Integral) or rank < 1:
                 raise ValueError(f"the rank of {pattern!r} ({rank!r}) must be a whole number of at least 1")
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fnl_hf.bert.attention_fnl_bert import factor_pairs
 from fnl_hf.layers import FactorizedLayer
 from fnl_hf.layers.base import check_rank
+from fnl_hf.products.discovery import find_products
 from fnl_hf.surgery.checkpoints import (
     METHOD,
     configured_parts,
@@ -55,17 +56,21 @@ def factorize(
             hundred texts or images. With it a trained model keeps most of what it knows. A weight is truncated where
             the model's outputs feel it least for such inputs (:mod:`fnl_hf.surgery.calibration`), not where its
             singular values are small; what an output loses on average goes into its bias; and with ``target_ratio``
-            layers that count more get higher ranks, or stay dense where a product would be no smaller.
+            layers that count more get higher ranks, or stay dense where a product would be no smaller. The types of
+            ``config`` then mean the weights of attention, too, which are factors of products as they are.
 
     Returns:
         ``model``, or where it is such a layer itself what takes its place.
 
     Raises:
         ValueError: a model that is wrapped, sharded, offloaded or quantized or has adapters, a pattern or a selection
-            without a layer, a rank that is out of range, or a layer with hooks or values that are not finite; a
-            calibration without a batch, or for anything but a low-rank spectral start; the model is unchanged then.
+            without a layer, a rank that is out of range, a layer with hooks or values that are not finite, or one that
+            is named though its weight is a factor of a registered product; a calibration without a batch, or for
+            anything but a low-rank spectral start; the model is unchanged then.
     """
-    config = config or FactorizationConfig()
+    config = FactorizationConfig() if config is None else config
+    if not isinstance(config, FactorizationConfig):
+        raise ValueError(f"config must be a FactorizationConfig, not a {type(config).__name__}")
     if calibration is not None and (config.mode, config.init) != ("low_rank", "spectral"):
         raise ValueError(
             f"calibration is for mode 'low_rank' and init 'spectral', not {config.mode!r}, {config.init!r}"
@@ -73,7 +78,7 @@ def factorize(
     _refuse_unsupported(model)
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError("the model has adapters of PEFT: factorize it first, and add them then")
-    layers = selected_layers(model, config)
+    layers = selected_layers(model, config, is_calibrated=calibration is not None)
     for name, layer in layers.items():
         _refuse_hooks(name, layer)
     calibrated = {} if calibration is None else calibrate(model, layers, calibration)
@@ -145,11 +150,14 @@ def factorization_table(model: nn.Module) -> str:
     return "\n".join([header, *lines, f"{f'{len(lines)} layers':<72}{dense_total:>12,}{total:>12,}{ratio:>8}"])
 
 
-def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, nn.Module]:
-    """Name -> layer of all that ``config`` names.
+def selected_layers(
+    model: nn.Module, config: FactorizationConfig, is_calibrated: bool = False
+) -> dict[str, nn.Module]:
+    """Name -> layer of all that ``config`` names; see :func:`factorize` for what calibration adds.
 
     Raises:
-        ValueError: none at all, or a pattern or type that is of no use.
+        ValueError: none at all, a pattern or type that is of no use, or a pattern that names a factor of a product that
+            :func:`fnl_hf.register_product` was told of.
     """
     wanted = list(config.include if config.ranks is None else config.ranks)
     candidates = {
@@ -166,7 +174,7 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
                 f"{entry!r} names no layer that can be factorized ({', '.join(kinds) or 'nothing at all'}); "
                 f"those are {known}"
             )
-    protected = _find_protected(model)
+    protected = _find_protected(model, with_attention=not is_calibrated)
     layers = {}
     for name, layer in candidates.items():
         matching = [entry for entry in wanted if matches_layer(entry, name, layer)]
@@ -174,6 +182,7 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
         is_excluded = any(matches_layer(entry, name, layer) for entry in config.exclude)
         if matching and (is_named or id(layer.weight) not in protected) and not is_excluded:
             layers[name] = layer
+    _refuse_factors(model, layers)
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for name in [name for name in tables if name in layers]:
         others = [n for n, m in tables.items() if m is not layers[name] and m.weight is layers[name].weight]
@@ -185,13 +194,27 @@ def selected_layers(model: nn.Module, config: FactorizationConfig) -> dict[str, 
     return layers
 
 
-def _find_protected(model: nn.Module) -> set[int]:
+def _find_protected(model: nn.Module, with_attention: bool) -> set[int]:
     """ids of the weights that are left alone unless they are named."""
     # ``modules()`` has each module once, so that two owners of a parameter are two modules.
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     protected = {parameter for parameter, count in owners.items() if count > 1}
-    protected |= {id(weight) for pair in factor_pairs(model) for weight in pair.weights}
+    products = find_products(model)[0 if with_attention else len(factor_pairs(model)) :]
+    protected |= {id(weight) for product in products for weight in product.weights}
     return protected | {id(getattr(layer, "weight", None)) for layer in _find_heads(model) if type(layer) in FACTORIZED}
+
+
+def _refuse_factors(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Layers whose weights somebody registered as a product's: without them it could not be found any more. Those of
+    attention, which come first, are found anew."""
+    registered = find_products(model)[len(factor_pairs(model)) :]
+    owners = {id(weight): product.name for product in registered for weight in product.weights}
+    for name, layer in layers.items():
+        if id(layer.weight) in owners:
+            raise ValueError(
+                f"{name}: its weight is a factor of the product {owners[id(layer.weight)]} (register_product), which "
+                "would lose it: exclude the layer"
+            )
 
 
 def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
@@ -216,6 +239,8 @@ def _refuse_hooks(name: str, layer: nn.Module) -> None:
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     for part in configured_parts(model):
         if quantization_method(part) not in (None, METHOD):
             raise ValueError(f"the model is quantized ({quantization_method(part)}): its weights cannot be factorized")

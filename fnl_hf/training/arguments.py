@@ -105,12 +105,16 @@ class FnlTrainingArguments(TrainingArguments):
     optimizer_state_from: str | None = field(
         default=None,
         metadata={
-            "help": "A run's folder: start from the optimizer state of its newest checkpoint, with this run's own "
-            "learning rate, schedule and decay."
+            "help": "A run's folder: start from the optimizer state of its checkpoint whose weights this run starts "
+            "from, with its own learning rate, schedule and decay."
         },
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an output folder that is in use; its checkpoints are deleted."}
+        default=False,
+        metadata={
+            "help": "Start anew in an output folder that is in use: what a run wrote there is replaced, its "
+            "checkpoints are deleted, other files stay."
+        },
     )
     allow_other_world_size: bool = field(
         default=False,

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
 from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
+from fnl_hf.data.tokenizer import vocabulary_size
 from fnl_hf.errors import UserInputError
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
@@ -42,6 +43,7 @@ BOUNDS = {
     "initializer_range": (0.0, float("inf")),
     "chunk_size_feed_forward": (0, 1),  # the masked positions are no multiple of a chunk
 }
+ANSWER_LOGITS = 2  # of a token: that it starts the answer, and that it ends it
 LIBRARY_ERRORS = (SafetensorError, StrictDataclassError)  # which are no kind of a built-in one
 
 
@@ -95,7 +97,7 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
     if name is not None:
         config = load_bert_config(name)
     else:
-        config = make_config(preset_config(model_args.preset or "tiny") | {"vocab_size": len(tokenizer)})
+        config = make_config(preset_config(model_args.preset or "tiny") | {"vocab_size": vocabulary_size(tokenizer)})
     requested = model_args.attention_embedding_size
     if model_args.model_name_or_path and requested not in (None, config.mha_embedding_size):
         raise UserInputError(
@@ -179,9 +181,12 @@ def _validate_loaded(name_or_path: str, model: PreTrainedModel, loaded: dict) ->
 
 
 def build_question_answering_model(
-    model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+    model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, is_trained: bool
 ) -> PreTrainedModel:
     """A question answering model of any BERT-like architecture, checked against tokenizer and sequence length.
+
+    Args:
+        is_trained: it is to be trained, so that it may begin with a new head.
 
     Raises:
         UserInputError: no such model, or one that cannot answer questions, hold the tokenizer, or read the sequence.
@@ -190,25 +195,57 @@ def build_question_answering_model(
     name = model_args.model_name_or_path or model_args.config_name
     factorized = model_args.model_type == FnlBertConfig.model_type
     config = load_bert_config(name) if factorized else None
-    with as_user_input(name):
-        if model_args.model_name_or_path is None:
+    if model_args.model_name_or_path is not None:
+        model = load_question_answering_model(name, config, is_trained, dtype=torch.float32)
+    elif not is_trained:
+        raise UserInputError(f"--config_name {name} begins with random weights: train them (--do_train)")
+    else:
+        with as_user_input(name):
             config = config or AutoConfig.from_pretrained(name)
-            config.dtype = torch.float32
+            config.dtype, config.num_labels = torch.float32, ANSWER_LOGITS
             model = AutoModelForQuestionAnswering.from_config(config)
-        else:
-            auto_class = FnlBertForQuestionAnswering if factorized else AutoModelForQuestionAnswering
-            model = auto_class.from_pretrained(name, config=config, dtype=torch.float32)
     _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
     return model
 
 
+def load_question_answering_model(
+    name: str, config: FnlBertConfig | None = None, is_trained: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """The question answering model of a checkpoint, whatever the number of labels in its configuration is.
+
+    Args:
+        config: of a stock BERT, to load it as an FNL-BERT.
+        is_trained: it is to be trained: the encoder of another model gets a new head.
+        kwargs: for ``from_pretrained``.
+
+    Raises:
+        UserInputError: no such model, one whose head is of another kind, or a head that nobody has trained.
+    """
+    kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    with as_user_input(name, "no question answering model in"):
+        if config is None:
+            found: Any = AutoModelForQuestionAnswering.from_pretrained(name, num_labels=ANSWER_LOGITS, **kwargs)
+        else:
+            config.num_labels = ANSWER_LOGITS
+            found = FnlBertForQuestionAnswering.from_pretrained(name, config=config, **kwargs)
+    model, loaded = found
+    _validate_loaded(name, model, loaded)
+    missing = sorted(loaded["missing_keys"])
+    if missing and not is_trained and not getattr(model, "_hf_peft_config_loaded", False):  # adapters may bring them
+        raise UserInputError(
+            f"no question answering model in {name}: it lacks {missing[0]}, which would be random: fine-tune it "
+            "(run_squad.py) first"
+        )
+    return model
+
+
 @contextmanager
-def as_user_input(name):
+def as_user_input(name, problem: str = "no model of the wanted kind can be built from"):
     """What Transformers raises for a configuration or checkpoint that it cannot build."""
     try:
         yield
     except (LookupError, TypeError, ValueError, RuntimeError, ImportError, OSError, *LIBRARY_ERRORS) as error:
-        raise UserInputError(f"no model of the wanted kind can be built from {name}: {error}") from error
+        raise UserInputError(f"{problem} {name}: {error}") from error
 
 
 def _usable_positions(model: PreTrainedModel) -> int | None:
@@ -220,9 +257,10 @@ def _usable_positions(model: PreTrainedModel) -> int | None:
 
 
 def _validate_sizes(config, tokenizer, max_seq_length, positions):
-    if len(tokenizer) > config.vocab_size:
+    size = vocabulary_size(tokenizer)
+    if size > config.vocab_size:
         raise UserInputError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size ({config.vocab_size})"
+            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({config.vocab_size})"
         )
     if positions is not None and max_seq_length > positions:
         raise UserInputError(

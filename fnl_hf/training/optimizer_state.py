@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerCallback
 
 from fnl_hf.errors import UserInputError
-from fnl_hf.runs.checkpoints import newest_complete_checkpoint
+from fnl_hf.runs.checkpoints import find_fault, list_checkpoints, newest_complete_checkpoint
 from fnl_hf.runs.plan import ARCHITECTURE, read_started, validate_resume
 
 
 def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
-    """The newest complete checkpoint of the run in ``--optimizer_state_from``; None without this flag.
+    """The complete checkpoint of the run in ``--optimizer_state_from`` whose weights are those of ``model``, the newest
+    of several; None without this flag. Moments belong to the weights that they were taken at: a run may end with those
+    of its best checkpoint, and a model may be any of its checkpoints.
 
     Raises:
         UserInputError: there is none, it is another optimizer's or of another model, or it is about to be deleted.
@@ -20,14 +24,39 @@ def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
         return None
     if args.overwrite_output_dir and Path(folder).resolve() == Path(args.output_dir).resolve():
         raise UserInputError(f"--optimizer_state_from {folder} is the --output_dir that is to be overwritten")
-    checkpoint = newest_complete_checkpoint(Path(folder))
-    if checkpoint is None:
+    newest = newest_complete_checkpoint(Path(folder))
+    if newest is None:
         raise UserInputError(f"--optimizer_state_from {folder}: no complete checkpoint there")
     other = read_started(Path(folder)).get("optimizer", args.optimizer)
     if other != args.optimizer:
         raise UserInputError(f"--optimizer_state_from {folder}: its optimizer is {other}, this one is {args.optimizer}")
-    validate_resume(checkpoint, model, ARCHITECTURE)
-    return checkpoint
+    validate_resume(newest, model, ARCHITECTURE)
+    for checkpoint in list_checkpoints(Path(folder)):
+        if has_weights(checkpoint, model) and (checkpoint == newest or find_fault(checkpoint) is None):
+            return checkpoint
+    raise UserInputError(
+        f"--optimizer_state_from {folder}: no complete checkpoint there has the weights that this run starts from: "
+        f"give one as --model_name_or_path, the newest is {newest}"
+    )
+
+
+def has_weights(checkpoint: Path, model: PreTrainedModel) -> bool:
+    """Whether the weights in a checkpoint are those of ``model``, to the last bit."""
+    own = model.state_dict()
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, "pt") as saved:
+                names = saved.keys()
+                if not all(name in own and _is_equal(saved.get_tensor(name), own[name].cpu()) for name in names):
+                    return False
+    except (OSError, SafetensorError):
+        return False
+    return bool(files)
+
+
+def _is_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 class OptimizerStateCallback(TrainerCallback):

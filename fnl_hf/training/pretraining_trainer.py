@@ -1,6 +1,5 @@
 """Pretraining: the data's order does not depend on the number of processes, and streams go on where they stood."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from transformers.trainer_utils import has_length
 
 from fnl_hf.data.masking import MaskedStream
 from fnl_hf.data.streaming import STATE_FILE
-from fnl_hf.runs.preemption import ignore_sigterm
+from fnl_hf.runs.preemption import surviving_sigterm
 from fnl_hf.training.sampling import epoch_sampler, validate_sampling_strategy
 from fnl_hf.training.trainer import FnlTrainer
 
@@ -61,7 +60,7 @@ class PretrainingTrainer(FnlTrainer):
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(ignore_sigterm, None),
+            worker_init_fn=surviving_sigterm(),
             # Not the global one, whose state was restored before and from which dropout draws.
             generator=torch.Generator(),
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from fnl_hf.publishing.cards import CARD_FILE
-from fnl_hf.publishing.hub import NOT_UPLOADED, create_repository, explain, hub_errors, repository_name
+from fnl_hf.publishing.hub import NOT_UPLOADED, create_repository, explain, hub_errors, repository_name, upload_model
 from fnl_hf.runs.processes import decide_on_first_process
 from fnl_hf.training.fsdp import ShardedTrainer
 
@@ -39,15 +40,32 @@ class PushingTrainer(ShardedTrainer):
         self.push_in_progress = None
 
     def push_to_hub(self, *args, **kwargs):
-        """As Trainer's.
+        """As Trainer's, which saves the model first.
 
         Raises:
             UserInputError: the Hub refuses, or the connection fails; the model is in the output folder.
         """
+        with self._saying_what_is_missing():
+            return super().push_to_hub(*args, **kwargs)
+
+    def push_saved(self) -> None:
+        """Upload the model as it was saved in the output folder: no evaluation in between has a part in it.
+
+        Raises:
+            UserInputError: as in :meth:`push_to_hub`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return
+        self._finish_current_push()
+        args = self.args
+        with self._saying_what_is_missing():
+            upload_model(args.output_dir, self.hub_model_id, args.hub_token, args.hub_revision, "End of training")
+
+    def _saying_what_is_missing(self) -> AbstractContextManager[None]:
         name = self.hub_model_id or repository_name(self.args)
         command = f"`fnl-hf push {self.args.output_dir} {name}`"
-        with hub_errors(name, f"The model is saved: {command} sends what is missing"):
-            return super().push_to_hub(*args, **kwargs)
+        return hub_errors(name, f"The model is saved: {command} sends what is missing")
 
     def is_pushing(self) -> bool:
         """Whether an upload is under way."""

@@ -1,6 +1,7 @@
 """What a run that goes on takes from its checkpoint, and what from its command line."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,14 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import get_logger
 
 from fnl_hf.runs.checkpoints import abandon_later_checkpoints, random_state_file
+
+logger = get_logger(__name__)
+
+# What is in warnings of Trainer's that do not hold here.
+MENDED = ("do not match the ones in the `trainer_state.json`", "recorded in the resumed state does not exist anymore")
 
 
 class ResumeCallback(TrainerCallback):
     """Where a run starts, logging, evaluation and saving follow its command line, not the checkpoint's; checkpoints
-    beyond the one that it goes on from are set aside."""
+    beyond the one that it goes on from are set aside, and the best one is found where it now lies."""
 
     def __init__(self):
         self.checkpoint: str | None = None  # what the run goes on from
@@ -25,7 +33,43 @@ class ResumeCallback(TrainerCallback):
         if args.should_save:
             abandon_later_checkpoints(Path(args.output_dir), state.global_step, self.checkpoint)
         if self.checkpoint is not None:
+            find_best_checkpoint(args, state, Path(self.checkpoint).parent)
             seed_new_process(args, self.checkpoint, state.global_step)
+
+
+def find_best_checkpoint(args, state: TrainerState, run: Path) -> None:
+    """Let the state name the best checkpoint by where it lies beside the one that is resumed: a path that was recorded
+    before the run's folder was renamed, or from another working folder, may lead nowhere, or to an old copy.
+
+    Where it is gone and the best model is asked for, the best of what is evaluated from now on takes its place.
+    """
+    if state.best_global_step is None:
+        return
+    best = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    places = [run / best, state.best_model_checkpoint]
+    found = next((str(place) for place in places if place is not None and os.path.isdir(place)), None)
+    if found is None and args.load_best_model_at_end:
+        logger.warning(
+            f"{run / best} had the best {args.metric_for_best_model} ({state.best_metric:.4g}) and is gone: the best "
+            "model is chosen from those that are evaluated from now on"
+        )
+        state.best_metric = state.best_global_step = None
+    state.best_model_checkpoint = found
+
+
+def complete_metrics(metrics: dict[str, Any], history: list[dict[str, Any]], first_step: int, last_step: int) -> None:
+    """Mend Trainer's metrics of a run that has gone on at ``first_step``. Their mean loss is that of all steps of the
+    run that are known, those logged before included; where no step was left to train there is no speed."""
+    logged = [(row["step"], row["loss"]) for row in history if "loss" in row and row["step"] <= first_step]
+    starts = [0, *(step for step, _ in logged)]
+    total = sum(loss * (step - start) for (step, loss), start in zip(logged, starts))
+    trained = last_step - first_step
+    total += metrics.pop("train_loss") * trained
+    if steps := starts[-1] + trained:
+        metrics["train_loss"] = total / steps
+    if not trained:
+        for name in ("train_runtime", "train_samples_per_second", "train_steps_per_second"):
+            metrics.pop(name, None)
 
 
 def seed_new_process(args, checkpoint: str, step: int) -> None:
@@ -38,19 +82,21 @@ def seed_new_process(args, checkpoint: str, step: int) -> None:
 
 
 @contextmanager
-def expecting_other_steps() -> Iterator[None]:
-    """Trainer warns that it keeps a checkpoint's logging, evaluation and saving steps, which :class:`ResumeCallback`
-    does not let it."""
-    logger = logging.getLogger("transformers.trainer_utils")
-    logger.addFilter(_is_no_warning_of_other_steps)
+def without_mended_warnings() -> Iterator[None]:
+    """Trainer warns that it keeps a checkpoint's logging, evaluation and saving steps, and that the best checkpoint is
+    not where it was, which :class:`ResumeCallback` does not let it."""
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    for each in loggers:
+        each.addFilter(_is_no_mended_warning)
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_warning_of_other_steps)
+        for each in loggers:
+            each.removeFilter(_is_no_mended_warning)
 
 
-def _is_no_warning_of_other_steps(record: logging.LogRecord) -> bool:
-    return "do not match the ones in the `trainer_state.json`" not in record.getMessage()
+def _is_no_mended_warning(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in MENDED)
 
 
 @contextmanager

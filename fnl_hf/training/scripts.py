@@ -9,6 +9,7 @@ from transformers.utils import logging
 from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
 from fnl_hf.publishing.hub import push_finished
 from fnl_hf.reports.plots import REPORT_FILE, plot_report
+from fnl_hf.runs.ownership import ALL, EVALUATION, record_written
 from fnl_hf.runs.plan import (
     START_WEIGHTS,
     describe_run,
@@ -18,6 +19,7 @@ from fnl_hf.runs.plan import (
     validate_start_weights,
     weights_checksum,
 )
+from fnl_hf.runs.processes import decide_on_first_process
 from fnl_hf.runs.provenance import read_starts, record_start
 
 logger = logging.get_logger(__name__)
@@ -65,12 +67,18 @@ class ScriptRun:
         validate_data(self.plan, self.description)
 
     def start(self) -> None:
-        """Make the output folder and record this start."""
-        if not self.args.should_save:
-            return
-        start_run(self.args, self.description)
-        if self.args.do_train:
-            record_start(self.args, self.plan.checkpoint, self.argv, self.description)
+        """Make the output folder, lock it, and record this start.
+
+        Raises:
+            UserInputError: another process has begun a run there since this one was planned.
+        """
+
+        def start() -> None:
+            start_run(self.args, self.plan, self.description)
+            if self.args.do_train:
+                record_start(self.args, self.plan.checkpoint, self.argv, self.description)
+
+        decide_on_first_process(start)
 
     def finish(self, trainer, metrics: dict[str, dict[str, Any]], source: str = "", **card) -> None:
         """Report, card, metrics by split (``all_results.json`` is the sign of a finished run) and upload. The model
@@ -98,5 +106,9 @@ class ScriptRun:
         for split, values in metrics.items():
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and self.args.do_train:
+            trainer.push_saved()
+        elif self.args.push_to_hub:  # nothing is saved yet
             trainer.push_to_hub()
+        if trainer.is_world_process_zero():
+            record_written(Path(self.args.output_dir), ALL if self.args.do_train else EVALUATION)

@@ -1,10 +1,8 @@
 """``transformers.Trainer`` with our optimizers and losses that are means over the whole global batch."""
 
 import inspect
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,29 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from fnl_hf.errors import Preempted, UserInputError
 from fnl_hf.reports.callbacks import TrainingClockCallback, add_fnl_callbacks
 from fnl_hf.reports.throughput import ThroughputMeter
-from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, finalize_checkpoint, is_disk_full
-from fnl_hf.runs.preemption import PreemptionCallback, end_workers_at_exit, ignore_sigterm, sigterm_handled_by
+from fnl_hf.runs.checkpoints import (
+    STAGING_FOLDER,
+    STATE_FILE,
+    drop_checkpoints,
+    finalize_checkpoint,
+    is_disk_full,
+    remove,
+)
+from fnl_hf.runs.ownership import begin_writing
+from fnl_hf.runs.preemption import PreemptionCallback, ignore_sigterm, sigterm_handled_by, surviving_sigterm
 from fnl_hf.runs.processes import gather_objects
 from fnl_hf.runs.provenance import copy_provenance
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
 from fnl_hf.training.guard import LossGuard, nan_unless_finite
 from fnl_hf.training.optimizers import build_optimizer, validate_optimization
+from fnl_hf.training.precision import keeping_weights
 from fnl_hf.training.pushing import PushCallback, PushingTrainer
-from fnl_hf.training.resuming import ResumeCallback, expecting_other_steps, loading_tied_weights
+from fnl_hf.training.resuming import ResumeCallback, complete_metrics, loading_tied_weights, without_mended_warnings
 from fnl_hf.training.sampling import EpochCallback
 
 MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +55,11 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
             "DeepSpeed and FSDP1 flatten parameters, so that products cannot be told from them: use FSDP2 "
             "(fsdp_version: 2 in Accelerate's configuration)"
         )
+    if plugin is not None and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
+        raise UserInputError(
+            "--bf16_full_eval and --fp16_full_eval cast the model, which FSDP2 does not let them: --bf16 true is for "
+            "evaluations, too"
+        )
     add_fnl_callbacks(trainer)
     trainer.add_callback(EpochCallback)
     if trainer.args.device.type == "cpu":
@@ -60,6 +72,8 @@ def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, f
     """Train, from ``checkpoint`` if given, and save model, tokenizer and state at once: whatever an evaluation
     does or dies of afterwards, the trained model is there. Returns the training metrics."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if trainer.args.should_save:
+        begin_writing(Path(trainer.args.output_dir))
     trainer.save_end()
     return metrics
 
@@ -106,7 +120,7 @@ class FnlTrainer(PushingTrainer):
         checkpoint: Any = resume_from_checkpoint or None
         self.resuming.checkpoint = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         with ExitStack() as contexts:
-            contexts.enter_context(expecting_other_steps())
+            contexts.enter_context(without_mended_warnings())
             contexts.enter_context(loading_tied_weights(self.model))
             contexts.enter_context(self._refusing_unknown_metrics())
             if self.args.enable_jit_checkpoint:
@@ -136,7 +150,8 @@ class FnlTrainer(PushingTrainer):
 
     def _finalize_training(self, trial, *args):
         if not self.preemption.is_stopping:
-            return super()._finalize_training(trial, *args)
+            with self._keeping_checkpoints():
+                return super()._finalize_training(trial, *args)
         if self.preemption.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -147,6 +162,18 @@ class FnlTrainer(PushingTrainer):
             f"{Path(self._get_output_dir(None), f'{PREFIX_CHECKPOINT_DIR}-{step}')}: the same command with "
             "--resume_from_checkpoint auto goes on"
         )
+
+    @contextmanager
+    def _keeping_checkpoints(self) -> Iterator[None]:
+        """With a limit of one Trainer deletes all but the best one at the end, whoever made them."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and limit == 1 and best is not None:
+            drop_checkpoints(Path(self._get_output_dir(None)), 1, best, keep_newest=False)
 
     def get_train_dataloader(self) -> DataLoader:
         return self._with_own_generator(super().get_train_dataloader())
@@ -165,10 +192,16 @@ class FnlTrainer(PushingTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         for part in {loader, getattr(loader, "base_dataloader", loader)}:  # Accelerate's is a wrapper
             part.generator = generator
-            part.worker_init_fn = partial(ignore_sigterm, part.worker_init_fn)
-            if part.persistent_workers:
-                end_workers_at_exit(part)
+            part.worker_init_fn = surviving_sigterm(part.worker_init_fn)
         return loader
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As Trainer's, which casts the model in place for ``bf16_full_eval`` and ``fp16_full_eval``, and leaves it so:
+        to be saved, pushed, or trained on."""
+        if not (self.args.bf16_full_eval or self.args.fp16_full_eval):
+            return super().evaluation_loop(*args, **kwargs)
+        with keeping_weights(self.accelerator.unwrap_model(self.model)):
+            return super().evaluation_loop(*args, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -200,6 +233,8 @@ class FnlTrainer(PushingTrainer):
             logs.update(self.throughput.close_window())
         if "train_loss" in logs:
             logs.update(self.throughput.close_run())
+            if self._initial_global_step > 0:
+                complete_metrics(logs, self.state.log_history, self._initial_global_step, self.state.global_step)
         super().log(logs, start_time)
         if "train_mfu" in logs:  # trackers take only numbers
             logs["train_mfu_peak"] = self.throughput.peak()
@@ -247,7 +282,7 @@ class FnlTrainer(PushingTrainer):
         staged = self._staging / checkpoint.name
         try:
             if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
+                remove(self._staging)
             self.accelerator.wait_for_everyone()
             with self._failing_together(checkpoint):
                 super()._save_checkpoint(model, trial)
@@ -288,7 +323,7 @@ class FnlTrainer(PushingTrainer):
         if not failures:
             return
         if self.args.should_save and self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            remove(self._staging)
         full = [text for is_full, text in failures if is_full]
         if full:
             raise UserInputError(
@@ -317,14 +352,11 @@ class FnlTrainer(PushingTrainer):
     def _finalize_checkpoint(self, staged: Path, checkpoint: Path) -> None:
         self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
         finalize_checkpoint(staged, checkpoint)
-        shutil.rmtree(staged.parent, ignore_errors=True)
+        remove(staged.parent)
         if self.is_pushing():  # from an older checkpoint, which the next save will drop
             return
-        rotate_checkpoints(  # by number: none that is higher is left
-            output_dir=str(checkpoint.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
+        if self.args.save_total_limit:
+            drop_checkpoints(checkpoint.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging or super()._get_output_dir(trial))

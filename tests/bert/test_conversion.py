@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from torch.nn.utils import parametrizations, prune
 from transformers import AutoModel, BertConfig, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
 from transformers.models.bert import modeling_bert
 
 import fnl_hf
 from fnl_hf.bert import modeling_fnl_bert
-from fnl_hf.bert.head_mixing import activation_moments, truncate_product
+from fnl_hf.bert.head_mixing import HeadMoments, activation_moments, regularize_moments, truncate_product
 from fnl_hf.commands import cli
 from fnl_hf.commands.convert import calibration_batches, convert_checkpoint, truncation_table
 from fnl_hf.data.tokenizer import train_tokenizer
@@ -229,6 +230,134 @@ def test_a_head_without_a_counterpart_is_refused_by_its_name(bert, dimensions, t
             convert_it()
 
 
+# ---- models whose layers are not those that their configuration describes ----
+
+
+class Wrapped(torch.nn.Module):
+    """As PEFT wraps a layer, whose weight then has another name."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.lora_A = layer, torch.nn.Linear(42, 2)
+
+
+ADAPTED = type("Linear", (Wrapped,), {"__module__": "peft.tuners.lora.layer"})
+
+
+def wrap(model, name, kind):
+    model.set_submodule(name, kind(model.get_submodule(name)))
+
+
+QUERY, UP = "bert.encoder.layer.1.attention.self.query", "bert.encoder.layer.0.intermediate.dense"
+CHANGES = {
+    "adapters": (lambda model: wrap(model, QUERY, ADAPTED), "has adapters of PEFT, which a conversion would lose"),
+    "adapters of a feed-forward layer": (lambda model: wrap(model, UP, ADAPTED), "has adapters of PEFT"),
+    "another wrapper": (
+        lambda model: wrap(model, QUERY, Wrapped), rf"it lacks {QUERY}.bias, {QUERY}.weight and has {QUERY}.base_layer."
+    ),
+    "a wrapped head": (
+        lambda model: wrap(model, "classifier", Wrapped), "lacks classifier.bias, classifier.weight and has classifier"
+    ),
+    "a parametrization": (
+        lambda model: parametrizations.weight_norm(model.get_submodule(QUERY)), f"lacks {QUERY}.weight "
+    ),
+    "pruning": (
+        lambda model: prune.random_unstructured(model.get_submodule(UP), "weight", 0.5),
+        f"lacks {UP}.weight and has {UP}.weight_mask, {UP}.weight_orig",
+    ),
+    "a layer less": (
+        lambda model: model.bert.encoder.layer.__delitem__(1), "lacks bert.encoder.layer.1.* and 13 more"
+    ),
+    "a layer more": (
+        lambda model: model.bert.encoder.layer.append(torch.nn.Linear(2, 3)), "it has bert.encoder.layer.2.bias, "
+    ),
+    "a head of another size": (
+        lambda model: model.set_submodule("classifier", torch.nn.Linear(42, 5)), "lacks classifier.bias, "
+    ),
+    "heads of another size": (
+        lambda model: wrap(model, QUERY, lambda layer: torch.nn.Linear(42, 9)), f"lacks {QUERY}.bias, {QUERY}.weight"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("stock", [False, True])
+def test_weights_that_a_conversion_would_lose_are_named(dimensions, change, stock):
+    ours = fnl_hf.FnlBertForSequenceClassification
+    config = BertConfig(**dimensions) if stock else fnl_hf.FnlBertConfig(**dimensions, attention_embedding_size=21)
+    model = (ours.bert_class() if stock else ours)(config)
+    make, message = CHANGES[change]
+    make(model)
+    conversions = [lambda: ours.from_bert(model), lambda: ours.from_bert(model, 6), lambda: model.to_bert()]
+    for convert_it in conversions[: 2 if stock else 3]:
+        with pytest.raises(ValueError, match=message):
+            convert_it()
+
+
+def test_what_is_no_model_of_transformers_is_refused(bert):
+    peft_model = type("PeftModel", (torch.nn.Module,), {"__module__": "peft.peft_model"})()
+    with pytest.raises(ValueError, match="^PeftModel has adapters of PEFT"):
+        fnl_hf.FnlBertModel.from_bert(peft_model)
+    for other in (torch.nn.Sequential(bert), {"bert": bert}, None):
+        with pytest.raises(ValueError, match=f"^a {type(other).__name__} is no model of Transformers, nor the name or"):
+            fnl_hf.FnlBertModel.from_bert(other)
+
+
+def test_factorized_layers_are_multiplied_out(bert, batch):
+    """Those of attention, too; a BERT of the same weights is the oracle."""
+    model = fnl_hf.FnlBertForPreTraining.from_bert(bert, 21)
+    names = ["query", "attention.output.dense", "intermediate.dense", "word_embeddings", "pooler.dense"]
+    sizes = {"mode": "deep", "rank_scale": 1.0}
+    fnl_hf.factorize(model, fnl_hf.FactorizationConfig(**sizes, include=names))
+    back = model.to_bert()
+    assert not hasattr(back.config, "quantization_config") and hasattr(model.config, "quantization_config")
+    assert not [m for m in back.modules() if isinstance(m, fnl_hf.layers.FactorizedLayer)]
+    assert_same_outputs(back, fnl_hf.FnlBertForPreTraining.from_bert(bert, 21), batch, atol=1e-4)
+
+
+# ---- little text ----
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_little_text_leaves_no_direction_without_gradient(bert, caplog, tokens):
+    ids = torch.arange(5, 5 + tokens)[None] if tokens < 20 else torch.arange(5, 25).view(2, 10)
+    small, lost = fnl_hf.FnlBertForPreTraining.from_bert(bert, 39, [{"input_ids": ids}], output_truncations=True)
+    assert (f"has {tokens} tokens, fewer than the 14 dimensions of a head" in caplog.text) == (tokens < 14)
+    assert all(product.lost > 1e-4 * product.kept for product in lost)
+    inputs = torch.arange(5, 50).view(3, 15)
+    small(inputs).prediction_logits.square().sum().backward()
+    for layer in small.bert.encoder.layer:
+        heads = layer.attention.self
+        for weight in (heads.query.weight, heads.key.weight, heads.value.weight, layer.attention.output.dense.weight.T):
+            rows = weight.detach().norm(dim=1)
+            assert rows.min() > 1e-2 * rows.max()
+        for name in ("query", "key", "value"):
+            gradients = getattr(heads, name).weight.grad.norm(dim=1)
+            assert gradients.min() > 1e-4 * gradients.max() > 0
+
+
+def test_moments_of_a_text_keep_a_share_of_those_of_the_weights():
+    """r = 2 and N = 6: a quarter, at the size of the measured ones; at one size of its own where nothing varies."""
+    diagonal = [[[6.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
+    seen, zeros = torch.tensor(diagonal, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    known = torch.tensor([[[1.0, 0.5], [0.5, 2.0]], [[3.0, 0.0], [0.0, 5.0]]], dtype=torch.float64)
+    eye = torch.eye(2, dtype=torch.float64).expand(2, -1, -1)
+    measured = HeadMoments(seen, eye, eye, eye, zeros, tokens=6)
+    mixed = regularize_moments(measured, HeadMoments(known, eye, 3 * eye, 7 * eye, zeros))
+    expected = [[[4.5 + 0.25 * 2, 0.25], [0.25, 0.25 * 4]], [[0.75, 0.0], [0.0, 1.25]]]
+    torch.testing.assert_close(mixed.query, torch.tensor(expected, dtype=torch.float64))
+    for part in (mixed.key, mixed.value, mixed.output):
+        torch.testing.assert_close(part, eye)
+
+
+def test_every_module_keeps_its_mode(bert, batch):
+    bert.train()
+    bert.bert.encoder.layer[1].eval()
+    before = [module.training for module in bert.modules()]
+    activation_moments(bert, [batch])
+    assert [module.training for module in bert.modules()] == before and len(set(before)) == 2
+
+
 def test_dtype_and_ties_are_kept(dimensions):
     stock = fnl_hf.FnlBertForMaskedLM.bert_class()(BertConfig(**dimensions)).bfloat16()
     small = fnl_hf.FnlBertForMaskedLM.from_bert(stock, 21)
@@ -294,6 +423,54 @@ def test_the_command_converts_there_and_back(bert, batch, checkpoint, tmp_path, 
     loaded = BertForPreTraining(BertConfig(**DIMENSIONS)).eval()
     loaded.load_state_dict(torch.load(file))
     assert_same_outputs(loaded, expected, batch)
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_to_bert_leaves_no_layer_that_needs_fnl_hf(bert, batch, tokenizer, tmp_path, stock):
+    model = bert if stock else fnl_hf.FnlBertForPreTraining.from_bert(bert, 21)
+    fnl_hf.factorize(model, fnl_hf.FactorizationConfig(rank_scale=0.5, include=["intermediate.dense"]))
+    model.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    cli.main(["convert", str(tmp_path / "small"), str(tmp_path / "back"), "--to", "bert"])
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    loaded, info = BertForPreTraining.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same_outputs(loaded.eval(), model.eval(), batch)
+    card = (tmp_path / "back" / "README.md").read_text(encoding="utf-8")
+    assert "| factorized layers | 2 of the original, multiplied out |" in card and "import fnl_hf" not in card
+
+
+def test_what_lies_beside_the_weights_goes_with_them(checkpoint, tmp_path):
+    modules = [{"path": path} for path in ("", "1_Pooling", "2_Other", "3_Normalize", "../escaped", "/etc")]
+    files = {"modules.json": modules, "sentence_bert_config.json": {"max_seq_length": 7}, "1_Pooling/config.json": {"a": 1},
+             "2_Other/config.json": {"b": 2}}  # fmt: skip
+    for name, content in files.items():
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text(json.dumps(content))
+    (checkpoint / "2_Other" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "escaped").mkdir()
+    (tmp_path / "escaped" / "config.json").write_text("{}")
+    convert_checkpoint(str(checkpoint), tmp_path / "deep" / "new")
+    new = tmp_path / "deep" / "new"
+    assert {name: json.loads((new / name).read_text()) for name in files} == files
+    assert (new / "2_Other" / "model.safetensors").read_bytes() == b"weights" and not (new.parent / "escaped").exists()
+
+
+def test_nothing_is_left_of_a_conversion_that_cannot_be_saved(checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fnl_hf.commands.convert.write_card", full)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["convert", str(checkpoint), str(tmp_path / "new")])
+    assert "new: [Errno 28] No space left on device" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_weights_that_a_checkpoint_lacks_are_named(checkpoint, tmp_path, caplog):
+    entries = json.loads((checkpoint / "config.json").read_text()) | {"architectures": ["BertForTokenClassification"]}
+    (checkpoint / "config.json").write_text(json.dumps(entries))
+    convert_checkpoint(str(checkpoint), tmp_path / "new")
+    assert "lacks weights of FnlBert" not in caplog.text and "which are random now: classifier.bias" in caplog.text
 
 
 def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint, tmp_path):

@@ -78,6 +78,27 @@ def test_the_last_layer_is_run_on_the_masked_positions_alone(dimensions, batch):
     assert widths == [[11, 3], [11, 11]]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_layer_gives_its_attentions_and_hidden_states(dimensions, batch, head, checkpointing):
+    """Those of the last layer at its positions, the values that the full layer has there."""
+    model = build(head, dimensions, sparse_last_layer=True).train(checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.set_attn_implementation("eager")
+    positions, _ = masked(batch)
+    wanted = {"output_attentions": True, "output_hidden_states": True}
+    full, sparse = model(**batch, **wanted), model(**batch, **wanted, masked_positions=positions)
+    if head == "ForPreTraining":  # the pooler reads token 0
+        positions = torch.cat([torch.zeros(5, 1, dtype=torch.long), positions], dim=1)
+    index = positions[:, None, :, None].expand(-1, 3, -1, 11)
+    assert len(sparse.attentions) == 2 and len(sparse.hidden_states) == 3
+    torch.testing.assert_close(sparse.attentions[0], full.attentions[0])
+    torch.testing.assert_close(sparse.attentions[1], full.attentions[1].gather(2, index), atol=1e-5, rtol=1e-5)
+    rows = full.hidden_states[2][torch.arange(5)[:, None], positions]
+    torch.testing.assert_close(sparse.hidden_states[2], rows, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("sparse_last_layer", [True, False])
 def test_documents_in_one_sequence_are_as_documents_alone(dimensions, batch, implementation, sparse_last_layer):

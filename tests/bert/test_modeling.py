@@ -84,6 +84,24 @@ def test_gradient_checkpointing_changes_no_gradient(dimensions, batch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_configuration_can_ask_for_gradient_checkpointing(tmp_path, dimensions, head, saved):
+    """As transformers' own test_gradient_checkpointing_backward_compatibility; also from a saved configuration."""
+    config = FnlBertConfig(**dimensions, attention_embedding_size=6, gradient_checkpointing=True)
+    model_class = getattr(fnl_hf, f"FnlBert{head}")
+    if saved:
+        fnl(head, dimensions).save_pretrained(tmp_path)
+        config.save_pretrained(tmp_path)
+        model = model_class.from_pretrained(tmp_path)
+    else:
+        model = model_class(config)
+    assert model.is_gradient_checkpointing
+    assert all(layer.gradient_checkpointing for layer in model.base_model.encoder.layer)
+    assert not hasattr(model.config, "gradient_checkpointing"), "it is used up, as in transformers"
+    assert not fnl(head, dimensions).is_gradient_checkpointing
+
+
 def test_save_and_load_keep_every_weight(tmp_path, dimensions, batch):
     model = fnl("ForMaskedLM", dimensions, attention_init="spectral").eval()
     model.save_pretrained(tmp_path)

@@ -14,6 +14,11 @@ from tests.conftest import STREAM
 CORPORA = {
     "missing": (flags(train_file="/no/such.txt"), "^/no/such.txt: no such file$"),
     "a folder": (corpus("c.txt", Path.mkdir), "c.txt: not a file$"),
+    "a folder without suffix": (corpus("texts", Path.mkdir), "texts: not a file$"),
+    "a folder to validate on": (
+        corpus("texts", Path.mkdir, train_file="<corpus>", validation_file="<here>/texts"), "texts: not a file$"
+    ),
+    "a folder to stream": (corpus("texts", Path.mkdir, **STREAM), "texts: not a file$"),
     "a link to itself": (corpus("c.txt", itself), "c.txt: no such file$"),
     "empty": (corpus("c.txt", ""), "c.txt: the file is empty$"),
     "wrong suffix": (corpus("c.doc", TEXT), "c.doc: unknown file type, must be one of .txt, .json, .jsonl"),

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertTokenizer
 
 from fnl_hf import UserInputError
 from fnl_hf.data.masking import (
@@ -18,6 +19,9 @@ from fnl_hf.data.masking import (
     draw_bits,
     masked_count,
 )
+from fnl_hf.data.packing import pack_documents
+from fnl_hf.data.tokenizer import vocabulary_size
+from fnl_hf.training.models import build_pretraining_config
 
 CLS, SEP, MASK, SPECIAL = 2, 3, 4, 5  # ids below SPECIAL are special; odd ones from 7 on go on with a word
 VOCABULARY = 1000
@@ -32,6 +36,9 @@ class FakeTokenizer(SimpleNamespace):
 
     def __len__(self):
         return VOCABULARY
+
+    def get_vocab(self):
+        return {str(i): i for i in range(VOCABULARY)}
 
     def convert_ids_to_tokens(self, ids):
         return [f"##{i}" if self.pieces and i > SPECIAL and i % 2 else str(i) for i in ids]
@@ -186,3 +193,26 @@ def test_whole_words_need_wordpiece():
         UserInputError, match="--whole_word_mask needs a WordPiece tokenizer: that of fake has no piece"
     ):
         MaskingTransform(FakeTokenizer(pieces=False), 0.15, 0, whole_word_mask=True)
+
+
+def test_ids_with_holes_between_them(tmp_path):
+    """A tokenizer may have more ids than tokens: the largest id bounds tables, and none is drawn from a hole."""
+    words = {f"w{i}": 70_000 + 3 * i for i in range(5)} | {f"##p{i}": 70_001 + 3 * i for i in range(5)}
+    specials = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+    tokenizer = BertTokenizer(vocab=specials | words)
+    assert len(tokenizer) == 15 and vocabulary_size(tokenizer) == 70_014
+    document = " ".join(f"w{i}p{j}" for i in range(5) for j in range(5))
+    packed = pack_documents(Dataset.from_dict({"text": [document] * 400}), tokenizer, 22, cache_dir=str(tmp_path))
+    ids = np.array(packed["input_ids"][:])
+    assert set(np.unique(ids).tolist()) == {2, 3, *words.values()}
+    masking = MaskingTransform(tokenizer, 0.5, seed=1, whole_word_mask=True)
+    corrupted = masking(ids, np.arange(len(ids)))["input_ids"].numpy()
+    assert set(np.unique(corrupted).tolist()) == {*specials.values(), *words.values()}
+    arguments = SimpleNamespace(
+        **dict.fromkeys(("preset", "config_name", "model_name_or_path", "attention_embedding_size", "attention_init")),
+        config_overrides=None, sparse_prediction=True, sparse_last_layer=True,
+    )  # fmt: skip
+    assert build_pretraining_config(arguments, tokenizer, 22).vocab_size == 70_014
+    arguments.config_overrides = "vocab_size=70013"
+    with pytest.raises(UserInputError, match=r"has 70014 tokens, more than the model's vocab_size \(70013\)"):
+        build_pretraining_config(arguments, tokenizer, 22)

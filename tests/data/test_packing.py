@@ -2,17 +2,22 @@
 
 import math
 import multiprocessing
+import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Sequence as SequenceFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fnl_hf import UserInputError
 from fnl_hf.data import arrow_cache, encoding
+from fnl_hf.data.arrow_cache import cached_dataset
 from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.encoding import plain_backend, split_text
 from fnl_hf.data.packing import pack_documents
@@ -74,6 +79,59 @@ def test_the_cache_serves_the_same_input_and_nothing_else(documents, tokenizer, 
         again = pack_documents(Dataset.from_dict({"text": TEXTS}), pickle.loads(pickle.dumps(tokenizer)), 13, num_proc,
                                **cache)  # fmt: skip
         assert data_fingerprint(again) == data_fingerprint(first)
+
+
+ROWS = [[2, 3], [5, 7], [11, 13], [17, 19], [23, 29]]
+
+
+def _tables(pieces):
+    for piece in pieces:
+        yield pa.table({"input_ids": pa.array([piece], pa.list_(pa.int32(), 2))})
+
+
+def _cached(cache, num_proc=None):
+    features = Features({"input_ids": SequenceFeature(Value("int32"), length=2)})
+    return cached_dataset("primes", _tables, ROWS, {}, features, "f", str(cache), num_proc, rows_per_batch=1)
+
+
+def _without_last_batch(path):
+    """The file as it was before its last record batch: a stream that can be read."""
+    with pa.memory_map(str(path)) as source:
+        batches = list(pa.ipc.open_stream(source))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batches[0].schema) as stream:
+        for batch in batches[:-1]:
+            stream.write_batch(batch)
+
+
+def _cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES = {
+    "cut": ("*.arrow", _cut),
+    "cut between record batches": ("*.arrow", _without_last_batch),
+    "emptied": ("*.arrow", lambda path: path.write_bytes(b"")),
+    "without rows": ("*.arrow", Path.unlink),
+    "without a record": ("dataset_info.json", Path.unlink),
+    "a record emptied": ("dataset_info.json", lambda path: path.write_bytes(b"")),
+    "a record of nothing": ("dataset_info.json", lambda path: path.write_text("{}")),
+    "a record of something else": ("dataset_info.json", lambda path: path.write_text("[1]")),
+}
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, name, num_proc):
+    """As a full disk, a kill or a cleaner of scratch disks leaves it; in one file of several, too."""
+    messages = []
+    monkeypatch.setattr(arrow_cache.logger, "warning", messages.append)
+    assert _cached(tmp_path, num_proc)["input_ids"][:] == ROWS
+    pattern, damage = DAMAGES[name]
+    damage(sorted(tmp_path.rglob(pattern))[-1])
+    for _ in range(2):
+        assert _cached(tmp_path)["input_ids"][:] == ROWS
+    assert len(messages) == (0 if name == "without a record" else 1)
+    assert all(f"The cache in {tmp_path / 'primes' / 'f'} is damaged and made again" in said for said in messages)
 
 
 def _fingerprint_of(file, tokenizer, cache, results):

@@ -106,6 +106,45 @@ def test_every_token_stands_in_an_a_or_in_the_b_that_follows():
     assert {0, 2} == set((others // 10_000).tolist()), "random segments come from the other documents"
 
 
+def short_documents():
+    """Of 1 to 12 sentences of 3 to 25 tokens; tokens say where they stand: document x 1000 + position."""
+    rng = np.random.default_rng(5)
+    ends = [np.cumsum(rng.integers(3, 26, rng.integers(1, 13))).tolist() for _ in range(6000)]
+    return [Document(1000 * i + np.arange(stops[-1]), stops) for i, stops in enumerate(ends)]
+
+
+def best_threshold(values, labels):
+    """The share of the labels that the best threshold on ``values`` tells, in either direction."""
+    order = np.argsort(values, kind="stable")
+    values, below = values[order], np.cumsum(labels[order])
+    count = np.arange(1, len(labels) + 1)
+    right = (below + (len(labels) - count) - (below[-1] - below)) / len(labels)  # 1 up to the threshold, 0 above
+    right = right[np.append(values[1:] != values[:-1], True)]
+    return max(right.max(), 1 - right.min())
+
+
+@pytest.mark.parametrize("limit", [61, 509])
+def test_a_pairs_form_does_not_tell_its_label(limit):
+    """Where documents are shorter than pairs, and where they fill some: neither lengths nor where B begins and ends."""
+    group = short_documents()
+    found = [pair for i in range(len(group)) for pair in make_pairs(group, i, limit, random.Random(i))]
+    labels = np.array([pair.label for pair in found])
+    first, second = (
+        np.array([len(segment) for segment in side]) for side in zip(*[(p.first, p.second) for p in found])
+    )
+    assert len(found) > 10_000 and labels.mean() == pytest.approx(0.5, abs=0.02)
+    for lengths in (first, second, first + second):
+        assert best_threshold(lengths, labels) < 0.53
+    uncut = first + second < limit
+    assert uncut[labels == 0].mean() == pytest.approx(uncut[labels == 1].mean(), abs=0.02)
+    homes = [group[pair.second[0] // 1000] for pair in found]
+    begins = np.array([p.second[0] % 1000 in {0, *home.sentence_stops} for p, home in zip(found, homes)])
+    ends = np.array([p.second[-1] % 1000 + 1 in home.sentence_stops for p, home in zip(found, homes)])
+    ends_document = np.array([p.second[-1] % 1000 + 1 == len(home.tokens) for p, home in zip(found, homes)])
+    for marks in (begins, ends, ends_document):
+        assert marks[labels == 0].mean() == pytest.approx(marks[labels == 1].mean(), abs=0.03)
+
+
 @pytest.mark.parametrize("ends", [[1], [2], [9], [300], [3, 5], list(range(1, 200))])
 def test_a_single_document_ends_and_never_repeats_itself(ends):
     found = list(make_pairs([Document(np.arange(ends[-1]), ends)], 0, 20, random.Random(2)))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fnl_hf import UserInputError
 from fnl_hf.data import corpus as corpus_module
-from fnl_hf.data import readers
+from fnl_hf.data import readers, zstd
 from fnl_hf.data.corpus import load_text_files, read_documents
 from fnl_hf.data.readers import generate_records, read_records, split_files, split_for_shards
 from fnl_hf.data.source import Source
@@ -137,6 +137,55 @@ def test_a_torn_compressed_file_is_refused_whole(tmp_path):
             load_text_files([str(path), str(tmp_path / "other.txt")], cache_dir=str(tmp_path / "c"), num_proc=num_proc)
     path.write_bytes(whole)
     assert len(load(path, tmp_path)) == 10_000, "a failed reading leaves nothing behind"
+
+
+ZSTD = ["zstandard", "backports.zstd", "compression.zstd"]  # any of which fsspec may have found
+
+
+@pytest.fixture(params=ZSTD)
+def compress(request, monkeypatch):
+    """Reading by one package of those that decompress zstd, and what compresses with it."""
+    package = pytest.importorskip(request.param)
+    if request.param == "zstandard":
+        monkeypatch.setitem(readers.compr, "zstd", None)  # ours is used
+        return package.compress
+    monkeypatch.setattr(zstd, "zstandard", None)
+    monkeypatch.setitem(readers.compr, "zstd", package.ZstdFile)
+    return package.compress
+
+
+def test_zstd_files_are_read_to_the_end_or_refused(tmp_path, compress, monkeypatch):
+    """Of any number of frames, wherever a block of the file ends."""
+    texts = [f"line {i} " + "x" * (i % 61) for i in range(3000)]
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    whole = compress(b"".join(lines[:1000])) + compress(b"") + compress(b"".join(lines[1000:]))
+    path = tmp_path / "corpus.jsonl.zst"
+    path.write_bytes(whole)
+    for block in (7, 2**17):
+        monkeypatch.setattr(zstd, "BLOCK_BYTES", block)
+        assert [text for piece in split_files([str(path)]) for text, _ in read_records(piece)] == texts
+    pq.write_table(pa.table({"text": texts}), tmp_path / "plain.parquet")
+    (tmp_path / "c.parquet.zst").write_bytes(compress((tmp_path / "plain.parquet").read_bytes()))
+    [piece] = split_files([str(tmp_path / "c.parquet.zst")])
+    assert [text for text, _ in read_records(piece)] == texts
+
+
+def test_a_torn_zstd_file_is_refused_as_a_torn_gzip_one(tmp_path, compress):
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(10_000))
+    for name, whole in (("a.jsonl.zst", compress(lines)), ("b.jsonl.zst", compress(lines) + compress(lines))):
+        (tmp_path / name).write_bytes(whole[:-20])
+        with pytest.raises(UserInputError, match=f"{name}: cannot be read as json: Compressed file ended before"):
+            load(tmp_path / name, tmp_path)
+    (tmp_path / "c.jsonl.zst").write_bytes(compress(lines)[:-20] + b"0" * 99)
+    with pytest.raises(UserInputError, match="c.jsonl.zst: cannot be read as json: .{9}"):
+        load(tmp_path / "c.jsonl.zst", tmp_path)
+
+
+def test_an_error_without_words_is_named(tmp_path, monkeypatch):
+    (tmp_path / "corpus.txt").write_text("one\n")
+    monkeypatch.setattr(readers, "_read_lines", lambda piece: (_ for _ in ()).throw(EOFError()))
+    with pytest.raises(UserInputError, match="corpus.txt: cannot be read as text: EOFError$"):
+        load(tmp_path / "corpus.txt", tmp_path)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):

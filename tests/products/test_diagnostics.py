@@ -90,3 +90,28 @@ def test_report_has_a_panel_for_each_kind_and_diagnostic(tmp_path, monkeypatch):
     assert layers == ["layer 0", "layer 4", "layer 8", "layer 12", "layer 16", "layer 20", "layer 23"]
     assert triple == ["triple"]
     assert (tmp_path / "all.png").stat().st_size > 2 * (tmp_path / "none.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
+@pytest.mark.parametrize("factors", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["left", "right", "both"])
+def test_weights_that_are_not_finite_spoil_the_figures_of_their_product_alone(model, spoilt, factors):
+    """Products of one shape are decomposed together."""
+    bad, *others = products = find_products(model)
+    expected = diagnose_products(products)
+    with torch.no_grad():
+        for weight in bad.weights[factors]:
+            weight[1] = spoilt
+    found, norms = diagnose_products(products), product_norms(*bad.factors())
+    for product in others:
+        assert found[product.name] == expected[product.name]
+    for values in (found[bad.name], norms):
+        assert values["frobenius"].isnan() and values["nuclear"].isnan() and not values["bound"].isfinite()
+    assert found[bad.name]["effective_step"].isnan() and found[bad.name]["non_orthogonality"].isnan()
+
+
+def test_inside_autocast_the_figures_are_the_same(model):
+    products = find_products(model)
+    expected = diagnose_products(products), [product_norms(*p.factors()) for p in products]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = diagnose_products(products), [product_norms(*p.factors()) for p in products]
+    assert found == expected

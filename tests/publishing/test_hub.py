@@ -26,7 +26,7 @@ from fnl_hf.commands import cli
 from fnl_hf.publishing.cards import write_run_card
 from fnl_hf.publishing.hub import push_folder
 from fnl_hf.training.pushing import PushingTrainer
-from tests.conftest import DIMENSIONS, ROOT, WITHOUT_FNL_HF, pretraining
+from tests.conftest import DIMENSIONS, ROOT, WITHOUT_FNL_HF, pretraining, weights
 from tests.publishing.hub_server import Hub
 from tests.squad.test_squad_script import squad
 
@@ -275,6 +275,22 @@ def test_a_checkpoint_that_cannot_be_pushed_stops_no_run(hub, here, corpus, tmp_
     run_pretrain.run(pretraining(corpus, tmp_path / "out", save_steps=1, **flags))
     assert "A checkpoint could not be pushed: RemoteProtocolError" in caplog.text
     assert hub.messages("ada/lucky")[1:] == ["Training in progress, step 2", "End of training"]
+
+
+def test_the_end_is_pushed_as_it_was_saved(hub, here, corpus, tmp_path):
+    """An evaluation in half precision comes between."""
+    saved, save = [], PushingTrainer._save
+    here.setattr(
+        PushingTrainer, "_save", lambda self, folder=None, *a, **k: saved.append(folder) or save(self, folder, *a, **k)
+    )
+    flags = {"push_to_hub": "true", "hub_model_id": "ada/precise", "bf16_full_eval": "true", "max_steps": 1}
+    out = tmp_path / "out"
+    run_pretrain.run(pretraining(corpus, out, save_strategy="no", **flags))
+    assert saved == [str(out)] and {weight.dtype for weight in weights(out).values()} == {torch.float32}
+    assert hub.files("ada/precise")["model.safetensors"] == (out / "model.safetensors").read_bytes()
+    assert "training_args.bin" not in hub.files("ada/precise") and hub.messages("ada/precise")[1:] == [
+        "End of training"
+    ]
 
 
 @pytest.mark.parametrize("pushing, kept", [(False, {"checkpoint-3"}), (True, {"checkpoint-2", "checkpoint-3"})])

@@ -2,16 +2,20 @@
 
 import pytest
 
+import run_pretrain
 from tests.bad_inputs import (
     TEXT,
     assert_launch_refused,
     assert_refused,
+    contents,
     corpus,
     edit,
     flags,
     flip_a_bit,
     from_checkpoint,
+    holding,
     itself,
+    linked,
     moved,
     other_text_under_the_same_name,
     overwriting,
@@ -23,6 +27,15 @@ from tests.bad_inputs import (
     without,
     write,
 )
+
+
+def card_beside_its_checkpoint(out):
+    """A run that has not come to its end, and a card that is none of its own."""
+    for path in out.iterdir():
+        if path.is_file() and path.name != "run_arguments.json":
+            path.unlink()
+    holding("README.md")(out)
+
 
 # name -> what makes the bad input, and what the message says of it
 FOLDERS = {
@@ -133,6 +146,86 @@ FOLDERS = {
         overwriting(optimizer_state_from="<here>/out"),
         "^--optimizer_state_from .*/out is the --output_dir that is to be overwritten$",
     ),
+    # Somebody else's files are never overwritten.
+    "overwriting a card": (
+        overwriting(replaced_by(holding("README.md"))), "^--output_dir .*/out: README.md there is not as a run has wri"
+    ),
+    "overwriting a model": (
+        overwriting(replaced_by(holding("config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "a.py"))),
+        "/out: a.py, config.json, model.safetensors and 2 more there is not as a run has written it, and this run ",
+    ),
+    "overwriting a checkpoint": (
+        overwriting(replaced_by(holding("checkpoint-2024/photo"))),
+        "out: checkpoint-2024 the",
+    ),
+    "overwriting a checkpoint beside a run's": (
+        overwriting(holding("checkpoint-2024/photo")),
+        "out: checkpoint-2024 t",
+    ),
+    "overwriting a file in a run's checkpoint": (
+        overwriting(holding("checkpoint-2/photo")),
+        "out: checkpoint-2/photo ",
+    ),
+    "overwriting a file named as a checkpoint": (
+        overwriting(holding("checkpoint-7")),
+        "out: checkpoint-7 there is not",
+    ),
+    "overwriting what no checkpoint's link leads to": (
+        overwriting(linked("checkpoint-7", "/no")),
+        "out: checkpoint-7 ",
+    ),
+    "overwriting links to another's": (
+        overwriting(replaced_by(lambda out: [holding("notes")(out), linked("config.json", "notes")(out)])),
+        "out: config.json there is not",
+    ),
+    "overwriting a staging folder": (
+        overwriting(replaced_by(holding("_incomplete/a"))),
+        "out: _incomplete there is no",
+    ),
+    "overwriting a card that was edited": (
+        overwriting(holding("README.md")),
+        "out: README.md there is not as a run ha",
+    ),
+    "overwriting answers": (
+        overwriting(replaced_by(holding("all_results.json")), do_eval="true"), "out: all_results.json there is not as"
+    ),
+    "going on over a card": (
+        resumed(card_beside_its_checkpoint), "out: README.md there is not "
+    ),
+    "going on over a card, from a checkpoint": (
+        from_checkpoint(card_beside_its_checkpoint), "out: README.md there"
+    ),
+    "checkpoint with too long a name": (flags(resume_from_checkpoint="x" * 300), "no complete checkpoint there: trai"),
+    "model with too long a name": (flags(model_name_or_path="x" * 300, config_overrides=None), "no tokenizer in xxxx"),
+    # What is advised is not refused in its turn.
+    "folder in use, advice": (
+        resumed(resume_from_checkpoint=None),
+        "choose another, continue its training with --resume_from_checkpoint auto, or replace it with --overwrite_"
+        "output_dir true$",
+    ),
+    "folder in use, to evaluate, advice": (
+        resumed(resume_from_checkpoint=None, do_eval="true"),
+        "empty: choose another, or replace it with --overwrite_out",
+    ),
+    "folder in use, no run, advice": (
+        resumed(replaced_by(somebody_elses), resume_from_checkpoint=None),
+        "not empty: choose another, or keep all that is there beside the new run with --overwrite_output_dir true$",
+    ),
+    "folder in use, a card, advice": (
+        resumed(replaced_by(holding("README.md")), resume_from_checkpoint=None),
+        r"out is not empty: choose another \(README.md there is not as a run has written it\)$",
+    ),
+    "other seed, advice": (
+        resumed(seed=8), "Choose another, or replace it with --overwrite_output_dir true instead of --resume_from_chec"
+    ),
+    "other seed, a card, advice": (
+        resumed(holding("README.md"), seed=8), r"Choose another \(README.md there is not as a run has written it\)$"
+    ),
+    "other batch, moved, advice": (moved(per_device_train_batch_size=4), "Go on with what it was started with$"),
+    "bit flipped, another's checkpoint": (
+        resumed(lambda out: [flip_a_bit(out), holding("checkpoint-9/a")(out)]),
+        r"another \(checkpoint-9 there is",
+    ),
     # What is overwritten is overwritten only when nothing more can be refused.
     "overwriting, no data": (
         overwriting(max_train_samples=2), "fewer than one global b"
@@ -154,6 +247,20 @@ FOLDERS = {
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_bad_folder_is_refused_in_one_line_and_nothing_is_changed(workspace, name):
     assert_refused(workspace, *FOLDERS[name])
+
+
+def test_what_no_run_writes_stays_where_a_run_starts_anew(workspace):
+    """Also what a link of a checkpoint's name leads to, and a run of the same name that was overwritten is gone."""
+    command, out = overwriting(max_steps=1, save_strategy="no", do_train="true")(workspace), workspace.here / "out"
+    (out / "checkpoint-2").rename(workspace.here / "elsewhere")
+    (out / "checkpoint-2").symlink_to("../elsewhere")
+    holding("thesis.tex", "figures/checkpoint-2")(out)
+    before = contents(workspace.here / "elsewhere")
+    run_pretrain.run(command)
+    assert contents(workspace.here / "elsewhere") == before and before
+    assert not list(out.glob("checkpoint-*")) and (out / "all_results.json").is_file()
+    assert {(out / name).read_text() for name in ("thesis.tex", "figures/checkpoint-2")} == {"mine"}
+    run_pretrain.run(command)
 
 
 def test_the_launched_script_prints_the_line_and_no_traceback(workspace):

@@ -1,7 +1,9 @@
 """SIGTERM: a checkpoint on all processes together, an exit status for schedulers, and the same model in the end."""
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +14,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import run_pretrain
 from fnl_hf.errors import Preempted
+from fnl_hf.runs import preemption
 from fnl_hf.runs.checkpoints import find_fault, newest_complete_checkpoint
 from fnl_hf.runs.command_line import run_script
-from fnl_hf.runs.preemption import PreemptionCallback
+from fnl_hf.runs.preemption import PreemptionCallback, surviving_sigterm
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.trainer import FnlTrainer
 from tests.conftest import ROOT, assert_same_weights, launch, pretraining
@@ -205,6 +209,89 @@ def test_a_signal_outside_of_training_ends_the_script_at_once(monkeypatch, capsy
     )
 
 
+DYING = """
+import os, signal
+from torch.utils.data import DataLoader
+from fnl_hf.runs.preemption import surviving_sigterm
+if __name__ == "__main__":
+    signal.alarm(100)  # a process that hangs goes, whoever waits for it
+    loader = DataLoader(range(10), 2, num_workers=2, worker_init_fn=surviving_sigterm(), persistent_workers=True)
+    for batch in loader:
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_workers_end_with_a_process_that_is_interrupted(tmp_path):
+    """They ignore SIGTERM as long as they are needed: Python's exit, which sends it, would wait for them for ever."""
+    (tmp_path / "dying.py").write_text(DYING)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "dying.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode == -signal.SIGINT and ended.stderr.count("Traceback") == 1, ended.stderr
+    assert ended.stderr.strip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_that_ignore_sigterm_are_killed(monkeypatch, persistent):
+    monkeypatch.setattr(preemption, "GRACE_SECONDS", 0.1)
+    loader = DataLoader(range(10), 2, num_workers=2, worker_init_fn=surviving_sigterm(), persistent_workers=persistent)
+    batches, handler = iter(loader), signal.getsignal(signal.SIGCHLD)
+    assert next(batches).tolist() == [0, 1]
+    workers = [worker for worker in multiprocessing.active_children() if worker.daemon]
+    for worker in workers:
+        worker.terminate()
+    assert [batch.tolist() for batch in batches] == [[2, 3], [4, 5], [6, 7], [8, 9]], "SIGTERM changes nothing"
+    batches = iter(loader)
+    try:
+        preemption.end_workers()
+        (*_, status) = [worker.join() or worker.exitcode for worker in workers]
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert not multiprocessing.active_children() and status == (-signal.SIGKILL if persistent else 0)
+
+
+BROKEN = """
+import os, runpy, signal, sys
+from fnl_hf.training.trainer import FnlTrainer
+signal.alarm(200)
+original = getattr(FnlTrainer, sys.argv[1])
+def broken(self, *args, **kwargs):
+    if self.state.global_step == 2 and os.environ["RANK"] == "1":
+        raise ZeroDivisionError
+    return original(self, *args, **kwargs)
+setattr(FnlTrainer, sys.argv[1], broken)
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_unforeseen_error_of_one_process_ends_all(corpus, tmp_path):
+    """In an evaluation while training, whose workers persist: there are some of both."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    flags = {"dataloader_num_workers": 2, "per_device_train_batch_size": 4, "max_steps": 3, "eval_strategy": "steps",
+             "eval_steps": 2, "dataloader_persistent_workers": "true"}  # fmt: skip
+    words = ["prediction_step", ROOT / "run_pretrain.py", *pretraining(corpus, tmp_path / "out", **FLAGS | flags)]
+    ended = launch(tmp_path / "broken.py", *words, processes=2, check=False, timeout=240)
+    assert ended.returncode == 1 and "ZeroDivisionError" in ended.stderr
+    left = [child.info for child in psutil.process_iter(["cmdline"]) if str(tmp_path) in (child.info["cmdline"] or [])]
+    assert left == []
+
+
+STOPPED = """
+from fnl_hf.errors import Preempted
+from fnl_hf.runs.command_line import run_script
+def run(argv):
+    raise Preempted("stopped by SIGTERM")
+run_script(run)
+"""
+
+
+def test_accelerate_launch_can_be_told_to_leave_its_traceback_out(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    ended = launch(tmp_path / "stopped.py", check=False, options=["--quiet"])
+    assert (ended.returncode, ended.stderr) == (1, "stopped.py: stopped by SIGTERM\n")
+
+
 def wait_for_checkpoint(process, folder, step):
     deadline = time.monotonic() + 120
     while not (folder / f"checkpoint-{step}").exists() and time.monotonic() < deadline:
@@ -251,6 +338,9 @@ def test_two_processes_stop_together_when_one_is_told(corpus, tmp_path):
     assert process.returncode == 1 and "exitcode  : 75" in error, error
     lines = [line for line in error.splitlines() if "run_pretrain.py: stopped by SIGTERM after step" in line]
     assert len(lines) == 1, "only the main process speaks"
+    assert re.search(
+        r"^ +traceback : stopped by SIGTERM after step .*", error[error.index("Root Cause") :], re.MULTILINE
+    )
     newest = newest_complete_checkpoint(out)
     assert str(newest) in lines[0] and {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(newest))
     for folder, resume in ((out, {"resume_from_checkpoint": "auto"}), (tmp_path / "whole", {})):

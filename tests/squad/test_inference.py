@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from transformers import BertConfig
 
 from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering, UserInputError, ask
 from fnl_hf.commands import cli
@@ -69,6 +70,36 @@ def test_what_cannot_be_asked_is_refused(model, tokenizer, tmp_path):
         ask(model, "Who?", CONTEXT, tokenizer, batch_size=0)
     with pytest.raises(UserInputError, match="no question answering model in .*nothing"):
         ask(tmp_path / "nothing", "Who?", CONTEXT)
+
+
+def test_models_that_cannot_answer_are_refused(tokenizer, dimensions, tmp_path):
+    """Loaded, or the caller's own: a random head answers at random."""
+    dimensions |= {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "num_labels": 3}
+    lacking = "^no question answering model in .*: it lacks qa_outputs.bias, which would be random"
+    for name, there, held in (
+        ("BertForMaskedLM", lacking, "a BertForMaskedLM answers no questions: it gives logits"),
+        ("BertForSequenceClassification", lacking, "a BertForSequenceClassification answers no questions: it gives logits"),
+        (
+            "BertForQuestionAnswering", r"qa_outputs.bias is \(3,\) there and \(2,\) here$",
+            r"BertForQuestionAnswering with 3 logits a token \(num_labels\) answers no questions",
+        ),
+    ):  # fmt: skip
+        model = getattr(transformers, name)(BertConfig(**dimensions))
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / name)
+        with pytest.raises(UserInputError, match=there):
+            ask(tmp_path / name, "Who?", CONTEXT)
+        with pytest.raises(UserInputError, match=held):
+            ask(model, "Who?", CONTEXT, tokenizer, doc_stride=16)
+    (tmp_path / name / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserInputError, match="^no question answering model in .*: .*deserializing"):
+        ask(tmp_path / name, "Who?", CONTEXT)
+
+
+def test_every_module_keeps_its_mode(model, tokenizer):
+    model.train().bert.eval()
+    ask(model, QUESTIONS[0], SHORT, tokenizer, **LENGTHS)
+    assert model.training and model.qa_outputs.training and not model.bert.training
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

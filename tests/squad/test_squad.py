@@ -14,6 +14,8 @@ from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.squad import features as squad
 from fnl_hf.squad.answers import AnswerOptions, answers_from_logits
 from fnl_hf.squad.features import EXAMPLE_FEATURES, FeatureMaker, load_sample, questions_fingerprint, read_squad_file
+from fnl_hf.squad.trainer import SquadTrainer
+from fnl_hf.training.arguments import FnlTrainingArguments
 
 CONTEXT = "Ada Lovelace wrote the first programme for Babbage’s engine. " * 3 + "Grace Hopper built a compiler in 1952."
 
@@ -216,6 +218,8 @@ def test_unanswerable_questions_have_no_answers(tmp_path):
         (None, "no such file"),
         (b"", "the file is empty"),
         (b"{torn", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"data": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"\xff\xfe", "cannot be read"),
         (b'{"version": 1}', "not in SQuAD's layout .* KeyError\\('data'\\)"),
         (b"[1, 2]", "not in SQuAD's layout"),
@@ -237,6 +241,58 @@ def test_bad_files_are_refused(tmp_path, content, message):
         read_squad_file(str(path))
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    file = squad_json(tmp_path, question(CONTEXT.index("Grace")))
+    path = tmp_path / "marked.json"
+    path.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "squad.json").read_bytes())
+    assert read_squad_file(str(path))[:] == read_squad_file(file)[:]
+
+
+GRACE = {"text": "Grace Hopper", "answer_start": CONTEXT.index("Grace")}
+# fields of a question (None: of its context) -> what is said of it
+BAD_QUESTIONS = {
+    "half a pair in the id": ({"id": "a\ud800"}, r"question 'a\\ud800': not Unicode at character 1: 'a\\ud800'$"),
+    "half a pair in the question": ({"question": "Who\udfff?"}, "question 'a': not Unicode at character 3: "),
+    "half a pair in the context": ({None: CONTEXT + "\ud83d"}, f"'a': not Unicode at character {len(CONTEXT)}: "),
+    "half a pair in an answer": ({"answers": [GRACE | {"text": "\udc00"}]}, "'a': not Unicode at character 0: "),
+    "a list for an id": ({"id": ["a"]}, r"a question's id must be a text, got \['a'\]"),
+    "no id": ({"id": None}, "a question's id must be a text, got None"),
+    "a word for a truth": ({"is_impossible": "false"}, "'a': is_impossible must be true or false, got 'false'"),
+    "a number for a truth": ({"is_impossible": 0}, "'a': is_impossible must be true or false, got 0"),
+    "null for a truth": ({"is_impossible": None}, "'a': is_impossible must be true or false, got None"),
+    "an answer far away": ({"answers": [GRACE | {"answer_start": 10**30}]}, "'Grace Hopper' is not at offset 10{30} "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_QUESTIONS)
+def test_a_bad_question_is_refused_in_one_line(tmp_path, name):
+    fields, message = BAD_QUESTIONS[name]
+    fields = dict(fields)
+    file = squad_json(tmp_path, question(GRACE["answer_start"]) | fields, context=fields.pop(None, CONTEXT))
+    with pytest.raises(UserInputError, match=f"^{file}: .*{message}") as refusal:
+        read_squad_file(file)
+    str(refusal.value).encode()  # and can be printed
+
+
+def test_texts_that_are_not_unicode_are_refused_where_features_are_made(tokenizer):
+    for texts in (("Who\ud800?", CONTEXT), ("Who?", CONTEXT + "\udfff")):
+        with pytest.raises(UserInputError, match="^question and context: not Unicode at character "):
+            next(FeatureMaker(tokenizer, 40, 16).encode(*([text] for text in texts)))
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserInputError, match=f"^{tmp_path}: not a file$"):
+        read_squad_file(str(tmp_path))
+
+
+def test_bad_columns_of_a_data_set_are_refused(tmp_path):
+    row = example() | {"answers": {"text": ["Grace Hopper"], "answer_start": ["here"]}}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserInputError, match=f"^--dataset_name {tmp_path}/data is not like rajpurkar/squad: "):
+        squad.load_squad_hub(str(tmp_path / "data"), None, "train", cache_dir=str(tmp_path / "cache"))
+
+
 def test_bad_questions_are_refused(tmp_path):
     place = CONTEXT.index("Grace")
     with pytest.raises(UserInputError, match="question a: the answer 'Grace Hopper' is not at offset 3"):
@@ -246,6 +302,13 @@ def test_bad_questions_are_refused(tmp_path):
     twice = read_squad_file(squad_json(tmp_path, question(place), question(place)))
     with pytest.raises(UserInputError, match="question id 'a' occurs 2 times among the validation questions"):
         squad.validate_ids(twice, "validation")
+
+
+def test_scores_need_predictions(tmp_path):
+    args = FnlTrainingArguments(output_dir=str(tmp_path / "out"), prediction_loss_only=True, report_to="none")
+    with pytest.raises(UserInputError, match=r"--prediction_loss_only \(True\) leaves no predictions"):
+        SquadTrainer(None, args, answer_options=AnswerOptions())
+    assert not (tmp_path / "out").exists()
 
 
 # ---- answers ----

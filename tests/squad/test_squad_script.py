@@ -239,6 +239,31 @@ def test_the_commands_of_the_documentation_parse(tmp_path):
     assert [cli.build_parser().parse_args(shlex.split(words)).run for words in asking] == [cli.run_ask] * 2
 
 
+def test_heads_of_other_kinds(pretrained, squad_files, tmp_path):
+    """A classifier of three labels begins anew with two logits a token; what nobody has trained is not scored."""
+    config = transformers.AutoConfig.from_pretrained(pretrained)
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    stock = BertConfig(**{key: getattr(config, key) for key in sizes}, num_labels=3)
+    folder = tmp_path / "classifier"
+    transformers.BertForSequenceClassification(stock).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(pretrained).save_pretrained(folder)
+    file = squad_files / "v1.1.json"
+    for name, entries in (("stock", {}), ("ours", {"model_type": "fnl_bert"})):
+        run_squad.run(squad(folder, tmp_path / name, file, max_steps=1, do_train="true", **entries))
+        config = transformers.AutoConfig.from_pretrained(tmp_path / name)
+        assert config.num_labels == 2 and ask(str(tmp_path / name), "what jumps", SENTENCES[0], doc_stride=4)["answer"]
+    anew = {"config_name": folder, "tokenizer_name": pretrained}
+    run_squad.run(squad(None, tmp_path / "anew", file, max_steps=1, do_train="true", **anew))
+    for name, flags, message in (
+        (folder, {}, "no question answering model in .*classifier: it lacks qa_outputs.bias, which would be random"),
+        (pretrained, {}, "it lacks qa_outputs.bias, which would be random"),
+        (None, anew, "--config_name .*classifier begins with random weights: train them"),
+    ):
+        with pytest.raises(UserInputError, match=message):
+            run_squad.run(squad(name, tmp_path / "none", file, do_eval="true", **flags))
+        assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("written", ["-1e9", "-2.5E-3", "-.5e2", "-3.", "-7", "-0.5", "4e-2"])
 def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
     (tmp_path / "run.yaml").write_text(
@@ -261,6 +286,7 @@ def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
         ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
         ({"learning_rate": "-1e-4"}, r"--learning_rate \(-0.0001\) must be at least 0.0"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
+        ({"prediction_loss_only": "true"}, r"--prediction_loss_only \(True\) leaves no predictions to make answers of"),
         ({"do_predict": "true"}, "no questions to predict: give --test_file"),
         ({"seeds": 5}, r"--seeds \(5\) must be at least two different ones"),
         ({"seeds": "3 3"}, r"--seeds \(3 3\) must be at least two different ones"),

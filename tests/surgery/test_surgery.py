@@ -349,6 +349,23 @@ def with_infinity():
     return model
 
 
+class Registered(nn.Module):
+    """A product of the user's own beside an ordinary layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleDict({"up": nn.Linear(3, 7, False), "down": nn.Linear(7, 3, False)})
+        self.other, self.head = nn.Linear(7, 5), nn.Linear(5, 2)
+        fnl_hf.register_product(self.block, "linear", "up.weight", "down.weight", name="lora")
+
+
+def test_factors_of_registered_products_are_left_alone():
+    model = factorize(Registered(), FactorizationConfig(rank_scale=0.5))
+    assert factorized_names(model) == ["other"]
+    assert [product.name for product in fnl_hf.find_products(model)] == ["block.lora", "other"]
+    fnl_hf.frobenius_param_groups(model, weight_decay=0.1)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -358,6 +375,21 @@ def with_infinity():
         (lambda: FactorizationConfig(rank_scale="0.1"), r"rank_scale \('0.1'\) must be"),
         (lambda: FactorizationConfig(ranks={"up": 2.5}), r"the rank of 'up' \(2.5\) must be a whole number"),
         (lambda: FactorizationConfig(include=[3]), r"include \(\[3\]\) must be a list of types and patterns"),
+        (lambda: FactorizationConfig(include=None), r"include \(None\) must be a list of types and patterns"),
+        (lambda: FactorizationConfig(ranks=[3]), r"ranks \(\[3\]\) must be a mapping of types or patterns to ranks"),
+        (lambda: FactorizationConfig(ranks={3: 2}), "ranks: 3 must be a type or pattern"),
+        (lambda: factorize(nn.Linear(5, 7), {"Linear": 2}), "config must be a FactorizationConfig, not a dict"),
+        (lambda: factorize(nn.Linear(5, 7), {}), "config must be a FactorizationConfig, not a dict"),
+        (lambda: factorize("bert"), "model must be a torch.nn.Module, not a str"),
+        (lambda: merge("bert"), "model must be a torch.nn.Module, not a str"),
+        (
+            lambda: factorize(Registered(), FactorizationConfig(include=["down"])),
+            r"block.down: its weight is a factor of the product block.lora \(register_product\), which would lose it",
+        ),
+        (
+            lambda: factorize(Registered(), FactorizationConfig(ranks={"*": 1})),
+            "block.(up|down): its weight is a factor",
+        ),
         (lambda: FactorizationConfig(energy=True), r"energy \(True\) must be above 0"),
         (lambda: FactorizationConfig(energy=1.5), r"energy \(1.5\) must be above 0 and at most 1"),
         (lambda: FactorizationConfig(mode="wide", energy=0.5), r"energy \(0.5\) chooses .* mode is 'wide'"),

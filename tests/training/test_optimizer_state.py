@@ -1,6 +1,7 @@
 """Runs that start from another's model and optimizer state, as the second phase of a recipe does."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -78,3 +79,28 @@ def test_a_run_belongs_to_the_weights_it_started_from(runs, corpus, tmp_path):
     (first / "model.safetensors").write_bytes(trained)
     second(corpus, first, out, resume_from_checkpoint="auto")
     assert (out / "all_results.json").stat().st_mtime_ns == finished, "nothing left to do"
+
+
+def test_moments_are_those_of_the_weights_that_a_run_starts_from(runs, corpus, tmp_path):
+    """Of the checkpoint that has them: a run may end with its best one's, and a model may be any of its checkpoints."""
+    first = tmp_path / "first"
+    shutil.copytree(runs / "first", first)
+
+    def steps(folder):
+        states = torch.load(folder / "checkpoint-5" / "optimizer.pt", weights_only=True)["state"]
+        return next(iter(states.values()))["step"]
+
+    second(corpus, first / "checkpoint-3", tmp_path / "of a checkpoint", optimizer_state_from=first)
+    assert steps(tmp_path / "of a checkpoint") == 3 + 5
+    shutil.copy(first / "checkpoint-6" / "model.safetensors", first)  # as load_best_model_at_end leaves it
+    second(corpus, first, tmp_path / "of the best")
+    assert steps(tmp_path / "of the best") == 6 + 5
+    shutil.rmtree(first / "checkpoint-6")
+    newest = re.escape(str(first / "checkpoint-7"))
+    with pytest.raises(UserInputError, match=f"has the weights .* as --model_name_or_path, the newest is {newest}$"):
+        second(corpus, first, tmp_path / "of none")
+    with pytest.raises(
+        UserInputError, match="first: no complete checkpoint there has the weights that this run starts"
+    ):
+        run(corpus, tmp_path / "from scratch", optimizer_state_from=first, **SECOND)
+    assert not (tmp_path / "of none").exists() and not (tmp_path / "from scratch").exists()

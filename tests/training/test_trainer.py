@@ -2,6 +2,7 @@
 
 import copy
 import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -178,6 +179,43 @@ def test_iterators_over_data_leave_the_generator_of_dropout_alone(tmp_path, dime
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Normalised(nn.Module):
+    """A model with a buffer that is seen, and a gradient that is left from somewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.seen = nn.BatchNorm1d(3, affine=False), []
+        self.linear = nn.Linear(3, 2)
+        self.linear.bias.grad = torch.full((2,), 0.1)
+        self.norm.running_mean.copy_(torch.tensor([0.1, 0.2, 0.3]))
+
+    def forward(self, x, labels=None):
+        self.seen.append((x.dtype, self.norm.running_mean.dtype, self.linear.weight.dtype))
+        logits = self.linear(self.norm(x.to(self.linear.weight.dtype)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("flag, dtype", [("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_in_half_precision_leaves_the_model_as_it_was(tmp_path, flag, dtype, fails):
+    """Trainer casts it in place; what trains, evaluates, predicts or saves afterwards must not see that."""
+    model = Normalised()
+    tensors = [*model.parameters(), *model.buffers(), model.linear.bias.grad]
+    before = [tensor.clone() for tensor in tensors]
+    args = FnlTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **{flag: True})
+    data = Rows({"x": torch.randn(8, 3), "labels": torch.arange(8) % 2})
+    trainer = FnlTrainer(model, args, eval_dataset=data, data_collator=collate_batch)
+    if fails:
+        trainer.compute_metrics = MagicMock(side_effect=ArithmeticError)
+    for use in (trainer.evaluate, lambda: trainer.predict(data)):
+        with pytest.raises(ArithmeticError) if fails else nullcontext():
+            use()
+        after = [*model.parameters(), *model.buffers(), model.linear.bias.grad]
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(after, before, strict=True))
+        assert [id(p) for p in model.parameters()] == [id(p) for p in tensors[:2]], "an optimizer has them"
+    assert model.seen == [(torch.float32, dtype, dtype)] * 2
+
+
 @pytest.mark.parametrize(
     "device, flags, expected",
     [("cpu", {}, False), ("meta", {}, True), ("meta", {"dataloader_pin_memory": False}, False),
@@ -217,13 +255,21 @@ def test_processes_part_before_they_end_with_a_status(monkeypatch, backend, erro
             torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("deepspeed, version, refused", [(True, None, True), (False, 1, True), (False, 2, False)])
-def test_sharding_that_flattens_parameters_is_refused(deepspeed, version, refused):
+@pytest.mark.parametrize(
+    "deepspeed, version, half, refused",
+    [
+        (True, None, None, "DeepSpeed and FSDP1 flatten parameters.*use FSDP2"),
+        (False, 1, None, "DeepSpeed and FSDP1 flatten parameters.*use FSDP2"),
+        (False, 2, "bf16_full_eval", "--bf16_full_eval and --fp16_full_eval cast the model, which FSDP2"),
+        (False, 2, "fp16_full_eval", "--bf16_full_eval and --fp16_full_eval cast the model, which FSDP2"),
+        (False, 2, None, None),
+        (False, None, "bf16_full_eval", None),
+    ],
+)
+def test_what_sharding_does_not_take_is_refused(deepspeed, version, half, refused):
     plugin = None if version is None else SimpleNamespace(fsdp_version=version)
     trainer = MagicMock(is_deepspeed_enabled=deepspeed)
     trainer.accelerator.state = SimpleNamespace(fsdp_plugin=plugin)
-    if refused:
-        with pytest.raises(UserInputError, match="DeepSpeed and FSDP1 flatten parameters.*use FSDP2"):
-            build_trainer(lambda **kwargs: trainer, args=SimpleNamespace(do_train=False))
-    else:
+    trainer.args.bf16_full_eval, trainer.args.fp16_full_eval = half == "bf16_full_eval", half == "fp16_full_eval"
+    with pytest.raises(UserInputError, match=refused) if refused else nullcontext():
         assert build_trainer(lambda **kwargs: trainer, args=SimpleNamespace(do_train=False)) is trainer

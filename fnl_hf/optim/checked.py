@@ -1,0 +1,126 @@
+"""What an optimizer cannot go on with is found before it changes anything: a saved state, a gradient, a number."""
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+
+# Tensors of a parameter's state that have its shape, as torch's optimizers name them.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class CheckedOptimizer(torch.optim.Optimizer):
+    """Mixin before a ``torch.optim`` class: checks of what is loaded, and of gradients."""
+
+    state_entries: tuple[str, ...] = ()  # without which a parameter's state is another optimizer's
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. The state may be another class's: the subclasses say what of it counts.
+
+        Raises:
+            ValueError: it does not fit this optimizer, which is as it was then.
+        """
+        if not self._optimizer_load_state_dict_pre_hooks:  # they may rearrange groups
+            self._refuse_other_groups(state_dict["param_groups"])
+        super().load_state_dict(state_dict)
+
+    def _refuse_other_groups(self, saved: Sequence[dict[str, Any]]) -> None:
+        own = self.param_groups
+        if len(saved) != len(own):
+            names = ", ".join(str(group.get("name", index)) for index, group in enumerate(own))
+            raise ValueError(
+                f"the state to be loaded has {len(saved)} parameter group(s), this optimizer {len(own)} ({names}): a "
+                "state belongs to parameters by their position. Make both optimizers with the same groups"
+            )
+        for index, (group, other) in enumerate(zip(own, saved)):
+            if len(group["params"]) != len(other["params"]):
+                raise ValueError(
+                    f"{group_name(group, index)} has {len(group['params'])} parameters, in the state to be loaded "
+                    f"{len(other['params'])}: a state belongs to parameters by their position"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's load_state_dict ends here, and so does unpickling, which has no groups to lose.
+        own_groups = vars(self).get("param_groups", ())
+        for index, (own, group) in enumerate(zip(own_groups, state["param_groups"])):
+            self._refuse_other_states(group["params"], state["state"], group_name(own, index))
+        before = {name: vars(self)[name] for name in state if name in vars(self)}
+        try:
+            super().__setstate__(state)
+            for index, (own, group) in enumerate(zip(own_groups, self.param_groups)):
+                self._take_group(own, group, group_name(own, index))
+        except ValueError:
+            vars(self).update(before)
+            raise
+
+    def _take_group(self, own: dict[str, Any], group: dict[str, Any], where: str) -> None:
+        """Check and complete a loaded group that is to replace ``own``."""
+        missing = sorted(name for name in self.defaults if name in own and name not in group)
+        if missing:
+            raise ValueError(
+                f"{where} cannot take the state to be loaded, which has no {', '.join(missing)}: it is another "
+                "optimizer's"
+            )
+        get_lr(group)
+
+    def _refuse_other_states(self, parameters: list[torch.Tensor], states: dict[Any, Any], where: str) -> None:
+        """Check what is to be loaded for the parameters of one group."""
+        for position, parameter in enumerate(parameters):
+            entries = states.get(parameter, {})
+            problem = f"{where}, parameter {position}, of shape {tuple(parameter.shape)}: the state to be loaded has"
+            missing = [name for name in self.state_entries if name not in entries]
+            if entries and missing:
+                raise ValueError(f"{problem} no {', '.join(missing)}: it is another optimizer's")
+            for name in MOMENTS:
+                moment = entries.get(name)
+                if moment is not None and moment.shape != parameter.shape:
+                    raise ValueError(
+                        f"{problem} {name} of shape {tuple(moment.shape)}: its parameters come in another order"
+                    )
+
+    def _takes_sparse_gradients(self, group: dict[str, Any]) -> bool:
+        return False
+
+    def _refuse_sparse_gradients(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            if self._takes_sparse_gradients(group):
+                continue
+            for position, parameter in enumerate(group["params"]):
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients: {group_name(group, index)}, "
+                        f"parameter {position}, of shape {tuple(parameter.shape)}"
+                    )
+
+
+def validate_number(name: str, value: Any, where: str = "") -> None:
+    """Check a number of a group, or a tensor of one number.
+
+    Raises:
+        ValueError: it is something else, negative or not finite.
+    """
+    if not isinstance(value, Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+        raise ValueError(f"{where}{name} ({value}) must be one number, finite and >= 0")
+    if not 0.0 <= value < float("inf"):  # type: ignore[operator]  # a Real is compared as a float is
+        raise ValueError(f"{where}{name} ({value}) must be finite and >= 0")
+
+
+def get_lr(group: dict[str, Any]) -> float | torch.Tensor:
+    """A group's learning rate, a number or a 0-d tensor.
+
+    Raises:
+        ValueError: a tensor of several numbers.
+    """
+    lr = group["lr"]
+    if not isinstance(lr, torch.Tensor):
+        return lr
+    if lr.numel() != 1:
+        raise ValueError(f"lr ({lr}) must be one number")
+    return lr.reshape(())
+
+
+def group_name(group: dict[str, Any], index: int) -> str:
+    """What errors call a parameter group."""
+    return f"parameter group {group['name']!r}" if "name" in group else f"parameter group {index}"

@@ -1,0 +1,73 @@
+"""A decoupled decay that is too large for its product."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from fnl_hf.optim.checked import group_name
+from fnl_hf.optim.frobenius import products_of
+from fnl_hf.optim.local_factors import LocalProduct
+
+logger = logging.get_logger(__name__)
+
+BOUND = 2.0  # of ηλσ²
+STEPS_BETWEEN = 100  # two checks of products for whose figures the host would have to wait
+
+
+class StabilityCheck:
+    """Warns, once, of a product that its decay makes grow.
+
+    Decoupled decay multiplies each direction of a factor by 1 − ηλσ², where σ² is an eigenvalue of the factor's
+    operator: VᵀV for U of U Vᵀ. Above ηλσ² = 2 the direction grows, its partner's σ² with it, and the product without
+    limit. The Gram matrices are those that the decay needs anyway. Their Frobenius norms bound the eigenvalues, which
+    are computed only where that does not tell. On a CPU each step is checked; elsewhere the first and every hundredth.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.has_warned = False
+        self.found: tuple[LocalProduct, float] | None = None
+
+    def is_due(self, device: torch.device) -> bool:
+        """Whether the products on this device are to be checked in this step."""
+        return not self.has_warned and (device.type == "cpu" or self.steps % STEPS_BETWEEN == 0)
+
+    def examine(self, product: LocalProduct, grams: Sequence[torch.Tensor], operators: Sequence[torch.Tensor]) -> None:
+        """Look at one product before its step; arguments as in ``frobenius_operators``."""
+        if self.found is not None or not self.is_due(grams[0].device):
+            return
+        matrices = [(operator,) for operator in operators]
+        if len(operators) == 3:
+            matrices[1] = (grams[0], grams[1])  # M ↦ (UᵀU) M (VᵀV)
+        moving = [of_factor for of_factor, factor in zip(matrices, product.factors) if factor.target is not None]
+        rate = abs(float(product.scale))
+        bound = max(rate * math.prod(matrix.norm().item() for matrix in of_factor) for of_factor in moving)
+        if bound <= BOUND or math.isnan(bound):  # NaN: the weights are lost already
+            return
+        growth = bound if math.isinf(bound) else rate * max(_largest_eigenvalue(of_factor) for of_factor in moving)
+        if growth > BOUND:
+            self.found = product, growth
+
+    def end_step(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Count the step, and say what was found in it."""
+        self.steps += 1
+        if self.found is None:
+            return
+        (product, growth), self.found, self.has_warned = self.found, None, True
+        for index, group in enumerate(param_groups):
+            for position, weights in enumerate(products_of(group) if group["product"] else ()):
+                if weights[0] is product.weights[0]:
+                    logger.warning(
+                        f"{group_name(group, index)}, product {position} ({group['product']}) grows in its Frobenius "
+                        f"decay: ηλσ² is {growth:.3g}, and above {BOUND:g} a step enlarges a factor instead of "
+                        f"shrinking it. Lower lr ({group['lr']}) or frobenius_decay ({group['frobenius_decay']})"
+                    )
+
+
+def _largest_eigenvalue(matrices: Sequence[torch.Tensor]) -> float:
+    """Over heads, of X ↦ A X or X ↦ A X B; positive semidefinite (H, r, r) each."""
+    largest = [torch.linalg.eigvalsh(matrix.double())[:, -1] for matrix in matrices]
+    return math.prod(largest[1:], start=largest[0]).max().item()

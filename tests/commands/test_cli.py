@@ -1,0 +1,59 @@
+"""The command line of ``fnl-hf``: its help, and names that are no use."""
+
+import argparse
+import shlex
+
+import pytest
+
+import fnl_hf
+from fnl_hf.commands import cli
+
+
+def sub_commands():
+    parser = cli.build_parser()
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return commands.choices
+
+
+@pytest.mark.parametrize("name", sub_commands())
+def test_every_command_says_what_it_does_and_shows_how(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    command = sub_commands()[name]
+    assert len(command.description) > 60 and " ".join(command.description.split()[:5]) in capsys.readouterr().out
+    program, *words = shlex.split(command.epilog.removeprefix("example: "))
+    assert program == "fnl-hf" and cli.build_parser().parse_args(words).run is command.get_default("run")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fnl-hf {fnl_hf.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["convert", "", "new"], "source is empty: name one"),
+        (["convert", "{here}", ""], "folder is empty: name one"),
+        (["merge", "{here}", "{file}"], "text.txt is in use: name a folder that is empty or does not exist"),
+        (["factorize", "{here}", "{file}/new"], "text.txt/new: {file} is not a folder"),
+        (["convert", "{here}", "{file}/new"], "text.txt/new: {file} is not a folder"),
+        (["convert", "{here}", "{here}/" + "x" * 300], "File name too long"),
+        (["convert", "{here}", "{here}/new"], "no tokenizer in {here}"),
+        (["export", "{here}", "{here}/model.onnx"], "{here}: "),
+        (["push", "", "me/mine"], "folder is empty: name one"),
+        (["push", "{file}", "me/mine"], "text.txt holds no saved model"),
+        (["ask", "{here}", "Who?", "Ada."], "no question answering model in {here}"),
+        (["ask", "{here}", "--questions_file", "{here}"], "{here}: cannot be read"),
+        (["ask", "{here}", "--questions_file", ""], "questions_file is empty: name one"),
+    ],
+)
+def test_files_and_folders_that_are_no_use_are_refused_in_one_line(tmp_path, capsys, words, message):
+    names = {"here": str(tmp_path), "file": str(tmp_path / "text.txt")}
+    (tmp_path / "text.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([word.format(**names) for word in words])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fnl-hf: error: ") and message.format(**names) in line
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
