@@ -18,7 +18,7 @@ import transformers
 from transformers import BertModel
 
 from fnl_hf import FnlBertModel
-from fnl_hf.commands.convert import calibration_batches
+from fnl_hf.commands.calibration import calibration_batches
 from fnl_hf.data.tokenizer import load_tokenizer
 
 

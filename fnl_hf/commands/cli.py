@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fnl_hf.commands import export
+from fnl_hf.commands.calibration import LENGTH, SAMPLES
 from fnl_hf.commands.compress import Compression, factorize_checkpoint, merge_checkpoint
 from fnl_hf.commands.convert import SPECTRA_FILE, convert_checkpoint, load_model, truncation_table
 from fnl_hf.commands.folders import refuse_bad_file
@@ -68,8 +69,8 @@ def add_convert(commands) -> None:
     converting = add_command(
         commands, "convert", run_convert, "BERT to FNL-BERT of a smaller attention, or FNL-BERT to BERT",
         "Convert a BERT to an FNL-BERT: the same at the same E, truncated by SVD at a smaller one. Or back to a stock "
-        "BERT with dense layers that computes the same and loads without fnl_hf. Tokenizer, files of sentence-transformers "
-        "and a model card go with it.",
+        "BERT with dense layers that computes the same and loads without fnl_hf. Tokenizer, files of "
+        "sentence-transformers and a model card go with it.",
         "google-bert/bert-base-uncased my-bert --attention_embedding_size 384 --calibration_file text.txt",
     )  # fmt: skip
     add_source_and_folder(converting)
@@ -77,19 +78,24 @@ def add_convert(commands) -> None:
     converting.add_argument(
         "--attention_embedding_size", type=int, help="E, a multiple of the number of heads; default: unchanged"
     )
-    converting.add_argument(
-        "--calibration_file", nargs="+", default=[], help="text whose activations weigh the truncation: whitened SVD"
+    add_calibration(converting)
+
+
+def add_calibration(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--calibration_file", nargs="+", default=[], help="text that says what counts in a trained model"
     )
-    converting.add_argument("--calibration_samples", type=int, default=256, help="documents of it (%(default)s)")
-    converting.add_argument("--max_seq_length", type=int, default=128, help="tokens of each (%(default)s)")
+    command.add_argument("--calibration_samples", type=int, default=SAMPLES, help="documents of it (%(default)s)")
+    command.add_argument("--max_seq_length", type=int, default=LENGTH, help="tokens of each (%(default)s)")
 
 
 def add_factorize(commands) -> None:
     factorizing = add_command(
         commands, "factorize", run_factorize, "layers of a checkpoint of any architecture as products of matrices",
         "Replace layers of a checkpoint by products of two or three matrices, which begin as its weights or are drawn "
-        "anew. A table says what each layer lost. To be trained afterwards.",
-        "google-bert/bert-base-uncased my-small-bert --target_ratio 0.5",
+        "anew. With a calibration text a trained model keeps most of what it knows: weights are truncated where its "
+        "outputs feel it least, and ranks go where they count. A table says what each layer lost.",
+        "google-bert/bert-base-uncased my-small-bert --target_ratio 0.5 --calibration_file text.txt",
     )  # fmt: skip
     add_source_and_folder(factorizing)
     factorizing.add_argument(
@@ -99,6 +105,7 @@ def add_factorize(commands) -> None:
     scales = ", ".join(f"{mode} {scale}" for mode, scale in DEFAULT_RANK_SCALES.items())
     sizes.add_argument("--rank_scale", type=float, help=f"rank over the full rank; the default: {scales}")
     sizes.add_argument("--target_ratio", type=float, help="parameters of these layers over those of the dense ones")
+    sizes.add_argument("--model_ratio", type=float, help="parameters of the whole model over those that it had")
     sizes.add_argument("--energy", type=float, help="share of the squared singular values that each layer keeps")
     factorizing.add_argument(
         "--init", choices=INITS, default=INITS[0], help="from the weights, or drawn anew (%(default)s)"
@@ -108,6 +115,7 @@ def add_factorize(commands) -> None:
     )
     factorizing.add_argument("--exclude", nargs="+", default=[], help="types or patterns of names")
     factorizing.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    add_calibration(factorizing)
 
 
 def add_merge(commands) -> None:
@@ -182,12 +190,14 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_factorize(args: argparse.Namespace) -> None:
-    names = ("mode", "rank_scale", "target_ratio", "energy", "init", "include", "exclude", "seed")
+    names = ("mode", "rank_scale", "target_ratio", "model_ratio", "energy", "init", "include", "exclude", "seed")
     try:
         config = FactorizationConfig(**{name: getattr(args, name) for name in names})
     except ValueError as error:
         raise UserInputError(f"--{error}") from error
-    result = factorize_checkpoint(args.source, args.folder, config)
+    result = factorize_checkpoint(
+        args.source, args.folder, config, args.calibration_file, args.calibration_samples, args.max_seq_length
+    )
     print(factorization_table(result.model))
     print_sizes(result, args.folder)
 
@@ -197,8 +207,14 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 def print_sizes(result: Compression, folder: str) -> None:
-    name, parameters = type(result.model).__name__, result.model.num_parameters()
-    print(f"{name}: {parameters:,} parameters, before {result.original_parameters:,}; in {folder}")
+    new, old = result.size, result.original
+    lines = [
+        f"{new.parameters:,} parameters, before {old.parameters:,}",
+        f"{new.bytes / 1e6:.1f} MB, before {old.bytes / 1e6:.1f}",
+    ]
+    if new.flops is not None and old.flops is not None:
+        lines.append(f"{new.flops / 1e9:.3g} GFLOP for the first calibration batch, before {old.flops / 1e9:.3g}")
+    print(f"{type(result.model).__name__}: {'; '.join(lines)}; in {folder}")
 
 
 def run_export(args: argparse.Namespace) -> None:

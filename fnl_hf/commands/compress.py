@@ -1,14 +1,17 @@
 """A checkpoint on disk or on the Hub whose layers are factorized or merged, and saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fnl_hf.bert import modeling_fnl_bert
+from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, refuse_misfit
 from fnl_hf.commands.folders import (
     complete_or_removed,
     copy_companions,
@@ -18,7 +21,7 @@ from fnl_hf.commands.folders import (
     refuse_bad_folder,
     refuse_misfits,
 )
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, PIPELINE_TAGS, describe_source, write_card
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.config import FactorizationConfig
@@ -33,23 +36,58 @@ IN_PYTHON = (
 )
 
 
+class Size(NamedTuple):
+    """Of a model: parameters, bytes of its weights on the disk, and floating point operations of a forward pass on the
+    first calibration batch, None without one."""
+
+    parameters: int
+    bytes: int
+    flops: int | None
+
+
 class Compression(NamedTuple):
-    """Parameters of the original, and the model that was made of it."""
+    """The model that was made, and how large the original and it are."""
 
-    original_parameters: int
     model: PreTrainedModel
+    original: Size
+    size: Size
 
 
-def factorize_checkpoint(source: str, folder: str | Path, config: FactorizationConfig) -> Compression:
+def factorize_checkpoint(
+    source: str,
+    folder: str | Path,
+    config: FactorizationConfig,
+    calibration_files: Sequence[str] = (),
+    calibration_samples: int = SAMPLES,
+    max_seq_length: int = LENGTH,
+) -> Compression:
     """:func:`fnl_hf.factorize` a checkpoint of any architecture, with its head, and save it in ``folder``.
+
+    Args:
+        calibration_files: text whose first ``calibration_samples`` documents, cut to ``max_seq_length`` tokens, say
+            which directions of a trained model count; without any, the weights do.
 
     Raises:
         UserInputError: a folder in use or one that cannot be written, no such checkpoint, one that cannot be read or
-            has code of its own, or a configuration that does not fit it.
+            has code of its own, a configuration that does not fit it, or text for a model that reads none.
     """
-    return _save_changed(
-        source, folder, lambda model: factorize(model, config), "with factorized layers; not trained since"
-    )
+    validate_bounds("calibration_samples", calibration_samples, 1)
+    validate_bounds("max_seq_length", max_seq_length, 1)
+
+    def batches(model, tokenizer):
+        if not calibration_files:
+            return None
+        if tokenizer is None:
+            raise ValueError(f"{source} has no tokenizer for --calibration_file: calibrate it in Python, on its inputs")
+        found = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
+        refuse_misfit(model, found)
+        return found
+
+    what = "with factorized layers; not trained since"
+    if calibration_files:
+        text = describe_calibration(calibration_files, calibration_samples, max_seq_length)
+        what = f"with factorized layers, calibrated on at most {text}; not trained since"
+    return _save_changed(source, folder, lambda model, data: factorize(model, config, data), what, batches)
 
 
 def merge_checkpoint(source: str, folder: str | Path) -> Compression:
@@ -59,7 +97,7 @@ def merge_checkpoint(source: str, folder: str | Path) -> Compression:
         UserInputError: as :func:`factorize_checkpoint`; a checkpoint without factorized layers.
     """
 
-    def merged(model):
+    def merged(model, data):
         if not factorized_layers(model):
             raise ValueError(f"{source} has no factorized layers")
         return merge(model)
@@ -67,23 +105,44 @@ def merge_checkpoint(source: str, folder: str | Path) -> Compression:
     return _save_changed(source, folder, merged, "its factorized layers multiplied out")
 
 
-def _save_changed(source: str, folder: str | Path, change: Callable[[Any], Any], what: str) -> Compression:
+def _save_changed(
+    source: str,
+    folder: str | Path,
+    change: Callable[[Any, Any], Any],
+    what: str,
+    batches: Callable[[Any, Any], Any] = lambda model, tokenizer: None,
+) -> Compression:
     folder = Path(folder)
     refuse_bad_folder(folder)
     model = _load_model(source)
     tokenizer, companions = _load_tokenizer(source), find_companions(source)
-    before = model.num_parameters()
     try:
-        model = change(model)
-    except ValueError as error:
+        data = batches(model, tokenizer)
+        before = _size_of(model, data)
+        model = change(model, data)
+        result = Compression(model, before, _size_of(model, data))
+    except UserInputError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserInputError(str(error)) from error
     with complete_or_removed(folder):
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         copy_companions(companions, folder)
-        _write_card(folder, source, model, before, what)
-    return Compression(before, model)
+        _write_card(folder, source, result, what)
+    return result
+
+
+@torch.no_grad()
+def _size_of(model: PreTrainedModel, batches: Any) -> Size:
+    weights = {id(p): p for p in [*model.parameters(), *model.buffers()]}.values()  # tied ones are saved once
+    flops = None
+    if batches:
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(**batches[0])
+        flops = counter.get_total_flops()
+    return Size(model.num_parameters(), sum(w.numel() * w.element_size() for w in weights), flops)
 
 
 def _load_model(source: str) -> PreTrainedModel:
@@ -130,10 +189,12 @@ def _load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def _write_card(folder: Path, source: str, model: PreTrainedModel, before: int, what: str) -> None:
+def _write_card(folder: Path, source: str, result: Compression, what: str) -> None:
     name, metadata = describe_source(source)
+    model = result.model
     layers = factorized_layers(model)
-    facts = {"architecture": type(model).__name__, "parameters": f"{model.num_parameters():,}, before {before:,}"}
+    parameters = f"{result.size.parameters:,}, before {result.original.parameters:,}"
+    facts = {"architecture": type(model).__name__, "parameters": parameters}
     write_card(
         folder,
         title=folder.resolve().name,

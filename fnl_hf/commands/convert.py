@@ -1,20 +1,20 @@
 """A checkpoint on disk or on the Hub, converted and saved: BERT to FNL-BERT of another size, FNL-BERT to BERT."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
-import torch
 from matplotlib import pyplot as plt
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel
 
 from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
 from fnl_hf.bert.head_mixing import Truncation
+from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, refuse_misfit
 from fnl_hf.commands.folders import (
     complete_or_removed,
     copy_companions,
@@ -23,7 +23,6 @@ from fnl_hf.commands.folders import (
     refuse_bad_folder,
     refuse_misfits,
 )
-from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, describe_source, write_card
@@ -31,7 +30,6 @@ from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.factorize import merge
 
 SPECTRA_FILE = "spectra.png"
-BATCH_SIZE = 16
 TITLES = {"qk": "$Q_h K_h^T$", "vo": "$V_h O_h^T$"}
 
 TRUNCATION = """## Truncation
@@ -59,8 +57,8 @@ def convert_checkpoint(
     to: str = "fnl_bert",
     attention_embedding_size: int | None = None,
     calibration_files: Sequence[str] = (),
-    calibration_samples: int = 256,
-    max_seq_length: int = 128,
+    calibration_samples: int = SAMPLES,
+    max_seq_length: int = LENGTH,
 ) -> Conversion:
     """Convert the checkpoint ``source``, with its head, and save it in ``folder``, with its tokenizer and what else it
     has beside its weights, as the files of sentence-transformers.
@@ -90,6 +88,8 @@ def convert_checkpoint(
     fnl_class = _fnl_class(type(original).__name__)
     try:
         calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
+        if calibration:
+            refuse_misfit(original, calibration)
         if to == "bert":
             result = Conversion(original, _to_bert(original), [])
         else:
@@ -100,8 +100,7 @@ def convert_checkpoint(
     except (OSError, ValueError) as error:
         raise UserInputError(str(error)) from error
     documents = sum(len(batch["input_ids"]) for batch in calibration)
-    names = ", ".join(Path(file).name for file in calibration_files)
-    text = f"{documents} documents of {names}, at most {max_seq_length} tokens of each" if documents else None
+    text = describe_calibration(calibration_files, documents, max_seq_length) if documents else None
     with complete_or_removed(folder):
         result.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -138,23 +137,6 @@ def load_model(source: str) -> PreTrainedModel:
     model, info = found
     refuse_misfits(source, model, info)
     return model
-
-
-def calibration_batches(
-    tokenizer: PreTrainedTokenizerBase, files: Sequence[str], samples: int, max_seq_length: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs from the first ``samples`` documents of text files: the ``calibration`` of ``from_bert``."""
-    texts = load_text_files(list(files))["text"][:samples] if files else []
-    for start in range(0, len(texts), BATCH_SIZE):
-        yield dict(
-            tokenizer(
-                texts[start : start + BATCH_SIZE],
-                truncation=True,
-                max_length=max_seq_length,
-                padding=True,
-                return_tensors="pt",
-            )
-        )
 
 
 def _write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:

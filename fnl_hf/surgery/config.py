@@ -9,7 +9,7 @@ from typing import Any
 
 from fnl_hf.layers.base import INITS, MODES
 
-SIZES = ("rank_scale", "target_ratio", "energy", "ranks")
+SIZES = ("rank_scale", "target_ratio", "model_ratio", "energy", "ranks")
 # Where nothing is said: at a quarter of its rank a square layer has half its parameters; an overcomplete one has twice
 # (deep: three times) as many at full rank.
 DEFAULT_RANK_SCALES = {"low_rank": 0.25, "wide": 1.0, "deep": 1.0}
@@ -29,7 +29,9 @@ class FactorizationConfig:
         rank_scale: the rank is max(1, round(rank_scale · full rank)). Default: 0.25 for "low_rank", else 1.
         target_ratio: the parameters of all factorized layers, over those of the dense ones; ranks are in proportion to
             the full ones.
-        energy: the share of Σσ² that each layer keeps at least, above 0 and at most 1.
+        model_ratio: the parameters of the whole model, over those that it had; the factorized layers make up for all
+            that stays as it is.
+        energy: the share of Σσ² that each layer keeps at least, above 0 and at most 1; of the loss, if calibrated.
         ranks: {type or pattern: rank}; the layers that match, the first match counts, and no others.
         init: "spectral" (the paper's) or "default" (its baseline); see
             :meth:`fnl_hf.layers.FactorizedLayer.from_dense`.
@@ -49,6 +51,7 @@ class FactorizationConfig:
     mode: str = "low_rank"
     rank_scale: float | None = None
     target_ratio: float | None = None
+    model_ratio: float | None = None
     energy: float | None = None
     ranks: Mapping[str, int] | None = None
     init: str = "spectral"
@@ -71,7 +74,7 @@ class FactorizationConfig:
         given = [name for name in SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given: the ranks follow from one of them")
-        for name, largest in (("rank_scale", inf), ("target_ratio", inf), ("energy", 1.0)):
+        for name, largest in (("rank_scale", inf), ("target_ratio", inf), ("model_ratio", inf), ("energy", 1.0)):
             value = getattr(self, name)
             if value is not None and not (is_number(value, Real) and 0.0 < value <= largest and value < inf):
                 raise ValueError(
@@ -89,7 +92,7 @@ class FactorizationConfig:
 
     def settings(self) -> dict[str, Any]:
         """All that is given or follows from it, as JSON has it."""
-        given: dict[str, Any] = {name: float(size) for name in SIZES[:3] if (size := getattr(self, name)) is not None}
+        given: dict[str, Any] = {name: float(size) for name in SIZES[:4] if (size := getattr(self, name)) is not None}
         if self.ranks is not None:
             given["ranks"] = {pattern: int(rank) for pattern, rank in self.ranks.items()}
         lists = {"include": list(self.include), "exclude": list(self.exclude)}

@@ -83,7 +83,7 @@ def factorize(
         _refuse_hooks(name, layer)
     calibrated = {} if calibration is None else calibrate(model, layers, calibration)
     losses = {name: each.losses for name, each in calibrated.items() if each.losses.any()}
-    ranks = choose_ranks(layers, config, losses)
+    ranks = choose_ranks(layers, config, sum(p.numel() for p in model.parameters()), losses)
     factorized = {
         id(layers[name]): _factorize_layer(name, layers[name], rank, config, calibrated.get(name))
         for name, rank in ranks.items()
@@ -150,9 +150,7 @@ def factorization_table(model: nn.Module) -> str:
     return "\n".join([header, *lines, f"{f'{len(lines)} layers':<72}{dense_total:>12,}{total:>12,}{ratio:>8}"])
 
 
-def selected_layers(
-    model: nn.Module, config: FactorizationConfig, is_calibrated: bool = False
-) -> dict[str, nn.Module]:
+def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated: bool = False) -> dict[str, nn.Module]:
     """Name -> layer of all that ``config`` names; see :func:`factorize` for what calibration adds.
 
     Raises:

@@ -56,17 +56,20 @@ class LayerSize:
 def choose_ranks(
     layers: Mapping[str, nn.Module],
     config: FactorizationConfig,
+    model_parameters: int = 0,
     losses: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, int]:
     """Name -> rank of each layer.
 
     Args:
+        model_parameters: of the whole model, for ``model_ratio``.
         losses: of calibrated layers, what leaving out each direction costs (min(m, n),), descending. ``target_ratio``
             and ``energy`` then go by them; a layer that stays dense because its budget would pay for it is left out.
             Layers that no output depends on have none.
 
     Raises:
-        ValueError: weights on the meta device, of which ``energy`` cannot be known.
+        ValueError: weights on the meta device, of which ``energy`` cannot be known; a ``model_ratio`` that what is not
+            factorized exceeds.
     """
     sizes = {name: LayerSize(layer) for name, layer in layers.items()}
     if config.ranks is not None:
@@ -74,10 +77,11 @@ def choose_ranks(
             name: next(rank for entry, rank in config.ranks.items() if matches_layer(entry, name, layer))
             for name, layer in layers.items()
         }
-    if config.target_ratio is not None:
-        if losses:
-            return _ranks_of_losses(sizes, losses, config.target_ratio)
-        return _ranks_of_ratio(sizes, config.target_ratio, config.mode)
+    ratio = config.target_ratio
+    if config.model_ratio is not None:
+        ratio = _ratio_of_layers(sizes, config.model_ratio, model_parameters)
+    if ratio is not None:
+        return _ranks_of_losses(sizes, losses, ratio) if losses else _ranks_of_ratio(sizes, ratio, config.mode)
     if config.energy is not None:
         return {
             name: _rank_that_keeps(losses[name][None], config.energy)
@@ -87,6 +91,19 @@ def choose_ranks(
         }
     scale = DEFAULT_RANK_SCALES[config.mode] if config.rank_scale is None else config.rank_scale
     return {name: size.scale_rank(scale, config.mode) for name, size in sizes.items()}
+
+
+def _ratio_of_layers(sizes: Mapping[str, LayerSize], model_ratio: float, model_parameters: int) -> float:
+    """The ``target_ratio`` at which the whole model has ``model_ratio`` of its parameters."""
+    dense = sum(size.parameters(None) for size in sizes.values())
+    smallest = sum(size.parameters(1) for size in sizes.values())
+    rest = model_parameters - dense
+    if model_ratio * model_parameters < rest + smallest:
+        raise ValueError(
+            f"model_ratio ({model_ratio}) must be at least {(rest + smallest) / model_parameters:.3g}: {rest:,} of "
+            f"{model_parameters:,} parameters are in layers that are not factorized (include more, as 'Embedding')"
+        )
+    return (model_ratio * model_parameters - rest) / dense
 
 
 def _ranks_of_losses(

@@ -17,7 +17,8 @@ import fnl_hf
 from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.head_mixing import HeadMoments, activation_moments, regularize_moments, truncate_product
 from fnl_hf.commands import cli
-from fnl_hf.commands.convert import calibration_batches, convert_checkpoint, truncation_table
+from fnl_hf.commands.calibration import calibration_batches
+from fnl_hf.commands.convert import convert_checkpoint, truncation_table
 from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.publishing.cards import name_repository
 from tests.conftest import DIMENSIONS

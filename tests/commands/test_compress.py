@@ -92,9 +92,52 @@ def test_image_models(tmp_path, capsys):
     assert "pipeline_tag: image-classification" in card and "attention" not in card.split("## Method")[1]
 
 
+@pytest.fixture
+def fitting(checkpoint, tokenizer):
+    """The checkpoint with a table for all of its tokenizer's ids."""
+    model = bert()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(checkpoint)
+    return checkpoint
+
+
+def test_calibration(fitting, tmp_path, capsys):
+    """70% of the whole model, by a text: other factors, attention's among them, sizes before and after."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the {word} of a list keeps {word} and {word}s" for word in "abcdefgh" * 9))
+    words = [
+        "factorize",
+        str(fitting),
+        str(tmp_path / "new"),
+        "--model_ratio",
+        "0.7",
+        "--calibration_file",
+        str(text),
+    ]
+    cli.main([*words, "--calibration_samples", "70", "--max_seq_length", "11"])
+    printed = capsys.readouterr().out
+    before, after = (
+        BertForMaskedLM.from_pretrained(fitting).num_parameters(),
+        BertForMaskedLM.from_pretrained(tmp_path / "new").num_parameters(),
+    )
+    assert 0.65 * before < after <= 0.7 * before and "attention.self.value" in printed
+    assert (
+        f"{after:,} parameters, before {before:,}; " in printed and " GFLOP for the first calibration batch" in printed
+    )
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert "calibrated on at most 70 documents of text.txt, at most 11 tokens of each" in card
+    factors = BertForMaskedLM.from_pretrained(tmp_path / "new").state_dict()
+    cli.main(["factorize", str(fitting), str(tmp_path / "short"), *words[3:], "--max_seq_length", "5"])
+    others = BertForMaskedLM.from_pretrained(tmp_path / "short").state_dict()
+    assert any(name not in others or not torch.equal(others[name], value) for name, value in factors.items())
+
+
 @pytest.mark.parametrize(
     "command, words, message",
     [
+        ("factorize", ["--model_ratio", "0.01"], "model_ratio (0.01) must be at least 0."),
+        ("factorize", ["--calibration_file", "no.txt"], "no.txt"),
+        ("factorize", ["--calibration_file", "no.txt", "--calibration_samples", "0"], "--calibration_samples (0) must"),
         ("factorize", ["--energy", "2"], "--energy (2.0) must be above 0 and at most 1"),
         ("factorize", ["--include", "layer.9.*"], "'layer.9.*' names no layer that can be factorized"),
         ("merge", [], "has no factorized layers"),

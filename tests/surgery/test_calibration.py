@@ -254,12 +254,13 @@ def losses_of(a, b):
 )
 def test_ranks_go_where_a_parameter_saves_most(ratio, a, b, expected):
     layers = dict(Two().named_children())
-    assert choose_ranks(layers, FactorizationConfig(target_ratio=ratio), losses_of(a, b)) == expected
+    assert choose_ranks(layers, FactorizationConfig(target_ratio=ratio), losses=losses_of(a, b)) == expected
 
 
 def test_energy_of_calibrated_layers_is_that_of_their_losses():
     layers = dict(Two().named_children())
-    found = choose_ranks(layers, FactorizationConfig(energy=0.9), losses_of([90, 5, 2, 1, 1, 1], [4, 3, 2, 1]))
+    losses = losses_of([90, 5, 2, 1, 1, 1], [4, 3, 2, 1])
+    found = choose_ranks(layers, FactorizationConfig(energy=0.9), losses=losses)
     assert found == {"a": 1, "b": 3}
 
 
