@@ -41,7 +41,7 @@ def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torc
     }
     optimizer_class: Any = OPTIMIZERS[args.optimizer]
     taken = constructor_arguments(optimizer_class)
-    options = {name: value for name, value in flags.items() if name in taken}
+    options = {name: value for name, value in flags.items() if name in taken and _fits(value, taken[name])}
     if sharded and issubclass(optimizer_class, torch.optim.SGD):
         options.pop("fused")  # torch's kernel takes no cut parameters, and its default is a loop
         options["foreach"] = True
@@ -72,7 +72,12 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
         UserInputError: no ``name=value``, a name that the optimizer does not have, or another value.
     """
     taken = constructor_arguments(OPTIMIZERS[optimizer])
-    known = {name: default for name, default in taken.items() if name not in SET_BY_FLAGS}
+    # An argument that means something else than the flag of its name, as Adafactor's pair of eps, is set here.
+    known = {
+        n: default
+        for n, default in taken.items()
+        if n not in SET_BY_FLAGS or isinstance(default, tuple) != (n == "betas")
+    }
     parsed: dict[str, Any] = {}
     for name, separator, value in (part.partition("=") for part in _split(text or "")):
         if not separator or name not in known:
