@@ -184,6 +184,15 @@ def make_datasets(
     return datasets | {"train": ImageDataset(splits["train"], prepare, seed, *augmentation)}
 
 
+def describe_data(splits: dict[str, Images], source: str) -> dict[str, str]:
+    """What a start says of the data."""
+    facts = {}
+    for split, images in splits.items():
+        height, width, channels = images.pixels.shape[1:]
+        facts[f"{split} data"] = f"{source}: {len(images):,} images of {height} x {width} x {channels}"
+    return facts | {"classes": f"{len(splits['train'].names):,}"}
+
+
 def choose_by_validation(args: ImageTrainingArguments, splits: dict[str, Images]) -> None:
     """Let the best checkpoint be that with the best score on held-out images.
 
@@ -258,7 +267,8 @@ def run(argv):
     planned.record_data({name: splits[split].fingerprint() for split, (is_used, name) in used.items() if is_used})
     datasets = make_datasets(splits, data_args, prepare, args.seed)
     trainer = make_trainer(model, args, datasets, data_args.lr_milestones or MILESTONES)
-    planned.start()
+    source = data_args.dataset_name or str(data_args.train_dir or data_args.idx_dir)
+    planned.start(trainer, describe_data(splits, source))
 
     metrics = {}
     if args.do_train:
@@ -274,7 +284,7 @@ def run(argv):
     planned.finish(
         trainer,
         metrics,
-        source=data_args.dataset_name or str(data_args.train_dir or data_args.idx_dir),
+        source=source,
         title=Path(str(args.output_dir)).resolve().name,
         description=DESCRIPTIONS[model_args.method],
         auto_class="AutoModelForImageClassification",

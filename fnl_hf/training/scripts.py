@@ -1,5 +1,6 @@
 """What the training scripts have in common: a run is planned, checked against its folder, recorded and reported."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from transformers.utils import logging
 
 from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
 from fnl_hf.publishing.hub import push_finished
+from fnl_hf.reports.overview import OverviewCallback, describe_end, describe_start
 from fnl_hf.reports.plots import REPORT_FILE, plot_report
 from fnl_hf.runs.plan import (
     START_WEIGHTS,
@@ -38,6 +40,7 @@ class ScriptRun:
 
     def __init__(self, args, argv: Sequence[str], *script_arguments):
         self.args, self.argv = args, argv
+        self.began = time.monotonic()
         self.description = describe_run(args, *script_arguments)
         self.plan = plan_run(args, self.description)
 
@@ -64,13 +67,20 @@ class ScriptRun:
         self.description |= fingerprints
         validate_data(self.plan, self.description)
 
-    def start(self) -> None:
-        """Make the output folder and record this start."""
-        if not self.args.should_save:
-            return
-        start_run(self.args, self.description)
+    def start(self, trainer, facts: Mapping[str, str], notice: str | None = None) -> None:
+        """Make the output folder, record this start, and say what it is of.
+
+        Args:
+            facts, notice: see :func:`fnl_hf.reports.overview.describe_start`.
+        """
+        if self.args.should_save:
+            start_run(self.args, self.description)
+            if self.args.do_train:
+                record_start(self.args, self.plan.checkpoint, self.argv, self.description)
         if self.args.do_train:
-            record_start(self.args, self.plan.checkpoint, self.argv, self.description)
+            trainer.add_callback(OverviewCallback(trainer, facts, notice))
+        elif trainer.is_world_process_zero():
+            print(describe_start(trainer, facts, notice), flush=True)
 
     def finish(self, trainer, metrics: dict[str, dict[str, Any]], source: str = "", **card) -> None:
         """Report, card, metrics by split (``all_results.json`` is the sign of a finished run) and upload. The model
@@ -98,6 +108,8 @@ class ScriptRun:
         for split, values in metrics.items():
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
+        if trainer.is_world_process_zero():
+            print(describe_end(self.args, time.monotonic() - self.began, metrics), flush=True)
         if self.args.push_to_hub and self.args.do_train:
             trainer.push_saved()
         elif self.args.push_to_hub:  # nothing is saved yet
