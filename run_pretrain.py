@@ -28,6 +28,7 @@ from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments,
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
+from fnl_hf.training.unused_flags import warn_of_unused_flags
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
@@ -166,6 +167,7 @@ def make_trainer(model, tokenizer, args, batches, plan):
 
 def run(argv):
     model_args, data_args, args, planned = parse_command(with_quickstart(list(argv)))
+    warn_of_unused_flags(argv, model_args, data_args, args)
     if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)

@@ -33,6 +33,7 @@ from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.models import build_question_answering_model
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
+from fnl_hf.training.unused_flags import warn_of_unused_flags
 
 logger = logging.get_logger("fnl_hf.run_squad")
 
@@ -256,6 +257,7 @@ def run_one(model_args, data_args, args, planned):
 def run(argv):
     arguments = parse_arguments(ARGUMENTS, argv)
     args = arguments[-1]
+    warn_of_unused_flags(argv, *arguments)
     if args.seeds is None:
         run_one(*plan_one(arguments, argv))
         return

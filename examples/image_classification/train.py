@@ -29,6 +29,7 @@ from fnl_hf.training.models import as_user_input
 from fnl_hf.training.sampling import epoch_sampler
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
+from fnl_hf.training.unused_flags import warn_of_unused_flags
 from preparation import Preparation
 from pruning import layers_to_prune, make_permanent, prune_by_magnitude, remaining_parameters
 from resnet import CifarResNetConfig, CifarResNetForImageClassification
@@ -254,6 +255,7 @@ def run(argv):
     if args.do_train and args.eval_strategy == "no":
         refuse_unused(data_args, ("validation_samples",), "without --eval_strategy nobody looks at held-out images")
     planned = ScriptRun(args, argv, model_args, data_args)
+    warn_of_unused_flags(argv, model_args, data_args, args)
     if planned.is_finished(name):
         return
     set_seed(args.seed)

@@ -21,6 +21,7 @@ from fnl_hf.runs.plan import (
     weights_checksum,
 )
 from fnl_hf.runs.provenance import read_starts, record_start
+from fnl_hf.training.unused_flags import warn_of_unused_decay
 
 logger = logging.get_logger(__name__)
 
@@ -73,6 +74,7 @@ class ScriptRun:
         Args:
             facts, notice: see :func:`fnl_hf.reports.overview.describe_start`.
         """
+        warn_of_unused_decay(self.argv, self.args, trainer.model)
         if self.args.should_save:
             start_run(self.args, self.description)
             if self.args.do_train:
