@@ -1,5 +1,6 @@
 """What the training scripts have in common: a run is planned, checked against its folder, recorded and reported."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from transformers.utils import logging
 
 from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
 from fnl_hf.publishing.hub import push_finished
+from fnl_hf.reports.overview import OverviewCallback, describe_end, describe_start
 from fnl_hf.reports.plots import REPORT_FILE, plot_report
 from fnl_hf.runs.ownership import ALL, EVALUATION, record_written
 from fnl_hf.runs.plan import (
@@ -21,6 +23,7 @@ from fnl_hf.runs.plan import (
 )
 from fnl_hf.runs.processes import decide_on_first_process
 from fnl_hf.runs.provenance import read_starts, record_start
+from fnl_hf.training.unused_flags import warn_of_unused_decay
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +43,7 @@ class ScriptRun:
 
     def __init__(self, args, argv: Sequence[str], *script_arguments):
         self.args, self.argv = args, argv
+        self.began = time.monotonic()
         self.description = describe_run(args, *script_arguments)
         self.plan = plan_run(args, self.description)
 
@@ -66,8 +70,11 @@ class ScriptRun:
         self.description |= fingerprints
         validate_data(self.plan, self.description)
 
-    def start(self) -> None:
-        """Make the output folder, lock it, and record this start.
+    def start(self, trainer, facts: Mapping[str, str], notice: str | None = None) -> None:
+        """Make the output folder, lock it, record this start, and say what it is of.
+
+        Args:
+            facts, notice: see :func:`fnl_hf.reports.overview.describe_start`.
 
         Raises:
             UserInputError: another process has begun a run there since this one was planned.
@@ -78,7 +85,12 @@ class ScriptRun:
             if self.args.do_train:
                 record_start(self.args, self.plan.checkpoint, self.argv, self.description)
 
+        warn_of_unused_decay(self.argv, self.args, trainer.model)
         decide_on_first_process(start)
+        if self.args.do_train:
+            trainer.add_callback(OverviewCallback(trainer, facts, notice))
+        elif trainer.is_world_process_zero():
+            print(describe_start(trainer, facts, notice), flush=True)
 
     def finish(self, trainer, metrics: dict[str, dict[str, Any]], source: str = "", **card) -> None:
         """Report, card, metrics by split (``all_results.json`` is the sign of a finished run) and upload. The model
@@ -106,6 +118,8 @@ class ScriptRun:
         for split, values in metrics.items():
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
+        if trainer.is_world_process_zero():
+            print(describe_end(self.args, time.monotonic() - self.began, metrics), flush=True)
         if self.args.push_to_hub and self.args.do_train:
             trainer.push_saved()
         elif self.args.push_to_hub:  # nothing is saved yet
