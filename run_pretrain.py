@@ -42,7 +42,8 @@ def get_tokenizer(model_args, checkpoint, documents):
     elif isinstance(documents.train, DocumentStream):
         raise UserInputError("--streaming needs --tokenizer_name: a tokenizer cannot be trained on a stream")
     else:
-        tokenizer = train_tokenizer(documents.train, model_args.vocab_size, model_max_length=512)
+        sizes = {"vocab_size": model_args.vocab_size, "alphabet_coverage": model_args.alphabet_coverage}
+        tokenizer = train_tokenizer(documents.train, model_max_length=512, **sizes)
     validate_mlm_tokenizer(tokenizer)
     return tokenizer
 

@@ -163,11 +163,12 @@ def make_features(data_args, args, tokenizer, questions):
     """{split: features} for the questions of :func:`load_splits`."""
     lengths = (data_args.max_seq_length, data_args.doc_stride)
     maker = FeatureMaker(tokenizer, *lengths, data_args.cache_dir, data_args.preprocessing_num_workers)
+    features = {}
     with args.main_process_first(desc="making features"):
-        return {
-            split: (maker.train_dataset if split == "train" else maker.eval_dataset)(examples)
-            for split, examples in questions.items()
-        }
+        for split, examples in questions.items():
+            features[split] = (maker.train_dataset if split == "train" else maker.eval_dataset)(examples)
+            maker.warn_of_unknown_tokens(features[split], f"{split} questions")
+    return features
 
 
 def make_trainer(model, tokenizer, data_args, args, questions, features):

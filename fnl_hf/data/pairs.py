@@ -207,7 +207,7 @@ def _draw_middle(stops: list[int], first: int, last: int, start: int, rng: rando
 def _draw_segment(
     group: list[Document], index: int, taken: range, like: Shape, following: np.ndarray, rng: random.Random
 ) -> np.ndarray | None:
-    """Of some draws the segment that is most like the true B, ``following``, but not the same unless all are: from another
+    """Of some draws the segment that is most like the true B, ``following``, and, if any is, not the same: from another
     document, or from this one outside the sentences ``taken``; None if it has no others."""
     best: tuple[int, ...] | None = None
     found = None
