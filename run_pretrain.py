@@ -31,6 +31,7 @@ from fnl_hf.training.trainer import build_trainer, train_and_save
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
+OBJECTIVES = {"mlm": "masked language modelling", "mlm_nsp": "masked language modelling and next sentence prediction"}
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
@@ -143,6 +144,15 @@ def make_trainer(model, tokenizer, args, batches, plan):
     return trainer
 
 
+def describe_inputs(data_args):
+    """The card's rows about the objective."""
+    words = "whole words" if data_args.whole_word_mask else "tokens"
+    return {
+        "sequence length": data_args.max_seq_length,
+        "masked": f"{data_args.mlm_probability:.1%} of the {words}",
+    }
+
+
 def run(argv):
     model_args, data_args, args, planned = parse_command(with_quickstart(list(argv)))
     if planned.is_finished(model_args.model_name_or_path):
@@ -164,10 +174,13 @@ def run(argv):
         trainer,
         metrics,
         source=data_args.dataset_name or ", ".join(files) or "embedded corpus",
+        facts=describe_inputs(data_args),
+        language=None if data_args.dataset_name or files else "en",
         title=Path(args.output_dir).resolve().name,
-        description="A BERT with factorized attention, pretrained with masked language modelling.",
+        description=f"A BERT with factorized attention, pretrained with {OBJECTIVES[data_args.objective]}.",
         auto_class=AUTO_CLASSES[data_args.objective],
         dataset=data_args.dataset_name,
+        base_model=model_args.model_name_or_path,
     )
 
 

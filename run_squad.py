@@ -231,10 +231,12 @@ def run_one(model_args, data_args, args, planned):
         trainer,
         metrics,
         source=data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf",
+        facts={"sequence length": data_args.max_seq_length, "document stride": data_args.doc_stride},
         title=f"{Path(args.output_dir).resolve().name} (question answering)",
         description="Fine-tuned for extractive question answering.",
         auto_class="AutoModelForQuestionAnswering",
         dataset=data_args.dataset_name,
+        base_model=model_args.model_name_or_path,
     )
 
 
