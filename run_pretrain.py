@@ -33,6 +33,7 @@ from fnl_hf.training.unused_flags import warn_of_unused_flags
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
+OBJECTIVES = {"mlm": "masked language modelling", "mlm_nsp": "masked language modelling and next sentence prediction"}
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
@@ -44,7 +45,8 @@ def get_tokenizer(model_args, checkpoint, documents):
     elif isinstance(documents.train, DocumentStream):
         raise UserInputError("--streaming needs --tokenizer_name: a tokenizer cannot be trained on a stream")
     else:
-        tokenizer = train_tokenizer(documents.train, model_args.vocab_size, model_max_length=512)
+        sizes = {"vocab_size": model_args.vocab_size, "alphabet_coverage": model_args.alphabet_coverage}
+        tokenizer = train_tokenizer(documents.train, model_max_length=512, **sizes)
     validate_mlm_tokenizer(tokenizer)
     return tokenizer
 
@@ -166,6 +168,15 @@ def make_trainer(model, tokenizer, args, batches, plan):
     return trainer
 
 
+def describe_inputs(data_args):
+    """The card's rows about the objective."""
+    words = "whole words" if data_args.whole_word_mask else "tokens"
+    return {
+        "sequence length": data_args.max_seq_length,
+        "masked": f"{data_args.mlm_probability:.1%} of the {words}",
+    }
+
+
 @folders_in_use()
 def run(argv):
     model_args, data_args, args, planned = parse_command(with_quickstart(list(argv)))
@@ -189,10 +200,13 @@ def run(argv):
         trainer,
         metrics,
         source=source,
+        facts=describe_inputs(data_args),
+        language=None if notice is None else "en",
         title=Path(args.output_dir).resolve().name,
-        description="A BERT with factorized attention, pretrained with masked language modelling.",
+        description=f"A BERT with factorized attention, pretrained with {OBJECTIVES[data_args.objective]}.",
         auto_class=AUTO_CLASSES[data_args.objective],
         dataset=data_args.dataset_name,
+        base_model=model_args.model_name_or_path,
     )
 
 

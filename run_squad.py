@@ -170,11 +170,12 @@ def make_features(data_args, args, tokenizer, questions):
     """{split: features} for the questions of :func:`load_splits`."""
     lengths = (data_args.max_seq_length, data_args.doc_stride)
     maker = FeatureMaker(tokenizer, *lengths, data_args.cache_dir, data_args.preprocessing_num_workers)
+    features = {}
     with args.main_process_first(desc="making features"):
-        return {
-            split: (maker.train_dataset if split == "train" else maker.eval_dataset)(examples)
-            for split, examples in questions.items()
-        }
+        for split, examples in questions.items():
+            features[split] = (maker.train_dataset if split == "train" else maker.eval_dataset)(examples)
+            maker.warn_of_unknown_tokens(features[split], f"{split} questions")
+    return features
 
 
 def make_trainer(model, tokenizer, data_args, args, questions, features):
@@ -252,10 +253,12 @@ def run_one(model_args, data_args, args, planned):
         trainer,
         metrics,
         source=data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf",
+        facts={"sequence length": data_args.max_seq_length, "document stride": data_args.doc_stride},
         title=f"{Path(args.output_dir).resolve().name} (question answering)",
         description="Fine-tuned for extractive question answering.",
         auto_class="AutoModelForQuestionAnswering",
         dataset=data_args.dataset_name,
+        base_model=model_args.model_name_or_path,
     )
 
 

@@ -126,6 +126,10 @@ class FnlTrainingArguments(TrainingArguments):
     hub_license: str | None = field(
         default=None, metadata={"help": "The licence that the model card names, as apache-2.0. Default: none."}
     )
+    hub_language: str | None = field(
+        default=None,
+        metadata={"help": "The language that the model card names, as en. Default: that of the base model's card."},
+    )
     report_to: None | str | list[str] = field(
         default=None,
         metadata={"help": "Trackers, 'all' that are installed, or 'none'. Default: tensorboard if installed."},

@@ -7,7 +7,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
+from fnl_hf.publishing.cards import (
+    describe_decay,
+    describe_optimizer,
+    model_facts,
+    run_facts,
+    training_facts,
+    write_run_card,
+)
 from fnl_hf.publishing.hub import push_finished
 from fnl_hf.reports.overview import OverviewCallback, describe_end, describe_start
 from fnl_hf.reports.plots import REPORT_FILE, plot_report
@@ -92,19 +99,32 @@ class ScriptRun:
         elif trainer.is_world_process_zero():
             print(describe_start(trainer, facts, notice), flush=True)
 
-    def finish(self, trainer, metrics: dict[str, dict[str, Any]], source: str = "", **card) -> None:
+    def finish(
+        self,
+        trainer,
+        metrics: dict[str, dict[str, Any]],
+        source: str = "",
+        facts: Mapping[str, Any] | None = None,
+        language: str | None = None,
+        **card,
+    ) -> None:
         """Report, card, metrics by split (``all_results.json`` is the sign of a finished run) and upload. The model
         itself is saved already.
 
         Args:
             source: the data's name for the card.
+            facts: rows of the card that only the script knows.
+            language: of the data, if it is known; ``--hub_language`` overrides it.
             **card: what else :func:`write_run_card` takes; without any no card is written.
         """
         if self.args.do_train and trainer.is_world_process_zero():
             folder, held_out = Path(self.args.output_dir), metrics.get("eval", {})
-            plot_report(trainer.state.log_history, folder / REPORT_FILE, held_out.get("unigram_entropy"))
+            plot_report(
+                trainer.state.log_history, folder / REPORT_FILE, held_out.get("unigram_entropy"), self._title(trainer)
+            )
             if card:
-                facts = model_facts(trainer.model, self.args, source)
+                facts = model_facts(trainer.model, self.args, source) | (facts or {})
+                facts |= training_facts(self.args, trainer.state.global_step)
                 write_run_card(
                     folder,
                     model=trainer.model,
@@ -112,6 +132,7 @@ class ScriptRun:
                     metrics=held_out,
                     repository=trainer.hub_model_id,
                     license=self.args.hub_license,
+                    language=self.args.hub_language or language,
                     plot=REPORT_FILE,
                     **card,
                 )
@@ -126,3 +147,9 @@ class ScriptRun:
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
             record_written(Path(self.args.output_dir), ALL if self.args.do_train else EVALUATION)
+
+    def _title(self, trainer) -> str:
+        """Which run the report shows."""
+        decay = describe_decay(trainer.model, self.args)
+        products = "" if decay is None else f"; decay of the products: {decay}"
+        return f"{Path(self.args.output_dir).resolve().name}: {describe_optimizer(self.args)}{products}"
