@@ -29,9 +29,11 @@ from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments,
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
+from fnl_hf.training.unused_flags import warn_of_unused_flags
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
+OBJECTIVES = {"mlm": "masked language modelling", "mlm_nsp": "masked language modelling and next sentence prediction"}
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
@@ -43,7 +45,8 @@ def get_tokenizer(model_args, checkpoint, documents):
     elif isinstance(documents.train, DocumentStream):
         raise UserInputError("--streaming needs --tokenizer_name: a tokenizer cannot be trained on a stream")
     else:
-        tokenizer = train_tokenizer(documents.train, model_args.vocab_size, model_max_length=512)
+        sizes = {"vocab_size": model_args.vocab_size, "alphabet_coverage": model_args.alphabet_coverage}
+        tokenizer = train_tokenizer(documents.train, model_max_length=512, **sizes)
     validate_mlm_tokenizer(tokenizer)
     return tokenizer
 
@@ -72,7 +75,7 @@ def plan_stream(data_args, args, checkpoint):
 
 
 def prepare(model_args, data_args, args, checkpoint):
-    """The data's way from their source to masked batches, with the tokenizer and configuration that it takes; the main
+    """The data's way from documents to masked batches, with the tokenizer and configuration that it takes; the main
     process fills the caches."""
     shards, order = plan_stream(data_args, args, checkpoint)
     cache = {"cache_dir": data_args.cache_dir, "num_proc": data_args.preprocessing_num_workers}
@@ -106,7 +109,29 @@ def prepare(model_args, data_args, args, checkpoint):
             sparse=model_args.sparse_prediction,
             documents=ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None,
         )
-        return tokenizer, config, rows, mask_rows(rows, masking)
+        return documents, tokenizer, config, rows, mask_rows(rows, masking)
+
+
+def describe_data(documents, rows, data_args):
+    """The name of the data, what a start says of them, and a notice if none were named."""
+    files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
+    name = data_args.dataset_name or ", ".join(files) or "embedded corpus"
+    length = data_args.max_seq_length
+
+    def count(documents, rows):
+        if isinstance(documents, DocumentStream):
+            return f"a stream, cut into sequences of {length} tokens"
+        return (
+            f"{len(documents):,} documents, {len(rows):,} sequences of {length} tokens ({len(rows) * length:,} in all)"
+        )
+
+    facts = {
+        "training data": f"{name}: {count(documents.train, rows.train)}",
+        "held-out data": count(documents.held_out, rows.held_out),
+    }
+    if data_args.dataset_name or files:
+        return name, facts, None
+    return name, facts, "NO DATA NAMED: this is the EMBEDDED CORPUS. --train_file or --dataset_name name yours"
 
 
 def parse_command(argv):
@@ -143,32 +168,45 @@ def make_trainer(model, tokenizer, args, batches, plan):
     return trainer
 
 
+def describe_inputs(data_args):
+    """The card's rows about the objective."""
+    words = "whole words" if data_args.whole_word_mask else "tokens"
+    return {
+        "sequence length": data_args.max_seq_length,
+        "masked": f"{data_args.mlm_probability:.1%} of the {words}",
+    }
+
+
 @folders_in_use()
 def run(argv):
     model_args, data_args, args, planned = parse_command(with_quickstart(list(argv)))
+    warn_of_unused_flags(argv, model_args, data_args, args)
     if planned.is_finished(model_args.model_name_or_path):
         return
     set_seed(args.seed)
-    tokenizer, config, rows, batches = prepare(model_args, data_args, args, planned.plan.checkpoint)
+    documents, tokenizer, config, rows, batches = prepare(model_args, data_args, args, planned.plan.checkpoint)
     planned.record_data({DATA_FINGERPRINT: rows.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
     trainer = make_trainer(model, tokenizer, args, batches, planned.plan)
-    planned.start()
+    source, facts, notice = describe_data(documents, rows, data_args)
+    planned.start(trainer, facts, notice)
 
     metrics = {}
     if args.do_train:
         metrics["train"] = train_and_save(trainer, planned.plan.checkpoint)
     if args.do_eval:
         metrics["eval"] = trainer.evaluate() | {"unigram_entropy": rows.unigram_entropy}
-    files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
     planned.finish(
         trainer,
         metrics,
-        source=data_args.dataset_name or ", ".join(files) or "embedded corpus",
+        source=source,
+        facts=describe_inputs(data_args),
+        language=None if notice is None else "en",
         title=Path(args.output_dir).resolve().name,
-        description="A BERT with factorized attention, pretrained with masked language modelling.",
+        description=f"A BERT with factorized attention, pretrained with {OBJECTIVES[data_args.objective]}.",
         auto_class=AUTO_CLASSES[data_args.objective],
         dataset=data_args.dataset_name,
+        base_model=model_args.model_name_or_path,
     )
 
 

@@ -34,6 +34,7 @@ from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.models import build_question_answering_model
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
+from fnl_hf.training.unused_flags import warn_of_unused_flags
 
 logger = logging.get_logger("fnl_hf.run_squad")
 
@@ -119,6 +120,11 @@ FINGERPRINTS = {"train": DATA_FINGERPRINT, "validation": VALIDATION_FINGERPRINT,
 ARGUMENTS = (ModelArguments, DataArguments, SquadTrainingArguments)
 
 
+def is_sample(data_args):
+    """Whether no data are named, so that the embedded sample takes their place."""
+    return not (data_args.dataset_name or data_args.train_file or data_args.validation_file or data_args.test_file)
+
+
 def load_examples(data_args, split):
     """The questions of one split: its file, the Hub's, or the sample's where no source is named at all."""
     file = getattr(data_args, f"{split}_file")
@@ -126,7 +132,7 @@ def load_examples(data_args, split):
         examples = read_squad_file(file)
     elif data_args.dataset_name is not None:
         examples = load_squad_hub(data_args.dataset_name, data_args.dataset_config_name, split, data_args.cache_dir)
-    elif split != "test" and not (data_args.train_file or data_args.validation_file or data_args.test_file):
+    elif split != "test" and is_sample(data_args):
         examples = load_sample(split)
     else:
         raise UserInputError(f"no questions to {'predict' if split == 'test' else split}: give --{split}_file")
@@ -164,11 +170,12 @@ def make_features(data_args, args, tokenizer, questions):
     """{split: features} for the questions of :func:`load_splits`."""
     lengths = (data_args.max_seq_length, data_args.doc_stride)
     maker = FeatureMaker(tokenizer, *lengths, data_args.cache_dir, data_args.preprocessing_num_workers)
+    features = {}
     with args.main_process_first(desc="making features"):
-        return {
-            split: (maker.train_dataset if split == "train" else maker.eval_dataset)(examples)
-            for split, examples in questions.items()
-        }
+        for split, examples in questions.items():
+            features[split] = (maker.train_dataset if split == "train" else maker.eval_dataset)(examples)
+            maker.warn_of_unknown_tokens(features[split], f"{split} questions")
+    return features
 
 
 def make_trainer(model, tokenizer, data_args, args, questions, features):
@@ -190,6 +197,21 @@ def make_trainer(model, tokenizer, data_args, args, questions, features):
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, **padding),
     )
+
+
+def describe_data(data_args, questions, features):
+    """What a start says of the data, and a notice if none were named."""
+    facts = {}
+    for split, examples in questions.items():
+        file = getattr(data_args, f"{split}_file")
+        name = Path(file).name if file else data_args.dataset_name or "embedded sample"
+        facts[f"{split} data"] = (
+            f"{name}: {len(examples):,} questions, {len(features[split]):,} windows of at most "
+            f"{data_args.max_seq_length} tokens"
+        )
+    flags = "--train_file and --validation_file, or --dataset_name, name yours"
+    notice = f"NO DATA NAMED: this is the EMBEDDED SAMPLE, whose scores mean little. {flags}"
+    return facts, notice if is_sample(data_args) else None
 
 
 def plan_one(arguments, argv):
@@ -216,7 +238,7 @@ def run_one(model_args, data_args, args, planned):
     planned.record_data(fingerprints)
     features = make_features(data_args, args, tokenizer, questions)
     trainer = make_trainer(model, tokenizer, data_args, args, questions, features)
-    planned.start()
+    planned.start(trainer, *describe_data(data_args, questions, features))
 
     metrics = {}
     if args.do_train:
@@ -231,10 +253,12 @@ def run_one(model_args, data_args, args, planned):
         trainer,
         metrics,
         source=data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf",
+        facts={"sequence length": data_args.max_seq_length, "document stride": data_args.doc_stride},
         title=f"{Path(args.output_dir).resolve().name} (question answering)",
         description="Fine-tuned for extractive question answering.",
         auto_class="AutoModelForQuestionAnswering",
         dataset=data_args.dataset_name,
+        base_model=model_args.model_name_or_path,
     )
 
 
@@ -242,6 +266,7 @@ def run_one(model_args, data_args, args, planned):
 def run(argv):
     arguments = parse_arguments(ARGUMENTS, argv)
     args = arguments[-1]
+    warn_of_unused_flags(argv, *arguments)
     if args.seeds is None:
         run_one(*plan_one(arguments, argv))
         return

@@ -32,6 +32,7 @@ from fnl_hf.training.models import as_user_input
 from fnl_hf.training.sampling import epoch_sampler
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
+from fnl_hf.training.unused_flags import warn_of_unused_flags
 from preparation import Preparation
 from pruning import layers_to_prune, make_permanent, prune_by_magnitude, remaining_parameters
 from resnet import CifarResNetConfig, CifarResNetForImageClassification
@@ -187,6 +188,15 @@ def make_datasets(
     return datasets | {"train": ImageDataset(splits["train"], prepare, seed, *augmentation)}
 
 
+def describe_data(splits: dict[str, Images], source: str) -> dict[str, str]:
+    """What a start says of the data."""
+    facts = {}
+    for split, images in splits.items():
+        height, width, channels = images.pixels.shape[1:]
+        facts[f"{split} data"] = f"{source}: {len(images):,} images of {height} x {width} x {channels}"
+    return facts | {"classes": f"{len(splits['train'].names):,}"}
+
+
 def choose_by_validation(args: ImageTrainingArguments, splits: dict[str, Images]) -> None:
     """Let the best checkpoint be that with the best score on held-out images.
 
@@ -267,6 +277,7 @@ def run(argv):
     if args.do_train and args.eval_strategy == "no":
         refuse_unused(data_args, ("validation_samples",), "without --eval_strategy nobody looks at held-out images")
     planned = ScriptRun(args, argv, model_args, data_args)
+    warn_of_unused_flags(argv, model_args, data_args, args)
     if planned.is_finished(name):
         return
     set_seed(args.seed)
@@ -280,7 +291,8 @@ def run(argv):
     planned.record_data({name: splits[split].fingerprint() for split, (is_used, name) in used.items() if is_used})
     datasets = make_datasets(splits, data_args, prepare, args.seed)
     trainer = make_trainer(model, args, datasets, data_args.lr_milestones or MILESTONES)
-    planned.start()
+    source = data_args.dataset_name or str(data_args.train_dir or data_args.idx_dir)
+    planned.start(trainer, describe_data(splits, source))
 
     metrics, merged = {}, None
     if args.do_train:
@@ -292,7 +304,6 @@ def run(argv):
         make_permanent(model)
         if args.do_train:  # it was saved with its masks
             trainer.save_model(_internal_call=True)
-    source = data_args.dataset_name or str(data_args.train_dir or data_args.idx_dir)
     card = {
         "title": Path(str(args.output_dir)).resolve().name,
         "description": DESCRIPTIONS[model_args.method],

@@ -207,8 +207,8 @@ def _draw_middle(stops: list[int], first: int, last: int, start: int, rng: rando
 def _draw_segment(
     group: list[Document], index: int, taken: range, like: Shape, following: np.ndarray, rng: random.Random
 ) -> np.ndarray | None:
-    """Of some draws the segment that is most like the true B but not the same: from another document, or from this one
-    outside the sentences ``taken``; None if there is nothing else than what is ``following``."""
+    """Of some draws the segment that is most like the true B, ``following``, and, if any is, not the same: from another
+    document, or from this one outside the sentences ``taken``; None if it has no others."""
     best: tuple[int, ...] | None = None
     found = None
     for _ in range(DRAWS):
@@ -216,9 +216,10 @@ def _draw_segment(
         if not sentences:
             return None
         for start, stop in _cut_segments(document.sentence_stops, sentences, like, rng):
-            segment, distance = document.tokens[start:stop], like.distance(document, start, stop)
+            segment = document.tokens[start:stop]
             # Of documents that stand twice in the corpus the true B would be the most like itself.
-            if (best is None or distance < best) and not np.array_equal(segment, following):
+            distance = (np.array_equal(segment, following), *like.distance(document, start, stop))
+            if best is None or distance < best:
                 best, found = distance, segment
         if best is not None and not any(best):
             break

@@ -19,6 +19,7 @@ from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.pairs import pair_documents
 from fnl_hf.data.source import Source
 from fnl_hf.data.streaming import StreamedRows, StreamOrder
+from fnl_hf.data.tokenizer import warn_of_unknown_tokens
 from fnl_hf.errors import UserInputError
 
 OBJECTIVES = {"mlm": pack_documents, "mlm_nsp": pair_documents}
@@ -68,7 +69,9 @@ def make_rows(
             rows = OBJECTIVES[options.objective](documents, tokenizer, options.max_seq_length, num_proc, cache_dir)
         except UserInputError as error:
             raise UserInputError(f"{LIMITS[limit]}: {error}") from error
-        return first_rows(rows, limit, getattr(options, limit))
+        rows = first_rows(rows, limit, getattr(options, limit))
+        warn_of_unknown_tokens(tokenizer, sample_rows(rows), LIMITS[limit])
+        return rows
 
     train: Dataset | StreamedRows
     if isinstance(documents.train, Dataset):
@@ -148,6 +151,11 @@ def _as_numpy(chunk: pa.Array) -> np.ndarray:
     if not pa.types.is_nested(chunk.type):
         return chunk.to_numpy()
     return chunk.flatten().to_numpy().reshape(len(chunk), -1)  # flatten() minds the offset of a sliced table
+
+
+def sample_rows(rows: Dataset, count: int = 2**12) -> np.ndarray:
+    """(B, S) at most ``count`` rows of token ids, evenly spaced."""
+    return Column(rows)[np.unique(np.linspace(0, len(rows) - 1, count, dtype=np.int64))]
 
 
 def unigram_entropy(sequences: Dataset, special_ids: list[int]) -> float:

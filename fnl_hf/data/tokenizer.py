@@ -4,22 +4,40 @@ from collections import Counter
 
 import numpy as np
 from datasets import Dataset
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fnl_hf.errors import UserInputError
 
-ALPHABET_LIMIT = 1000  # the library's own default
+logger = logging.get_logger(__name__)
+
+ALPHABET_FLOOR = 1000  # characters that are kept even if fewer cover the text; the library's own limit
+ALPHABET_COVERAGE = 0.9995  # SentencePiece's default for languages with many characters
+UNKNOWN_BOUND = 0.005  # share of unknown tokens above which a tokenizer does not fit a text
 
 
-def train_tokenizer(documents: Dataset, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
+def validate_coverage(alphabet_coverage: float) -> None:
+    """Raise UserInputError unless it is a share of a text's characters."""
+    if not 0.0 < alphabet_coverage <= 1.0:
+        raise UserInputError(f"--alphabet_coverage ({alphabet_coverage}) must be above 0 and at most 1")
+
+
+def train_tokenizer(
+    documents: Dataset, vocab_size: int, model_max_length: int, alphabet_coverage: float = ALPHABET_COVERAGE
+) -> PreTrainedTokenizerBase:
     """A lower-casing WordPiece tokenizer as BERT's, trained on the column "text"; the same each time.
 
     ``tokenizers`` numbers the pieces "##c" in the order of a randomly seeded hash map and breaks ties between merges by
     number, so that two trainings on one text differ. Numbered beforehand, as if they were special tokens, they do not.
+
+    Args:
+        alphabet_coverage: share of the text's characters that have an entry of their own, the most frequent first, at
+            most 1; not reached where the vocabulary is too small. A word with another character is one [UNK].
     """
     if vocab_size < 10:
         raise UserInputError(f"--vocab_size ({vocab_size}) must be at least 10: five special tokens and some text")
+    validate_coverage(alphabet_coverage)
     blank = BertTokenizer()
     backend = Tokenizer(models.WordPiece(unk_token=blank.unk_token))
     backend.normalizer = blank.backend_tokenizer.normalizer
@@ -29,17 +47,55 @@ def train_tokenizer(documents: Dataset, vocab_size: int, model_max_length: int) 
     for batch in batches:
         letters.update(backend.normalizer.normalize_str(" ".join(documents[batch]["text"])))
     specials = [str(blank.convert_ids_to_tokens(i)) for i in range(len(blank))]
-    limit = min(ALPHABET_LIMIT, (vocab_size - len(specials)) // 2)  # a letter starts words and stands inside them
-    alphabet = sorted(sorted(letters), key=lambda letter: -letters[letter])[:limit]
+    alphabet, inside = _choose_alphabet(letters, backend.normalizer, vocab_size - len(specials), alphabet_coverage)
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=specials + [f"##{letter}" for letter in sorted(alphabet) if not letter.isspace()],
+        special_tokens=specials + [f"##{letter}" for letter in sorted(inside)],
         initial_alphabet=alphabet,
-        limit_alphabet=limit,
+        limit_alphabet=len(alphabet),
         show_progress=False,
     )
     backend.train_from_iterator((documents[batch]["text"] for batch in batches), trainer)
     return BertTokenizer(vocab=backend.get_vocab(with_added_tokens=False), model_max_length=model_max_length)
+
+
+def _choose_alphabet(
+    letters: Counter[str], normalizer: normalizers.Normalizer, entries: int, coverage: float
+) -> tuple[list[str], list[str]]:
+    """The most frequent characters that cover their share of a text, and those of them that may stand inside a word.
+
+    Each takes one entry of the vocabulary to begin a word and one to go on with it. A Chinese character, which the
+    normalizer makes a word of its own, takes one.
+    """
+    alphabet: list[str] = []
+    inside: list[str] = []
+    covered, total = 0, sum(count for letter, count in letters.items() if not letter.isspace())
+    for letter in sorted(sorted(letters), key=lambda letter: -letters[letter]):
+        if len(alphabet) >= ALPHABET_FLOOR and covered >= coverage * total:
+            break
+        goes_on = not letter.isspace() and normalizer.normalize_str(letter) == letter
+        if len(alphabet) + len(inside) + 1 + goes_on > entries:
+            break
+        alphabet.append(letter)
+        inside += [letter] * goes_on
+        covered += 0 if letter.isspace() else letters[letter]
+    return alphabet, inside
+
+
+def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, where: str) -> None:
+    """Warn if too many of some token ids, special ones aside, are [UNK]: the tokenizer does not fit the text."""
+    unknown = tokenizer.unk_token_id
+    others = [i for i in tokenizer.all_special_ids if i != unknown]
+    if unknown is None or unknown in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id):
+        return  # of bytes, which are all known
+    count, total = int((ids == unknown).sum()), int((~np.isin(ids, others)).sum())
+    if count > UNKNOWN_BOUND * total:
+        name = tokenizer.name_or_path or "trained on the corpus"
+        logger.warning(
+            f"{where}: {count / total:.1%} of {total:,} tokens are {tokenizer.unk_token}: the tokenizer ({name}) does "
+            "not fit this text. Another --tokenizer_name may; one that is trained on the corpus knows more with a "
+            "larger --vocab_size or --alphabet_coverage"
+        )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

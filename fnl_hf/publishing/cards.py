@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
-from transformers import BertPreTrainedModel, PreTrainedModel
+from transformers import BertPreTrainedModel, PreTrainedModel, SchedulerType
 from transformers.utils import cached_file, logging
 
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
@@ -127,20 +127,33 @@ def write_run_card(
     dataset: str | None = None,
     repository: str | None = None,
     license: str | None = None,
+    language: str | None = None,
+    base_model: str | None = None,
     plot: str | None = None,
 ) -> None:
     """Write the card of a trained model: how it was trained, on what, and how good it is.
 
     Args:
+        base_model: the checkpoint that it started from: folder or Hub name. What its card says of base model, licence
+            and language holds here, too, where nothing else is given.
         facts: as for :func:`write_card`; their "data" is what the metrics are said to be measured on.
         metrics: of the evaluation.
         dataset: the Hub's name of the data; None for the user's own.
         license: the Hub's identifier, as "apache-2.0"; None for none.
+        language: that of the data, as "en".
     """
     if dataset is not None and os.path.exists(dataset):  # one of the user's own
         dataset = None
+    kept: dict[str, Any] = {}
+    if base_model is not None:
+        name, kept = describe_source(base_model)
+        facts = {"base model": name, **facts}
+        if license is not None:
+            kept = {entry: value for entry, value in kept.items() if not entry.startswith("license")}
+    given = {"license": license, "language": language}
     metadata = {
-        "license": license,
+        **kept,
+        **{entry: value for entry, value in given.items() if value is not None},
         "datasets": None if dataset is None else [dataset],
         "model_name": title,
         "eval_results": evaluation_results(metrics, PIPELINE_TAGS[auto_class], dataset, facts["data"]) or None,
@@ -232,12 +245,36 @@ def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
 
 def model_facts(model, args, data: str) -> dict[str, Any]:
     """The rows that describe architecture, data and optimizer."""
-    options = f" ({args.optim_args})" if args.optim_args else ""
     facts = architecture_facts(model) | {
         "data": Path(data).name if os.path.exists(data) else data,  # not where it lies on this machine
-        "optimizer": f"{args.optimizer}{options}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
+        "optimizer": describe_optimizer(args),
     }
-    if find_products(model):
-        decay = args.weight_decay if args.frobenius_decay is None else args.frobenius_decay
-        facts["decay of the products"] = args.decay_mode + (f", λ = {decay}" if args.decay_mode != "none" else "")
-    return facts
+    decay = describe_decay(model, args)
+    return facts if decay is None else facts | {"decay of the products": decay}
+
+
+def describe_optimizer(args) -> str:
+    """Its name, arguments, peak rate and decay."""
+    options = f" ({args.optim_args})" if args.optim_args else ""
+    return f"{args.optimizer}{options}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"
+
+
+def describe_decay(model, args) -> str | None:
+    """How the products of a model are decayed; None if it has none."""
+    if not find_products(model):
+        return None
+    decay = args.weight_decay if args.frobenius_decay is None else args.frobenius_decay
+    return args.decay_mode + (f", λ = {decay}" if args.decay_mode != "none" else "")
+
+
+def training_facts(args, steps: int) -> dict[str, Any]:
+    """The rows that describe how long a run of ``TrainingArguments`` trained, on which batches, schedule and seed."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    warmup = args.get_warmup_steps(steps)
+    return {
+        "steps": f"{steps:,}" + (f" ({args.num_train_epochs:g} epochs)" if args.max_steps <= 0 else ""),
+        "batch": f"{batch:,} a step: {args.world_size} process{'es' * (args.world_size > 1)} x "
+        f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated",
+        "schedule": f"{SchedulerType(args.lr_scheduler_type).value}, {warmup:,} steps of warm-up",
+        "seed": args.seed,
+    }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -42,11 +43,18 @@ def logged_products(log_history: list[dict[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
-def plot_report(log_history: list[dict[str, Any]], file: str | Path, unigram_entropy: float | None = None) -> None:
+def plot_report(
+    log_history: list[dict[str, Any]],
+    file: str | Path,
+    unigram_entropy: float | None = None,
+    title: str | None = None,
+) -> None:
     """Write a PNG: loss, learning rate and throughput; below, for each kind of product, its diagnostics over the steps,
-    one curve a product."""
+    one curve a product. ``title`` says which run it is."""
     kinds = logged_products(log_history)
     figure = plt.figure(figsize=(16, 3.6 * (1 + len(kinds))), layout="constrained")
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
     top, *below = figure.subfigures(1 + len(kinds), squeeze=False)[:, 0]
     axes = top.subplots(1, 3)
     plot_loss(axes[0], log_history, unigram_entropy)
@@ -56,8 +64,10 @@ def plot_report(log_history: list[dict[str, Any]], file: str | Path, unigram_ent
         for axes, panel in zip(row.subplots(1, len(PANELS)), PANELS):
             plot_products(axes, log_history, kind, names, panel)
         row.axes[0].legend(fontsize=8)
+    last = max((entry["step"] for entry in log_history), default=0) or 1
     for axes in figure.axes:
         axes.set_xlabel("step")
+        axes.set_xlim(-0.04 * last, 1.04 * last)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(file, dpi=100)
@@ -84,7 +94,7 @@ def plot_loss(axes, log_history: list[dict[str, Any]], unigram_entropy: float | 
 def plot_optimizer(axes, log_history: list[dict[str, Any]]) -> None:
     """Learning rate on the left axis, norm of the gradient before clipping on the right one."""
     _plot_from_zero(axes, log_history, "learning_rate", "learning rate", "tab:blue")
-    _plot_from_zero(axes.twinx(), log_history, "grad_norm", "gradient norm", "tab:orange")
+    _plot_from_zero(axes.twinx(), log_history, "grad_norm", "gradient norm", "tab:orange", headroom=1.25)
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     axes.set_title("optimizer", fontsize=10)
     axes.grid(alpha=0.3)
@@ -95,7 +105,8 @@ def plot_throughput(axes, log_history: list[dict[str, Any]]) -> None:
     right = axes.twinx()
     unit = "images" if any("images_per_second" in entry for entry in log_history) else "tokens"
     _plot_from_zero(axes, log_history, f"{unit}_per_second", f"{unit} per second", "tab:blue")
-    _plot_from_zero(right, log_history, "data_wait", "share of the time waiting for data", "tab:orange")
+    label = "share of the time waiting for data"
+    _plot_from_zero(right, log_history, "data_wait", label, "tab:orange", headroom=1.25)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.yaxis.set_major_formatter(lambda share, position: f"{100 * share:.3g}%")
     axes.set_title("throughput", fontsize=10)
@@ -114,14 +125,16 @@ def plot_products(axes, log_history: list[dict[str, Any]], kind: str, names: lis
         color = colors(0.9 * index / max(1, len(names) - 1))
         stem = f"{NORM_PREFIX}{kind}/{name}"
         label = _label(name) if index % every == 0 or index == len(names) - 1 else None
-        _plot(axes, log_history, f"{stem}/{panel}", color=color, label=label)
+        _plot(axes, log_history, f"{stem}/{panel}", is_logarithmic, color=color, label=label)
         if panel == "nuclear":
             _plot(axes, log_history, f"{stem}/bound", color=color, linestyle="--")
     axes.set_title(f"{KIND_TITLES.get(kind, kind)}: {title}", fontsize=10)
     if is_logarithmic:
-        axes.set_yscale("log", nonpositive="mask")  # a rate of 0, before warm-up and at the end
+        axes.set_yscale("log")
+        if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+            axes.text(0.5, 0.5, "the learning rate is 0 at all steps logged", ha="center", transform=axes.transAxes)
     else:
-        axes.set_ylim(bottom=0)
+        _begin_at_zero(axes)
     axes.grid(alpha=0.3)
 
 
@@ -131,16 +144,30 @@ def _label(name: str) -> str:
     return f"layer {layer[1]}" if layer else name
 
 
-def _plot(axes, log_history, key, **style):
-    """One logged quantity; a single value, of which no line can be drawn, is a point."""
+def _plot(axes, log_history, key, is_logarithmic=False, **style):
+    """One logged quantity; values without neighbours, of which no line can be drawn, are points.
+
+    On a logarithmic axis what is not positive is left out: a rate of 0, before warm-up and at the end.
+    """
     steps, values = series(log_history, key)
-    axes.plot(steps, values, **({"marker": "."} if len(steps) == 1 else {}) | style)
+    drawn = np.array(values, dtype=float)
+    drawn[~np.isfinite(drawn) | (is_logarithmic & (drawn <= 0))] = np.nan
+    is_drawn = np.pad(np.isfinite(drawn), 1)
+    alone = np.flatnonzero(is_drawn[1:-1] & ~is_drawn[:-2] & ~is_drawn[2:])
+    points = {"marker": ".", "markevery": alone.tolist()} if len(alone) else {}
+    axes.plot(steps, drawn, **points | style)
 
 
-def _plot_from_zero(axes, log_history, key, label, color):
-    """On an axis of its own in its color."""
+def _begin_at_zero(axes, headroom=1.0):
+    """An axis that begins at 0, a little below, so that a line of zeros does not lie on the frame."""
+    axes.axhline(0.0, alpha=0.0)  # so that the margins are those of the whole height
+    top = headroom * axes.get_ylim()[1]
+    axes.set_ylim(-0.04 * top, top)
+
+
+def _plot_from_zero(axes, log_history, key, label, color, headroom=1.0):
+    """On an axis of its own in its color; other ``headroom`` keeps it from lying on what another axis shows."""
     _plot(axes, log_history, key, color=color, alpha=0.8)
-    axes.axhline(0.0, alpha=0.0)  # so that the margin above is one of the whole height
-    axes.set_ylim(bottom=0.0)
+    _begin_at_zero(axes, headroom)
     axes.set_ylabel(label, color=color, fontsize=9)
     axes.tick_params(axis="y", labelcolor=color)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def _plan(folder: Path, args, description: dict[str, Any]) -> RunPlan:
         return RunPlan()
     if resume is None or not args.do_train:
         raise UserInputError(f"--output_dir {folder} is not empty: {_remedies(folder, args, auto=args.do_train)}")
-    _validate_same_run(folder, description, args.allow_other_world_size, _remedies(folder, args))
+    _validate_same_run(folder, description, args.allow_other_world_size, lambda: _remedies(folder, args))
     if is_finished(folder, args):
         return RunPlan(finished=True, continued=folder)
     checkpoint = newest_complete_checkpoint(folder)
@@ -209,13 +209,11 @@ def _plan_from_checkpoint(
     fault = find_fault(checkpoint)
     if fault is not None:
         raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
-    if in_use and folder.resolve() not in (
-        checkpoint.parent.resolve(),
-        checkpoint.resolve().parent,
-    ):  # it may be a link
+    parents = (checkpoint.parent.resolve(), checkpoint.resolve().parent)  # it may be a link
+    if in_use and folder.resolve() not in parents:
         raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
     run = checkpoint.parent if read_started(checkpoint.parent) else checkpoint
-    _validate_same_run(run, description, allow_other_world_size, "go on with what it was started with")
+    _validate_same_run(run, description, allow_other_world_size, lambda: "go on with what it was started with")
     refuse_others_files(folder, anew=False)
     _warn_of_another_length(run, description)
     return RunPlan(checkpoint=str(checkpoint), continued=run)
@@ -233,7 +231,9 @@ def read_started(folder: Path) -> dict[str, Any]:
     return started if isinstance(started, dict) else {}
 
 
-def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_world_size: bool, remedies: str) -> None:
+def _validate_same_run(
+    folder: Path, description: dict[str, Any], allow_other_world_size: bool, find_remedies: Callable[[], str]
+) -> None:
     started = read_started(folder)
     different = {
         name
@@ -244,6 +244,7 @@ def _validate_same_run(folder: Path, description: dict[str, Any], allow_other_wo
         _validate_split(folder, started, description, allow_other_world_size)
     elif different:
         differences = [f"{name} is {started[name]} there and {description[name]} here" for name in sorted(different)]
+        remedies = find_remedies()
         raise UserInputError(
             f"{folder} holds another run: {'; '.join(differences)}. {remedies[0].upper()}{remedies[1:]}"
         )

@@ -26,6 +26,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from fnl_hf.data.arrow_cache import cached_dataset
 from fnl_hf.data.encoding import plain_backend, threads_for
+from fnl_hf.data.tokenizer import warn_of_unknown_tokens
 from fnl_hf.errors import UserInputError, validate_bounds
 
 MAX_QUESTION_TOKENS = 64  # ``max_query_length`` of the original run_squad.py
@@ -215,6 +216,11 @@ class FeatureMaker:
             return cached_dataset(
                 "squad", _tables, pieces, arguments, features, digest.hexdigest(), self.cache_dir, self.num_proc
             )
+
+    def warn_of_unknown_tokens(self, features: Dataset, where: str) -> None:
+        """Warn if the tokenizer does not fit the text of some features."""
+        ids = features[:: max(1, len(features) // 1000)]["input_ids"]
+        warn_of_unknown_tokens(self.tokenizer, np.concatenate(ids), where)
 
     def encode(self, questions: list[str], contexts: list[str]) -> Iterator[BatchEncoding]:
         """For each question its windows of the context, in order; questions longer than 64 tokens are cut.

@@ -126,6 +126,10 @@ class FnlTrainingArguments(TrainingArguments):
     hub_license: str | None = field(
         default=None, metadata={"help": "The licence that the model card names, as apache-2.0. Default: none."}
     )
+    hub_language: str | None = field(
+        default=None,
+        metadata={"help": "The language that the model card names, as en. Default: that of the base model's card."},
+    )
     report_to: None | str | list[str] = field(
         default=None,
         metadata={"help": "Trackers, 'all' that are installed, or 'none'. Default: tensorboard if installed."},
@@ -182,8 +186,9 @@ class FnlTrainingArguments(TrainingArguments):
         for name, instead in UNSUPPORTED.items():
             if getattr(self, name) != defaults[name]:
                 raise UserInputError(f"--{name} ({getattr(self, name)}) is not supported: {instead}")
-        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
-            raise UserInputError("--dataloader_persistent_workers needs --dataloader_num_workers (0) of at least 1")
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+            if getattr(self, name) and self.dataloader_num_workers == 0:
+                raise UserInputError(f"--{name} needs --dataloader_num_workers (0) of at least 1")
         for name in self._VALID_DICT_FIELDS:
             _validate_json(name, getattr(self, name))
 

@@ -130,5 +130,9 @@ def _spike(history: list[dict[str, float]], name: str) -> str | None:
 
 
 def _supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``step`` leaves everything as it is where ``optimizer.found_inf`` is 1, without asking the host."""
-    return isinstance(optimizer, Lamb) or getattr(optimizer, "_step_supports_amp_scaling", False)
+    """Whether ``step`` leaves everything as it is where ``optimizer.found_inf`` is 1, without asking the host.
+
+    Fused kernels do. A loaded state may have put others in the place of those that the optimizer was made with.
+    """
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    return is_fused and (isinstance(optimizer, Lamb) or getattr(optimizer, "_step_supports_amp_scaling", False))

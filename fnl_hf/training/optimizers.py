@@ -19,8 +19,17 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 # Defaults that are not the classes' own.
 PREFERRED: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lamb": {"max_grad_norm": None}}
-# Arguments that --optim_args cannot set, because other flags do.
-SET_BY_FLAGS = ("params", "lr", "betas", "eps", "weight_decay", "frobenius_decay", "max_grad_norm")
+# Arguments that --optim_args cannot set, because other flags do, and a value like theirs. Where an optimizer means
+# something else by the name, as Adafactor by its two eps, it is for --optim_args.
+SET_BY_FLAGS: dict[str, Any] = {
+    "params": None,
+    "lr": 0.0,
+    "betas": (0.0, 0.0),
+    "eps": 0.0,
+    "weight_decay": 0.0,
+    "frobenius_decay": 0.0,
+    "max_grad_norm": 0.0,
+}
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 WORDS = {"true": "True", "false": "False", "none": "None"} | {decay: repr(decay) for decay in DECAYS}
 
@@ -41,7 +50,7 @@ def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torc
     }
     optimizer_class: Any = OPTIMIZERS[args.optimizer]
     taken = constructor_arguments(optimizer_class)
-    options = {name: value for name, value in flags.items() if name in taken}
+    options = {name: value for name, value in flags.items() if name in taken and _fits(value, taken[name])}
     if sharded and issubclass(optimizer_class, torch.optim.SGD):
         options.pop("fused")  # torch's kernel takes no cut parameters, and its default is a loop
         options["foreach"] = True
@@ -72,7 +81,11 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
         UserInputError: no ``name=value``, a name that the optimizer does not have, or another value.
     """
     taken = constructor_arguments(OPTIMIZERS[optimizer])
-    known = {name: default for name, default in taken.items() if name not in SET_BY_FLAGS}
+    known = {
+        name: default
+        for name, default in taken.items()
+        if name not in SET_BY_FLAGS or not _fits(SET_BY_FLAGS[name], default)
+    }
     parsed: dict[str, Any] = {}
     for name, separator, value in (part.partition("=") for part in _split(text or "")):
         if not separator or name not in known:
@@ -103,10 +116,17 @@ def constructor_arguments(optimizer_class: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is a switch where the default is one, and a number where that is one; torch does not look."""
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and (default is None or isinstance(default, bool))
-    return isinstance(value, int | float) or not isinstance(default, int | float)
+    """Whether a value is a switch, a number, so many of them or a word, as the default is; torch does not look.
+
+    A default of None, or none at all, says nothing.
+    """
+    return default in (None, inspect.Parameter.empty) or _kind(value) == _kind(default)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return len(value)
+    return float if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
 
 
 def _split(text: str) -> list[str]:

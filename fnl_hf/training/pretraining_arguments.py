@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fnl_hf.data.masking import ATTENTION_KERNELS
 from fnl_hf.data.packing import PACKED
 from fnl_hf.data.rows import OBJECTIVES
+from fnl_hf.data.tokenizer import ALPHABET_COVERAGE, ALPHABET_FLOOR, validate_coverage
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.training.models import PRESETS
 
@@ -39,6 +40,13 @@ class ModelArguments:
     vocab_size: int = field(
         default=30522, metadata={"help": "Vocabulary of a tokenizer that is trained on the corpus."}
     )
+    alphabet_coverage: float = field(
+        default=ALPHABET_COVERAGE,
+        metadata={
+            "help": "Share of the corpus's characters that such a tokenizer knows, at least, as far as the vocabulary "
+            f"allows; the {ALPHABET_FLOOR:,} most frequent ones in any case."
+        },
+    )
     attention_embedding_size: int | None = field(
         default=None, metadata={"help": "E, a multiple of the number of heads. Default: the hidden size."}
     )
@@ -57,6 +65,7 @@ class ModelArguments:
 
     def __post_init__(self):
         validate_bounds("vocab_size", self.vocab_size, 10, 2**24)  # masking draws random tokens from 24 bits
+        validate_coverage(self.alphabet_coverage)
 
 
 def validate_kernel(model_args: ModelArguments, args) -> None:

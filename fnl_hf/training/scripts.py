@@ -1,13 +1,22 @@
 """What the training scripts have in common: a run is planned, checked against its folder, recorded and reported."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
+from fnl_hf.publishing.cards import (
+    describe_decay,
+    describe_optimizer,
+    model_facts,
+    run_facts,
+    training_facts,
+    write_run_card,
+)
 from fnl_hf.publishing.hub import push_finished
+from fnl_hf.reports.overview import OverviewCallback, describe_end, describe_start
 from fnl_hf.reports.plots import REPORT_FILE, plot_report
 from fnl_hf.runs.ownership import ALL, EVALUATION, record_written
 from fnl_hf.runs.plan import (
@@ -21,6 +30,7 @@ from fnl_hf.runs.plan import (
 )
 from fnl_hf.runs.processes import decide_on_first_process
 from fnl_hf.runs.provenance import read_starts, record_start
+from fnl_hf.training.unused_flags import warn_of_unused_decay
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +50,7 @@ class ScriptRun:
 
     def __init__(self, args, argv: Sequence[str], *script_arguments):
         self.args, self.argv = args, argv
+        self.began = time.monotonic()
         self.description = describe_run(args, *script_arguments)
         self.plan = plan_run(args, self.description)
 
@@ -66,8 +77,11 @@ class ScriptRun:
         self.description |= fingerprints
         validate_data(self.plan, self.description)
 
-    def start(self) -> None:
-        """Make the output folder, lock it, and record this start.
+    def start(self, trainer, facts: Mapping[str, str], notice: str | None = None) -> None:
+        """Make the output folder, lock it, record this start, and say what it is of.
+
+        Args:
+            facts, notice: see :func:`fnl_hf.reports.overview.describe_start`.
 
         Raises:
             UserInputError: another process has begun a run there since this one was planned.
@@ -78,21 +92,39 @@ class ScriptRun:
             if self.args.do_train:
                 record_start(self.args, self.plan.checkpoint, self.argv, self.description)
 
+        warn_of_unused_decay(self.argv, self.args, trainer.model)
         decide_on_first_process(start)
+        if self.args.do_train:
+            trainer.add_callback(OverviewCallback(trainer, facts, notice))
+        elif trainer.is_world_process_zero():
+            print(describe_start(trainer, facts, notice), flush=True)
 
-    def finish(self, trainer, metrics: dict[str, dict[str, Any]], source: str = "", **card) -> None:
+    def finish(
+        self,
+        trainer,
+        metrics: dict[str, dict[str, Any]],
+        source: str = "",
+        facts: Mapping[str, Any] | None = None,
+        language: str | None = None,
+        **card,
+    ) -> None:
         """Report, card, metrics by split (``all_results.json`` is the sign of a finished run) and upload. The model
         itself is saved already.
 
         Args:
             source: the data's name for the card.
+            facts: rows of the card that only the script knows.
+            language: of the data, if it is known; ``--hub_language`` overrides it.
             **card: what else :func:`write_run_card` takes; without any no card is written.
         """
         if self.args.do_train and trainer.is_world_process_zero():
             folder, held_out = Path(self.args.output_dir), metrics.get("eval", {})
-            plot_report(trainer.state.log_history, folder / REPORT_FILE, held_out.get("unigram_entropy"))
+            plot_report(
+                trainer.state.log_history, folder / REPORT_FILE, held_out.get("unigram_entropy"), self._title(trainer)
+            )
             if card:
-                facts = model_facts(trainer.model, self.args, source)
+                facts = model_facts(trainer.model, self.args, source) | (facts or {})
+                facts |= training_facts(self.args, trainer.state.global_step)
                 write_run_card(
                     folder,
                     model=trainer.model,
@@ -100,15 +132,24 @@ class ScriptRun:
                     metrics=held_out,
                     repository=trainer.hub_model_id,
                     license=self.args.hub_license,
+                    language=self.args.hub_language or language,
                     plot=REPORT_FILE,
                     **card,
                 )
         for split, values in metrics.items():
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
+        if trainer.is_world_process_zero():
+            print(describe_end(self.args, time.monotonic() - self.began, metrics), flush=True)
         if self.args.push_to_hub and self.args.do_train:
             trainer.push_saved()
         elif self.args.push_to_hub:  # nothing is saved yet
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
             record_written(Path(self.args.output_dir), ALL if self.args.do_train else EVALUATION)
+
+    def _title(self, trainer) -> str:
+        """Which run the report shows."""
+        decay = describe_decay(trainer.model, self.args)
+        products = "" if decay is None else f"; decay of the products: {decay}"
+        return f"{Path(self.args.output_dir).resolve().name}: {describe_optimizer(self.args)}{products}"

@@ -5,16 +5,23 @@ import json
 import lzma
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from fnl_hf import UserInputError
-from fnl_hf.data.corpus import load_text_files, read_documents
+from fnl_hf.data import tokenizer as tokenizer_module
+from fnl_hf.data.corpus import Documents, load_text_files, read_documents
+from fnl_hf.data.rows import RowOptions, make_rows
 from fnl_hf.data.source import Source, embedded_corpus
+from fnl_hf.data.tokenizer import train_tokenizer
+from fnl_hf.squad.features import FeatureMaker
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from tests.conftest import TEXTS
 
@@ -125,6 +132,67 @@ def test_tokenizer_training_is_reproducible_in_other_processes(documents, tokeni
         assert json.loads(result.stdout.splitlines()[-1]) == tokenizer.get_vocab()
     assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
     assert tokenizer.tokenize("the lazy dogx") == ["the", "lazy", "dog", "##x"]
+
+
+def chinese(characters):
+    """Sentences of words of three characters of so many, some far rarer than others, and a Latin word."""
+    rng = np.random.default_rng(0)
+    frequencies = 1 / np.arange(20, characters + 20)
+    drawn = rng.choice(characters, size=(4000, 30), p=frequencies / frequencies.sum())
+    return Dataset.from_dict({"text": ["".join(chr(0x4E00 + c) for c in row) + " sat." for row in drawn.tolist()]})
+
+
+def shares(tokenizer, texts):
+    """Of unknown tokens and of all characters but white space that are tokens, counted by hand."""
+    tokens = [token for text in texts for token in tokenizer.tokenize(text)]
+    known, letters = set(tokenizer.get_vocab()), "".join(texts).replace(" ", "")
+    return tokens.count("[UNK]") / len(tokens), sum(letter in known for letter in letters) / len(letters)
+
+
+def test_the_alphabet_follows_the_text():
+    """As sentencepiece does, not by a fixed number: a script of thousands of letters is known, too."""
+    documents = chinese(3000)
+    texts = documents["text"][:]
+    for coverage in (0.9995, 0.98, 1.0):
+        tokenizer = train_tokenizer(documents, 30522, 64, alphabet_coverage=coverage)
+        unknown, covered = shares(tokenizer, texts)
+        assert covered >= coverage and unknown == pytest.approx((1 - covered) * 34 / 32)  # letters by tokens in a line
+        assert sum(piece.startswith("##") and not piece.isascii() for piece in tokenizer.get_vocab()) == 0
+    assert len(tokenizer) > len(set("".join(texts)))
+    letters = len(set("".join(texts)) - {" "})
+    small = train_tokenizer(documents, 500, 64)
+    assert (
+        len(small) == 500
+        and 400 < sum(len(piece) == 1 and not piece.isascii() for piece in small.get_vocab()) < letters
+    )
+    for coverage in (0.0, 1.01, float("nan")):
+        with pytest.raises(UserInputError, match=r"--alphabet_coverage \(.*\) must be above 0 and at most 1"):
+            train_tokenizer(documents, 500, 64, alphabet_coverage=coverage)
+
+
+def test_a_tokenizer_that_does_not_fit_is_told(tmp_path, monkeypatch):
+    """One that is too small for the corpus, and a named one of another language; each kind of data once."""
+    messages = []
+    monkeypatch.setattr(tokenizer_module.logger, "warning", messages.append)
+    documents, cache = chinese(900), {"cache_dir": str(tmp_path)}
+    halves = Documents(Source(), documents.select(range(0, 4000, 2)), documents.select(range(1, 4000, 2)))
+    make_rows(halves, train_tokenizer(halves.train, 2000, 64), RowOptions(32), **cache)
+    assert not messages
+    small = train_tokenizer(halves.train, 600, 64)
+    unknown = shares(small, halves.held_out["text"][:])[0]
+    make_rows(halves, small, RowOptions(32), **cache)
+    assert [said.split(":")[0] for said in messages] == ["training data", "held-out data"]
+    told = float(re.search(r": (.*)% of [0-9,]+ tokens are \[UNK\]: the tokenizer \(trained on the", messages[1])[1])
+    assert told == pytest.approx(100 * unknown, abs=0.1) and unknown > 0.02
+    messages.clear()
+    make_rows(halves, small, RowOptions(32, "mlm_nsp"), **cache)
+    assert len(messages) == 2
+    questions = {"id": ["a"], "question": ["\u4e00."], "context": ["\u5fff\u5ffe."], "answers": [None]}
+    questions["answers"] = [{"text": [], "answer_start": []}]
+    maker = FeatureMaker(small, 32, 8, **cache)
+    messages.clear()
+    maker.warn_of_unknown_tokens(maker.eval_dataset(Dataset.from_dict(questions)), "validation questions")
+    assert messages[0].startswith("validation questions: 40.0% of 5 tokens are [UNK]")
 
 
 # ---- held-out metrics ----

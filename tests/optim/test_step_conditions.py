@@ -63,7 +63,7 @@ def test_a_compiled_step_does_not_compile_again_and_equals_an_eager_one(case):
     assert compiled_by[1:] == compiled_by[1:2] * 3  # SGD makes its momentum in the first step
     assert not case.startswith("lamb") or graphs == []
     for a, b in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # compiled, torch corrects Adam's bias in float32
     torch._dynamo.reset()
 
 
@@ -106,10 +106,10 @@ def test_without_decay_a_step_is_as_differentiable_as_the_base_class_has_it(case
 # --- Sparse gradients -------------------------------------------------------------------------------------------------
 
 
-def sparse_gradient(weight, layout=torch.sparse_coo):
+def sparse_gradient(weight):
     dense = torch.zeros_like(weight)
     dense[1] = 1.0
-    return dense.to_sparse(layout=layout)
+    return dense.to_sparse()
 
 
 def moved_by(optimizer, params):
@@ -133,19 +133,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
-def test_sparse_gradients_are_refused_before_anything_moves(case, layout):
+def test_sparse_gradients_are_refused_before_anything_moves(case):
     ours, options, place, entries = REFUSED[case]
     params = draw_weights([*SHAPES["uv"](5, 7, 2, 0), (3, 2)], torch.float32)
     set_zero_gradients(params)
     product = {"params": params[:2], "product": "uv", "frobenius_decay": 0.3}
     optimizer = ours([product, {"params": params[2:]} | entries], lr=0.1, **options)
-    try:
-        params[place].grad = sparse_gradient(params[place].detach(), layout)
-    except RuntimeError:
-        pytest.skip("this torch takes no gradient of that layout")
+    params[place].grad = sparse_gradient(params[place].detach())
     assert moved_by(optimizer, params) == ([], 0)
 
 

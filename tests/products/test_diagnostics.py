@@ -1,5 +1,6 @@
 """Diagnostics of products against dense matrices in float64, and their plot."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,3 +116,48 @@ def test_inside_autocast_the_figures_are_the_same(model):
     with torch.autocast("cpu", torch.bfloat16):
         found = diagnose_products(products), [product_norms(*p.factors()) for p in products]
     assert found == expected
+
+
+def drawn_points(axes):
+    """What can be seen of an axes' lines: values with a neighbour, and those with a marker."""
+    seen = []
+    for line in axes.lines:
+        values = np.asarray(line.get_ydata(), dtype=float)
+        marked = line.get_markevery() if line.get_marker() not in ("None", None) else []
+        for i, value in enumerate(values):
+            beside = values[max(0, i - 1) : i + 2]
+            if (
+                np.isfinite(value)
+                and len(line.get_xdata()) > 1
+                and (np.isfinite(beside).sum() > 1 or i in (marked or []))
+            ):
+                seen.append((line.get_xdata()[i], value))
+    return seen
+
+
+def test_report_of_a_short_run(tmp_path, monkeypatch):
+    """Two logs, one before warm-up with a rate of 0; a loss that is not finite between two that are; zeros."""
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    stem = "norms/qk/layer.0.attention.qk"
+    history = [
+        {"step": 0, f"{stem}/effective_step": 0.0, f"{stem}/non_orthogonality": 0.0, f"{stem}/frobenius": 3.0},
+        {"step": 5, f"{stem}/effective_step": 0.25, f"{stem}/non_orthogonality": 0.0, f"{stem}/frobenius": 2.0},
+    ]
+    history += [{"step": 1, "loss": 5.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 4.0},
+                {"step": 4, "loss": float("inf")}, {"step": 5, "data_wait": 0.0, "learning_rate": 0.0},
+                {"step": 6, "data_wait": 0.0, "learning_rate": 0.0}]  # fmt: skip
+    plot_report(history, tmp_path / "short.png", title="run: adamw; decay of the products: frobenius, λ = 0.5")
+    plot_report([entry | {f"{stem}/effective_step": 0.0} for entry in history[:2]], tmp_path / "still.png")
+    short, still = figures
+    panels = {axes.get_title().split(": ")[-1]: axes for axes in short.axes if axes.get_title()}
+    assert drawn_points(panels["effective step η/‖W‖²"]) == [(5, 0.25)]
+    assert drawn_points(panels["loss (nats)"]) == [(1, 5.0), (3, 4.0)]
+    assert short.get_suptitle() == "run: adamw; decay of the products: frobenius, λ = 0.5"
+    for axes in short.axes:
+        if axes.get_yscale() == "linear":
+            bottom, top = axes.get_ylim()
+            for _, value in drawn_points(axes):
+                assert bottom + 0.01 * (top - bottom) < value < top - 0.01 * (top - bottom), "a line on the frame"
+    [panel] = [axes for axes in still.axes if axes.get_title().endswith("effective step η/‖W‖²")]
+    assert [text.get_text() for text in panel.texts] == ["the learning rate is 0 at all steps logged"]

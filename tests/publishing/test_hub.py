@@ -23,8 +23,9 @@ from transformers.integrations import is_tensorboard_available
 import run_pretrain
 from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering, UserInputError
 from fnl_hf.commands import cli
-from fnl_hf.publishing.cards import write_run_card
+from fnl_hf.publishing.cards import training_facts, write_run_card
 from fnl_hf.publishing.hub import push_folder
+from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.pushing import PushingTrainer
 from tests.conftest import DIMENSIONS, ROOT, WITHOUT_FNL_HF, pretraining, weights
 from tests.publishing.hub_server import Hub
@@ -233,6 +234,31 @@ def test_a_converted_model_is_pushed_with_its_card_which_says_how_it_loads(hub, 
     code, _ = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     checked = f"{WITHOUT_FNL_HF}\n{code}\nassert model.config.attention_embedding_size == 21 and tokenizer('the fox')"
     run_python(hub, tmp_path, checked)
+
+
+def test_a_card_says_how_the_model_was_trained_and_from_what(dimensions, tmp_path):
+    """Steps, batch, length, masks, schedule, seed and language; base model, licence and language of its base's card."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: mit\nlanguage: de\nbase_model: google/bert\n---\n# BERT")
+    args = FnlTrainingArguments(
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=3, gradient_accumulation_steps=5, seed=11,
+        warmup_steps=0.25, lr_scheduler_type="cosine", report_to="none", num_train_epochs=2,
+    )  # fmt: skip
+    facts = training_facts(args, 1400)
+    assert facts == {
+        "steps": "1,400 (2 epochs)", "batch": "15 a step: 1 process x 3 x 5 accumulated",
+        "schedule": "cosine, 350 steps of warm-up", "seed": 11,
+    }  # fmt: skip
+    model = FnlBertForQuestionAnswering(FnlBertConfig(**dimensions))
+    common = (tmp_path, "t", "d", "AutoModelForQuestionAnswering", model, facts | {"data": "own"}, {})
+    for given, found in (({}, ("mit", "de")), ({"language": "fr", "license": "apache-2.0"}, ("apache-2.0", "fr"))):
+        write_run_card(*common, base_model=str(base), **given)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert (card.data.license, card.data.language, card.data.base_model) == (*found, "google/bert")
+        assert "| base model | base |" in card.text and "| schedule | cosine, 350 steps of warm-up |" in card.text
+    write_run_card(*common, base_model="google-bert/none")
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "google-bert/none"
 
 
 # ---- failures ----

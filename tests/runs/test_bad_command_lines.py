@@ -62,6 +62,7 @@ FLAGS = {
     "skipping backwards": (flags(max_skipped_steps=-1), r"^--max_skipped_steps \(-1\) must be at least 0"),
     "workers below 0": (flags(dataloader_num_workers=-1), r"^--dataloader_num_workers \(-1\) must be at least 0"),
     "persistent workers, none": (flags(dataloader_persistent_workers="true"), "needs --dataloader_num_workers .0."),
+    "a context, no workers": (flags(dataloader_multiprocessing_context="spawn"), "needs --dataloader_num_workers .0."),
     "no vocabulary": (flags(vocab_size=3), r"^--vocab_size \(3\) must be at least 10"),
     "vocabulary without end": (flags(vocab_size=10**18), r"^--vocab_size \(1000000000000000000\) must be .* below"),
     "sequences of nothing": (flags(max_seq_length=0), r"^--max_seq_length \(0\) must be at least 3"),

@@ -60,7 +60,8 @@ def test_fine_tuning_on_squad(pretrained, squad_files, tmp_path):
     assert type(model) is FnlBertForQuestionAnswering
     answer = ask(str(folder), "what jumps over the dog", SENTENCES[0], max_seq_length=40, doc_stride=4)
     assert answer["answer"] in SENTENCES[0]
-    assert "question-answering" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "question-answering" in card and f"| base model | {pretrained.name} |" in card
 
 
 def test_squad_v2_threshold_prediction_and_a_stock_model(pretrained, squad_files, tmp_path):

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import run_pretrain
+from fnl_hf import FrobeniusAdamW, FrobeniusSGD, Lamb
 from fnl_hf.errors import TrainingDiverged
 from fnl_hf.runs.command_line import run_script
-from fnl_hf.training.guard import LossGuard, nan_unless_finite
+from fnl_hf.training.guard import LossGuard, _supports_found_inf, nan_unless_finite
 from tests.conftest import TINY, assert_same_weights, launch, pretraining
 from tests.training.bad_losses import add_to_losses, leave_out_steps, spoil_gradients
 
@@ -207,6 +208,17 @@ def test_the_loss_scaler_of_fp16_is_left_alone(corpus, tmp_path, monkeypatch):
     guard.on_train_begin(args, SimpleNamespace(log_history=[]), None, optimizer=optimizer)
     guard.examine(torch.tensor(INF))
     assert guard.skipped == 0 and guard.not_counted == 0 and not hasattr(optimizer, "found_inf")
+
+
+@pytest.mark.parametrize("make", [Lamb, FrobeniusAdamW, FrobeniusSGD])
+@pytest.mark.parametrize("kernel", [{"fused": True}, {"foreach": True}, {"fused": False}, "loaded"], ids=str)
+def test_only_fused_kernels_skip_a_step_without_the_host(make, kernel):
+    """As the guard says of an optimizer; of those that a loaded state has made slower, too."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = make([weight], lr=0.1, **({"fused": True} if kernel == "loaded" else kernel))
+    if kernel == "loaded":
+        optimizer.load_state_dict(make([weight], lr=0.1, fused=False).state_dict())
+    assert _supports_found_inf(optimizer) == (kernel == {"fused": True})
 
 
 def test_spikes_are_reported_with_step_and_values(corpus, tmp_path, monkeypatch, caplog):

@@ -15,6 +15,10 @@ class FrobeniusRMSprop(ProductGroups, torch.optim.RMSprop):
     """Takes an eps and no betas, and has no fused kernel."""
 
 
+class FrobeniusAdafactor(ProductGroups, torch.optim.Adafactor):
+    """Means two numbers by eps, and has no fused kernel."""
+
+
 def built(tmp_path, dimensions, **flags):
     args = FnlTrainingArguments(str(tmp_path), report_to="none", **FLAGS | flags)
     return build_optimizer(args, FnlBertForMaskedLM(FnlBertConfig(**dimensions)))
@@ -38,3 +42,19 @@ def test_one_line_adds_an_optimizer(tmp_path, dimensions, monkeypatch):
     assert all({key: group[key] for key in expected} == expected for group in optimizer.param_groups)
     with pytest.raises(UserInputError, match=r"'betas' is not an argument of rmsprop: name=value of \['alpha', 'cap"):
         built(tmp_path, dimensions, optimizer="rmsprop", optim_args="betas=(0,1)")
+
+
+def test_a_flag_is_not_for_an_argument_that_means_something_else(tmp_path, dimensions, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "adafactor", FrobeniusAdafactor)
+    for text, eps in ((None, (None, 1e-3)), ("eps=(0.25,0.5),d=2", (0.25, 0.5))):
+        groups = built(tmp_path, dimensions, optimizer="adafactor", optim_args=text).param_groups
+        assert all(group["eps"] == eps and group["lr"] == 0.25 for group in groups)
+    for text, message in {
+        "eps=0.5": r"eps \(0.5\) must be like its default, \(None, 0.001\)",
+        "eps=(1,2,3)": r"eps \(\(1,2,3\)\) must be like its default",
+        "d=(1,2)": r"d \(\(1,2\)\) must be like its default, 1.0",
+        "maximize=1": r"maximize \(1\) must be like its default, False",
+        "weight_decay=0.1": r"'weight_decay' is not an argument of adafactor",
+    }.items():
+        with pytest.raises(UserInputError, match=message):
+            built(tmp_path, dimensions, optimizer="adafactor", optim_args=text)

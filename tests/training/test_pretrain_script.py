@@ -35,6 +35,9 @@ def test_pretraining_leaves_a_complete_folder(pretrained):
     card = (pretrained / "README.md").read_text()
     assert "library_name: transformers" in card and "16 (50% of d)" in card and "eval_loss" in card
     assert "| data | corpus.txt |" in card and "runtime" not in card
+    assert (
+        "| sequence length | 16 |" in card and "| masked | 15.0% of the tokens |" in card and "| steps | 12 |" in card
+    )
     history = json.loads((pretrained / "trainer_state.json").read_text())["log_history"]
     norms = [entry for entry in history if "norms/qk/bert.encoder.layer.0.attention.qk/nuclear" in entry]
     assert [entry["step"] for entry in norms] == [0, 3, 6, 9, 12]

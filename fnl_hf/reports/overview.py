@@ -1,0 +1,99 @@
+"""What a run is, in one block at its start, and what came of it, in one line at its end."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+PRECISIONS = {"no": "float32", "bf16": "mixed, bfloat16", "fp16": "mixed, float16"}
+# Ends of the names of metrics that are no results.
+NO_RESULTS = ("_runtime", "_per_second", "_time", "_total", "_thresh", "_samples")
+
+
+class OverviewCallback(TrainerCallback):
+    """Says what is trained when Trainer knows how many steps that takes, above its progress bar.
+
+    Args:
+        trainer: the Trainer it is added to.
+        facts, notice: see :func:`describe_start`.
+    """
+
+    def __init__(self, trainer, facts: Mapping[str, str], notice: str | None):
+        self.trainer, self.facts, self.notice = trainer, facts, notice
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            tqdm.write(describe_start(self.trainer, self.facts, self.notice))
+
+
+def describe_start(trainer, facts: Mapping[str, str], notice: str | None = None) -> str:
+    """A block with model, data, steps, global batch, precision, devices and folder of a run.
+
+    Args:
+        trainer: with ``do_train``, after its state has got its steps.
+        facts: {label: text} of what Trainer does not know: where the model comes from, what the data are.
+        notice: a line that is not to be overlooked.
+    """
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    rows = {"model": f"{type(model).__name__}, {count:,} parameters"} | dict(facts)
+    if args.do_train:
+        rows["steps"] = _steps(args, trainer.state)
+        together = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows["global batch"] = (
+            f"{together:,} = {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation step(s) x "
+            f"{args.world_size} process(es)"
+        )
+    rows["precision"] = PRECISIONS.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+    rows["device"] = _device(args)
+    rows["folder"] = str(args.output_dir)
+    width = max(map(len, rows))
+    lines = [f"  {label:<{width}}  {text}" for label, text in rows.items()]
+    return "\n".join(["", *lines, *([f"  {notice}"] if notice else []), ""])
+
+
+def describe_end(args, seconds: float, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where the results of a run lie, how long it took, and what it reached.
+
+    Args:
+        metrics: by split, as Trainer returns them; losses and scores are named, not speeds.
+    """
+    results = {
+        name: value
+        for split, values in metrics.items()
+        for name, value in values.items()
+        if (name == "train_loss" if split == "train" else _is_result(name)) and isinstance(value, int | float)
+    }
+    listed = ", ".join(f"{name} {_figure(value)}" for name, value in results.items())
+    done = "trained and saved" if args.do_train else "done, results"
+    return f"{done} in {args.output_dir}, in {_duration(seconds)}" + (f": {listed}" if listed else "")
+
+
+def _steps(args, state) -> str:
+    text = f"{state.max_steps:,}"
+    if args.max_steps <= 0:
+        text += f", {args.num_train_epochs:g} epoch(s)"
+    return f"{text}, from step {state.global_step:,} on" if state.global_step else text
+
+
+def _device(args) -> str:
+    if args.device.type == "cuda":
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    return f"{args.world_size} x {args.device.type}, {torch.get_num_threads()} thread(s)"
+
+
+def _is_result(name: str) -> bool:
+    return name != "epoch" and not name.endswith(NO_RESULTS)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(hours or minutes) + [f"{rest} s"]
+    return " ".join(parts)

@@ -1,0 +1,207 @@
+"""Flags that were given and change nothing: each is named once, with what would make it count.
+
+Not in the table: what counts again with more processes or when a run goes on, and what is for training in a run that
+only evaluates. A recipe is for these, too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import logging
+
+from fnl_hf.products.discovery import find_products
+from fnl_hf.runs.config_files import with_config_files
+from fnl_hf.training.optimizers import OPTIMIZERS, constructor_arguments
+
+logger = logging.get_logger(__name__)
+
+OFF = ("false", "no", "none", "null")  # as a flag's value: it asks for nothing
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+WITHOUT_KWARGS = ("constant", "constant_with_warmup")
+
+
+class Rule(NamedTuple):
+    """``flags`` change nothing where ``is_unused(run)`` for the values of all flags; they count with ``remedy``."""
+
+    flags: tuple[str, ...]
+    is_unused: Callable[[Any], bool]
+    remedy: str
+
+
+def _optimizer_takes(run: Any, argument: str) -> bool:
+    return argument in constructor_arguments(OPTIMIZERS[run.optimizer])
+
+
+def _has_split_files(run: Any) -> bool:
+    """Whether a file is named for each split that run_squad.py uses."""
+    uses = {"train_file": run.do_train, "validation_file": run.do_eval, "test_file": run.do_predict}
+    return hasattr(run, "test_file") and all(getattr(run, file) for file, is_used in uses.items() if is_used)
+
+
+def _reads_text_files(run: Any) -> bool:
+    files = run.train_file or ()
+    return run.dataset_name is None and all(".txt" in Path(file).suffixes for file in files)
+
+
+# of the flags of all scripts; where a script has a flag, it has those that the rule looks at
+RULES = (
+    # the optimizer and its schedule
+    Rule(("adam_beta1", "adam_beta2"), lambda run: not _optimizer_takes(run, "betas"), "--optimizer adamw or lamb"),
+    Rule(("adam_epsilon",), lambda run: not _optimizer_takes(run, "eps"), "--optimizer adamw or lamb"),
+    Rule(("frobenius_decay",), lambda run: run.decay_mode == "none", "--decay_mode frobenius or weight"),
+    Rule(("optim_target_modules",), lambda run: True, "none of the optimizers here"),
+    Rule(
+        ("warmup_steps",),
+        lambda run: run.lr_scheduler_type in WITHOUT_WARMUP and run.warmup_steps,
+        "--lr_scheduler_type constant_with_warmup or another that warms up",
+    ),
+    Rule(
+        ("lr_scheduler_kwargs",),
+        lambda run: run.lr_scheduler_type in WITHOUT_KWARGS,
+        "an --lr_scheduler_type that takes arguments",
+    ),
+    Rule(("num_train_epochs",), lambda run: run.max_steps > 0, "no --max_steps"),
+    Rule(
+        ("gradient_checkpointing_kwargs",),
+        lambda run: not (run.gradient_checkpointing or getattr(run, "activation_checkpointing", None)),
+        "--gradient_checkpointing true",
+    ),
+    Rule(("fsdp_config",), lambda run: not run.fsdp, "--fsdp"),
+    # when what is done
+    Rule(("eval_steps",), lambda run: run.eval_strategy != "steps", "--eval_strategy steps"),
+    Rule(("eval_delay",), lambda run: run.eval_strategy == "no", "--eval_strategy steps or epoch"),
+    Rule(
+        ("metric_for_best_model", "greater_is_better"),
+        lambda run: run.eval_strategy == "no",
+        "--eval_strategy steps or epoch",
+    ),
+    Rule(
+        ("per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval"),
+        lambda run: not (run.do_eval or run.do_predict),
+        "--do_eval true",
+    ),
+    Rule(("include_for_metrics",), lambda run: True, "no metric here"),
+    Rule(("save_steps",), lambda run: run.save_strategy != "steps", "--save_strategy steps"),
+    Rule(("save_total_limit",), lambda run: run.save_strategy == "no", "--save_strategy steps, epoch or best"),
+    Rule(
+        ("logging_steps",),  # it stands for --eval_steps, too
+        lambda run: run.logging_strategy != "steps" and run.eval_strategy != "steps",
+        "--logging_strategy steps",
+    ),
+    Rule(("run_name",), lambda run: not run.report_to, "--report_to"),
+    Rule(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        lambda run: "trackio" not in run.report_to,
+        "--report_to trackio",
+    ),
+    Rule(
+        ("hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision"),
+        lambda run: not run.push_to_hub,
+        "--push_to_hub true",
+    ),
+    Rule(
+        ("hub_always_push",),
+        lambda run: run.push_to_hub and run.hub_strategy == "end",
+        "--hub_strategy every_save or checkpoint",
+    ),
+    Rule(("seed",), lambda run: getattr(run, "seeds", None) is not None, "no --seeds"),
+    # how the data come
+    Rule(("remove_unused_columns",), lambda run: True, "no script here: their data have no unused columns"),
+    Rule(("dataloader_pin_memory",), lambda run: run.device.type == "cpu", "an accelerator"),
+    Rule(
+        ("length_column_name",),
+        lambda run: run.train_sampling_strategy != "group_by_length",
+        "--train_sampling_strategy group_by_length",
+    ),
+    Rule(("dataset_config_name",), lambda run: run.dataset_name is None, "--dataset_name"),
+    Rule(("dataset_name",), _has_split_files, "no files: they come first"),
+    Rule(("train_file", "max_train_samples"), lambda run: hasattr(run, "test_file") and not run.do_train, "--do_train"),
+    Rule(("validation_file",), lambda run: hasattr(run, "test_file") and not run.do_eval, "--do_eval true"),
+    Rule(("max_eval_samples",), lambda run: not run.do_eval, "--do_eval true"),
+    Rule(("test_file", "max_predict_samples"), lambda run: not run.do_predict, "--do_predict true"),
+    Rule(("null_score_diff_threshold",), lambda run: not run.version_2_with_negative, "--version_2_with_negative true"),
+    Rule(("text_column_name",), _reads_text_files, "files or data sets with columns"),
+    Rule(("strict",), lambda run: not (run.dataset_name or run.train_file), "--train_file or --dataset_name"),
+    Rule(("shuffle_buffer_size",), lambda run: not run.streaming, "--streaming true"),
+    Rule(
+        ("streaming_validation_documents",),
+        lambda run: not run.streaming or run.validation_file is not None,
+        "--streaming true and no --validation_file",
+    ),
+    Rule(
+        ("validation_split_percentage",),
+        lambda run: run.streaming or run.validation_file is not None,
+        "no --streaming and no --validation_file",
+    ),
+    # the model to pretrain
+    Rule(
+        ("vocab_size",),
+        lambda run: run.tokenizer_name is not None or run.model_name_or_path is not None,
+        "a tokenizer that is trained: no --tokenizer_name and no --model_name_or_path",
+    ),
+    Rule(("attention_init",), lambda run: run.model_name_or_path is not None, "a new model: no --model_name_or_path"),
+    Rule(("sparse_last_layer",), lambda run: not run.sparse_prediction, "--sparse_prediction true"),
+)
+OF_PRODUCTS = ("frobenius_decay", "decay_mode", "product_norms_steps")
+
+
+def given_flags(argv: Sequence[str]) -> dict[str, str]:
+    """{flag: its values} of a command line and its config files; the last value counts."""
+    given: dict[str, list[str]] = {}
+    name = ""
+    for word in with_config_files(argv):
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            name = flag.replace("-", "_")
+            given[name] = [value] if equals else []
+        elif name:
+            given[name].append(word)
+    return {name: " ".join(values) for name, values in given.items()}
+
+
+def unused_flags(given: Mapping[str, str], *arguments: Any) -> list[str]:
+    """A sentence for each flag that was given and changes nothing.
+
+    Args:
+        given: see :func:`given_flags`.
+        *arguments: the script's dataclasses with the values of all its flags.
+    """
+    run: Any = SimpleNamespace(**{name: value for each in arguments for name, value in vars(each).items()})
+    run.device = next(each.device for each in arguments if hasattr(each, "device"))
+    return [
+        _sentence(flag, given[flag], rule.remedy)
+        for rule in RULES
+        for flag in rule.flags
+        if flag in given and hasattr(run, flag) and given[flag].lower() not in OFF and rule.is_unused(run)
+    ]
+
+
+def warn_of_unused_flags(argv: Sequence[str], *arguments: Any) -> None:
+    """A warning of the first process for each flag of a command line that changes nothing.
+
+    Args:
+        argv: the command line as the user gave it, without the script's name.
+        *arguments: the script's dataclasses.
+    """
+    args = next(each for each in arguments if hasattr(each, "process_index"))
+    if args.process_index == 0:
+        for sentence in unused_flags(given_flags(argv), *arguments):
+            logger.warning_once(sentence)
+
+
+def warn_of_unused_decay(argv: Sequence[str], args: Any, model: torch.nn.Module) -> None:
+    """The same of the flags that are about products, where ``model`` has none."""
+    given = given_flags(argv)
+    flags = [flag for flag in OF_PRODUCTS if flag in given and given[flag].lower() not in OFF]
+    if flags and args.do_train and args.process_index == 0 and not find_products(model):
+        remedy = "a model with products: BERT's attention, factorized layers"
+        for flag in flags:
+            logger.warning_once(_sentence(flag, given[flag], remedy))
+
+
+def _sentence(flag: str, value: str, remedy: str) -> str:
+    value = "set" if "token" in flag else value
+    return f"--{flag} ({value}) changes nothing here: it counts with {remedy}"
