@@ -116,7 +116,8 @@ def _to_bert(model: PreTrainedModel) -> PreTrainedModel:
     """The stock BERT, with dense layers, that computes what ``model`` does, which stays as it is."""
     if isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel):
         return model.to_bert()
-    return merge(copy.deepcopy(model)) if factorized_layers(model) else model
+    merged: Any = merge(copy.deepcopy(model)) if factorized_layers(model) else model
+    return merged
 
 
 def _fnl_class(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
