@@ -69,7 +69,7 @@ def add_convert(commands) -> None:
     converting = add_command(
         commands, "convert", run_convert, "BERT to FNL-BERT of a smaller attention, or FNL-BERT to BERT",
         "Convert a BERT to an FNL-BERT: the same at the same E, truncated by SVD at a smaller one. Or back to a stock "
-        "BERT with dense layers that computes the same and loads without fnl_hf. Tokenizer, files of "
+        "BERT with dense layers that computes the same and loads without fnl_hf. Tokenizer, the files of "
         "sentence-transformers and a model card go with it.",
         "google-bert/bert-base-uncased my-bert --attention_embedding_size 384 --calibration_file text.txt",
     )  # fmt: skip

@@ -115,7 +115,8 @@ def _to_bert(model: PreTrainedModel) -> PreTrainedModel:
     """The stock BERT, with dense layers, that computes what ``model`` does, which stays as it is."""
     if isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel):
         return model.to_bert()
-    return merge(copy.deepcopy(model)) if factorized_layers(model) else model
+    merged: Any = merge(copy.deepcopy(model)) if factorized_layers(model) else model
+    return merged
 
 
 def _fnl_class(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
@@ -203,7 +204,8 @@ def plot_spectra(truncations: Sequence[Truncation], file: str | Path) -> None:
             axes.fill_between(index, values.amin(dim=0), values.amax(dim=0), color=color, alpha=0.08, linewidth=0)
         axes.axvline(chosen[0].rank + 0.5, color="black", linestyle="--", linewidth=1)
         axes.set(yscale="log", title=TITLES[kind], xlabel=f"index; the first {chosen[0].rank} are kept (dashed line)")
-    rows[0][0].set_ylabel("singular values\nlines: median of the heads; shades: smallest to largest head")
+    figure.suptitle("lines: the median head of each layer; shades: from its smallest to its largest head", fontsize=10)
+    rows[0][0].set_ylabel("singular values of the heads")
     rows[0][0].legend(fontsize=8, ncols=2)
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -1,9 +1,11 @@
 """AdamW with decoupled Frobenius decay."""
 
+from typing import Any
+
 import torch
 
 from fnl_hf.optim.base import ProductGroups
-from fnl_hf.optim.checked import ADAM_STATE
+from fnl_hf.optim.checked import ADAM_STATE, group_name
 
 
 class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
@@ -34,3 +36,10 @@ class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
 
     def __init__(self, params, lr: float | torch.Tensor = 1e-3, *args, frobenius_decay: float = 0.0, **kwargs):
         super().__init__(params, lr, *args, frobenius_decay=frobenius_decay, **kwargs)
+
+    @torch.compiler.disable
+    def _groups_to_decay(self) -> list[dict[str, Any]]:
+        for index, group in enumerate(self.param_groups):  # torch says so too late, but of its default
+            if group["foreach"] and isinstance(group["lr"], torch.Tensor) and not group["capturable"]:
+                raise ValueError(f"{group_name(group, index)}: lr ({group['lr']}) must be a float for foreach=True")
+        return super()._groups_to_decay()

@@ -51,7 +51,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
             super().__setstate__(state)
             for index, (own, group) in enumerate(zip(own_groups, self.param_groups)):
                 self._take_group(own, group, group_name(own, index))
-        except ValueError:
+        except Exception:  # torch's own, too, at a state that lacks something
             vars(self).update(before)
             raise
 

@@ -299,6 +299,7 @@ class FrobeniusLamb(ProductGroups, Lamb):
     ):
         super().__init__(params, lr, frobenius_decay=frobenius_decay, decay=decay, **kwargs)
 
+    @torch.compiler.disable
     def _groups_to_decay(self) -> list[dict[str, Any]]:
         self._refuse_unsupported()  # before anything is decayed
         return [group for group in super()._groups_to_decay() if group["decay"] == "decoupled"]

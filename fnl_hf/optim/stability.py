@@ -39,7 +39,7 @@ class StabilityCheck:
         """Look at one product before its step; arguments as in ``frobenius_operators``."""
         if self.found is not None or not self.is_due(grams[0].device):
             return
-        matrices = [(operator,) for operator in operators]
+        matrices: list[tuple[torch.Tensor, ...]] = [(operator,) for operator in operators]
         if len(operators) == 3:
             matrices[1] = (grams[0], grams[1])  # M ↦ (UᵀU) M (VᵀV)
         moving = [of_factor for of_factor, factor in zip(matrices, product.factors) if factor.target is not None]

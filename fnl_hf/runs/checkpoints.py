@@ -113,7 +113,7 @@ def drop_checkpoints(folder: Path, keep: int, best: str | None = None, keep_newe
     """Delete the oldest checkpoints of a run until so many are left; never the best, or what is not the run's, which is
     not counted, and the newest only if that is asked for. Paths may be spelled in any way."""
     own = [checkpoint for checkpoint in list_checkpoints(folder) if not not_of_the_run(checkpoint)]
-    kept = {os.path.realpath(path) for path in [*own[:keep_newest], *([] if best is None else [best])]}
+    kept = {os.path.realpath(path) for path in own[:keep_newest]} | ({os.path.realpath(best)} if best else set())
     droppable = [checkpoint for checkpoint in own if os.path.realpath(checkpoint) not in kept]
     excess = len(own) - max(keep, len(own) - len(droppable))
     for checkpoint in reversed(droppable[len(droppable) - excess :]):

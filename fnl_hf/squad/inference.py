@@ -70,17 +70,16 @@ def ask(
         version_2_with_negative=version_2_with_negative,
         null_score_diff_threshold=null_score_diff_threshold,
     )
-    if not isinstance(model, PreTrainedModel):
-        model = load_question_answering_model(str(model)).to("cuda" if torch.cuda.is_available() else "cpu")
-    _validate_head(model)
+    answering = model if isinstance(model, PreTrainedModel) else _load(str(model))
+    _validate_head(answering)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = load_tokenizer(tokenizer or str(model.name_or_path))
+        tokenizer = load_tokenizer(tokenizer or str(answering.name_or_path))
     if not questions:
         return []
-    maker = FeatureMaker(tokenizer, min(max_seq_length, model.config.max_position_embeddings), doc_stride)
+    maker = FeatureMaker(tokenizer, min(max_seq_length, answering.config.max_position_embeddings), doc_stride)
     examples = {"id": list(map(str, range(len(questions)))), "question": questions, "context": contexts}
     features = evaluation_features(examples, maker)
-    start, end = _logits(model, tokenizer, features, batch_size)
+    start, end = _logits(answering, tokenizer, features, batch_size)
     answers = answers_from_logits(examples, features, start, end, options)
     found = []
     for name in examples["id"]:
@@ -101,6 +100,11 @@ def _as_lists(question: str | Sequence[str], context: str | Sequence[str]) -> tu
         if not all(text.strip() for text in texts):
             raise UserInputError(f"question and context must not be empty: number {index + 1} has {texts!r}")
     return questions, contexts
+
+
+def _load(name: str) -> PreTrainedModel:
+    model: Any = load_question_answering_model(name)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _validate_head(model: PreTrainedModel) -> None:

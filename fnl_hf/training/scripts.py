@@ -104,7 +104,7 @@ class ScriptRun:
         trainer,
         metrics: dict[str, dict[str, Any]],
         source: str = "",
-        facts: Mapping[str, Any] | None = None,
+        facts: dict[str, Any] | None = None,
         language: str | None = None,
         **card,
     ) -> None:

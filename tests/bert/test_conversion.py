@@ -443,8 +443,8 @@ def test_to_bert_leaves_no_layer_that_needs_fnl_hf(bert, batch, tokenizer, tmp_p
 
 def test_what_lies_beside_the_weights_goes_with_them(checkpoint, tmp_path):
     modules = [{"path": path} for path in ("", "1_Pooling", "2_Other", "3_Normalize", "../escaped", "/etc")]
-    files = {"modules.json": modules, "sentence_bert_config.json": {"max_seq_length": 7}, "1_Pooling/config.json": {"a": 1},
-             "2_Other/config.json": {"b": 2}}  # fmt: skip
+    files = {"modules.json": modules, "sentence_bert_config.json": {"max_seq_length": 7}}
+    files |= {"1_Pooling/config.json": {"a": 1}, "2_Other/config.json": {"b": 2}}
     for name, content in files.items():
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_text(json.dumps(content))
@@ -508,6 +508,9 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
     assert f"| attention embedding dimension E | 21 (50% of d) |\n| parameters | {after:,} |" in texts["plain"]
     assert "| converted from | bert, BertForPreTraining |\n| E before | 42 |" in texts["plain"]
     assert f"| parameters before | {before:,} |" in texts["plain"] and "not trained since." in texts["plain"]
+    assert f'AutoTokenizer.from_pretrained("{tmp_path}/plain", trust_remote_code=True)' in (
+        (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
+    )
     assert "A stock BERT that computes what plain does." in texts["back"] and "trust_remote" not in texts["back"]
 
 

@@ -226,6 +226,7 @@ for name in NAMES:
     model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
     assert model.config.attention_embedding_size == 6, name
     print(name, type(model).__name__)
+transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # as in the card: asks nothing
 model.save_pretrained(resaved)  # from another head, still loadable into any
 transformers.AutoModelForQuestionAnswering.from_pretrained(resaved, trust_remote_code=True)
 config = transformers.AutoConfig.from_pretrained(resaved, trust_remote_code=True)
@@ -236,8 +237,9 @@ assert (u.mT @ u - v.mT @ v).norm() < 1e-5 * (u.mT @ u).norm(), "spectral initia
 
 
 @pytest.mark.parametrize("head", ["ForPreTraining", "ForQuestionAnswering"])
-def test_checkpoint_loads_into_every_auto_class_without_fnl_hf(tmp_path, dimensions, head):
+def test_checkpoint_loads_into_every_auto_class_without_fnl_hf(tmp_path, dimensions, head, tokenizer):
     fnl(head, dimensions, attention_init="spectral").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     code = REMOTE.replace("NAMES", repr(list(AUTO_CLASSES)))
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     result = subprocess.run(

@@ -231,6 +231,17 @@ def test_a_rate_of_two_numbers_is_one_clear_error(ours):
     assert all(torch.equal(p, before) for p, before in zip(params, start)) and not optimizer.state
 
 
+def test_a_rate_that_torchs_kernel_does_not_take_moves_nothing():
+    params = draw_weights(SHAPES["uv"](5, 7, 2, 0))
+    set_zero_gradients(params)
+    rate = torch.tensor(0.1)
+    optimizer = FrobeniusAdamW([{"params": params, "product": "uv", "lr": rate}], frobenius_decay=0.3, foreach=True)
+    start = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"group 0: lr \(0.1.*\) must be a float for foreach=True"):
+        optimizer.step()
+    assert all(torch.equal(p, before) for p, before in zip(params, start)) and not optimizer.state
+
+
 BAD_NUMBERS = [("lr", "0.1"), ("eps", None), ("weight_decay", TWO_RATES), ("frobenius_decay", TWO_RATES)]
 
 

@@ -78,7 +78,7 @@ def test_models_that_cannot_answer_are_refused(tokenizer, dimensions, tmp_path):
     lacking = "^no question answering model in .*: it lacks qa_outputs.bias, which would be random"
     for name, there, held in (
         ("BertForMaskedLM", lacking, "a BertForMaskedLM answers no questions: it gives logits"),
-        ("BertForSequenceClassification", lacking, "a BertForSequenceClassification answers no questions: it gives logits"),
+        ("BertForSequenceClassification", lacking, "SequenceClassification answers no questions: it gives logits"),
         (
             "BertForQuestionAnswering", r"qa_outputs.bias is \(3,\) there and \(2,\) here$",
             r"BertForQuestionAnswering with 3 logits a token \(num_labels\) answers no questions",
