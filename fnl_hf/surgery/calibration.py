@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fnl_hf.bert.evaluation import evaluation_mode
+
 MAX_BYTES = 2 * 2**30  # of sums that are held at a time; for the layers beyond it the data are run once more
 SEED = 0  # of the directions v
 
@@ -178,7 +180,7 @@ def collect_moments(
     found: dict[str, LayerMoments] = {}
     for part in _parts(layers):
         moments = {name: moments_class(layer)(layer) for name, layer in part.items()}
-        with _evaluating(model), _recording(moments) as record:
+        with evaluation_mode(model), _frozen(model), _recording(moments) as record:
             generator = torch.Generator().manual_seed(SEED)
             for batch in batches:
                 record.is_token = _mask_of(batch)
@@ -231,17 +233,13 @@ def _recording(moments: Mapping[str, LayerMoments]) -> Iterator[_Recorder]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, with frozen parameters."""
-    modes = {module: module.training for module in model.modules()}
+def _frozen(model: nn.Module) -> Iterator[None]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
         with torch.enable_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
 

