@@ -6,7 +6,7 @@
 
 A row for each way of making the encoder smaller: products by plain SVD and calibrated (``fnl_hf.factorize``), and what
 one would take instead: every other layer dropped, magnitude pruning of single weights (as many zeros; no faster), int8
-(dynamic). With ``--ablations`` also calibrated products without one part of it: with the inputs' moments alone, and with
+(dynamic). ``--ablations`` adds calibrated products without a part of it: by the moments of the inputs alone, and with
 ranks in proportion. ``--folders`` adds models that were trained since, as by
 ``run_pretrain.py --objective distill``. Columns: parameters of the encoder, mean cosine of the last hidden states to
 the original's over the tokens of held-out text, mean reciprocal rank and share of first ranks of the paragraph that a
