@@ -246,6 +246,7 @@ assert [batch.tolist() for batch in batches] == [[2, 3], [4, 5], [6, 7], [8, 9]]
 for worker in [] if persistent else workers:
     worker.join()
 batches = iter(loader)
+next(batches), next(batches)  # one of each: they have begun
 workers = multiprocessing.active_children()
 preemption.end_workers()
 for worker in workers:
