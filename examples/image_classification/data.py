@@ -5,6 +5,7 @@ All images of a split are one uint8 tensor. Shapes: N images, B of a batch, heig
 
 import glob
 import gzip
+import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def load_idx(folder: str, prepare: Preparation) -> dict[str, Images]:
 
 def _idx_file(folder: str, name: str) -> Path:
     for file in (Path(folder, name), Path(folder, f"{name}.gz")):
-        if file.is_file():
+        if os.path.isfile(file):
             return file
     raise UserInputError(f"--idx_dir {folder}: no file {name} or {name}.gz there")
 
@@ -123,7 +124,7 @@ def load_folders(train_dir: str, validation_dir: str, prepare: Preparation, cach
     """
     splits = {}
     for split, flag, folder in (("train", "train_dir", train_dir), ("test", "validation_dir", validation_dir)):
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             raise UserInputError(f"--{flag} {folder}: no such folder")
         # Given a folder's name, `datasets` would take "train" and "test" in names of files and classes for splits.
         files = {"train": f"{glob.escape(folder)}/**"}

@@ -276,7 +276,7 @@ def run(argv):
         refuse_unused(data_args, ("lr_milestones",), f"--lr_scheduler_type is {args.lr_scheduler_type.value}")
     if args.do_train and args.eval_strategy == "no":
         refuse_unused(data_args, ("validation_samples",), "without --eval_strategy nobody looks at held-out images")
-    planned = ScriptRun(args, argv, model_args, data_args)
+    planned = ScriptRun(args, argv, model_args, data_args, also=[MERGED_FOLDER])
     warn_of_unused_flags(argv, model_args, data_args, args)
     if planned.is_finished(name):
         return

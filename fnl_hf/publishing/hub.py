@@ -1,5 +1,6 @@
 """Models on the Hub: what of a folder is uploaded, when, and what is said where that fails."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def push_folder(
     """
     folder = Path(folder)
     for names in ((CONFIG_NAME,), (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        if not any((folder / file).is_file() for file in names):
+        if not any(os.path.isfile(folder / file) for file in names):
             raise UserInputError(f"{folder} holds no saved model: it has no {' or '.join(names)}")
     with hub_errors(name, f"{folder} is as it was: the same command sends what is missing"):
         repository = create_repository(name, private, token)

@@ -7,9 +7,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from fnl_hf.runs.seeds import NO_SCORES
+
 PRECISIONS = {"no": "float32", "bf16": "mixed, bfloat16", "fp16": "mixed, float16"}
 # Ends of the names of metrics that are no results.
-NO_RESULTS = ("_runtime", "_per_second", "_time", "_total", "_thresh", "_samples")
+NO_RESULTS = (*NO_SCORES, "_samples")
 
 
 class OverviewCallback(TrainerCallback):

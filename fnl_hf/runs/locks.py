@@ -72,7 +72,7 @@ def lock_folder(folder: Path, seen: bytes) -> None:
     if key in _held:
         return
     if fcntl is None:
-        logger.warning(NO_LOCKS.format(folder))
+        logger.warning_once(NO_LOCKS.format(folder))
         return
     descriptor = _open(folder)
     try:
@@ -103,7 +103,7 @@ def _lock(folder: Path, descriptor: int) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            logger.warning(NO_LOCKS.format(folder))
+            logger.warning_once(NO_LOCKS.format(folder))
             return
         owner = _describe(os.pread(descriptor, LENGTH, 0))
         raise UserInputError(

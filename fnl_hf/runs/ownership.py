@@ -8,10 +8,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import fnl_hf.bert
 from fnl_hf.errors import UserInputError
 from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, checksum, list_checkpoints, not_of_the_run
 from fnl_hf.runs.provenance import PROVENANCE_FILE
@@ -20,17 +22,37 @@ RESULTS_FILE = "all_results.json"
 STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
 RECORD_FILE = "_written.json"  # name -> SHA-256; nothing whose name begins with "_" is uploaded
 # Patterns of what is written while a run trains and evaluates, ...
-MEANWHILE = (STARTED_FILE, PROVENANCE_FILE, "*_results.json", "*_predictions.json", "*_null_odds.json")
+STARTED = (STARTED_FILE, PROVENANCE_FILE)
+SCORES = ("*_results.json", "*_predictions.json", "*_null_odds.json")
 # ... and of the model that it leaves: weights, configuration, code, what prepares its inputs, card and report.
-AT_THE_END = (
-    *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "*.py"),
-    *("factorized_layers.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "processor_config.json", "preprocessor_config.json", "merged"),
+MODEL = (
+    *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
+    *(path.name for path in Path(fnl_hf.bert.__path__[0]).glob("[!_]*.py")),
+    *("factorized_layers.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "processor_config.json", "preprocessor_config.json"),
     *("training_args.bin", STATE_FILE, "README.md", "training_report.png"),
 )
-EVALUATION = MEANWHILE[2:]
-ALL = (*MEANWHILE, *AT_THE_END)
 SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run writes: patterns of names in its folder, and whether checkpoints."""
+
+    patterns: tuple[str, ...]
+    has_checkpoints: bool = False
+
+
+def output_of(args, *also: str) -> Output:
+    """What a run of ``TrainingArguments`` writes; a model that is only evaluated is saved again to be pushed.
+
+    Args:
+        also: other names, of what the script itself writes.
+    """
+    if args.do_train:
+        return Output((*STARTED, *SCORES, *MODEL, *also), has_checkpoints=True)
+    return Output((*SCORES, *MODEL) if args.push_to_hub else SCORES)
 
 
 def holds_run(folder: Path) -> bool:
@@ -38,21 +60,20 @@ def holds_run(folder: Path) -> bool:
     return os.path.isfile(folder / STARTED_FILE)
 
 
-def others_files(folder: Path, patterns: Sequence[str] = ALL, anew: bool = True) -> list[str]:
+def others_files(folder: Path, output: Output, anew: bool = True) -> list[str]:
     """What in a folder is not a run's and would be overwritten or deleted by another one, by its name there.
 
     Args:
-        patterns: what it writes; of ``ALL``, its checkpoints, too.
-        anew: whether it starts anew, or goes on with what is there: then checkpoints stay, and what a run has written
-            and somebody has changed is the run's.
+        output: what it writes.
+        anew: whether it starts anew, or goes on with what is there: then checkpoints stay.
     """
     if not folder.is_dir():
         return []
     record, found = _read_record(folder), []
-    for path in _matching(folder, patterns):
+    for path in _matching(folder, output.patterns):
         files = [path] if path.is_symlink() or not path.is_dir() else _files_below(path)
-        found += [file.relative_to(folder).as_posix() for file in files if not _is_run_s(file, folder, record, anew)]
-    if patterns is ALL and anew:
+        found += [file.relative_to(folder).as_posix() for file in files if not _is_run_s(file, folder, record)]
+    if output.has_checkpoints and anew:
         for checkpoint in list_checkpoints(folder):
             found += not_of_the_run(checkpoint)
         if os.path.lexists(folder / STAGING_FOLDER) and not holds_run(folder):
@@ -60,12 +81,12 @@ def others_files(folder: Path, patterns: Sequence[str] = ALL, anew: bool = True)
     return found
 
 
-def refuse_others_files(folder: Path, patterns: Sequence[str] = ALL, anew: bool = True) -> None:
+def refuse_others_files(folder: Path, output: Output, anew: bool = True) -> None:
     """
     Raises:
         UserInputError: see :func:`others_files`; names them.
     """
-    if found := others_files(folder, patterns, anew):
+    if found := others_files(folder, output, anew):
         raise UserInputError(
             f"--output_dir {folder}: {shortened(found)} there is not as a run has written it, and this run would "
             "overwrite or delete it: move it away, or choose another folder"
@@ -82,7 +103,7 @@ def begin_writing(folder: Path) -> None:
     write_json(folder / RECORD_FILE, {})
 
 
-def record_written(folder: Path, patterns: Sequence[str] = ALL) -> None:
+def record_written(folder: Path, patterns: Sequence[str]) -> None:
     """Record what matches, as it is now, as a run's; no other entry is changed."""
     files = [
         file for path in _matching(folder, patterns) for file in ([path] if path.is_file() else _files_below(path))
@@ -108,17 +129,17 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(written, path)
 
 
-def _is_run_s(file: Path, folder: Path, record: dict[str, str] | None, anew: bool) -> bool:
+def _is_run_s(file: Path, folder: Path, record: dict[str, str] | None) -> bool:
     name = file.relative_to(folder).as_posix()
     is_run = holds_run(folder)
-    if is_run and any(fnmatchcase(name, pattern) for pattern in MEANWHILE):
+    if is_run and any(fnmatchcase(name, pattern) for pattern in (*STARTED, *SCORES)):
         return True
     # Its end is, or was, being written; runs of earlier versions leave no record, and their results last.
     if is_run and (record == {} or (record is None and os.path.isfile(folder / RESULTS_FILE))):
         return True
     if record is None or name not in record or not os.path.isfile(file):
         return False
-    return not anew or name == STATE_FILE or checksum(file) == record[name]
+    return name == STATE_FILE or checksum(file) == record[name]
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:

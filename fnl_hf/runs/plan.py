@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from fnl_hf.runs.checkpoints import (
 )
 from fnl_hf.runs.locks import LOCK_FILE, lock_folder, read_lock
 from fnl_hf.runs.ownership import (
-    ALL,
-    EVALUATION,
     RESULTS_FILE,
     STARTED_FILE,
+    Output,
     holds_run,
     others_files,
+    output_of,
     refuse_others_files,
     shortened,
     write_json,
@@ -42,9 +42,9 @@ from fnl_hf.runs.provenance import mask_home, read_starts
 
 logger = logging.get_logger(__name__)
 
-# Flags that name a file or folder; other names of the same one make no other run. Data are known by their contents.
-DATA_PATHS = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir", "idx_dir")
-PATHS = (*DATA_PATHS, "dataset_name", "model_name_or_path", "tokenizer_name", "config_name")
+# Flags that name a file or folder; other names of the same one make no other run.
+PATHS = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir", "idx_dir",
+         "dataset_name", "model_name_or_path", "tokenizer_name", "config_name")  # fmt: skip
 # What, beside the scripts' own arguments, makes two runs different ones.
 TRAINING_ARGUMENTS = (
     "optimizer",
@@ -120,10 +120,14 @@ def describe_run(args, *script_arguments) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name not in WITHOUT_EFFECT}
 
 
-def plan_run(args, description: dict[str, Any]) -> RunPlan:
+def plan_run(args, description: dict[str, Any], also: Sequence[str] = ()) -> RunPlan:
     """Decide from ``--output_dir``, ``--resume_from_checkpoint`` and ``--overwrite_output_dir``; changes no file.
 
     The first process decides for all: disks do not show the same to every machine at the same time.
+
+    Args:
+        description: see :func:`describe_run`.
+        also: names in the folder of what the script itself writes.
 
     Raises:
         UserInputError: the folder is in use, by a run that is alive, one with other arguments, or with files that are
@@ -134,25 +138,27 @@ def plan_run(args, description: dict[str, Any]) -> RunPlan:
         folder = Path(args.output_dir)
         _validate_place(folder)
         lock = read_lock(folder)
-        return replace(_plan(folder, args, description), lock=lock)
+        return replace(_plan(folder, args, description, output_of(args, *also)), lock=lock)
 
     return decide_on_first_process(plan)
 
 
-def _plan(folder: Path, args, description: dict[str, Any]) -> RunPlan:
+def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> RunPlan:
     resume = args.resume_from_checkpoint
     if resume is not None and args.overwrite_output_dir:
         raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
     in_use = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
     if resume not in (None, "auto"):
-        return _plan_from_checkpoint(Path(resume), folder, in_use, description, args.allow_other_world_size)
+        plan = _plan_from_checkpoint(Path(resume), folder, in_use, description, args.allow_other_world_size)
+        refuse_others_files(folder, output, anew=False)
+        return plan
     if args.overwrite_output_dir:
-        refuse_others_files(folder, ALL if args.do_train else EVALUATION)
+        refuse_others_files(folder, output)
     if not in_use or args.overwrite_output_dir:
         return RunPlan()
     if resume is None or not args.do_train:
-        raise UserInputError(f"--output_dir {folder} is not empty: {_remedies(folder, args, auto=args.do_train)}")
-    _validate_same_run(folder, description, args.allow_other_world_size, lambda: _remedies(folder, args))
+        raise UserInputError(f"--output_dir {folder} is not empty: {_remedies(folder, args, output)}")
+    _validate_same_run(folder, description, args.allow_other_world_size, lambda: _remedies(folder, args, output))
     if is_finished(folder, args):
         return RunPlan(finished=True, continued=folder)
     checkpoint = newest_complete_checkpoint(folder)
@@ -160,25 +166,25 @@ def _plan(folder: Path, args, description: dict[str, Any]) -> RunPlan:
         raise UserInputError(
             f"--resume_from_checkpoint auto: {folder} has no complete checkpoint: "
             f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start anew, "
-            f"{_remedies(folder, args)}"
+            f"{_remedies(folder, args, output)}"
         )
     if checkpoint is None and not holds_run(folder):
         raise UserInputError(
-            f"--output_dir {folder} is not empty and holds no run to resume: {_remedies(folder, args)}"
+            f"--output_dir {folder} is not empty and holds no run to resume: {_remedies(folder, args, output)}"
         )
-    refuse_others_files(folder, anew=False)
+    refuse_others_files(folder, output, anew=False)
     if checkpoint is None:
         return RunPlan(continued=folder)
     _warn_of_another_length(folder, description)
     return RunPlan(checkpoint=str(checkpoint), continued=folder)
 
 
-def _remedies(folder: Path, args, auto: bool = False) -> str:
+def _remedies(folder: Path, args, output: Output) -> str:
     """What can be done where an output folder is in use; only what would not be refused in its turn."""
     own = [path for path in list_checkpoints(folder) if path.name not in not_of_the_run(path)]
-    is_run, others = holds_run(folder) or bool(own), others_files(folder, ALL if args.do_train else EVALUATION)
+    is_run, others = holds_run(folder) or bool(own), others_files(folder, output)
     remedies = ["choose another"]
-    if auto and is_run:
+    if is_run and args.do_train and args.resume_from_checkpoint is None:
         remedies.append("continue its training with --resume_from_checkpoint auto")
     if not others:
         instead = " instead of --resume_from_checkpoint" if args.resume_from_checkpoint else ""
@@ -214,7 +220,6 @@ def _plan_from_checkpoint(
         raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
     run = checkpoint.parent if read_started(checkpoint.parent) else checkpoint
     _validate_same_run(run, description, allow_other_world_size, lambda: "go on with what it was started with")
-    refuse_others_files(folder, anew=False)
     _warn_of_another_length(run, description)
     return RunPlan(checkpoint=str(checkpoint), continued=run)
 
@@ -262,8 +267,8 @@ def _is_same(name: str, there: Any, here: Any) -> bool:
     there = os.path.expanduser(there)
     if os.path.realpath(there) == os.path.realpath(here):
         return True
-    was_moved = os.path.basename(there) == os.path.basename(here) and not os.path.lexists(there)
-    return name in DATA_PATHS and was_moved  # then the fingerprints of the data decide
+    # Moved, or named from another working folder: fingerprints of the data and checksums of the weights decide.
+    return Path(there).name == Path(here).name and os.path.lexists(here) and not os.path.lexists(there)
 
 
 def _warn_of_another_length(folder: Path, description: dict[str, Any]) -> None:

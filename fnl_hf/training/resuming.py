@@ -1,7 +1,6 @@
 """What a run that goes on takes from its checkpoint, and what from its command line."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import get_logger
 
-from fnl_hf.runs.checkpoints import abandon_later_checkpoints, random_state_file
+from fnl_hf.runs.checkpoints import abandon_later_checkpoints, find_fault, random_state_file
 
 logger = get_logger(__name__)
 
@@ -41,17 +40,17 @@ def find_best_checkpoint(args, state: TrainerState, run: Path) -> None:
     """Let the state name the best checkpoint by where it lies beside the one that is resumed: a path that was recorded
     before the run's folder was renamed, or from another working folder, may lead nowhere, or to an old copy.
 
-    Where it is gone and the best model is asked for, the best of what is evaluated from now on takes its place.
+    Where it is gone or torn and the best model is asked for, the best of what is evaluated from now on takes its place.
     """
     if state.best_global_step is None:
         return
     best = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
     places = [run / best, state.best_model_checkpoint]
-    found = next((str(place) for place in places if place is not None and os.path.isdir(place)), None)
+    found = next((str(place) for place in places if place is not None and find_fault(Path(place)) is None), None)
     if found is None and args.load_best_model_at_end:
         logger.warning(
-            f"{run / best} had the best {args.metric_for_best_model} ({state.best_metric:.4g}) and is gone: the best "
-            "model is chosen from those that are evaluated from now on"
+            f"{run / best} had the best {args.metric_for_best_model} ({state.best_metric:.4g}) and is gone or "
+            "not complete: the best model is chosen from those that are evaluated from now on"
         )
         state.best_metric = state.best_global_step = None
     state.best_model_checkpoint = found

@@ -18,7 +18,7 @@ from fnl_hf.publishing.cards import (
 from fnl_hf.publishing.hub import push_finished
 from fnl_hf.reports.overview import OverviewCallback, describe_end, describe_start
 from fnl_hf.reports.plots import REPORT_FILE, plot_report
-from fnl_hf.runs.ownership import ALL, EVALUATION, record_written
+from fnl_hf.runs.ownership import output_of, record_written
 from fnl_hf.runs.plan import (
     START_WEIGHTS,
     describe_run,
@@ -43,16 +43,18 @@ class ScriptRun:
         args: ``FnlTrainingArguments``.
         argv: the command line without the script's name.
         *script_arguments: the script's own dataclasses.
+        also: names in the output folder of what the script writes itself.
 
     Raises:
         UserInputError: see :func:`fnl_hf.runs.plan.plan_run`.
     """
 
-    def __init__(self, args, argv: Sequence[str], *script_arguments):
+    def __init__(self, args, argv: Sequence[str], *script_arguments, also: Sequence[str] = ()):
         self.args, self.argv = args, argv
         self.began = time.monotonic()
         self.description = describe_run(args, *script_arguments)
-        self.plan = plan_run(args, self.description)
+        self.plan = plan_run(args, self.description, also)
+        self.output = output_of(args, *also)
 
     def is_finished(self, model_name_or_path: str | None) -> bool:
         """Whether nothing is left to do; an upload that failed is tried again.
@@ -141,12 +143,14 @@ class ScriptRun:
             trainer.save_metrics(split, values)
         if trainer.is_world_process_zero():
             print(describe_end(self.args, time.monotonic() - self.began, metrics), flush=True)
-        if self.args.push_to_hub and self.args.do_train:
-            trainer.push_saved()
-        elif self.args.push_to_hub:  # nothing is saved yet
-            trainer.push_to_hub()
-        if trainer.is_world_process_zero():
-            record_written(Path(self.args.output_dir), ALL if self.args.do_train else EVALUATION)
+        try:
+            if self.args.push_to_hub and self.args.do_train:
+                trainer.push_saved()
+            elif self.args.push_to_hub:  # nothing is saved yet
+                trainer.push_to_hub()
+        finally:  # whatever comes of the upload
+            if trainer.is_world_process_zero():
+                record_written(Path(self.args.output_dir), self.output.patterns)
 
     def _title(self, trainer) -> str:
         """Which run the report shows."""

@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from fnl_hf.products.discovery import find_products
+from fnl_hf.runs.command_line import expand_home
 from fnl_hf.runs.config_files import with_config_files
 from fnl_hf.training.optimizers import OPTIMIZERS, constructor_arguments
 
@@ -65,10 +66,11 @@ RULES = (
     ),
     Rule(("num_train_epochs",), lambda run: run.max_steps > 0, "no --max_steps"),
     Rule(
-        ("gradient_checkpointing_kwargs",),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
         lambda run: not (run.gradient_checkpointing or getattr(run, "activation_checkpointing", None)),
         "--gradient_checkpointing true",
     ),
+    Rule(("torch_empty_cache_steps",), lambda run: run.device.type == "cpu", "an accelerator"),
     Rule(("fsdp_config",), lambda run: not run.fsdp, "--fsdp"),
     # when what is done
     Rule(("eval_steps",), lambda run: run.eval_strategy != "steps", "--eval_strategy steps"),
@@ -79,7 +81,15 @@ RULES = (
         "--eval_strategy steps or epoch",
     ),
     Rule(
-        ("per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval"),
+        (
+            "per_device_eval_batch_size",
+            "eval_accumulation_steps",
+            "prediction_loss_only",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "n_best_size",
+            "max_answer_length",
+        ),
         lambda run: not (run.do_eval or run.do_predict),
         "--do_eval true",
     ),
@@ -138,7 +148,7 @@ RULES = (
     ),
     # the model to pretrain
     Rule(
-        ("vocab_size",),
+        ("vocab_size", "alphabet_coverage"),
         lambda run: run.tokenizer_name is not None or run.model_name_or_path is not None,
         "a tokenizer that is trained: no --tokenizer_name and no --model_name_or_path",
     ),
@@ -152,7 +162,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, str]:
     """{flag: its values} of a command line and its config files; the last value counts."""
     given: dict[str, list[str]] = {}
     name = ""
-    for word in with_config_files(argv):
+    for word in with_config_files(expand_home(argv)):
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             name = flag.replace("-", "_")

@@ -151,8 +151,9 @@ FOLDERS = {
         overwriting(replaced_by(holding("README.md"))), "^--output_dir .*/out: README.md there is not as a run has wri"
     ),
     "overwriting a model": (
-        overwriting(replaced_by(holding("config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "a.py"))),
-        "/out: a.py, config.json, model.safetensors and 2 more there is not as a run has written it, and this run ",
+        overwriting(replaced_by(holding("config.json", "model.safetensors", "vocab.txt", "z/a", "tokenizer.json",
+                                      "attention_fnl_bert.py"))),
+        "/out: attention_fnl_bert.py, config.json, model.safetensors and 2 more there is not as a run has ",
     ),
     "overwriting a checkpoint": (
         overwriting(replaced_by(holding("checkpoint-2024/photo"))),

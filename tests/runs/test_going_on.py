@@ -16,6 +16,7 @@ from fnl_hf.runs.checkpoints import drop_checkpoints
 from fnl_hf.runs.command_line import parse_arguments
 from fnl_hf.runs.plan import is_finished, plan_run
 from fnl_hf.runs.seeds import commands_of_seeds
+from fnl_hf.training import resuming
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.resuming import complete_metrics, find_best_checkpoint
 from tests.conftest import assert_same_weights, pretraining
@@ -76,7 +77,8 @@ def test_the_best_model_is_found_where_the_run_now_lies(best, corpus, tmp_path, 
     assert_same_weights(best / "whole", out)
 
 
-def test_a_best_checkpoint_that_is_gone_leaves_its_place_to_the_next(tmp_path, caplog):
+def test_a_best_checkpoint_that_is_gone_leaves_its_place_to_the_next(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(resuming, "find_fault", lambda path: None if path.is_dir() else "it is gone")
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
 
     def found(there, asked=True, step=5):
@@ -92,7 +94,7 @@ def test_a_best_checkpoint_that_is_gone_leaves_its_place_to_the_next(tmp_path, c
     assert found(str(elsewhere)) == (str(elsewhere), 1.5, 5)
     assert not caplog.text
     assert found("gone/checkpoint-5") == (None, None, None)
-    assert "checkpoint-5 had the best loss (1.5) and is gone" in caplog.text
+    assert "checkpoint-5 had the best loss (1.5) and is gone or not complete: the" in caplog.text
 
 
 def test_only_a_run_s_own_checkpoints_are_dropped_and_never_the_best(tmp_path, monkeypatch):
@@ -143,9 +145,10 @@ def test_other_names_of_the_same_file_make_no_other_run(plan, tmp_path, monkeypa
             assert plan(
                 {"train_file": there, "model_name_or_path": "."}, {"train_file": here, "model_name_or_path": "../data"}
             )
-    # Moved together with the run, from another working folder: the data's fingerprint decides.
+    # Moved together with the run, from another working folder: fingerprints and checksums decide.
     assert plan({"train_file": ["corpora/a.txt"]}, {"train_file": ["a.txt"]}).continued
     assert plan({"idx_dir": "/before/data"}, {"idx_dir": str(Path.cwd())}).continued
+    assert plan({"model_name_or_path": "data/"}, {"model_name_or_path": str(Path.cwd())}).continued
 
 
 @pytest.mark.parametrize("name, there, here", [
@@ -154,6 +157,7 @@ def test_other_names_of_the_same_file_make_no_other_run(plan, tmp_path, monkeypa
     ("train_file", ["a.txt"], None),
     ("train_file", "a.txt", "other/a.txt"),  # both are there
     ("model_name_or_path", "one/bert", "another/bert"),
+    ("model_name_or_path", "ada/other", "eve/other"),  # on the Hub
     ("objective", "mlm", "./mlm"),
 ])  # fmt: skip
 def test_other_files_make_another_run(plan, tmp_path, monkeypatch, name, there, here):

@@ -39,6 +39,11 @@ CASES = [
     ("pretrain", "num_train_epochs", "--num_train_epochs 2 --max_steps 5", "--num_train_epochs 2"),
     ("pretrain", "gradient_checkpointing_kwargs", '--gradient_checkpointing_kwargs {"use_reentrant":false}',
      '--gradient_checkpointing_kwargs {"use_reentrant":false} --gradient_checkpointing true'),
+    ("pretrain", "activation_checkpointing_kwargs", '--activation_checkpointing_kwargs {"use_reentrant":false}', None),
+    ("pretrain", "torch_empty_cache_steps", "--torch_empty_cache_steps 3", None),
+    ("pretrain", "prediction_loss_only", "--prediction_loss_only true --do_train true", "--prediction_loss_only true"),
+    ("squad", "n_best_size", "--n_best_size 3 --do_train true", "--n_best_size 3"),
+    ("squad", "max_answer_length", "--max_answer_length 3 --do_train true", "--max_answer_length 3 --do_predict true"),
     ("pretrain", "fsdp_config", '--fsdp_config {"min_num_params":2}', None),
     ("pretrain", "eval_steps", "--eval_steps 5 --eval_strategy epoch", "--eval_steps 5 --eval_strategy steps"),
     ("pretrain", "eval_delay", "--eval_delay 5", "--eval_delay 5 --eval_strategy steps"),
@@ -96,6 +101,7 @@ CASES = [
     ("pretrain", "validation_split_percentage", f"--validation_split_percentage 9 --validation_file v.txt {NEW_TEXT}",
      "--validation_split_percentage 9"),
     ("pretrain", "vocab_size", "--vocab_size 99 --tokenizer_name t", "--vocab_size 99"),
+    ("pretrain", "alphabet_coverage", "--alphabet_coverage 0.99 --model_name_or_path m", "--alphabet_coverage 0.99"),
     ("pretrain", "attention_init", "--attention_init spectral --model_name_or_path m", "--attention_init spectral"),
     ("pretrain", "sparse_last_layer", "--sparse_last_layer true --sparse_prediction false", "--sparse_last_layer true"),
 ]  # fmt: skip
@@ -139,6 +145,12 @@ def test_what_a_flag_is_given_last_counts_and_what_is_off_asks_for_nothing(tmp_p
     assert (
         found("pretrain", "--hub_always_push false --sparse_last_layer false --sparse_prediction false", tmp_path) == []
     )
+
+
+def test_a_config_file_in_the_home_folder_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("adam-beta2: 0.5\n")
+    assert given_flags(["~/c.yaml"]) == {"adam_beta2": "0.5"}
 
 
 def test_decay_of_a_model_without_products(tmp_path, dimensions, caplog):
