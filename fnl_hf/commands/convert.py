@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
@@ -24,14 +25,16 @@ from fnl_hf.commands.folders import (
     refuse_misfits,
 )
 from fnl_hf.data.corpus import load_text_files
-from fnl_hf.data.tokenizer import load_tokenizer
+from fnl_hf.data.tokenizer import load_tokenizer, vocabulary_size
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, describe_source, write_card
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.factorize import merge
 
+logger = logging.get_logger(__name__)
 SPECTRA_FILE = "spectra.png"
 BATCH_SIZE = 16
+CALIBRATION_SAMPLES, CALIBRATION_LENGTH = 256, 128  # documents, and tokens of each
 TITLES = {"qk": "$Q_h K_h^T$", "vo": "$V_h O_h^T$"}
 
 TRUNCATION = """## Truncation
@@ -59,8 +62,8 @@ def convert_checkpoint(
     to: str = "fnl_bert",
     attention_embedding_size: int | None = None,
     calibration_files: Sequence[str] = (),
-    calibration_samples: int = 256,
-    max_seq_length: int = 128,
+    calibration_samples: int = CALIBRATION_SAMPLES,
+    max_seq_length: int = CALIBRATION_LENGTH,
 ) -> Conversion:
     """Convert the checkpoint ``source``, with its head, and save it in ``folder``, with its tokenizer and what else it
     has beside its weights, as the files of sentence-transformers.
@@ -69,7 +72,8 @@ def convert_checkpoint(
         to: "fnl_bert" or "bert", whose layers are dense: factorized ones are multiplied out.
         attention_embedding_size: E of an FNL-BERT; by default that of ``source``.
         calibration_files: text whose first ``calibration_samples`` documents, cut to ``max_seq_length`` tokens, say
-            which directions count; without any, the weights do.
+            which directions count; without any, the weights do. At the same E they count for nothing, with a warning.
+        max_seq_length: special tokens included; at most what ``source`` reads.
 
     Returns:
         Both models, and what each product lost. The folder has a model card, too; where E became smaller, the spectra
@@ -88,6 +92,12 @@ def convert_checkpoint(
     tokenizer, companions = load_tokenizer(source), find_companions(source)
     original = load_model(source)
     fnl_class = _fnl_class(type(original).__name__)
+    if calibration_files and attention_embedding_size in (None, embedding_size_of(original.config)):
+        logger.warning("calibration_file changes nothing: only a smaller attention_embedding_size truncates")
+        calibration_files = ()
+    if calibration_files:
+        max_seq_length = min(max_seq_length, original.config.max_position_embeddings)
+        _validate_calibration(tokenizer, original.config, max_seq_length)
     try:
         calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
         if to == "bert":
@@ -139,6 +149,15 @@ def load_model(source: str) -> PreTrainedModel:
     model, info = found
     refuse_misfits(source, model, info)
     return model
+
+
+def _validate_calibration(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_seq_length: int) -> None:
+    validate_bounds("max_seq_length", max_seq_length, tokenizer.num_special_tokens_to_add() + 1)
+    size = vocabulary_size(tokenizer)
+    if size > config.vocab_size:
+        raise UserInputError(
+            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({config.vocab_size})"
+        )
 
 
 def calibration_batches(

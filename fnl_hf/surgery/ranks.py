@@ -56,7 +56,7 @@ def choose_ranks(layers: Mapping[str, nn.Module], config: FactorizationConfig) -
     """Name -> rank of each layer.
 
     Raises:
-        ValueError: weights on the meta device, of which ``energy`` cannot be known.
+        ValueError: weights on the meta device or not finite, of which ``energy`` cannot be known.
     """
     sizes = {name: LayerSize(layer) for name, layer in layers.items()}
     if config.ranks is not None:
@@ -111,6 +111,8 @@ def _rank_of_energy(name: str, layer: Any, energy: float) -> int:
     """The smallest rank that keeps this share of Σσ² in every group."""
     if layer.weight.is_meta:
         raise ValueError(f"energy ({energy}): {name} is on the meta device, so its singular values are not known")
+    if not layer.weight.isfinite().all():
+        raise ValueError(f"{name}: its weight has values that are not finite")
     layer_class = FACTORIZED[type(layer)]
     matrices = layer_class.like(layer, 1, False, device="meta").to_matrices(layer.weight.float())  # (G, m, n)
     squares = torch.linalg.svdvals(matrices).double().square()  # (G, min(m, n))
