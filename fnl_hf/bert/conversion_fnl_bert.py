@@ -100,10 +100,12 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
             The model in evaluation mode, or it and the list.
 
         Raises:
-            ValueError: no BERT, one with adapters or with weights that are not those of its class and configuration, or
-                an E that does not fit.
+            ValueError: no BERT, one with adapters or with weights that are not those of its class and configuration, an
+                E that does not fit, attention that is to be truncated and is not finite, or ``kwargs`` for a model.
         """
         source: Any = cls.load_bert(bert, **kwargs) if isinstance(bert, str | PathLike) else bert
+        if kwargs and source is bert:
+            raise ValueError(f"{', '.join(sorted(kwargs))}: for a model's name or folder, not for a model")
         _refuse_changed(source)
         if not isinstance(source, modeling_bert.BertPreTrainedModel):
             raise ValueError(f"{_display_name(source)} is no BERT: {_explain_refusal(source.config)}")
@@ -194,9 +196,10 @@ def _explain_refusal(config) -> str:
 
 def _validate_embedding_size(embedding_size: int, config: BertConfig) -> None:
     largest, heads = embedding_size_of(config), config.num_attention_heads
-    if not 1 <= embedding_size <= largest or embedding_size % heads:
+    is_whole = isinstance(embedding_size, int)
+    if not is_whole or not 1 <= embedding_size <= largest or embedding_size % heads:
         raise ValueError(
-            f"attention_embedding_size ({embedding_size}) must be a multiple of num_attention_heads ({heads}) and at "
+            f"attention_embedding_size ({embedding_size!r}) must be a multiple of num_attention_heads ({heads}) and at "
             f"most {largest}, that of the model to convert"
         )
 
@@ -320,6 +323,8 @@ def _warn_of_few_tokens(measured: Mapping[str, HeadMoments]) -> None:
 
 
 def _truncate_attention(name: str, source, target, moments: HeadMoments) -> list[Truncation]:
+    if not all(part.isfinite().all() for part in (*moments.matrices(), moments.context_mean)):
+        raise ValueError(f"{name}: its weights, or what it computes for the calibration, are not finite")
     rank = target.self.attention_head_size
     mixing, qk_sigma, vo_sigma = find_truncation(moments, rank)
     mix_heads(source, target, mixing, moments.context_mean)

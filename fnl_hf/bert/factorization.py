@@ -150,17 +150,20 @@ def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
     With U_h V_hᵀ = P Σ Qᵀ: P_r Σ_r^½ and Q_r Σ_r^½, so (H, m, k), (H, n, k) -> (H, m, r), (H, n, r). At r = k the
     products are kept and their factors balanced (Khodak et al., section 3.1).
 
+    Computed in the dtype of the factors, inside autocast too.
+
     Raises:
         ValueError: ``rank`` above the rank min(m, n, k) that the products can have.
     """
     largest = min(left.shape[-2], right.shape[-2], left.shape[-1])
     if not 1 <= rank <= largest:
         raise ValueError(f"rank ({rank}) must be between 1 and {largest}, the largest rank the products can have")
-    left_basis, left_core = torch.linalg.qr(left)  # (H, m, min(m, k)), (H, min(m, k), k)
-    right_basis, right_core = torch.linalg.qr(right)
-    p, sigma, qh = torch.linalg.svd(left_core @ right_core.transpose(-2, -1), full_matrices=False)
-    root = sigma[..., None, :rank].sqrt()  # (H, 1, r)
-    return left_basis @ (p[..., :rank] * root), right_basis @ (qh.transpose(-2, -1)[..., :rank] * root)
+    with without_autocast((left, right)):
+        left_basis, left_core = torch.linalg.qr(left)  # (H, m, min(m, k)), (H, min(m, k), k)
+        right_basis, right_core = torch.linalg.qr(right)
+        p, sigma, qh = torch.linalg.svd(left_core @ right_core.transpose(-2, -1), full_matrices=False)
+        root = sigma[..., None, :rank].sqrt()  # (H, 1, r)
+        return left_basis @ (p[..., :rank] * root), right_basis @ (qh.transpose(-2, -1)[..., :rank] * root)
 
 
 __all__ = [

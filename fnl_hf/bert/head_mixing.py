@@ -39,6 +39,10 @@ class HeadMoments:
     context_mean: torch.Tensor
     tokens: int | None = None
 
+    def matrices(self) -> tuple[torch.Tensor, ...]:
+        """The second moments."""
+        return self.query, self.key, self.value, self.output
+
 
 @dataclass(frozen=True)
 class HeadMixing:

@@ -1,12 +1,13 @@
 """Text from files as the calibration data of conversions and factorizations."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fnl_hf.data.corpus import load_text_files
-from fnl_hf.errors import UserInputError
+from fnl_hf.data.tokenizer import vocabulary_size
+from fnl_hf.errors import UserInputError, validate_bounds
 
 BATCH_SIZE = 16
 SAMPLES, LENGTH = 256, 128  # unless the user says otherwise
@@ -38,16 +39,17 @@ def describe_calibration(files: Sequence[str], documents: int, max_seq_length: i
     return f"{documents} documents of {names}, at most {max_seq_length} tokens of each"
 
 
-def refuse_misfit(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """
+def usable_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_seq_length: int) -> int:
+    """``max_seq_length``, or what the model has positions for.
+
     Raises:
-        UserInputError: texts longer than the model's positions, or ids beyond its table.
+        UserInputError: no room for a token beside the special ones, or a tokenizer with ids that the model has not.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-    if positions is not None and longest > positions:
-        raise UserInputError(f"--max_seq_length ({longest}) must be at most {positions}, the model's positions")
-    entries = model.get_input_embeddings().weight.shape[0]
-    largest = max(int(batch["input_ids"].max()) for batch in batches)
-    if largest >= entries:
-        raise UserInputError(f"the tokenizer's id {largest} must be below {entries}, the entries of the model's table")
+    length = min(max_seq_length, getattr(config, "max_position_embeddings", None) or max_seq_length)
+    validate_bounds("max_seq_length", length, tokenizer.num_special_tokens_to_add() + 1)
+    size, known = vocabulary_size(tokenizer), getattr(config, "vocab_size", None)
+    if known is not None and size > known:
+        raise UserInputError(
+            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({known})"
+        )
+    return length

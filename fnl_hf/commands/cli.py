@@ -1,6 +1,7 @@
 """The command ``fnl-hf``: what is done to a checkpoint once it is trained."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from fnl_hf.surgery.config import DEFAULT_RANK_SCALES, TYPES, FactorizationConfi
 from fnl_hf.surgery.factorize import factorization_table
 from fnl_hf.version import __version__
 
-PLACES = ("source", "folder", "model", "file", "name", "questions_file")  # what is read or written
+PLACES = ("source", "folder", "model", "file", "name", "questions_file", "calibration_file")  # what is read or written
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,13 +29,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
-        for name in PLACES:
-            if getattr(args, name, None) == "":
-                raise UserInputError(f"{name} is empty: name one")
+        take_places(args)
         args.run(args)
     except UserInputError as error:
         print(f"fnl-hf: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def take_places(args: argparse.Namespace) -> None:
+    """Put the home folder in the place of "~", which no shell expands in ``--flag=~/x`` or quotes.
+
+    Raises:
+        UserInputError: a name that is empty, or longer than a file system takes.
+    """
+    for name in PLACES:
+        value = getattr(args, name, None)
+        places = value if isinstance(value, list) else [] if value is None else [value]
+        for place in places:
+            if place == "":
+                raise UserInputError(f"{name} is empty: name one")
+            try:
+                Path(place).exists()
+            except OSError as error:
+                raise UserInputError(f"{name}: {place}: {error.strerror}") from error
+        expanded = [os.path.expanduser(place) for place in places]
+        if places:
+            setattr(args, name, expanded if isinstance(value, list) else expanded[0])
+
+
+def warn_of_unused(args: argparse.Namespace, flag: str, remedy: str) -> None:
+    """One line for a flag that was given and changes nothing."""
+    if getattr(args, flag) is not None:
+        print(f"fnl-hf: warning: --{flag} changes nothing: it counts with {remedy}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,8 +111,17 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--calibration_file", nargs="+", default=[], help="text that says what counts in a trained model"
     )
-    command.add_argument("--calibration_samples", type=int, default=SAMPLES, help="documents of it (%(default)s)")
-    command.add_argument("--max_seq_length", type=int, default=LENGTH, help="tokens of each (%(default)s)")
+    command.add_argument("--calibration_samples", type=int, help=f"documents of it ({SAMPLES})")
+    command.add_argument("--max_seq_length", type=int, help=f"tokens of each, at most ({LENGTH})")
+
+
+def calibration_of(args: argparse.Namespace) -> tuple[list[str], int, int]:
+    """Files, documents and tokens of each."""
+    if not args.calibration_file:
+        for flag in ("calibration_samples", "max_seq_length"):
+            warn_of_unused(args, flag, "--calibration_file")
+    samples = SAMPLES if args.calibration_samples is None else args.calibration_samples
+    return args.calibration_file, samples, LENGTH if args.max_seq_length is None else args.max_seq_length
 
 
 def add_factorize(commands) -> None:
@@ -167,9 +202,7 @@ def add_ask(commands) -> None:
     asking.add_argument("--doc_stride", type=int, default=128, help="tokens from window to window (%(default)s)")
     asking.add_argument("--batch_size", type=int, default=32, help="windows at once (%(default)s)")
     asking.add_argument("--version_2_with_negative", action="store_true", help="a question may have no answer")
-    asking.add_argument(
-        "--null_score_diff_threshold", type=float, default=0.0, help="none above this score difference (%(default)s)"
-    )
+    asking.add_argument("--null_score_diff_threshold", type=float, help="none above this score difference (0.0)")
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -178,9 +211,7 @@ def run_convert(args: argparse.Namespace) -> None:
         args.folder,
         args.to,
         args.attention_embedding_size,
-        args.calibration_file,
-        args.calibration_samples,
-        args.max_seq_length,
+        *calibration_of(args),
     )
     if truncations:
         print(truncation_table(truncations))
@@ -195,9 +226,7 @@ def run_factorize(args: argparse.Namespace) -> None:
         config = FactorizationConfig(**{name: getattr(args, name) for name in names})
     except ValueError as error:
         raise UserInputError(f"--{error}") from error
-    result = factorize_checkpoint(
-        args.source, args.folder, config, args.calibration_file, args.calibration_samples, args.max_seq_length
-    )
+    result = factorize_checkpoint(args.source, args.folder, config, *calibration_of(args))
     print(factorization_table(result.model))
     print_sizes(result, args.folder)
 
@@ -236,8 +265,11 @@ def run_ask(args: argparse.Namespace) -> None:
     else:
         examples = read_squad_file(args.questions_file)
         ids, questions, contexts = (examples[name][:] for name in ("id", "question", "context"))
+    if not args.version_2_with_negative:
+        warn_of_unused(args, "null_score_diff_threshold", "--version_2_with_negative")
     options = ("max_seq_length", "doc_stride", "batch_size", "version_2_with_negative", "null_score_diff_threshold")
-    answers = ask(args.model, questions, contexts, **{name: getattr(args, name) for name in options})
+    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    answers = ask(args.model, questions, contexts, **given)
     for name, found in zip(ids, answers, strict=True):
         answer = " ".join(found["answer"].split())  # one line, one field
         print(*([] if name is None else [name]), answer, f"{found['score']:.3f}", sep="\t")

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PreTrainedCon
 from transformers.models.auto import modeling_auto
 
 from fnl_hf.bert import modeling_fnl_bert
-from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, refuse_misfit
+from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
 from fnl_hf.commands.folders import (
     complete_or_removed,
     copy_companions,
@@ -79,9 +79,8 @@ def factorize_checkpoint(
             return None
         if tokenizer is None:
             raise ValueError(f"{source} has no tokenizer for --calibration_file: calibrate it in Python, on its inputs")
-        found = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
-        refuse_misfit(model, found)
-        return found
+        length = usable_length(tokenizer, model.config, max_seq_length)
+        return list(calibration_batches(tokenizer, calibration_files, calibration_samples, length))
 
     what = "with factorized layers; not trained since"
     if calibration_files:

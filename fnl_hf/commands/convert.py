@@ -10,11 +10,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
 
 from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
 from fnl_hf.bert.head_mixing import Truncation
-from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, refuse_misfit
+from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
 from fnl_hf.commands.folders import (
     complete_or_removed,
     copy_companions,
@@ -29,6 +30,7 @@ from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, descr
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.factorize import merge
 
+logger = logging.get_logger(__name__)
 SPECTRA_FILE = "spectra.png"
 TITLES = {"qk": "$Q_h K_h^T$", "vo": "$V_h O_h^T$"}
 
@@ -67,7 +69,8 @@ def convert_checkpoint(
         to: "fnl_bert" or "bert", whose layers are dense: factorized ones are multiplied out.
         attention_embedding_size: E of an FNL-BERT; by default that of ``source``.
         calibration_files: text whose first ``calibration_samples`` documents, cut to ``max_seq_length`` tokens, say
-            which directions count; without any, the weights do.
+            which directions count; without any, the weights do. At the same E they count for nothing, with a warning.
+        max_seq_length: special tokens included; at most what ``source`` reads.
 
     Returns:
         Both models, and what each product lost. The folder has a model card, too; where E became smaller, the spectra
@@ -86,10 +89,13 @@ def convert_checkpoint(
     tokenizer, companions = load_tokenizer(source), find_companions(source)
     original = load_model(source)
     fnl_class = _fnl_class(type(original).__name__)
+    if calibration_files and attention_embedding_size in (None, embedding_size_of(original.config)):
+        logger.warning("calibration_file changes nothing: only a smaller attention_embedding_size truncates")
+        calibration_files = ()
+    if calibration_files:
+        max_seq_length = usable_length(tokenizer, original.config, max_seq_length)
     try:
         calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
-        if calibration:
-            refuse_misfit(original, calibration)
         if to == "bert":
             result = Conversion(original, _to_bert(original), [])
         else:
@@ -138,6 +144,10 @@ def load_model(source: str) -> PreTrainedModel:
     model, info = found
     refuse_misfits(source, model, info)
     return model
+
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 
 def _write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fnl_hf.bert.evaluation import evaluation_mode
+from fnl_hf.bert.factorization import without_autocast
 from fnl_hf.commands.folders import refuse_bad_file
 from fnl_hf.errors import UserInputError
 
@@ -41,12 +42,15 @@ def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     It returns the model's outputs as a tuple, logits first.
 
     Raises:
-        UserInputError: a head for multiple choice, whose inputs have one dimension more.
+        UserInputError: no model of Transformers, or a head for multiple choice, whose inputs have one dimension more.
     """
-    if "MultipleChoice" in type(model).__name__:
-        raise UserInputError(f"{type(model).__name__} reads (B, choices, S): export its encoder instead")
+    _validate_model(model)
     dimensions = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with evaluation_mode(model), warnings.catch_warnings(action="ignore"):  # exporters warn of their own insides
+    with (
+        evaluation_mode(model),
+        without_autocast(model.parameters()),
+        warnings.catch_warnings(action="ignore"),  # exporters warn of their own insides
+    ):
         return torch.export.export(
             _PositionalModel(model), _example_inputs(model, 3, 7), dynamic_shapes=dict.fromkeys(INPUTS, dimensions)
         )
@@ -66,12 +70,27 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
     """
     file = Path(file)
     refuse_bad_file(file, SUFFIX)
+    _validate_model(model)
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise UserInputError(f"exporting to ONNX needs {error.name}: pip install 'fnl-hf[onnx]'") from error
     model = copy.deepcopy(model).float().cpu().eval()
+    with without_autocast(model.parameters()):
+        return _write_checked(model, file)
+
+
+def _validate_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise UserInputError(f"a {type(model).__name__} is no model of Transformers: load it first")
+    if "MultipleChoice" in type(model).__name__:
+        raise UserInputError(f"{type(model).__name__} reads (B, choices, S): export its encoder instead")
+
+
+def _write_checked(model: PreTrainedModel, file: Path) -> float:
+    import onnxruntime
+
     names = list(_PositionalModel(model).model(**dict(zip(INPUTS, _example_inputs(model, 2, 5))), return_dict=True))
     with warnings.catch_warnings(action="ignore"):
         program: Any = torch.onnx.export(
@@ -82,7 +101,8 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
         with TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
             program.save(f"{folder}/{file.name}")
             session = onnxruntime.InferenceSession(f"{folder}/{file.name}", providers=["CPUExecutionProvider"])
-            difference = max(_largest_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8)))
+            found = [_largest_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8))]
+            difference = torch.tensor(found).max().item()  # Python's may lose a NaN
             if not difference <= TOLERANCE:
                 raise UserInputError(f"{file}: ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}")
             for written in Path(folder).iterdir():  # beside the file, its weights if they are too large for it
@@ -99,10 +119,10 @@ def _largest_difference(session, model: PreTrainedModel, batch: int, length: int
     found = session.run(None, {name: value.numpy() for name, value in zip(INPUTS, inputs)})
     expected = _PositionalModel(model)(*inputs)
     pairs = [(torch.from_numpy(ours), theirs) for ours, theirs in zip(found, expected, strict=True)]
-    return max(
-        float((ours - theirs)[present if theirs.shape[:2] == present.shape else ...].abs().max())
-        for ours, theirs in pairs
-    )
+    differences = [
+        (ours - theirs)[present if theirs.shape[:2] == present.shape else ...].abs().max() for ours, theirs in pairs
+    ]
+    return torch.stack(differences).max().item()
 
 
 def _example_inputs(model: PreTrainedModel, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

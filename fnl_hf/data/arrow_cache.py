@@ -102,7 +102,9 @@ def cached_dataset(
         except INFO_ERRORS as error:
             logger.warning(f"The cache in {folder / name / fingerprint} is damaged and made again: {error!r}")
             for info in (folder / name / fingerprint).rglob(datasets.config.DATASET_INFO_FILENAME):
-                info.unlink()  # without which ``datasets`` takes the folder for one that a killed run has left
+                # Without it ``datasets`` takes the folder for one that a killed run has left. Another process may have
+                # found the damage, too.
+                info.unlink(missing_ok=True)
             return read()
 
 

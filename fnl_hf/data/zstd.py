@@ -11,6 +11,7 @@ except ImportError:
     zstandard = None  # type: ignore[assignment]
 
 BLOCK_BYTES = 2**17  # read at a time
+LARGEST_WINDOW = 2**31  # of ``zstd --long=31``, as archives have it; the library's own limit is 2**27
 
 
 def open_zstd(compressed: BinaryIO) -> BinaryIO:
@@ -39,7 +40,7 @@ class ZstandardFile(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self._text and (block := self._next_block()):
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
             self._text = memoryview(self._frame.decompress(block))
         size = min(len(buffer), len(self._text))
         buffer[:size], self._text = self._text[:size], self._text[size:]

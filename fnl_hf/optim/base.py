@@ -86,6 +86,9 @@ class ProductGroups(CheckedOptimizer):
                 optimizer's state; nothing is changed then.
         """
         super().load_state_dict(state_dict)
+        if not all(group.get("fused") for group in self.param_groups):
+            # Which kernels run is the state's to say. torch's constructor told GradScaler that those unscale and skip.
+            vars(self).pop("_step_supports_amp_scaling", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).setdefault("_stability", StabilityCheck())

@@ -44,8 +44,9 @@ class StabilityCheck:
             matrices[1] = (grams[0], grams[1])  # M ↦ (UᵀU) M (VᵀV)
         moving = [of_factor for of_factor, factor in zip(matrices, product.factors) if factor.target is not None]
         rate = abs(float(product.scale))
-        bound = max(rate * math.prod(matrix.norm().item() for matrix in of_factor) for of_factor in moving)
-        if bound <= BOUND or math.isnan(bound):  # NaN: the weights are lost already
+        bounds = [rate * math.prod(matrix.norm().item() for matrix in of_factor) for of_factor in moving]
+        bound = max(bounds)
+        if bound <= BOUND or any(map(math.isnan, bounds)):  # NaN: the weights are lost already
             return
         growth = bound if math.isinf(bound) else rate * max(_largest_eigenvalue(of_factor) for of_factor in moving)
         if growth > BOUND:

@@ -68,8 +68,8 @@ def choose_ranks(
             Layers that no output depends on have none.
 
     Raises:
-        ValueError: weights on the meta device, of which ``energy`` cannot be known; a ``model_ratio`` that what is not
-            factorized exceeds.
+        ValueError: weights on the meta device or not finite, of which ``energy`` cannot be known; a ``model_ratio`` that
+            what is not factorized exceeds.
     """
     sizes = {name: LayerSize(layer) for name, layer in layers.items()}
     if config.ranks is not None:
@@ -183,6 +183,8 @@ def _rank_of_energy(name: str, layer: Any, energy: float) -> int:
     """The smallest rank that keeps this share of Σσ² in every group."""
     if layer.weight.is_meta:
         raise ValueError(f"energy ({energy}): {name} is on the meta device, so its singular values are not known")
+    if not layer.weight.isfinite().all():
+        raise ValueError(f"{name}: its weight has values that are not finite")
     layer_class = FACTORIZED[type(layer)]
     matrices = layer_class.like(layer, 1, False, device="meta").to_matrices(layer.weight.float())  # (G, m, n)
     return _rank_that_keeps(torch.linalg.svdvals(matrices).double().square(), energy)

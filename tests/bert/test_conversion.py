@@ -520,6 +520,12 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
     fnl_hf.FnlBertModel(fnl_hf.FnlBertConfig(**DIMENSIONS, attention_embedding_size=60)).save_pretrained(tmp_path / "w")
     tokenizer.save_pretrained(tmp_path / "w")
     new, text = tmp_path / "new", tmp_path / "none.txt"
+    smaller = ["--attention_embedding_size", "21", "--calibration_file", str(tmp_path / "text.txt")]
+    spoilt = tmp_path / "spoilt"
+    bert = BertForPreTraining.from_pretrained(checkpoint)
+    bert.bert.encoder.layer[1].attention.self.key.bias.data[3] = torch.nan
+    bert.save_pretrained(spoilt)
+    tokenizer.save_pretrained(spoilt)
     for source, words, message in (
         (tmp_path / "roberta", [], "model type 'roberta'; its positions start behind the padding index"),
         (checkpoint, ["--attention_embedding_size", "20"], "attention_embedding_size (20) must be a multiple of"),
@@ -528,6 +534,8 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
         (checkpoint, ["--to", "bert", "--attention_embedding_size", "21"], "truncate first"),
         (tmp_path / "w", ["--to", "bert"], "has products of rank 20"),
         (tmp_path / "missing", [], "missing"),
+        (checkpoint, [*smaller, "--max_seq_length", "2"], "max_seq_length (2) must be at least 3"),
+        (spoilt, ["--attention_embedding_size", "21"], "layer.1.attention: its weights, or what it computes for the"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["convert", str(source), str(new), *words])
@@ -544,3 +552,33 @@ def test_a_real_legacy_checkpoint_is_converted():
     folder = f"{cognition.__path__[0]}/model"
     model = fnl_hf.FnlBertForMaskedLM.from_bert(folder)
     assert isinstance(model.to_bert(), BertForPreTraining.__bases__[0]) and isinstance(model.bert, BertModel)
+
+
+def test_long_calibration_texts_are_cut_to_what_the_model_reads(checkpoint, tmp_path, caplog):
+    (tmp_path / "text.txt").write_text("some text of words " * 99)
+    files = {"calibration_files": [str(tmp_path / "text.txt")]}
+    small = convert_checkpoint(str(checkpoint), tmp_path / "small", attention_embedding_size=21, **files)
+    assert len(small.truncations) == 4 and "changes nothing" not in caplog.text
+    same = convert_checkpoint(str(checkpoint), tmp_path / "same", **files)
+    assert same.truncations == [] and "calibration_file changes nothing" in caplog.text
+
+
+def test_arguments_that_are_no_use_are_refused(bert):
+    for size in (21.0, "21", [21]):
+        with pytest.raises(ValueError, match=r"attention_embedding_size \(.*21.*\) must be a multiple"):
+            fnl_hf.FnlBertModel.from_bert(bert, size)
+    with pytest.raises(ValueError, match="^attention_embeding_size: for a model's name or folder, not for a model"):
+        fnl_hf.FnlBertModel.from_bert(bert, attention_embeding_size=21)
+
+
+def test_weights_of_conversions_and_of_new_models_do_not_know_autocast(bert):
+    models = []
+    for is_inside in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
+            config = fnl_hf.FnlBertConfig(**DIMENSIONS, attention_embedding_size=21)
+            made = [fnl_hf.FnlBertModel(config), fnl_hf.FnlBertForPreTraining.from_bert(bert, 21)]
+            models.append([*made, made[1].to_bert()])
+    for outside, inside in zip(*models):
+        for name, value in outside.state_dict().items():
+            assert torch.equal(value, inside.state_dict()[name]), name

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -42,10 +43,16 @@ def test_the_version(capsys):
         (["convert", "{here}", "{here}/" + "x" * 300], "File name too long"),
         (["convert", "{here}", "{here}/new"], "no tokenizer in {here}"),
         (["export", "{here}", "{here}/model.onnx"], "{here}: "),
+        *[
+            ([command, "{here}/" + "x" * 300, "{here}/new"], "File name too long")
+            for command in ("convert", "factorize", "merge", "export", "push", "ask")
+        ],
+        (["ask", "{here}", "--questions_file", "{here}/" + "x" * 300], "questions_file: "),
+        (["convert", "{here}", "{here}/new", "--calibration_file", ""], "calibration_file is empty: name one"),
         (["push", "", "me/mine"], "folder is empty: name one"),
         (["push", "{file}", "me/mine"], "text.txt holds no saved model"),
         (["ask", "{here}", "Who?", "Ada."], "no question answering model in {here}"),
-        (["ask", "{here}", "--questions_file", "{here}"], "{here}: cannot be read"),
+        (["ask", "{here}", "--questions_file", "{here}"], "{here}: not a file"),
         (["ask", "{here}", "--questions_file", ""], "questions_file is empty: name one"),
     ],
 )
@@ -57,3 +64,38 @@ def test_files_and_folders_that_are_no_use_are_refused_in_one_line(tmp_path, cap
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fnl-hf: error: ") and message.format(**names) in line
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_the_home_folder_is_taken_for_a_tilde(tmp_path, monkeypatch):
+    """Which a shell leaves as it is in quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["convert", "~/bert", "~/new", "--calibration_file", "~/text.txt", "text.txt"]
+    args = cli.build_parser().parse_args(words)
+    cli.take_places(args)
+    assert [args.source, args.folder] == [str(tmp_path / "bert"), str(tmp_path / "new")]
+    assert args.calibration_file == [str(tmp_path / "text.txt"), "text.txt"] and not Path("~").exists()
+
+
+@pytest.mark.parametrize(
+    "words, unused",
+    [
+        (["convert", "a", "b", "--calibration_samples", "5"], ["calibration_samples"]),
+        (["convert", "a", "b", "--max_seq_length", "5", "--calibration_samples", "5"],
+         ["calibration_samples", "max_seq_length"]),
+        (["convert", "a", "b", "--max_seq_length", "5", "--calibration_file", "c"], []),
+        (["ask", "a", "b", "c", "--null_score_diff_threshold", "0"], ["null_score_diff_threshold"]),
+        (["ask", "a", "b", "c", "--null_score_diff_threshold", "0", "--version_2_with_negative"], []),
+        (["ask", "a", "b", "c"], []),
+    ],
+)  # fmt: skip
+def test_a_flag_that_changes_nothing_is_one_line(words, unused, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "convert_checkpoint", lambda *args: (_Sized(), _Sized(), []))
+    monkeypatch.setattr(cli, "ask", lambda *args, **options: [{"answer": "", "score": 0.0}])
+    cli.main(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("--")[1].split(" ")[0] for line in lines] == unused
+
+
+class _Sized:
+    def num_parameters(self):
+        return 3

@@ -110,3 +110,23 @@ def test_the_command_exports_a_checkpoint(model, tmp_path, capsys, monkeypatch):
     )
     cli.main(["export", str(tmp_path / "model"), str(tmp_path / "model.onnx")])
     assert (tmp_path / "model.onnx").read_text() == type(model).__name__
+
+
+def test_an_export_inside_autocast_is_the_one_outside(model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert export_onnx(model, tmp_path / "model.onnx") < 1e-4
+
+
+def test_what_cannot_be_exported_is_refused_before_it_is_run(tmp_path):
+    config = fnl_hf.FnlBertConfig(**DIMENSIONS)
+    for model, message in (
+        (fnl_hf.FnlBertForMultipleChoice(config), r"reads \(B, choices, S\): export its encoder"),
+        ("model", "a str is no model of Transformers: load it first"),
+        (torch.nn.Linear(2, 3), "a Linear is no model of Transformers"),
+    ):
+        for export in (export_program, lambda model: export_onnx(model, tmp_path / "model.onnx")):
+            with pytest.raises(fnl_hf.UserInputError, match=message):
+                export(model)
+    assert not list(tmp_path.iterdir())

@@ -170,6 +170,16 @@ def test_zstd_files_are_read_to_the_end_or_refused(tmp_path, compress, monkeypat
     assert [text for text, _ in read_records(piece)] == texts
 
 
+def test_archives_of_zstd_have_long_windows(tmp_path):
+    """As ``zstd --long=31`` writes them."""
+    package = pytest.importorskip("zstandard")
+    options = package.ZstdCompressionParameters.from_level(1, window_log=28, write_content_size=False)
+    compressor = package.ZstdCompressor(compression_params=options).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(b'{"text": "one"}\n') + compressor.flush())
+    [piece] = split_files([str(tmp_path / "a.jsonl.zst")])
+    assert list(read_records(piece)) == [("one", None)]
+
+
 def test_a_torn_zstd_file_is_refused_as_a_torn_gzip_one(tmp_path, compress):
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(10_000))
     for name, whole in (("a.jsonl.zst", compress(lines)), ("b.jsonl.zst", compress(lines) + compress(lines))):

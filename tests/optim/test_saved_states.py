@@ -1,6 +1,7 @@
 """States that another optimizer saved: what of them counts, and which are refused before anything is changed."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -162,6 +163,28 @@ def assert_refused(ours, state, message, **options):
     assert after["param_groups"] == copied["param_groups"]
     assert all(after["state"][i] is entries for i, entries in before["state"].items())
     optimizer.step()
+
+
+@pytest.mark.parametrize("ours, other", [(FrobeniusAdamW, ADAMW), (FrobeniusSGD, SGD), (FrobeniusAdamW, None)])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_loss_scaling_goes_on_with_the_kernels_of_the_state(ours, other, overflow):
+    """The state of an optimizer that is not fused, into one that is: GradScaler asks it which kernels it was made with."""
+    params, twins = parameters(), parameters()
+    scale = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scale.scale(torch.zeros(()))
+    optimizer, twin = ours(our_groups(params), lr=0.7, fused=True), ours(our_groups(twins), lr=0.7)
+    state = saved_by(other, params) if other else ours(our_groups(twins), lr=0.7).state_dict()
+    for each in (optimizer, twin):
+        each.load_state_dict(copy.deepcopy(state))
+    set_gradients(params, 5)
+    set_gradients(twins, 5)
+    for p in params:
+        p.grad *= math.inf if overflow else 8.0
+    scale.step(optimizer)
+    if not overflow:
+        twin.step()
+    for a, b in zip(params, twins):
+        torch.testing.assert_close(a, b)
 
 
 def test_sgd_takes_no_state_of_adam():

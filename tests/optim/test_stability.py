@@ -156,3 +156,12 @@ def test_a_rate_in_a_tensor_and_a_skipped_step(found, caplog):
     optimizer.found_inf = torch.tensor(found)
     optimizer.step()
     assert len(warnings_of(caplog)) == (found == 0.0)
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_factor_that_is_lost_beside_one_that_is_too_large(spoilt, caplog):
+    """LAPACK refuses Gram matrices of this size that are not finite."""
+    factors = [orthogonal(41, 37, [30.0] * 37, seed) for seed in (0, 1)]
+    factors[spoilt].data[0, 0] = math.nan
+    FrobeniusAdamW([group_of(*factors)], lr=LR).step()
+    assert warnings_of(caplog) == []

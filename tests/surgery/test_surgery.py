@@ -413,6 +413,10 @@ def test_factors_of_registered_products_are_left_alone():
         (lambda: merge(hooked(factorize(Small()))), "up: it has hooks"),
         (lambda: factorize(with_adapters()), "the model has adapters of PEFT: factorize it first"),
         (lambda: factorize(with_infinity()), "0: its weight has values that are not finite"),
+        (
+            lambda: factorize(with_infinity(), FactorizationConfig(energy=0.5)),
+            "0: its weight has values that are not finite",
+        ),
         (lambda: factorize(torch.compile(Small())), "the model is wrapped in OptimizedModule"),
         (lambda: factorize(nn.DataParallel(Small())), "the model is wrapped in DataParallel"),
     ],
