@@ -15,17 +15,11 @@ from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
 from fnl_hf.bert.head_mixing import Truncation
 from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, refuse_misfit
-from fnl_hf.commands.folders import (
-    complete_or_removed,
-    copy_companions,
-    find_companions,
-    reading,
-    refuse_bad_folder,
-    refuse_misfits,
-)
+from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, describe_source, write_card
+from fnl_hf.publishing.checkpoints import copy_companions, find_companions, reading, refuse_misfits
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.factorize import merge
 

@@ -25,7 +25,8 @@ MEANWHILE = (STARTED_FILE, PROVENANCE_FILE, "*_results.json", "*_predictions.jso
 AT_THE_END = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "*.py"),
     *("factorized_layers.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "processor_config.json", "preprocessor_config.json", "merged"),
+    *("chat_template*", "*processor_config.json", "merged"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*"),
     *("training_args.bin", STATE_FILE, "README.md", "training_report.png"),
 )
 EVALUATION = MEANWHILE[2:]
