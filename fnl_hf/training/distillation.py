@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from fnl_hf.errors import UserInputError
@@ -57,7 +57,7 @@ def answer_divergence(student: Any, teacher: Any, mask: torch.Tensor, temperatur
     """:func:`logit_divergence` of where an answer starts and where it ends, their mean (B,); padding, where ``mask``
     (B, S) is 0, is no answer."""
     divergences = [
-        logit_divergence(*(_at_tokens(model[name], mask) for model in (student, teacher)), temperature)
+        logit_divergence(_at_tokens(student[name], mask), _at_tokens(teacher[name], mask), temperature)
         for name in POSITION_LOGITS
     ]
     return torch.stack(divergences).mean(dim=0)
@@ -79,10 +79,10 @@ def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor) -> torch.T
         logits (B, 5): also the :func:`logit_divergence` of its tokens, and that of the sequence itself.
     """
     mask = mask.float()
-    pairs = [student.hidden_states, teacher.hidden_states]
-    errors = (hidden_state_errors(*pairs) * mask).sum(dim=1)
+    errors = (hidden_state_errors(student.hidden_states, teacher.hidden_states) * mask).sum(dim=1)
     with torch.no_grad():
-        cosines = functional.cosine_similarity(*(states[-1].float() for states in pairs), dim=-1)
+        last, target = student.hidden_states[-1].float(), teacher.hidden_states[-1].float()
+        cosines = functional.cosine_similarity(last, target, dim=-1)
     columns = [mask.sum(dim=1), errors, (cosines * mask).sum(dim=1)]
     shared = shared_logits(student, teacher)
     if shared:
@@ -172,11 +172,11 @@ def _probe(model: PreTrainedModel) -> Any:
     return outputs
 
 
-def drop_nothing(model: torch.nn.Module) -> None:
-    """Turn off dropout: a teacher's states are no labels to overfit, and the noise is larger than what is left to learn.
-    The configuration, which is saved, stays."""
+def drop_nothing(model: nn.Module) -> None:
+    """Turn off dropout, whose noise is larger than the errors that are left to learn. The configuration, which is
+    saved, stays as it is."""
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
@@ -218,7 +218,7 @@ class DistillationTrainer(PretrainingTrainer):
     def _count_items(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
         if not batches:
             return None
-        masks = [_token_mask(batch) for batch in batches]
+        masks = [token_mask(batch) for batch in batches]
         sizes = [torch.stack([mask.ne(0).sum(), mask.new_tensor(len(mask))]) for mask in masks]
         counts = torch.stack(sizes).sum(dim=0)
         if self.args.average_tokens_across_devices:
@@ -229,7 +229,7 @@ class DistillationTrainer(PretrainingTrainer):
         """The loss and, as outputs, the rows of :func:`distillation_sums`."""
         with self.accelerator.autocast():
             target = self.teacher(inputs, output_hidden_states=True)
-        rows = distillation_sums(model(**inputs, output_hidden_states=True), target, _token_mask(inputs))
+        rows = distillation_sums(model(**inputs, output_hidden_states=True), target, token_mask(inputs))
         # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
         processes = self.accelerator.num_processes if items and self.args.average_tokens_across_devices else 1
         items = items or {"tokens": rows[:, 0].sum(), "sequences": len(rows)}
@@ -247,7 +247,7 @@ class DistillationTrainer(PretrainingTrainer):
         return (loss, None, None) if prediction_loss_only else (loss, rows, rows[:, 0])
 
 
-def _token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(B, S), 0 at padding."""
     mask = inputs.get("attention_mask")
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask

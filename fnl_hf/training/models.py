@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
 from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
-from fnl_hf.data.tokenizer import vocabulary_size
+from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, vocabulary_size
 from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.checkpoints import load_model
 
@@ -256,6 +256,14 @@ def load_question_answering_model(
             f"no question answering model in {name}: it lacks {missing[0]}, which would be random: fine-tune it "
             "(run_squad.py) first"
         )
+    return model
+
+
+def load_answer_teacher(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
+    """A fine-tuned question answering model that reads what its student reads."""
+    validate_same_vocabulary(tokenizer, load_tokenizer(name))
+    model = load_question_answering_model(name, dtype=torch.float32)
+    _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
     return model
 
 
