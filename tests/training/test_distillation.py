@@ -277,7 +277,7 @@ def test_a_distilled_checkpoint_is_what_its_student_was(distilled, pair):
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
     assert unchanged == {"pooler.dense.bias", "pooler.dense.weight"}
     assert torch.equal(teacher["pooler.dense.weight"], after["pooler.dense.weight"])
-    history = [e for e in json.loads((distilled / "trainer_state.json").read_text())["log_history"]]
+    history = json.loads((distilled / "trainer_state.json").read_text())["log_history"]
     cosines = [entry["eval_cosine"] for entry in history if "eval_cosine" in entry]
     assert cosines == sorted(cosines) and cosines[-1] > 0.9
     results = json.loads((distilled / "all_results.json").read_text())
