@@ -1,31 +1,38 @@
 #!/usr/bin/env python
-"""Pretrain an FNL-BERT: masked language modelling, with or without next sentence prediction.
+"""Pretrain an FNL-BERT: masked language modelling, with or without next sentence prediction. Or distil: a compressed
+model of any architecture learns from its original.
 
 accelerate launch run_pretrain.py                        # the embedded corpus, configs/quickstart.yaml
 accelerate launch run_pretrain.py a.yaml b.yaml --seed 1 # a later file overrides an earlier one, flags override both
 accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --attention_embedding_size 384
+accelerate launch run_pretrain.py --objective distill --model_name_or_path small --teacher_name_or_path original
 """
 
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
 
 from fnl_hf import UserInputError
+from fnl_hf.bert.modeling_fnl_bert import FnlBertPreTrainedModel
 from fnl_hf.data.corpus import DocumentStream, read_documents
-from fnl_hf.data.masking import ATTENTION_KERNELS, MaskingTransform, collate_batch, mask_rows
+from fnl_hf.data.masking import ATTENTION_KERNELS, MaskingTransform, UnmaskedTransform, collate_batch, mask_rows
 from fnl_hf.data.readers import check_file
 from fnl_hf.data.rows import RowOptions, make_rows
 from fnl_hf.data.source import Source
 from fnl_hf.data.streaming import StreamOrder, read_state, validate_shards
-from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_mlm_tokenizer
+from fnl_hf.data.tokenizer import load_tokenizer, train_tokenizer, validate_same_vocabulary, validate_tokenizer
+from fnl_hf.publishing.cards import describe_source
+from fnl_hf.publishing.checkpoints import auto_class_of, copy_companions, find_companions
 from fnl_hf.runs.command_line import parse_arguments, run_script
 from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT, validate_resume
 from fnl_hf.training.arguments import FnlTrainingArguments
+from fnl_hf.training.distillation import DistillationTrainer, distillation_metrics, match_models
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
-from fnl_hf.training.models import build_pretraining_config, build_pretraining_model
+from fnl_hf.training.models import build_pretraining_config, build_pretraining_model, load_text_model
 from fnl_hf.training.optimizer_state import OptimizerStateCallback, optimizer_checkpoint
-from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_kernel
+from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_distillation, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
@@ -34,10 +41,12 @@ from fnl_hf.training.unused_flags import warn_of_unused_flags
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
 OBJECTIVES = {"mlm": "masked language modelling", "mlm_nsp": "masked language modelling and next sentence prediction"}
+SPECIAL_TOKENS = ("cls_token", "sep_token")  # that rows are made of
+MASKED = {"compute_metrics": pretraining_metrics, "preprocess_logits_for_metrics": pretraining_statistics}
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
-def get_tokenizer(model_args, checkpoint, documents):
+def get_tokenizer(model_args, checkpoint, documents, objective):
     """The named tokenizer, the checkpoint's, or one trained on the documents; the same again when a run is resumed."""
     name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
     if name is not None:
@@ -47,7 +56,7 @@ def get_tokenizer(model_args, checkpoint, documents):
     else:
         sizes = {"vocab_size": model_args.vocab_size, "alphabet_coverage": model_args.alphabet_coverage}
         tokenizer = train_tokenizer(documents.train, model_max_length=512, **sizes)
-    validate_mlm_tokenizer(tokenizer)
+    validate_tokenizer(tokenizer, SPECIAL_TOKENS if objective == "distill" else (*SPECIAL_TOKENS, "mask_token"))
     return tokenizer
 
 
@@ -74,9 +83,46 @@ def plan_stream(data_args, args, checkpoint):
     return shards, StreamOrder(batch, buffer, seed, args.process_index, args.world_size, state)
 
 
+def choose_model(model_args, data_args, tokenizer):
+    """What builds the model, and the teacher that it learns from; all that can be refused is refused now."""
+    if data_args.objective != "distill":
+        config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
+        return partial(build_pretraining_model, model_args, config, data_args.objective), None
+    teacher_name = model_args.teacher_name_or_path
+    validate_same_vocabulary(tokenizer, load_tokenizer(teacher_name))
+    student, teacher = [
+        load_text_model(name, tokenizer, data_args.max_seq_length, model_args.attn_implementation)
+        for name in (model_args.model_name_or_path, teacher_name)
+    ]
+    if data_args.attend_within_documents:
+        for name, model in ((model_args.model_name_or_path, student), (teacher_name, teacher)):
+            if not isinstance(model, FnlBertPreTrainedModel):
+                raise UserInputError(
+                    f"--attend_within_documents needs an FNL-BERT, and {name} is a {type(model).__name__}: "
+                    "`fnl-hf convert` makes one of a BERT"
+                )
+    match_models(student, teacher)
+    return lambda: student, teacher
+
+
+def choose_transform(model_args, data_args, args, tokenizer):
+    """From rows to the inputs of a model."""
+    documents = ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None
+    if data_args.objective == "distill":
+        return UnmaskedTransform(tokenizer, documents)
+    return MaskingTransform(
+        tokenizer,
+        data_args.mlm_probability,
+        args.seed,
+        whole_word_mask=data_args.whole_word_mask,
+        sparse=model_args.sparse_prediction,
+        documents=documents,
+    )
+
+
 def prepare(model_args, data_args, args, checkpoint):
-    """The data's way from documents to masked batches, with the tokenizer and configuration that it takes; the main
-    process fills the caches."""
+    """The data's way from documents to batches, with the tokenizer that it takes, what builds the model, and its
+    teacher; the main process fills the caches."""
     shards, order = plan_stream(data_args, args, checkpoint)
     cache = {"cache_dir": data_args.cache_dir, "num_proc": data_args.preprocessing_num_workers}
     with args.main_process_first(desc="reading the corpus"):
@@ -95,21 +141,14 @@ def prepare(model_args, data_args, args, checkpoint):
             strict=data_args.strict,
             **cache,
         )
-        tokenizer = get_tokenizer(model_args, checkpoint, documents)
-        config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
+        tokenizer = get_tokenizer(model_args, checkpoint, documents, data_args.objective)
+        build_model, teacher = choose_model(model_args, data_args, tokenizer)
         options = RowOptions(
             data_args.max_seq_length, data_args.objective, data_args.max_train_samples, data_args.max_eval_samples
         )
         rows = make_rows(documents, tokenizer, options, order, **cache)
-        masking = MaskingTransform(
-            tokenizer,
-            data_args.mlm_probability,
-            args.seed,
-            whole_word_mask=data_args.whole_word_mask,
-            sparse=model_args.sparse_prediction,
-            documents=ATTENTION_KERNELS[model_args.attn_implementation] if data_args.attend_within_documents else None,
-        )
-        return documents, tokenizer, config, rows, mask_rows(rows, masking)
+        batches = mask_rows(rows, choose_transform(model_args, data_args, args, tokenizer))
+        return documents, tokenizer, build_model, teacher, rows, batches
 
 
 def describe_data(documents, rows, data_args):
@@ -140,6 +179,7 @@ def parse_command(argv):
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
     validate_kernel(model_args, args)
+    validate_distillation(model_args, data_args.objective)
     planned = ScriptRun(args, argv, model_args, data_args)
     if not planned.plan.finished:
         for file in [*(data_args.train_file or ()), *(data_args.validation_file or ())]:
@@ -147,33 +187,44 @@ def parse_command(argv):
     return model_args, data_args, args, planned
 
 
-def make_trainer(model, tokenizer, args, batches, plan):
+def make_trainer(model, teacher, tokenizer, args, batches, plan):
     """The Trainer, with what it starts from checked."""
     if plan.checkpoint is not None:
         validate_resume(plan.checkpoint, model)
     state_from = optimizer_checkpoint(args, model) if plan.checkpoint is None else None
+    trainer_class, kind = PretrainingTrainer, MASKED
+    if teacher is not None:
+        trainer_class, kind = DistillationTrainer, {"teacher": teacher, "compute_metrics": distillation_metrics}
     trainer = build_trainer(
-        PretrainingTrainer,
+        trainer_class,
         model=model,
         args=args,
         train_dataset=batches.train,
         eval_dataset=batches.held_out,
         data_collator=collate_batch,
         processing_class=tokenizer,
-        compute_metrics=pretraining_metrics,
-        preprocess_logits_for_metrics=pretraining_statistics,
+        **kind,
     )
     if state_from is not None:
         trainer.add_callback(OptimizerStateCallback(trainer, state_from))
     return trainer
 
 
-def describe_inputs(data_args):
-    """The card's rows about the objective."""
+def describe_model(model, model_args, data_args):
+    """What the card says of the objective."""
+    facts = {"sequence length": data_args.max_seq_length}
+    if data_args.objective == "distill":
+        teacher, _ = describe_source(model_args.teacher_name_or_path)
+        return {
+            "facts": {"objective": "hidden states, and logits where both models have them", "teacher": teacher} | facts,
+            "description": f"Distilled from {teacher} on text without labels.",
+            "auto_class": auto_class_of(model),
+        }
     words = "whole words" if data_args.whole_word_mask else "tokens"
     return {
-        "sequence length": data_args.max_seq_length,
-        "masked": f"{data_args.mlm_probability:.1%} of the {words}",
+        "facts": facts | {"masked": f"{data_args.mlm_probability:.1%} of the {words}"},
+        "description": f"A BERT with factorized attention, pretrained with {OBJECTIVES[data_args.objective]}.",
+        "auto_class": AUTO_CLASSES[data_args.objective],
     }
 
 
@@ -181,32 +232,36 @@ def describe_inputs(data_args):
 def run(argv):
     model_args, data_args, args, planned = parse_command(with_quickstart(list(argv)))
     warn_of_unused_flags(argv, model_args, data_args, args)
-    if planned.is_finished(model_args.model_name_or_path):
+    if planned.is_finished(model_args.model_name_or_path, model_args.teacher_name_or_path):
         return
     set_seed(args.seed)
-    documents, tokenizer, config, rows, batches = prepare(model_args, data_args, args, planned.plan.checkpoint)
+    checkpoint = planned.plan.checkpoint
+    documents, tokenizer, build_model, teacher, rows, batches = prepare(model_args, data_args, args, checkpoint)
     planned.record_data({DATA_FINGERPRINT: rows.fingerprint})
-    model = build_pretraining_model(model_args, config, data_args.objective)
-    trainer = make_trainer(model, tokenizer, args, batches, planned.plan)
+    model = build_model()
+    companions = {} if teacher is None else find_companions(model_args.model_name_or_path)
+    trainer = make_trainer(model, teacher, tokenizer, args, batches, planned.plan)
     source, facts, notice = describe_data(documents, rows, data_args)
     planned.start(trainer, facts, notice)
 
     metrics = {}
     if args.do_train:
-        metrics["train"] = train_and_save(trainer, planned.plan.checkpoint)
+        metrics["train"] = train_and_save(trainer, checkpoint)
+        if args.should_save:
+            copy_companions(companions, Path(args.output_dir))
     if args.do_eval:
-        metrics["eval"] = trainer.evaluate() | {"unigram_entropy": rows.unigram_entropy}
+        metrics["eval"] = trainer.evaluate()
+        if teacher is None:
+            metrics["eval"]["unigram_entropy"] = rows.unigram_entropy
     planned.finish(
         trainer,
         metrics,
         source=source,
-        facts=describe_inputs(data_args),
         language=None if notice is None else "en",
         title=Path(args.output_dir).resolve().name,
-        description=f"A BERT with factorized attention, pretrained with {OBJECTIVES[data_args.objective]}.",
-        auto_class=AUTO_CLASSES[data_args.objective],
         dataset=data_args.dataset_name,
         base_model=model_args.model_name_or_path,
+        **describe_model(model, model_args, data_args),
     )
 
 

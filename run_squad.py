@@ -16,6 +16,7 @@ from fnl_hf import UserInputError
 from fnl_hf.data.rows import first_rows
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import validate_bounds
+from fnl_hf.publishing.cards import describe_source
 from fnl_hf.runs.command_line import parse_arguments, run_script
 from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
@@ -31,7 +32,7 @@ from fnl_hf.squad.features import (
 )
 from fnl_hf.squad.trainer import SquadTrainer, validate_scoring, write_answers
 from fnl_hf.training.arguments import FnlTrainingArguments
-from fnl_hf.training.models import build_question_answering_model
+from fnl_hf.training.models import build_question_answering_model, load_answer_teacher
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
 from fnl_hf.training.unused_flags import warn_of_unused_flags
@@ -48,6 +49,10 @@ class ModelArguments:
         default=None, metadata={"help": "Start from random weights of this configuration instead: the control arm."}
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Default: that of the checkpoint."})
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A fine-tuned model whose logits are learned beside the labels: folder or Hub name."},
+    )
     model_type: str | None = field(
         default=None,
         metadata={
@@ -178,12 +183,13 @@ def make_features(data_args, args, tokenizer, questions):
     return features
 
 
-def make_trainer(model, tokenizer, data_args, args, questions, features):
+def make_trainer(model, teacher, tokenizer, data_args, args, questions, features):
     """A SquadTrainer for what :func:`load_splits` and :func:`make_features` give."""
     padding = {"padding": "max_length", "max_length": data_args.max_seq_length} if data_args.pad_to_max_length else {}
     return build_trainer(
         SquadTrainer,
         model=model,
+        teacher=teacher,
         args=args,
         train_dataset=features.get("train"),
         eval_dataset=features.get("validation"),
@@ -226,7 +232,7 @@ def run_one(model_args, data_args, args, planned):
     """Train, evaluate and predict, as far as the flags ask for it."""
     if planned.plan.finished:
         validate_finished(planned, data_args, args)
-    if planned.is_finished(model_args.model_name_or_path):
+    if planned.is_finished(model_args.model_name_or_path, model_args.teacher_name_or_path):
         return
     set_seed(args.seed)
     checkpoint = planned.plan.checkpoint
@@ -234,10 +240,14 @@ def run_one(model_args, data_args, args, planned):
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length, args.do_train)
     if checkpoint is not None:
         validate_resume(checkpoint, model)
+    teacher, card_facts = None, {"sequence length": data_args.max_seq_length, "document stride": data_args.doc_stride}
+    if model_args.teacher_name_or_path is not None and args.do_train:
+        teacher = load_answer_teacher(model_args.teacher_name_or_path, tokenizer, data_args.max_seq_length)
+        card_facts["teacher"], _ = describe_source(model_args.teacher_name_or_path)
     questions, fingerprints = load_splits(data_args, args)
     planned.record_data(fingerprints)
     features = make_features(data_args, args, tokenizer, questions)
-    trainer = make_trainer(model, tokenizer, data_args, args, questions, features)
+    trainer = make_trainer(model, teacher, tokenizer, data_args, args, questions, features)
     planned.start(trainer, *describe_data(data_args, questions, features))
 
     metrics = {}
@@ -253,7 +263,7 @@ def run_one(model_args, data_args, args, planned):
         trainer,
         metrics,
         source=data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf",
-        facts={"sequence length": data_args.max_seq_length, "document stride": data_args.doc_stride},
+        facts=card_facts,
         title=f"{Path(args.output_dir).resolve().name} (question answering)",
         description="Fine-tuned for extractive question answering.",
         auto_class="AutoModelForQuestionAnswering",

@@ -5,24 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import AutoTokenizer, PreTrainedModel
 
-from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
-from fnl_hf.commands.folders import (
-    complete_or_removed,
-    copy_companions,
-    find_companions,
-    find_files,
-    reading,
-    refuse_bad_folder,
-    refuse_misfits,
-)
+from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
 from fnl_hf.errors import UserInputError, validate_bounds
-from fnl_hf.publishing.cards import FACTORIZED_LAYERS, PIPELINE_TAGS, describe_source, write_card
+from fnl_hf.publishing.cards import FACTORIZED_LAYERS, describe_source, write_card
+from fnl_hf.publishing.checkpoints import auto_class_of, copy_companions, find_companions, find_files, load_model
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.config import FactorizationConfig
 from fnl_hf.surgery.factorize import factorization_table, factorize, merge
@@ -31,9 +21,6 @@ TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
-IN_PYTHON = (
-    "load it in Python, call fnl_hf.factorize(model, config) or fnl_hf.merge(model), then model.save_pretrained(folder)"
-)
 
 
 class Size(NamedTuple):
@@ -113,7 +100,7 @@ def _save_changed(
 ) -> Compression:
     folder = Path(folder)
     refuse_bad_folder(folder)
-    model = _load_model(source)
+    model = load_model(source)
     tokenizer, companions = _load_tokenizer(source), find_companions(source)
     try:
         data = batches(model, tokenizer)
@@ -144,33 +131,6 @@ def _size_of(model: PreTrainedModel, batches: Any) -> Size:
     return Size(model.num_parameters(), sum(w.numel() * w.element_size() for w in weights), flops)
 
 
-def _load_model(source: str) -> PreTrainedModel:
-    """The model of a checkpoint, with its head.
-
-    Raises:
-        UserInputError: no such checkpoint, one that cannot be read, or weights and class that do not fit.
-    """
-    with reading(source):
-        model_class = _class_of(source)
-        model, info = model_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
-        )
-    refuse_misfits(source, model, info, model_class is AutoModel)
-    return model
-
-
-def _class_of(source: str) -> Any:
-    entries, _ = PreTrainedConfig.get_config_dict(source)
-    name = (entries.get("architectures") or ["AutoModel"])[0]
-    kind = getattr(modeling_fnl_bert, name, None) or getattr(transformers, name, None)
-    is_known = isinstance(kind, type) and issubclass(kind, PreTrainedModel | AutoModel)
-    if entries.get("auto_map") and (not is_known or entries.get("model_type") not in CONFIG_MAPPING):
-        raise ValueError(f"the code of its model comes with it and is not run here: {IN_PYTHON}")
-    if not is_known:
-        raise ValueError(f"Transformers has no model class {name}, which config.json names: {IN_PYTHON}")
-    return kind
-
-
 def _load_tokenizer(source: str) -> Any:
     """None where the checkpoint has no files of one: Transformers would make one without vocabulary.
 
@@ -198,24 +158,10 @@ def _write_card(folder: Path, source: str, result: Compression, what: str) -> No
         folder,
         title=folder.resolve().name,
         description=f"{name}, {what}.",
-        auto_class=_auto_class_of(model),
+        auto_class=auto_class_of(model),
         model=model,
         facts=facts | ({FACTORIZED_LAYERS: len(layers)} if layers else {}),
         metadata=metadata,
         section=f"## Layers\n\n```\n{factorization_table(model)}\n```" if layers else "",
         cites=True,
-    )
-
-
-def _auto_class_of(model: PreTrainedModel) -> str:
-    """The Auto class of Transformers that loads a model of this class; one with a task, if there are several."""
-    names = []
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
-        classes = () if mapping is None else mapping.get(type(model.config), ())
-        if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
-            names.append(name)
-    # Most language models are listed for pretraining beside what they are for.
-    return min(
-        names, key=lambda name: (name == "AutoModelForPreTraining", name not in PIPELINE_TAGS), default="AutoModel"
     )

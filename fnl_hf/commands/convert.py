@@ -16,17 +16,11 @@ from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
 from fnl_hf.bert.head_mixing import Truncation
 from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
-from fnl_hf.commands.folders import (
-    complete_or_removed,
-    copy_companions,
-    find_companions,
-    reading,
-    refuse_bad_folder,
-    refuse_misfits,
-)
+from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, describe_source, write_card
+from fnl_hf.publishing.checkpoints import copy_companions, find_companions, reading, refuse_misfits
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.factorize import merge
 
@@ -144,10 +138,6 @@ def load_model(source: str) -> PreTrainedModel:
     model, info = found
     refuse_misfits(source, model, info)
     return model
-
-
-from transformers import PreTrainedModel
-from transformers.utils import logging
 
 
 def _write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:

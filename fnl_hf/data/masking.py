@@ -11,9 +11,9 @@ of a batch.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -129,7 +129,36 @@ def corrupt(
 # ---- a batch ----
 
 
-class MaskingTransform:
+class UnmaskedTransform:
+    """From rows of token ids to the inputs of a model, as torch tensors.
+
+    Args:
+        documents: see :class:`MaskingTransform`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, documents: str | None = None):
+        self.sep_token_id, self.documents = tokenizer.sep_token_id, documents
+
+    def with_seed(self, seed: int) -> Self:
+        """The same: nothing is drawn."""
+        return self
+
+    def __call__(self, input_ids: np.ndarray, samples: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor | int]:
+        """Inputs of the model for rows (B, S) of token ids with these sample indices (B,)."""
+        ids = input_ids.astype(np.int64)
+        return _to_tensors({"input_ids": ids} | self._document_inputs(ids))
+
+    def _document_inputs(self, ids: np.ndarray) -> dict[str, np.ndarray | int]:
+        if self.documents is None:
+            return {}
+        return document_inputs(ids == self.sep_token_id, varlen=self.documents == "varlen")
+
+
+def _to_tensors(inputs: Mapping[str, np.ndarray | int]) -> dict[str, torch.Tensor | int]:
+    return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in inputs.items()}
+
+
+class MaskingTransform(UnmaskedTransform):
     """From rows of token ids to the inputs of a masked language model, as torch tensors.
 
     Args:
@@ -156,14 +185,15 @@ class MaskingTransform:
     ):
         if not 0.0 < mlm_probability < 1.0:
             raise UserInputError(f"--mlm_probability ({mlm_probability}) must be above 0 and below 1")
-        self.mlm_probability, self.seed, self.sparse, self.documents = mlm_probability, seed, sparse, documents
-        self.mask_token_id, self.sep_token_id = tokenizer.mask_token_id, tokenizer.sep_token_id
+        super().__init__(tokenizer, documents)
+        self.mlm_probability, self.seed, self.sparse = mlm_probability, seed, sparse
+        self.mask_token_id = tokenizer.mask_token_id
         self.vocabulary = vocabulary_ids(tokenizer)  # (T,)
         self.is_maskable = np.ones(self.vocabulary[-1] + 1, dtype=bool)  # (V,)
         self.is_maskable[tokenizer.all_special_ids] = False
         self.continues_word = find_continuations(tokenizer) if whole_word_mask else None  # (V,)
 
-    def with_seed(self, seed: int) -> "MaskingTransform":
+    def with_seed(self, seed: int) -> Self:
         """The same, with other masks."""
         other = copy.copy(self)
         other.seed = seed
@@ -185,9 +215,7 @@ class MaskingTransform:
             dense_labels = np.full_like(ids, IGNORED)  # (B, S)
             dense_labels[np.nonzero(is_chosen)[0], positions[is_chosen]] = labels[is_chosen]
             inputs["labels"] = dense_labels
-        if self.documents is not None:
-            inputs |= document_inputs(ids == self.sep_token_id, varlen=self.documents == "varlen")
-        return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in inputs.items()}
+        return _to_tensors(inputs | self._document_inputs(ids))
 
 
 def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -255,7 +283,7 @@ class MaskedLMDataset(torch.utils.data.Dataset):
         dynamic: False keeps the masks of epoch 0, for evaluation.
     """
 
-    def __init__(self, sequences: Dataset, transform: MaskingTransform, dynamic: bool = True):
+    def __init__(self, sequences: Dataset, transform: UnmaskedTransform, dynamic: bool = True):
         self.columns = {name: Column(sequences, name) for name in sequences.column_names}
         self.transform = transform
         self.dynamic = dynamic
@@ -281,7 +309,7 @@ class MaskedLMDataset(torch.utils.data.Dataset):
 class MaskedStream(torch.utils.data.IterableDataset):
     """The micro-batches of streamed rows, masked; each has its "cursor", for :meth:`StreamState.advance`."""
 
-    def __init__(self, rows: StreamedRows, transform: MaskingTransform):
+    def __init__(self, rows: StreamedRows, transform: UnmaskedTransform):
         self.rows, self.transform = rows, transform
 
     @property
@@ -302,7 +330,7 @@ class MaskedBatches:
     held_out: MaskedLMDataset
 
 
-def mask_rows(rows: Rows, transform: MaskingTransform) -> MaskedBatches:
+def mask_rows(rows: Rows, transform: UnmaskedTransform) -> MaskedBatches:
     """The rows' batches, with the masks of ``transform`` for the training data."""
     held_out = MaskedLMDataset(rows.held_out, transform.with_seed(HELD_OUT_SEED), dynamic=False)
     if isinstance(rows.train, StreamedRows):

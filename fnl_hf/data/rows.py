@@ -22,7 +22,7 @@ from fnl_hf.data.streaming import StreamedRows, StreamOrder
 from fnl_hf.data.tokenizer import warn_of_unknown_tokens
 from fnl_hf.errors import UserInputError
 
-OBJECTIVES = {"mlm": pack_documents, "mlm_nsp": pair_documents}
+OBJECTIVES = {"mlm": pack_documents, "mlm_nsp": pair_documents, "distill": pack_documents}
 LIMITS = {"max_train_samples": "training data", "max_eval_samples": "held-out data"}
 HEAD_BYTES = 2**20  # of a streamed file, what is read to tell it from another
 

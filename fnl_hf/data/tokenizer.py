@@ -1,6 +1,7 @@
 """WordPiece tokenizers."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
@@ -123,11 +124,23 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(vocabulary_ids(tokenizer)[-1]) + 1
 
 
-def validate_mlm_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserInputError unless the tokenizer has others than special tokens, and those that are needed."""
+def validate_tokenizer(tokenizer: PreTrainedTokenizerBase, needed: Sequence[str]) -> None:
+    """Raise UserInputError unless the tokenizer has others than special tokens, and those that are ``needed``, as
+    "mask_token"."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
-    missing = [token for token in ("cls_token", "sep_token", "mask_token") if getattr(tokenizer, token) is None]
+    missing = [token for token in needed if getattr(tokenizer, token) is None]
     if missing:
         raise UserInputError(f"the tokenizer of {name} has no {missing}")
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # Transformers makes one where tokenizer.json is missing
         raise UserInputError(f"the tokenizer of {name} has no vocabulary, only {len(tokenizer)} special tokens")
+
+
+def validate_same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    """Raise UserInputError unless each token has the same id in both, that of the teacher and that of its student."""
+    here, there = tokenizer.get_vocab(), other.get_vocab()
+    if here != there:
+        token = min(here.items() ^ there.items(), key=lambda entry: entry[1])[0]
+        raise UserInputError(
+            f"the teacher ({other.name_or_path}) must have the vocabulary of its student: {token!r} has the id "
+            f"{there.get(token)} there and {here.get(token)} here"
+        )

@@ -156,7 +156,7 @@ def write_run_card(
         **{entry: value for entry, value in given.items() if value is not None},
         "datasets": None if dataset is None else [dataset],
         "model_name": title,
-        "eval_results": evaluation_results(metrics, PIPELINE_TAGS[auto_class], dataset, facts["data"]) or None,
+        "eval_results": evaluation_results(metrics, PIPELINE_TAGS.get(auto_class), dataset, facts["data"]) or None,
     }
     results = {
         name: f"{value:.4g}" if isinstance(value, float) else value
@@ -169,8 +169,10 @@ def write_run_card(
     )  # fmt: skip
 
 
-def evaluation_results(metrics: Mapping[str, float], task: str, dataset: str | None, data: str) -> list[EvalResult]:
-    """Those of the metrics that the Hub shows, for the card's model index."""
+def evaluation_results(
+    metrics: Mapping[str, float], task: str | None, dataset: str | None, data: str
+) -> list[EvalResult]:
+    """Those of the metrics that the Hub shows, for the card's model index; none without a task."""
     return [
         EvalResult(
             task_type=task,
@@ -182,7 +184,7 @@ def evaluation_results(metrics: Mapping[str, float], task: str, dataset: str | N
             metric_value=round(float(metrics[key]), 4),
         )
         for key, (kind, name) in HUB_METRICS.items()
-        if key in metrics
+        if key in metrics and task is not None
     ]
 
 

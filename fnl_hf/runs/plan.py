@@ -43,8 +43,8 @@ from fnl_hf.runs.provenance import mask_home, read_starts
 logger = logging.get_logger(__name__)
 
 # Flags that name a file or folder; other names of the same one make no other run.
-PATHS = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir", "idx_dir",
-         "dataset_name", "model_name_or_path", "tokenizer_name", "config_name")  # fmt: skip
+PATHS = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir", "idx_dir", "dataset_name",
+         "model_name_or_path", "teacher_name_or_path", "tokenizer_name", "config_name")  # fmt: skip
 # What, beside the scripts' own arguments, makes two runs different ones.
 TRAINING_ARGUMENTS = (
     "optimizer",
@@ -79,6 +79,7 @@ DATA_FINGERPRINT = "data_fingerprint"
 VALIDATION_FINGERPRINT = "validation_fingerprint"
 TEST_FINGERPRINT = "test_fingerprint"
 START_WEIGHTS = "start_weights"
+TEACHER_WEIGHTS = "teacher_weights"
 # What an optimizer's state depends on.
 ARCHITECTURE = (
     "model_type",
@@ -326,18 +327,24 @@ def weights_checksum(name: str | None) -> str | None:
     return checksum(file) if file is not None and os.path.isfile(file) else None
 
 
-def validate_start_weights(plan: RunPlan, found: str | None) -> None:
-    """Compare the weights that a run starts from, by their :func:`weights_checksum`, with those it was started from.
+def validate_weights(plan: RunPlan, description: dict[str, Any]) -> None:
+    """Compare the weights that a run starts from and those of its teacher, by the :func:`weights_checksum` of each in
+    ``description``, with those of the run's start.
 
     Raises:
-        UserInputError: the run that is continued, or finished, was started from others.
+        UserInputError: the run that is continued, or finished, has others.
     """
-    there = None if plan.continued is None else read_started(plan.continued).get(START_WEIGHTS)
-    if None not in (there, found) and there != found:
-        raise UserInputError(
-            f"{plan.continued} holds a run that was started from other weights: their checksum is {there} there and "
-            f"{found} here. Bring the old ones back to go on, or choose another --output_dir"
-        )
+    started = {} if plan.continued is None else read_started(plan.continued)
+    for name, fault in (
+        (START_WEIGHTS, "was started from other weights"),
+        (TEACHER_WEIGHTS, "has a teacher with other weights"),
+    ):
+        here, there = description.get(name), started.get(name)
+        if None not in (here, there) and here != there:
+            raise UserInputError(
+                f"{plan.continued} holds a run that {fault}: their checksum is {there} there and {here} here. Bring "
+                "the old ones back to go on, or choose another --output_dir"
+            )
 
 
 def start_run(args, plan: RunPlan, description: dict[str, Any]) -> None:

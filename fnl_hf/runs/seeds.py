@@ -12,6 +12,7 @@ from fnl_hf.runs.plan import (
     DATA_FINGERPRINT,
     LENGTH,
     START_WEIGHTS,
+    TEACHER_WEIGHTS,
     VALIDATION_FINGERPRINT,
     read_started,
 )
@@ -20,7 +21,7 @@ SEEDS_FILE = "seeds.json"
 # Entries of the evaluation that are no scores.
 NO_SCORES = ("_runtime", "_per_second", "_time", "_total", "_thresh")
 # What else than the arguments, which are compared when a run goes on, must be the same in all runs.
-IN_COMMON = (DATA_FINGERPRINT, VALIDATION_FINGERPRINT, START_WEIGHTS, LENGTH)
+IN_COMMON = (DATA_FINGERPRINT, VALIDATION_FINGERPRINT, START_WEIGHTS, TEACHER_WEIGHTS, LENGTH)
 
 
 def seed_folder(output_dir: str | Path, seed: int) -> Path:

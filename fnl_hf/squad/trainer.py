@@ -6,12 +6,16 @@ from typing import Any
 
 import evaluate
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.squad import fnl_squad
 from fnl_hf.squad.answers import AnswerOptions, Answers, answers_from_logits
 from fnl_hf.squad.features import ANSWER_COLUMNS
-from fnl_hf.training.trainer import FnlTrainer
+from fnl_hf.training.distillation import Teacher, answer_divergence, token_mask
+from fnl_hf.training.trainer import FnlTrainer, labels_of
+
+TEACHER_SHARE, TEMPERATURE = 0.5, 2.0
 
 
 def validate_scoring(args) -> None:
@@ -26,21 +30,46 @@ class SquadTrainer(FnlTrainer):
     Args:
         eval_examples: the questions that ``eval_dataset``'s features belong to.
         answer_options: how logits become answers.
+        teacher: a question answering model whose logits are half of the loss: the mean over the questions of
+            ½ CE(labels) + ½ :func:`fnl_hf.training.distillation.answer_divergence` at temperature 2 (as DistilBERT's).
 
     Raises:
         UserInputError: see :func:`validate_scoring`.
     """
 
     def __init__(
-        self, model=None, args=None, eval_examples: Dataset | None = None, *, answer_options: AnswerOptions, **kwargs
+        self,
+        model=None,
+        args=None,
+        eval_examples: Dataset | None = None,
+        *,
+        answer_options: AnswerOptions,
+        teacher: PreTrainedModel | None = None,
+        **kwargs,
     ):
         validate_scoring(args)  # before Trainer's constructor makes the output folder
         super().__init__(model, args, **kwargs)
         self.eval_examples = eval_examples
         self.answer_options = answer_options
+        self.teacher = None if teacher is None else Teacher(teacher, self.args.device)
         version = "v2.0" if answer_options.version_2_with_negative else "v1.1"
         # Each process computes the same scores from the same gathered logits.
         self.metric = evaluate.load(fnl_squad.__file__, version, experiment_id=f"rank{self.args.process_index}")
+
+    def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
+        loss, outputs = super()._loss_and_outputs(model, inputs, items)
+        if self.teacher is None:
+            return loss, outputs
+        with self.accelerator.autocast():
+            target = self.teacher(inputs)
+        divergence = answer_divergence(outputs, target, token_mask(inputs), TEMPERATURE)  # (B,)
+        counts = labels_of(inputs, "start_positions").ne(-100)
+        total, processes = counts.sum(), 1
+        if items is not None:
+            total = items["start_positions"]
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        learned = (divergence * counts).sum() * processes / total
+        return (1.0 - TEACHER_SHARE) * loss + TEACHER_SHARE * learned, outputs
 
     def answer(self, features: Dataset, examples: Dataset, metric_key_prefix: str) -> tuple[Answers, dict[str, Any]]:
         """Answers to ``examples``, and the speed of the loop that found them."""

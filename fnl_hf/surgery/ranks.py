@@ -68,8 +68,8 @@ def choose_ranks(
             Layers that no output depends on have none.
 
     Raises:
-        ValueError: weights on the meta device or not finite, of which ``energy`` cannot be known; a ``model_ratio`` that
-            what is not factorized exceeds.
+        ValueError: weights on the meta device or not finite, of which ``energy`` cannot be known; a ``model_ratio``
+            that what is not factorized exceeds.
     """
     sizes = {name: LayerSize(layer) for name, layer in layers.items()}
     if config.ranks is not None:

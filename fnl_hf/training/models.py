@@ -17,8 +17,9 @@ from transformers.activations import ACT2FN
 
 from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
 from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
-from fnl_hf.data.tokenizer import vocabulary_size
+from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, vocabulary_size
 from fnl_hf.errors import UserInputError
+from fnl_hf.publishing.checkpoints import load_model
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
 PRESETS = {
@@ -175,9 +176,28 @@ def _validate_loaded(name_or_path: str, model: PreTrainedModel, loaded: dict) ->
     names = {name for name, _ in model.named_parameters()}
     if names <= set(loaded["missing_keys"]):
         raise UserInputError(f"{name_or_path} holds none of the model's weights, {min(names)} and others")
+    _validate_finite(name_or_path, model)
+
+
+def _validate_finite(name_or_path: str, model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise UserInputError(f"{name_or_path}: {name} is not finite")
+
+
+def load_text_model(
+    name_or_path: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """A checkpoint of any architecture as a model of its own class, in float32, checked against tokenizer and sequence
+    length."""
+    # Where an architecture has no SDPA, Transformers takes what it has, unless it is told otherwise.
+    kernel = {} if attn_implementation == "sdpa" else {"attn_implementation": attn_implementation}
+    model = load_model(name_or_path, dtype=torch.float32, **kernel)
+    _validate_finite(name_or_path, model)
+    if not hasattr(model.config, "vocab_size"):
+        raise UserInputError(f"{name_or_path} is a {model.config.model_type!r} checkpoint: it reads no text")
+    _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
+    return model
 
 
 def build_question_answering_model(
@@ -236,6 +256,14 @@ def load_question_answering_model(
             f"no question answering model in {name}: it lacks {missing[0]}, which would be random: fine-tune it "
             "(run_squad.py) first"
         )
+    return model
+
+
+def load_answer_teacher(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
+    """A fine-tuned question answering model that reads what its student reads."""
+    validate_same_vocabulary(tokenizer, load_tokenizer(name))
+    model = load_question_answering_model(name, dtype=torch.float32)
+    _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
     return model
 
 

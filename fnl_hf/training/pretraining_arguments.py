@@ -30,6 +30,10 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Continue from this checkpoint, FNL-BERT or stock BERT: folder or Hub name."}
     )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "With --objective distill: whose hidden states and logits to learn, folder or Hub name."},
+    )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Override preset or configuration: hidden_dropout_prob=0.0,type_vocab_size=1"}
     )
@@ -74,6 +78,25 @@ def validate_kernel(model_args: ModelArguments, args) -> None:
         raise UserInputError("--attn_implementation flash_attention_2 takes 16-bit numbers: set --bf16 true")
 
 
+def validate_distillation(model_args: ModelArguments, objective: str) -> None:
+    """Raise UserInputError for a teacher without student, a student without teacher, or flags that would change what
+    the student is."""
+    teacher = model_args.teacher_name_or_path
+    if objective != "distill":
+        if teacher is not None:
+            raise UserInputError(f"--teacher_name_or_path ({teacher}) needs --objective distill")
+        return
+    for name in ("model_name_or_path", "teacher_name_or_path"):
+        if getattr(model_args, name) is None:
+            raise UserInputError(f"--objective distill needs --{name}")
+    for name in ("preset", "config_name", "config_overrides", "attention_embedding_size"):
+        if getattr(model_args, name) is not None:
+            raise UserInputError(
+                f"--objective distill trains the model of --model_name_or_path as it is: not with --{name} "
+                f"({getattr(model_args, name)})"
+            )
+
+
 @dataclass
 class DataArguments:
     """What to train on. Without --dataset_name and --train_file: the embedded corpus."""
@@ -97,7 +120,8 @@ class DataArguments:
     objective: str = field(
         default="mlm",
         metadata={
-            "help": "Masked language modelling on packed text, or also next sentence prediction on pairs of segments.",
+            "help": "Masked language modelling on packed text (mlm), also next sentence prediction on pairs of "
+            "segments (mlm_nsp), or the hidden states of a teacher on packed text (distill).",
             "choices": list(OBJECTIVES),
         },
     )
@@ -137,7 +161,7 @@ class DataArguments:
 
     def _validate_choices(self) -> None:
         """Raise UserInputError for flags that exclude each other."""
-        if self.objective != "mlm":
+        if self.objective == "mlm_nsp":
             for name in ("streaming", "attend_within_documents"):
                 if getattr(self, name):
                     raise UserInputError(f"--objective {self.objective} makes pairs of segments: not with --{name}")

@@ -21,11 +21,12 @@ from fnl_hf.reports.plots import REPORT_FILE, plot_report
 from fnl_hf.runs.ownership import output_of, record_written
 from fnl_hf.runs.plan import (
     START_WEIGHTS,
+    TEACHER_WEIGHTS,
     describe_run,
     plan_run,
     start_run,
     validate_data,
-    validate_start_weights,
+    validate_weights,
     weights_checksum,
 )
 from fnl_hf.runs.processes import decide_on_first_process
@@ -56,14 +57,16 @@ class ScriptRun:
         self.plan = plan_run(args, self.description, also)
         self.output = output_of(args, *also)
 
-    def is_finished(self, model_name_or_path: str | None) -> bool:
+    def is_finished(self, model_name_or_path: str | None, teacher_name_or_path: str | None = None) -> bool:
         """Whether nothing is left to do; an upload that failed is tried again.
 
         Raises:
-            UserInputError: the run was started from other weights than those in ``model_name_or_path``.
+            UserInputError: the run was started from other weights than those in ``model_name_or_path``, or has another
+                teacher.
         """
         self.description[START_WEIGHTS] = weights_checksum(model_name_or_path)
-        validate_start_weights(self.plan, self.description[START_WEIGHTS])
+        self.description[TEACHER_WEIGHTS] = weights_checksum(teacher_name_or_path)
+        validate_weights(self.plan, self.description)
         if not self.plan.finished:
             return False
         logger.warning(f"The run in {self.args.output_dir} is finished: nothing to do")

@@ -221,7 +221,7 @@ class FnlTrainer(PushingTrainer):
         names = [name for name in LABEL_NAMES if batches and name in batches[0]]
         if not names:
             return None
-        items = [[_labels_of(batch, name).ne(-100).sum() for batch in batches] for name in names]
+        items = [[labels_of(batch, name).ne(-100).sum() for batch in batches] for name in names]
         counts = torch.stack([torch.stack(micro_batches).sum() for micro_batches in items])
         if self.args.average_tokens_across_devices:
             counts = self.accelerator.gather(counts[None]).sum(dim=0)
@@ -257,7 +257,7 @@ class FnlTrainer(PushingTrainer):
         # A stock head returns the mean over its micro-batch: turn it into this one's part of the global mean.
         # A bare count, as Trainer has it in an evaluation, is of ``labels``.
         name, count = next(iter((items if isinstance(items, Mapping) else {"labels": items}).items()))
-        own = _labels_of(inputs, name).ne(-100).sum()
+        own = labels_of(inputs, name).ne(-100).sum()
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -379,7 +379,7 @@ def _is_metric(name: str) -> bool:
     return name.startswith("eval_")
 
 
-def _labels_of(batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def labels_of(batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """One label argument with -100 where BERT's loss ignores it: answer positions outside the sequence."""
     labels = batch[name]
     if name in ("start_positions", "end_positions"):

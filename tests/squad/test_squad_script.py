@@ -6,8 +6,9 @@ import shlex
 import shutil
 
 import pytest
+import torch
 import transformers
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertConfig, BertForQuestionAnswering, DistilBertConfig, DistilBertForQuestionAnswering
 
 import run_squad
 from fnl_hf import FnlBertForQuestionAnswering, UserInputError, ask
@@ -93,6 +94,55 @@ def test_squad_v2_threshold_prediction_and_a_stock_model(pretrained, squad_files
     assert "factorized" not in (tmp_path / "theirs" / "README.md").read_text()
     ours, theirs = (json.loads((tmp_path / n / "eval_predictions.json").read_text()) for n in ("ours", "theirs"))
     assert ours == theirs, "the same weights answer alike, stock or factorized at E = d"
+
+
+@pytest.mark.parametrize("model_type", [None, "fnl_bert"])
+def test_a_teachers_answers_are_half_of_the_loss(pretrained, squad_files, tmp_path, model_type):
+    """½ CE + ½ T² KL at T = 2, of the global batch; the teacher may be of any architecture with the vocabulary."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained)
+    vocab_size = transformers.AutoConfig.from_pretrained(pretrained).vocab_size
+    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 33}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(6)
+    models = {
+        "student": BertForQuestionAnswering(BertConfig(vocab_size=vocab_size, **sizes, **dropout)),
+        "teacher": DistilBertForQuestionAnswering(
+            DistilBertConfig(vocab_size=vocab_size, dim=28, n_layers=1, n_heads=7, hidden_dim=44)
+        ),
+    }
+    for name, model in models.items():
+        model.qa_outputs.weight.data *= 50  # logits that differ
+        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+    examples = json.loads((squad_files / "v1.1.json").read_text())["data"][0]["paragraphs"]
+    texts = [[entry["qas"][0]["question"] for entry in examples], [entry["context"] for entry in examples]]
+    inputs = tokenizer(*texts, padding="max_length", max_length=80, return_tensors="pt")
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    divergence = 0.0
+    outputs = [models["student"].double().eval()(**inputs), models["teacher"].double().eval()(**ids)]
+    for name in ("start_logits", "end_logits"):
+        for row, mask in enumerate(inputs["attention_mask"].bool()):
+            q, p = ((out[name][row][mask] / 2).softmax(-1) for out in outputs)
+            divergence += 4 * (p * (p / q).log()).sum().item() / 12 / 2
+
+    def loss(out, **flags):
+        common = {
+            "max_steps": 1,
+            "logging_steps": 1,
+            "do_train": "true",
+            "model_type": model_type,
+            "learning_rate": 1e-4,
+        }
+        run_squad.run(squad(tmp_path / "student", tmp_path / out, squad_files / "v1.1.json", **common | flags))
+        return json.loads((tmp_path / out / "trainer_state.json").read_text())["log_history"][1]["loss"]
+
+    whole, taught = {"per_device_train_batch_size": 12}, {"teacher_name_or_path": tmp_path / "teacher"}
+    assert divergence > 0.1
+    expected = (loss("alone", **whole) + divergence) / 2
+    assert loss("whole", **whole, **taught) == pytest.approx(expected, rel=2e-3)
+    assert loss("parts", gradient_accumulation_steps=3, **taught) == pytest.approx(expected, rel=2e-3)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts", atol=2e-4, rtol=0)
+    assert "| teacher | teacher |" in (tmp_path / "whole" / "README.md").read_text()
 
 
 def test_accumulation_gives_the_same_model_where_features_are_padded_alike(pretrained, squad_files, tmp_path):

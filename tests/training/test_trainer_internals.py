@@ -48,6 +48,7 @@ WRITTEN_AGAINST = {
     "get_train_dataloader": ["(self)"],
     "init_hf_repo": ["(self, token=None)", "(self, token=None, private=None)"],
     "log": ["(self, logs, start_time=None)"],
+    "prediction_step": ["(self, model, inputs, prediction_loss_only, ignore_keys=None)"],
     "push_to_hub": [
         "(self, commit_message='End of training', blocking=True, token=None, revision=None, **kwargs)",
         "(self, commit_message='End of training', blocking=True, token=None, revision=None, private=None, **kwargs)",

@@ -26,6 +26,10 @@ BASE = {"pretrain": "", "squad": "--model_name_or_path m", "image": "--idx_dir d
 NEW_TEXT = "--train_file a.jsonl"
 # script, flag, a line on which it changes nothing, one on which it counts (None: there is none)
 CASES = [
+    ("pretrain", "mlm_probability", "--mlm_probability 0.3 --objective distill", "--mlm_probability 0.3"),
+    ("pretrain", "whole_word_mask", "--whole_word_mask true --objective distill", "--whole_word_mask true"),
+    ("pretrain", "sparse_prediction", "--sparse_prediction true --objective distill", "--sparse_prediction true"),
+    ("pretrain", "sparse_last_layer", "--sparse_last_layer true --objective distill", "--sparse_last_layer true"),
     ("pretrain", "adam_beta1", "--adam_beta1 0.8 --optimizer sgd", "--adam_beta1 0.8"),
     ("pretrain", "adam_beta2", "--adam_beta2 0.5 --optimizer sgd", "--adam_beta2 0.5 --optimizer lamb"),
     ("image", "adam_beta2", "--adam_beta2 0.5", "--adam_beta2 0.5 --optimizer adamw"),

@@ -1,0 +1,253 @@
+"""Distillation: a student learns the hidden states and logits of a teacher, on text without labels.
+
+Shapes: B sequences, S tokens, L layers, d hidden size, C classes or tokens of the vocabulary.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from fnl_hf.errors import UserInputError
+from fnl_hf.training.pretraining_trainer import PretrainingTrainer
+from fnl_hf.training.trainer import LABEL_NAMES
+
+POSITION_LOGITS = ("start_logits", "end_logits")  # (B, S), over the tokens of a sequence
+SMALLEST_NORM = 1e-12  # a teacher's hidden state of zeros has no direction to learn
+
+
+# ---- the loss ----
+
+
+def hidden_state_errors(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The squared error of the student's hidden states, relative to the teacher's, of each token: the mean over the
+    layers l of ‖h_l - t_l‖² / ‖t_l‖².
+
+    Each token is scaled by itself, so that no layer and no token with large activations dominates, and a loss is a
+    sum over tokens, however a batch is split.
+
+    Args:
+        student, teacher: L + 1 tensors (B, S, d), the embeddings' output first.
+
+    Returns:
+        (B, S), float32.
+    """
+    errors = [
+        (own.float() - other.float()).square().sum(-1) / other.float().square().sum(-1).clamp_min(SMALLEST_NORM)
+        for own, other in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(errors).mean(dim=0)
+
+
+def logit_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)) over the last dimension, in nats; T² keeps the gradient's
+    scale (Hinton et al. 2015, arXiv 1503.02531)."""
+    target = (teacher.float() / temperature).log_softmax(dim=-1)
+    log_odds = target - (student.float() / temperature).log_softmax(dim=-1)
+    return temperature**2 * (target.exp() * log_odds).sum(dim=-1)
+
+
+def answer_divergence(student: Any, teacher: Any, mask: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """:func:`logit_divergence` of where an answer starts and where it ends, their mean (B,); padding, where ``mask``
+    (B, S) is 0, is no answer."""
+    divergences = [
+        logit_divergence(_at_tokens(student[name], mask), _at_tokens(teacher[name], mask), temperature)
+        for name in POSITION_LOGITS
+    ]
+    return torch.stack(divergences).mean(dim=0)
+
+
+def _at_tokens(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return logits.masked_fill(mask == 0, torch.finfo(logits.dtype).min)
+
+
+def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor) -> torch.Tensor:
+    """What the loss is made of, a row for each sequence.
+
+    Args:
+        student, teacher: outputs of the models, with ``hidden_states`` and, where both have them, logits of one shape.
+        mask: (B, S), 0 at padding.
+
+    Returns:
+        (B, 3), sums over a sequence's tokens: 1, :func:`hidden_state_errors`, cosine of the last hidden states. With
+        logits (B, 5): also the :func:`logit_divergence` of its tokens, and that of the sequence itself.
+    """
+    mask = mask.float()
+    errors = (hidden_state_errors(student.hidden_states, teacher.hidden_states) * mask).sum(dim=1)
+    with torch.no_grad():
+        last, target = student.hidden_states[-1].float(), teacher.hidden_states[-1].float()
+        cosines = functional.cosine_similarity(last, target, dim=-1)
+    columns = [mask.sum(dim=1), errors, (cosines * mask).sum(dim=1)]
+    shared = shared_logits(student, teacher)
+    if shared:
+        of_tokens, of_sequences = torch.zeros_like(errors), torch.zeros_like(errors)
+        for name in shared:
+            own, other = student[name], teacher[name]
+            if own.dim() == 3:
+                of_tokens = of_tokens + (logit_divergence(own, other) * mask).sum(dim=1)
+            elif name in POSITION_LOGITS:
+                of_sequences = of_sequences + logit_divergence(_at_tokens(own, mask), _at_tokens(other, mask))
+            else:
+                of_sequences = of_sequences + logit_divergence(own, other)
+        columns += [of_tokens, of_sequences]
+    return torch.stack(columns, dim=1)
+
+
+def shared_logits(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+    """Names of the logits that both models give."""
+    return [name for name in student if name.endswith("logits") and name in teacher]
+
+
+def distillation_metrics(prediction: Any) -> dict[str, float]:
+    """``compute_metrics`` on the rows of :func:`distillation_sums`: "loss", its parts "hidden_loss" and, where both
+    models have logits, "logit_loss", and "cosine", the mean over the tokens of that of the last hidden states."""
+    rows = np.asarray(prediction.predictions, dtype=np.float64)
+    tokens, errors, cosines = rows[:, :3].sum(axis=0)
+    metrics = {"loss": errors / tokens, "hidden_loss": errors / tokens, "cosine": cosines / tokens}
+    if rows.shape[1] > 3:
+        metrics["logit_loss"] = rows[:, 3].sum() / tokens + rows[:, 4].mean()
+        metrics["loss"] += metrics["logit_loss"]
+    return metrics
+
+
+# ---- the models ----
+
+
+class Teacher:
+    """A frozen model in evaluation mode. It is no module, so that no student saves, trains, casts or wraps it."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device):
+        self.model = model.requires_grad_(False).eval().to(device)
+        self.parameters = inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Its outputs for a student's inputs, without labels and token types that it does not know."""
+        left_out = {*LABEL_NAMES, *({"token_type_ids"} - set(self.parameters))}
+        return self.model(**{name: value for name, value in inputs.items() if name not in left_out}, **kwargs)
+
+
+def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Check that the layers of two models can be compared one to one, and freeze what of the student no loss reaches,
+    as the pooler of a model whose last hidden states are used: DDP waits for the gradient of all that is trained.
+
+    Raises:
+        UserInputError: a model without hidden states, other numbers of layers, other sizes, or logits of other shapes.
+    """
+    own, other = _probe(student), _probe(teacher.requires_grad_(False))
+    sizes = [(len(found.hidden_states) - 1, found.hidden_states[-1].shape[-1]) for found in (own, other)]
+    if sizes[0] != sizes[1]:
+        raise UserInputError(
+            f"layers are matched one to one: the student has {sizes[0][0]} of size {sizes[0][1]}, its teacher "
+            f"{sizes[1][0]} of size {sizes[1][1]}"
+        )
+    for name in shared_logits(own, other):
+        if own[name].shape != other[name].shape:
+            raise UserInputError(
+                f"the student's {name} have {own[name].shape[-1]} classes, its teacher's {other[name].shape[-1]}"
+            )
+    compared = [*own.hidden_states, *(own[name] for name in shared_logits(own, other))]
+    weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    total = torch.stack([values.float().sum() for values in compared]).sum()
+    for weight, gradient in zip(weights, torch.autograd.grad(total, weights, allow_unused=True)):
+        weight.requires_grad_(gradient is not None)
+
+
+def _probe(model: PreTrainedModel) -> Any:
+    """The outputs for a text of two tokens."""
+    ids = torch.tensor([[0, 1]], device=model.device)
+    try:
+        with _evaluating_eagerly(model), torch.enable_grad():
+            outputs = model(input_ids=ids, output_hidden_states=True)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise UserInputError(f"{type(model).__name__} cannot be distilled: {error}") from error
+    if outputs.get("hidden_states") is None:
+        raise UserInputError(f"{type(model).__name__} cannot be distilled: it gives no hidden states of one encoder")
+    return outputs
+
+
+def drop_nothing(model: nn.Module) -> None:
+    """Turn off dropout, whose noise is larger than the errors that are left to learn. The configuration, which is
+    saved, stays as it is."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+@contextmanager
+def _evaluating_eagerly(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and with the one attention kernel that runs on every device in every precision."""
+    training, kernel = model.training, model.config._attn_implementation
+    try:
+        model.eval()
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.train(training)
+        model.set_attn_implementation(kernel)
+
+
+# ---- training ----
+
+
+class DistillationTrainer(PretrainingTrainer):
+    """PretrainingTrainer whose loss is the mean over the tokens of the global batch, padding left out, of
+    :func:`hidden_state_errors` and, where both models have logits, of their :func:`logit_divergence`; that of a logit
+    for a whole sequence is a mean over the sequences.
+
+    Args:
+        model: the student; what of it no loss reaches is frozen.
+        teacher: with as many layers of the same size; its inputs are the student's.
+
+    Raises:
+        UserInputError: see :func:`match_models`.
+    """
+
+    def __init__(self, model: PreTrainedModel, args=None, *, teacher: PreTrainedModel, **kwargs):
+        match_models(model, teacher)  # before Trainer's constructor makes the output folder
+        drop_nothing(model)
+        super().__init__(model, args, **kwargs)
+        self.teacher = Teacher(teacher, self.args.device)
+
+    def _count_items(self, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
+        if not batches:
+            return None
+        masks = [token_mask(batch) for batch in batches]
+        sizes = [torch.stack([mask.ne(0).sum(), mask.new_tensor(len(mask))]) for mask in masks]
+        counts = torch.stack(sizes).sum(dim=0)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.gather(counts[None]).sum(dim=0)
+        return dict(zip(("tokens", "sequences"), counts))
+
+    def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
+        """The loss and, as outputs, the rows of :func:`distillation_sums`."""
+        with self.accelerator.autocast():
+            target = self.teacher(inputs, output_hidden_states=True)
+        rows = distillation_sums(model(**inputs, output_hidden_states=True), target, token_mask(inputs))
+        # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
+        processes = self.accelerator.num_processes if items and self.args.average_tokens_across_devices else 1
+        items = items or {"tokens": rows[:, 0].sum(), "sequences": len(rows)}
+        loss = rows[:, 1].sum() / items["tokens"]
+        if rows.shape[1] > 3:
+            loss = loss + rows[:, 3].sum() / items["tokens"] + rows[:, 4].sum() / items["sequences"]
+        return loss * processes, rows
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
+        """As Trainer's, with the rows of :func:`distillation_sums` as predictions. It computes metrics where there are
+        labels: the numbers of tokens stand for them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, rows = self.compute_loss(model, inputs, return_outputs=True)
+        return (loss, None, None) if prediction_loss_only else (loss, rows, rows[:, 0])
+
+
+def token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(B, S), 0 at padding."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
