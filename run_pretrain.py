@@ -30,6 +30,7 @@ from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
 from fnl_hf.training.unused_flags import warn_of_unused_flags
+from fnl_hf.training.warm_start import WarmStartCallback, plan_warm_start, take_structure
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
@@ -147,9 +148,11 @@ def parse_command(argv):
     return model_args, data_args, args, planned
 
 
-def make_trainer(model, tokenizer, args, batches, plan):
+def make_trainer(model, tokenizer, args, batches, plan, warm_start):
     """The Trainer, with what it starts from checked."""
     if plan.checkpoint is not None:
+        if warm_start is not None:
+            take_structure(model, plan.checkpoint)
         validate_resume(plan.checkpoint, model)
     state_from = optimizer_checkpoint(args, model) if plan.checkpoint is None else None
     trainer = build_trainer(
@@ -165,6 +168,8 @@ def make_trainer(model, tokenizer, args, batches, plan):
     )
     if state_from is not None:
         trainer.add_callback(OptimizerStateCallback(trainer, state_from))
+    if warm_start is not None:
+        trainer.add_callback(WarmStartCallback(trainer, warm_start))
     return trainer
 
 
@@ -187,7 +192,8 @@ def run(argv):
     documents, tokenizer, config, rows, batches = prepare(model_args, data_args, args, planned.plan.checkpoint)
     planned.record_data({DATA_FINGERPRINT: rows.fingerprint})
     model = build_pretraining_model(model_args, config, data_args.objective)
-    trainer = make_trainer(model, tokenizer, args, batches, planned.plan)
+    warm_start = plan_warm_start(model_args, args, model, batches.train)
+    trainer = make_trainer(model, tokenizer, args, batches, planned.plan, warm_start)
     source, facts, notice = describe_data(documents, rows, data_args)
     planned.start(trainer, facts, notice)
 

@@ -143,6 +143,11 @@ RULES = (
         "a tokenizer that is trained: no --tokenizer_name and no --model_name_or_path",
     ),
     Rule(("attention_init",), lambda run: run.model_name_or_path is not None, "a new model: no --model_name_or_path"),
+    Rule(
+        ("factorize_target_ratio",),
+        lambda run: run.factorize_at_step is None,
+        "--factorize_at_step",
+    ),
     Rule(("sparse_last_layer",), lambda run: not run.sparse_prediction, "--sparse_prediction true"),
 )
 OF_PRODUCTS = ("frobenius_decay", "decay_mode", "product_norms_steps")

@@ -97,6 +97,8 @@ CASES = [
      "--validation_split_percentage 9"),
     ("pretrain", "vocab_size", "--vocab_size 99 --tokenizer_name t", "--vocab_size 99"),
     ("pretrain", "attention_init", "--attention_init spectral --model_name_or_path m", "--attention_init spectral"),
+    ("pretrain", "factorize_target_ratio", "--factorize_target_ratio 0.3",
+     "--factorize_target_ratio 0.3 --factorize_at_step 0.2"),
     ("pretrain", "sparse_last_layer", "--sparse_last_layer true --sparse_prediction false", "--sparse_last_layer true"),
 ]  # fmt: skip
 
