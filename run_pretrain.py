@@ -173,13 +173,14 @@ def make_trainer(model, tokenizer, args, batches, plan, warm_start):
     return trainer
 
 
-def describe_inputs(data_args):
-    """The card's rows about the objective."""
+def describe_inputs(data_args, warm_start):
+    """The card's rows about the objective, and how the layers came to be products."""
     words = "whole words" if data_args.whole_word_mask else "tokens"
-    return {
+    facts = {
         "sequence length": data_args.max_seq_length,
         "masked": f"{data_args.mlm_probability:.1%} of the {words}",
     }
+    return facts if warm_start is None else facts | {"warm start": str(warm_start)}
 
 
 @folders_in_use()
@@ -206,7 +207,7 @@ def run(argv):
         trainer,
         metrics,
         source=source,
-        facts=describe_inputs(data_args),
+        facts=describe_inputs(data_args, warm_start),
         language=None if notice is None else "en",
         title=Path(args.output_dir).resolve().name,
         description=f"A BERT with factorized attention, pretrained with {OBJECTIVES[data_args.objective]}.",

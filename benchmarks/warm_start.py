@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a warm start takes over of the optimizer's moments and how it truncates: held-out loss of a short quickstart.
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/warm_start.py --seeds 1 2
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.warm_start --seeds 1 2
 
 The quickstart in 1,500 steps whose encoder becomes products of half of its parameters after a quarter of them. Prints a
 table: the training loss of the first steps after the switch and the held-out loss at the end.
@@ -10,17 +10,15 @@ table: the training loss of the first steps after the switch and the held-out lo
 import argparse
 import json
 import statistics
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import run_pretrain
 from fnl_hf.surgery.factorize import factorize
 from fnl_hf.training import warm_start
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS, SWITCH, EVERY = 1500, 0.25, 25
 # arm -> what of fnl_hf.training.warm_start is another function in it; None: dense to the end
 ARMS = {
@@ -34,8 +32,17 @@ ARMS = {
 
 def run(arm, seed, folder):
     """One run; a finished one is kept. Its log history and results."""
-    flags = {"output_dir": folder, "seed": seed, "max_steps": STEPS, "logging_steps": EVERY, "eval_steps": STEPS,
-             "save_strategy": "no", "resume_from_checkpoint": "auto", "report_to": "none", "use_cpu": "true"}  # fmt: skip
+    flags = {
+        "output_dir": folder,
+        "seed": seed,
+        "max_steps": STEPS,
+        "logging_steps": EVERY,
+        "eval_steps": STEPS,
+        "save_strategy": "no",
+        "resume_from_checkpoint": "auto",
+        "report_to": "none",
+        "use_cpu": "true",
+    }
     if ARMS[arm] is not None:
         flags |= {"factorize_at_step": SWITCH}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -79,7 +79,7 @@ class ModelArguments:
         validate_bounds("factorize_at_step", self.factorize_at_step, 0)
         if self.factorize_at_step is not None and self.factorize_at_step >= 1 and self.factorize_at_step % 1:
             raise UserInputError(
-                f"--factorize_at_step ({self.factorize_at_step}) must be a whole number, or a share of the steps below 1"
+                f"--factorize_at_step ({self.factorize_at_step}) must be a whole number, or a share of the run below 1"
             )
         validate_bounds("vocab_size", self.vocab_size, 10, 2**24)  # masking draws random tokens from 24 bits
         validate_coverage(self.alphabet_coverage)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from fnl_hf.data.masking import MaskedLMDataset, MaskedStream
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import TrainingDiverged, UserInputError
 from fnl_hf.layers import FactorizedLinear
 from fnl_hf.surgery.checkpoints import factorized_layers, restore_layers
 from fnl_hf.surgery.config import FactorizationConfig
@@ -47,6 +47,10 @@ class WarmStart:
 
     step: int
     target_ratio: float
+
+    def __str__(self) -> str:
+        share = f"{self.target_ratio:.3g} of their parameters"
+        return f"dense for {self.step:,} steps, then the encoder's layers as products with {share}"
 
 
 def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> WarmStart | None:
@@ -75,7 +79,7 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
             f"layers that it replaces: here are {' and '.join(holders)}"
         )
     last = count_steps(args, train_dataset)
-    step = int(given) if given >= 1 else int(given * last)
+    step = int(given) if given >= 1 else int(given * last + 1e-6)  # 0.29 * 100 is a little less than 29
     if step >= last:
         raise UserInputError(f"--factorize_at_step ({given:g}) must be below the {last} steps of the run")
     return WarmStart(step, model_args.factorize_target_ratio)
@@ -128,7 +132,10 @@ class WarmStartCallback(TrainerCallback):
     def _factorize(self, args, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
         before, size = dict(model.named_parameters()), model.num_parameters()
         config = FactorizationConfig(target_ratio=self.warm_start.target_ratio, include=ENCODER, seed=args.seed)
-        factorize(model, config, calibration_batches(self.trainer.train_dataset, args.train_batch_size))
+        try:
+            factorize(model, config, calibration_batches(self.trainer.train_dataset, args.train_batch_size))
+        except ValueError as error:  # all that a run chooses was checked: weights are not finite
+            raise TrainingDiverged(f"--factorize_at_step: {error}, at step {self.trainer.state.global_step}") from error
         replace_parameters(optimizer, build_optimizer(args, model), carry_state(optimizer.state, before, model))
         if args.process_index == 0:
             layers = len(factorized_layers(model))
@@ -199,7 +206,9 @@ def replace_parameters(
 ) -> None:
     """Give an optimizer the parameter groups of another one of its class, in place: Trainer, Accelerate, the schedule
     and the loss guard hold it. Rates are its own."""
-    rates = {name: optimizer.param_groups[0][name] for name in ("lr", "initial_lr") if name in optimizer.param_groups[0]}
+    rates = {
+        name: optimizer.param_groups[0][name] for name in ("lr", "initial_lr") if name in optimizer.param_groups[0]
+    }
     optimizer.param_groups[:] = [group | rates for group in new.param_groups]
     optimizer.state = defaultdict(dict, state)
 
