@@ -37,6 +37,7 @@ from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
 from fnl_hf.training.unused_flags import warn_of_unused_flags
+from fnl_hf.training.warm_start import WarmStartCallback, plan_warm_start, take_structure
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
@@ -179,6 +180,11 @@ def parse_command(argv):
     if args.do_predict:
         raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
     validate_kernel(model_args, args)
+    if data_args.objective == "distill" and model_args.factorize_at_step is not None:
+        raise UserInputError(
+            f"--factorize_at_step ({model_args.factorize_at_step:g}) is not for --objective distill, whose model is made "
+            "smaller before: fnl-hf factorize"
+        )
     validate_distillation(model_args, data_args.objective)
     planned = ScriptRun(args, argv, model_args, data_args)
     if not planned.plan.finished:
@@ -187,9 +193,11 @@ def parse_command(argv):
     return model_args, data_args, args, planned
 
 
-def make_trainer(model, teacher, tokenizer, args, batches, plan):
+def make_trainer(model, teacher, tokenizer, args, batches, plan, warm_start):
     """The Trainer, with what it starts from checked."""
     if plan.checkpoint is not None:
+        if warm_start is not None:
+            take_structure(model, plan.checkpoint)
         validate_resume(plan.checkpoint, model)
     state_from = optimizer_checkpoint(args, model) if plan.checkpoint is None else None
     trainer_class, kind = PretrainingTrainer, MASKED
@@ -207,11 +215,13 @@ def make_trainer(model, teacher, tokenizer, args, batches, plan):
     )
     if state_from is not None:
         trainer.add_callback(OptimizerStateCallback(trainer, state_from))
+    if warm_start is not None:
+        trainer.add_callback(WarmStartCallback(trainer, warm_start))
     return trainer
 
 
-def describe_model(model, model_args, data_args):
-    """What the card says of the objective."""
+def describe_model(model, model_args, data_args, warm_start):
+    """What the card says of the objective, and of how the layers came to be products."""
     facts = {"sequence length": data_args.max_seq_length}
     if data_args.objective == "distill":
         teacher, _ = describe_source(model_args.teacher_name_or_path)
@@ -220,6 +230,8 @@ def describe_model(model, model_args, data_args):
             "description": f"Distilled from {teacher} on text without labels.",
             "auto_class": auto_class_of(model),
         }
+    if warm_start is not None:
+        facts["warm start"] = str(warm_start)
     words = "whole words" if data_args.whole_word_mask else "tokens"
     return {
         "facts": facts | {"masked": f"{data_args.mlm_probability:.1%} of the {words}"},
@@ -240,7 +252,8 @@ def run(argv):
     planned.record_data({DATA_FINGERPRINT: rows.fingerprint})
     model = build_model()
     companions = {} if teacher is None else find_companions(model_args.model_name_or_path)
-    trainer = make_trainer(model, teacher, tokenizer, args, batches, planned.plan)
+    warm_start = plan_warm_start(model_args, args, model, batches.train)
+    trainer = make_trainer(model, teacher, tokenizer, args, batches, planned.plan, warm_start)
     source, facts, notice = describe_data(documents, rows, data_args)
     planned.start(trainer, facts, notice)
 
@@ -261,7 +274,7 @@ def run(argv):
         title=Path(args.output_dir).resolve().name,
         dataset=data_args.dataset_name,
         base_model=model_args.model_name_or_path,
-        **describe_model(model, model_args, data_args),
+        **describe_model(model, model_args, data_args, warm_start),
     )
 
 

@@ -23,7 +23,11 @@ PANELS = {
 }
 KIND_TITLES = {"qk": "$QK^T$", "vo": "$VO^T$", "linear": "$UV^T$", "uv": "$UV^T$", "deep": "$UMV^T$"}
 # logged counts of what a loss curve does not show -> marker, label
-EVENTS = {"skipped_steps": ("x", "skipped steps"), "spikes": ("^", "spikes")}
+EVENTS = {
+    "skipped_steps": ("x", "skipped steps"),
+    "spikes": ("^", "spikes"),
+    "factorized_layers": ("|", "layers become products"),
+}
 MOST_LABELS = 6  # in a legend: of more products, the first, the last and some between are named
 
 

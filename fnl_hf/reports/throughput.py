@@ -57,15 +57,19 @@ class ThroughputMeter:
         dtype: torch.dtype,
         gather: Callable[[torch.Tensor], torch.Tensor],
     ):
+        self.watch(model)
+        self.device, self.dtype, self.gather = device, dtype, gather
+        self.unit = "tokens"
+        self._reset()
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Count the operations of this model from here on, as it is."""
         self.config, self.predicts_tokens, self.pools_first_token = None, False, False
         is_factorized = any(isinstance(module, FactorizedLayer) for module in model.modules())
         if isinstance(model, BertPreTrainedModel) and not is_factorized:
             self.config = model.config
             self.predicts_tokens = model.get_output_embeddings() is not None
             self.pools_first_token = model.base_model.pooler is not None
-        self.device, self.dtype, self.gather = device, dtype, gather
-        self.unit = "tokens"
-        self._reset()
 
     def _reset(self) -> None:
         self._running_since: float | None = None

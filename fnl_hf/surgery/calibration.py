@@ -247,9 +247,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _call(model: nn.Module, batch: Any) -> Any:
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
-        return model(**{name: value.to(device) for name, value in batch.items()})
+        return model(**{name: _to(device, value) for name, value in batch.items()})
     arguments = batch if isinstance(batch, tuple | list) else (batch,)
-    return model(*(value.to(device) for value in arguments))
+    return model(*(_to(device, value) for value in arguments))
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value  # lengths of documents are numbers
 
 
 def _mask_of(batch: Any) -> torch.Tensor | None:

@@ -189,6 +189,19 @@ def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Mo
     return replace_modules(model, replacements)
 
 
+def restore_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]], history: list[dict[str, Any]]) -> None:
+    """Give a dense model the structure of a saved one, in place. The weights of the layers that are replaced are not
+    set: they are to be loaded.
+
+    Args:
+        layers, history: see :class:`FactorizedLayersConfig`.
+    """
+    rebuild_layers(model, layers)
+    untie_factorized(model)
+    _allocate_meta_tensors(model)
+    record_layers(model, history)
+
+
 def _dense_layers(model: nn.Module, names: Collection[str], within_parts: bool = False) -> dict[str, Any]:
     """Those of the names that the model, or else a part of it, has a dense layer of -> that layer."""
     modules = dict(model.named_modules())

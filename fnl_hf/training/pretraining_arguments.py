@@ -67,7 +67,24 @@ class ModelArguments:
         default="sdpa", metadata={"help": "The attention kernel.", "choices": list(ATTENTION_KERNELS)}
     )
 
+    factorize_at_step: float | None = field(
+        default=None,
+        metadata={
+            "help": "Warm start: train dense up to this step, or this share of the steps if it is below 1, then make "
+            "the encoder's layers products, calibrated on training data."
+        },
+    )
+    factorize_target_ratio: float = field(
+        default=0.5, metadata={"help": "Parameters of the encoder's layers then, over those that they had."}
+    )
+
     def __post_init__(self):
+        validate_bounds("factorize_target_ratio", self.factorize_target_ratio, 0, 1, above=True)
+        validate_bounds("factorize_at_step", self.factorize_at_step, 0)
+        if self.factorize_at_step is not None and self.factorize_at_step >= 1 and self.factorize_at_step % 1:
+            raise UserInputError(
+                f"--factorize_at_step ({self.factorize_at_step}) must be a whole number, or a share of the run below 1"
+            )
         validate_bounds("vocab_size", self.vocab_size, 10, 2**24)  # masking draws random tokens from 24 bits
         validate_coverage(self.alphabet_coverage)
 

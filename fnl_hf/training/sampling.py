@@ -1,6 +1,7 @@
 """The order of the training data, the same however a run is split over processes and whenever it is resumed."""
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class EpochSampler(Sampler[int]):
                 f"the training data are {length} samples, fewer than one global batch of {global_batch} "
                 "(--per_device_train_batch_size x processes x --gradient_accumulation_steps)"
             )
-        self.length = length
+        self.length, self.global_batch = length, global_batch
         self.used = length - length % global_batch
         self.seed = seed
         self.shuffle = shuffle
@@ -70,6 +71,14 @@ def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:
     global_batch = batch_size * args.world_size * args.gradient_accumulation_steps
     seed = args.seed if args.data_seed is None else args.data_seed
     return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
+
+
+def count_steps(args, dataset) -> int:
+    """Optimizer steps of a run over epochs of whole global batches."""
+    if args.max_steps > 0:
+        return args.max_steps
+    sampler = epoch_sampler(dataset, args, args.train_batch_size)
+    return ceil(args.num_train_epochs * (len(sampler) // sampler.global_batch))
 
 
 def find_sampler(dataloader: DataLoader) -> Sampler | None:

@@ -104,11 +104,17 @@ class FnlTrainer(PushingTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         self._model_takes_counts = "num_items_in_batch" in inspect.signature(unwrapped.forward).parameters
         self.model_accepts_loss_kwargs = True
-        count = getattr(unwrapped, "num_parameters", None)
-        self._num_parameters = count(exclude_embeddings=True) if count else None
         dtype = MATMUL_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
         self.throughput = ThroughputMeter(unwrapped, self.args.device, dtype, self.accelerator.gather)
         self.add_callback(TrainingClockCallback(self.throughput))
+        self.measure_model()
+
+    def measure_model(self) -> None:
+        """Take the size of the model, for what is counted by it; to be called when its layers were replaced."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        count = getattr(unwrapped, "num_parameters", None)
+        self._num_parameters = count(exclude_embeddings=True) if count else None
+        self.throughput.watch(unwrapped)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As Trainer's.

@@ -158,6 +158,11 @@ RULES = (
         lambda run: run.objective == "distill",
         "--objective mlm or mlm_nsp",
     ),
+    Rule(
+        ("factorize_target_ratio",),
+        lambda run: run.factorize_at_step is None,
+        "--factorize_at_step",
+    ),
     Rule(("sparse_last_layer",), lambda run: not run.sparse_prediction, "--sparse_prediction true"),
 )
 OF_PRODUCTS = ("frobenius_decay", "decay_mode", "product_norms_steps")

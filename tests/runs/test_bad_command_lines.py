@@ -70,7 +70,7 @@ FLAGS = {
     "sequences too long": (
         flags(max_seq_length=513), r"^--max_seq_length \(513\) exceeds the model's max_position_embeddings \(512\)$"
     ),
-    "masks without tokens": (flags(mlm_probability=0), r"^--mlm_probability \(0.0\) must be above 0 and below 1$"),
+    "masks without tokens": (flags(mlm_probability=0), r"^--mlm_probability \(0.0\) must be above 0 and bow 1$"),
     "masks that are no number": (flags(mlm_probability="nan"), r"^--mlm_probability \(nan\) must be above 0"),
     "nothing held out": (flags(validation_split_percentage=0), r"^--validation_split_percentage \(0.0\) must be ab"),
     "global batch of odd size": (
@@ -138,6 +138,26 @@ FLAGS = {
     ),
     "several writers": (
         flags(save_on_each_node="true"), r"^--save_on_each_node \(True\) is not supported: .* that all machines share$"
+    ),
+    "warm start that never comes": (
+        flags(factorize_at_step=4), r"^--factorize_at_step \(4\) must be below the 4 steps of the run$"
+    ),
+    "warm start without steps": (
+        flags(factorize_at_step=0.5, max_steps=None, num_train_epochs=0.02),
+        r"^--factorize_at_step \(0.5\) must be below the 1 steps of the run$",
+    ),
+    "warm start before the beginning": (
+        flags(factorize_at_step=-1), r"^--factorize_at_step \(-1.0\) must be at least 0 and"
+    ),
+    "warm start between two steps": (
+        flags(factorize_at_step=1.5), r"^--factorize_at_step \(1.5\) must be a whole number, or a share of the run b"
+    ),
+    "warm start without end": (flags(factorize_at_step="nan"), r"^--factorize_at_step \(nan\) must be at least 0 and"),
+    "warm start to nothing": (
+        flags(factorize_at_step=2, factorize_target_ratio=0), r"^--factorize_target_ratio \(0.0\) must be above 0 and b"
+    ),
+    "warm start to everything": (
+        flags(factorize_at_step=2, factorize_target_ratio=1), r"^--factorize_target_ratio \(1.0\) must be above 0 and b"
     ),
     "prediction": (flags(do_predict="true"), "^--do_predict: pretraining has nothing to predict"),
     "cache that is a file": (flags(cache_dir="<corpus>"), "^--cache_dir .*corpus.txt: cannot be written: "),

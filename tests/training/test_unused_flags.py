@@ -107,6 +107,8 @@ CASES = [
     ("pretrain", "vocab_size", "--vocab_size 99 --tokenizer_name t", "--vocab_size 99"),
     ("pretrain", "alphabet_coverage", "--alphabet_coverage 0.99 --model_name_or_path m", "--alphabet_coverage 0.99"),
     ("pretrain", "attention_init", "--attention_init spectral --model_name_or_path m", "--attention_init spectral"),
+    ("pretrain", "factorize_target_ratio", "--factorize_target_ratio 0.3",
+     "--factorize_target_ratio 0.3 --factorize_at_step 0.2"),
     ("pretrain", "sparse_last_layer", "--sparse_last_layer true --sparse_prediction false", "--sparse_last_layer true"),
 ]  # fmt: skip
 

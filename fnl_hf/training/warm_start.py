@@ -1,0 +1,220 @@
+"""Warm start from dense: after some steps of a run the layers of the encoder become products of two factors.
+
+Pufferfish (Wang et al. 2021, arXiv 2103.03936) and Cuttlefish (Wang et al. 2023, arXiv 2305.02538) train so. Here the
+layers are truncated as :func:`fnl_hf.factorize` does with calibration, on training data that are a function of the step
+alone. The optimizer's moments go with the weights, the learning rate goes on.
+
+Shapes: W = U Vᵀ (m, n) with r < min(m, n): U (m, r), V (n, r); G the gradient by W.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback
+
+from fnl_hf.data.masking import MaskedLMDataset, MaskedStream
+from fnl_hf.errors import TrainingDiverged, UserInputError
+from fnl_hf.layers import FactorizedLinear
+from fnl_hf.surgery.checkpoints import factorized_layers, restore_layers
+from fnl_hf.surgery.config import FactorizationConfig
+from fnl_hf.surgery.factorize import factorize
+from fnl_hf.training.optimizers import build_optimizer
+from fnl_hf.training.sampling import count_steps
+
+ENCODER = ("encoder.layer.*",)
+SAMPLES = 256  # sequences that the truncation is calibrated on
+NO_INPUTS = ("labels", "next_sentence_label", "cursor")  # entries of a batch that outputs do not depend on
+FIRST_MOMENTS, SECOND_MOMENTS = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq")
+FACTORIZED = "factorized_layers"  # entry of the log, at the step from which on layers are products: how many
+OF_EACH_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_init_lrs", "_last_lr")  # lists of schedules
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The model is dense in the first ``step`` steps of a run; ``target_ratio``: see ``FactorizationConfig``."""
+
+    step: int
+    target_ratio: float
+
+    def __str__(self) -> str:
+        share = f"{self.target_ratio:.3g} of their parameters"
+        return f"dense for {self.step:,} steps, then the encoder's layers as products with {share}"
+
+
+def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> WarmStart | None:
+    """What ``--factorize_at_step`` asks for; None without it, or where nothing is trained.
+
+    Raises:
+        UserInputError: a step that the run does not reach, a model with factorized layers, several processes, FSDP or
+            torch.compile, which hold on to the layers that would go.
+    """
+    given = model_args.factorize_at_step
+    if given is None or not args.do_train:
+        return None
+    if layers := factorized_layers(model):
+        raise UserInputError(
+            f"--factorize_at_step ({given:g}) is for a dense model: {len(layers)} layers of "
+            f"{model_args.model_name_or_path} are factorized already"
+        )
+    held_by = {
+        f"{args.world_size} processes": args.world_size > 1,
+        "FSDP": parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        "torch.compile": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
+    }
+    if holders := [what for what, is_used in held_by.items() if is_used]:
+        raise UserInputError(
+            f"--factorize_at_step ({given:g}) is for one process without FSDP and torch.compile, which hold on to the "
+            f"layers that it replaces: here are {' and '.join(holders)}"
+        )
+    last = count_steps(args, train_dataset)
+    step = int(given) if given >= 1 else int(given * last + 1e-6)  # 0.29 * 100 is a little less than 29
+    if step >= last:
+        raise UserInputError(f"--factorize_at_step ({given:g}) must be below the {last} steps of the run")
+    return WarmStart(step, model_args.factorize_target_ratio)
+
+
+def take_structure(model: PreTrainedModel, checkpoint: str | Path) -> None:
+    """Factorize the layers of a dense model that are factorized in a run's checkpoint, to load its weights.
+
+    Raises:
+        UserInputError: its configuration cannot be read.
+    """
+    file = Path(checkpoint, "config.json")
+    try:
+        entry = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        if entry is not None:
+            restore_layers(model, entry["layers"], entry["factorizations"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserInputError(f"checkpoint {checkpoint}: {file.name} cannot be read: {error}") from error
+
+
+class WarmStartCallback(TrainerCallback):
+    """Factorizes the encoder's layers, in place, before the first step after ``warm_start.step``.
+
+    A checkpoint that is saved at this step is still dense: a run that goes on from it makes the same products of the
+    same data. No generator of random numbers is drawn from. The best checkpoint is sought anew among those that follow,
+    because no other fits the model.
+
+    Args:
+        trainer: the Trainer it is added to.
+        warm_start: when, and to which size.
+    """
+
+    def __init__(self, trainer, warm_start: WarmStart):
+        self.trainer, self.warm_start = trainer, warm_start
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.is_done = bool(factorized_layers(model))
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        if self.is_done or state.global_step < self.warm_start.step:
+            return
+        self.is_done = True
+        with self.trainer.throughput.paused():
+            self._factorize(args, model, getattr(optimizer, "optimizer", optimizer))  # Accelerate's is a wrapper
+        resize_schedule(lr_scheduler, len(optimizer.param_groups))
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self.trainer.measure_model()
+        self.trainer.log({FACTORIZED: len(factorized_layers(model))})
+
+    def _factorize(self, args, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        before, size = dict(model.named_parameters()), model.num_parameters()
+        config = FactorizationConfig(target_ratio=self.warm_start.target_ratio, include=ENCODER, seed=args.seed)
+        try:
+            factorize(model, config, calibration_batches(self.trainer.train_dataset, args.train_batch_size))
+        except ValueError as error:  # all that a run chooses was checked: weights are not finite
+            raise TrainingDiverged(f"--factorize_at_step: {error}, at step {self.trainer.state.global_step}") from error
+        replace_parameters(optimizer, build_optimizer(args, model), carry_state(optimizer.state, before, model))
+        if args.process_index == 0:
+            layers = len(factorized_layers(model))
+            tqdm.write(
+                f"step {self.warm_start.step}: {layers} layers of the encoder are products from here on; the model has "
+                f"{model.num_parameters():,} parameters, before {size:,}"
+            )
+
+
+def calibration_batches(dataset: MaskedLMDataset | MaskedStream, batch_size: int) -> Iterator[dict[str, Any]]:
+    """Inputs of some training sequences: spread evenly over a dataset, the next ones of a stream. Neither the order of
+    the data nor the place in a stream is changed."""
+    if isinstance(dataset, MaskedStream):
+        batches: Iterator[Mapping[str, Any]] = islice(iter(dataset), ceil(SAMPLES / batch_size))
+    else:
+        chosen = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).astype(int).tolist()
+        parts = (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
+        batches = (dataset.__getitems__(part) for part in parts)
+    for batch in batches:
+        yield {name: value for name, value in batch.items() if name not in NO_INPUTS}
+
+
+def carry_state(
+    state: Mapping[torch.Tensor, dict[str, Any]], before: Mapping[str, torch.Tensor], model: nn.Module
+) -> dict[torch.Tensor, dict[str, Any]]:
+    """The optimizer's state of a model whose layers were factorized.
+
+    Args:
+        state: of the parameters before.
+        before: name -> parameter of the dense model.
+    """
+    carried = {
+        parameter: state[before[name]]
+        for name, parameter in model.named_parameters()
+        if name in before and before[name] in state
+    }
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorizedLinear) and before[f"{name}.weight"] in state:
+            moments = project_moments(state[before[f"{name}.weight"]], layer.left.detach(), layer.right.detach())
+            carried[layer.left], carried[layer.right] = moments
+    return carried
+
+
+def project_moments(
+    entries: Mapping[str, Any], left: torch.Tensor, right: torch.Tensor
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The states of U and V that belong to that of W = U Vᵀ, for Adam, LAMB and SGD.
+
+    The gradient by U is G V, that by V is Gᵀ U. So the first moments are those of W, projected: m_U = m_W V and
+    m_V = m_Wᵀ U. The second ones follow where the entries of G are uncorrelated: v_U = v_W (V∘V), v_V = v_Wᵀ (U∘U).
+
+    Args:
+        entries: of a weight (m, n).
+        left, right: U (m, r), Vᵀ (r, n), as a FactorizedLinear stores them.
+    """
+    of_left, of_right = dict(entries), dict(entries)
+    for name, moment in entries.items():
+        if isinstance(moment, torch.Tensor):
+            u, v = (left.square(), right.square()) if name in SECOND_MOMENTS else (left, right)
+            is_moment = name in FIRST_MOMENTS + SECOND_MOMENTS
+            of_left[name] = moment @ v.T if is_moment else moment.clone()
+            of_right[name] = u.T @ moment if is_moment else moment.clone()
+    return of_left, of_right
+
+
+def replace_parameters(
+    optimizer: torch.optim.Optimizer, new: torch.optim.Optimizer, state: Mapping[torch.Tensor, dict[str, Any]]
+) -> None:
+    """Give an optimizer the parameter groups of another one of its class, in place: Trainer, Accelerate, the schedule
+    and the loss guard hold it. Rates are its own."""
+    rates = {
+        name: optimizer.param_groups[0][name] for name in ("lr", "initial_lr") if name in optimizer.param_groups[0]
+    }
+    optimizer.param_groups[:] = [group | rates for group in new.param_groups]
+    optimizer.state = defaultdict(dict, state)
+
+
+def resize_schedule(scheduler: Any, groups: int) -> None:
+    """Have a schedule go on with another number of parameter groups. All groups have one rate."""
+    for name in OF_EACH_GROUP:
+        if name in vars(scheduler):
+            setattr(scheduler, name, [getattr(scheduler, name)[0]] * groups)

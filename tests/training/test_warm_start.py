@@ -1,0 +1,288 @@
+"""Dense up to a step, then products: the switch, the optimizer's state, and runs that stop on either side of it."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+import run_pretrain
+from fnl_hf import FactorizationConfig, FnlBertConfig, FnlBertForMaskedLM, UserInputError, factorize
+from fnl_hf.optim import FrobeniusAdamW
+from fnl_hf.surgery.checkpoints import factorized_layers
+from fnl_hf.training.arguments import FnlTrainingArguments
+from fnl_hf.training.optimizers import build_optimizer
+from fnl_hf.training.warm_start import (
+    SAMPLES,
+    calibration_batches,
+    carry_state,
+    plan_warm_start,
+    project_moments,
+    replace_parameters,
+    resize_schedule,
+)
+from tests.conftest import STREAM, assert_same_weights, pretraining
+
+FLAGS = {"max_train_samples": 61, "save_steps": 1, "logging_steps": 1, "factorize_at_step": 4}
+
+
+def run(corpus, folder, **flags):
+    run_pretrain.run([str(word) for word in pretraining(corpus, folder, **FLAGS | flags)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """Twelve steps, seven an epoch, with dropout; the layers are products after the fourth."""
+    return run(corpus, tmp_path_factory.mktemp("warm") / "whole")
+
+
+def history(folder):
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    timed = ("runtime", "per_second", "data_wait", "peak_memory", "mfu")
+    return [{key: value for key, value in row.items() if not any(t in key for t in timed)} for row in rows]
+
+
+def assert_goes_on_exactly(whole, corpus, out, stopped, **flags):
+    """The copy in ``out`` of a finished run, without what came after step ``stopped``, ends as the run has ended."""
+    shutil.copytree(whole, out)
+    (out / "all_results.json").unlink()
+    for step in range(stopped + 1, 13):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    run(corpus, out, resume_from_checkpoint="auto", **flags)
+    assert_same_weights(whole, out)
+    assert [row for row in history(whole) if "loss" in row] == [row for row in history(out) if "loss" in row]
+    for file in ("optimizer.pt", "scheduler.pt"):
+        there, here = (torch.load(folder / "checkpoint-12" / file, weights_only=True) for folder in (whole, out))
+        assert there.get("param_groups") == here.get("param_groups")
+        torch.testing.assert_close(there.get("state", there), here.get("state", here), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stopped", [3, 4, 5, 8])
+def test_a_run_goes_on_from_either_side_of_the_switch_to_the_last_bit(whole, corpus, tmp_path, stopped):
+    assert_goes_on_exactly(whole, corpus, tmp_path / "out", stopped)
+
+
+def test_a_stream_goes_on_likewise(finished_runs, corpus, tmp_path):
+    flags = STREAM | {"tokenizer_name": finished_runs.run, "max_train_samples": None}
+    whole = run(corpus, tmp_path / "whole", **flags)
+    assert_goes_on_exactly(whole, corpus, tmp_path / "out", 4, **flags)
+
+
+def test_pairs_of_segments_accumulated_micro_batches_and_lamb_likewise(corpus, tmp_path):
+    flags = {"objective": "mlm_nsp", "optimizer": "lamb", "gradient_accumulation_steps": 2, "max_train_samples": None,
+             "per_device_train_batch_size": 4, "max_seq_length": 19}  # fmt: skip
+    whole = run(corpus, tmp_path / "whole", **flags)
+    assert not [name for name in json.loads((whole / "config.json").read_text())["quantization_config"]["layers"]
+                if not name.startswith("encoder.layer.")]  # fmt: skip
+    assert_goes_on_exactly(whole, corpus, tmp_path / "out", 5, **flags)
+
+
+def test_the_switch_is_where_it_was_asked_for_and_leaves_the_size_that_was_asked_for(whole):
+    def config(step):
+        return json.loads((whole / f"checkpoint-{step}" / "config.json").read_text())
+
+    assert (
+        "quantization_config" not in config(4) and config(5)["quantization_config"] == config(12)["quantization_config"]
+    )
+    model, dense = (AutoModelForMaskedLM.from_pretrained(whole / f"checkpoint-{step}") for step in (12, 4))
+    matrices = [
+        sum(p.numel() for name, p in each.bert.encoder.named_parameters() if p.dim() == 2) for each in (model, dense)
+    ]
+    assert 0.47 < matrices[0] / matrices[1] <= 0.5
+    assert type(model.cls.predictions.transform.dense) is torch.nn.Linear
+    switches = [row for row in history(whole) if "factorized_layers" in row]
+    assert switches == [{"factorized_layers": len(factorized_layers(model)), "epoch": 4 / 7, "step": 4}]
+    assert (whole / "training_report.png").is_file()
+    assert "dense for 4 steps, then the encoder's layers as products with 0.5 of" in (whole / "README.md").read_text()
+
+
+def test_the_schedule_goes_on(whole):
+    """Linear from 0.01 to 0 in twelve steps; the rate that is logged is the one that the step had."""
+    rates = [row["learning_rate"] for row in history(whole) if "learning_rate" in row]
+    assert rates == pytest.approx([0.01 * (1 - step / 12) for step in range(12)], rel=1e-12)
+
+
+def test_the_best_model_is_one_of_those_after_the_switch(corpus, tmp_path):
+    """By the highest loss, which the first evaluation has."""
+    flags = {"load_best_model_at_end": "true", "eval_strategy": "steps", "eval_steps": 1, "greater_is_better": "true"}
+    out = run(corpus, tmp_path / "out", **flags)
+    losses = {row["step"]: row["eval_loss"] for row in history(out) if "eval_loss" in row and row["step"] < 13}
+    state = json.loads((out / "trainer_state.json").read_text())
+    best = state["best_global_step"]
+    assert max(losses, key=losses.__getitem__) <= 4 < best
+    assert losses[best] == max(loss for step, loss in losses.items() if step > 4)
+    assert_same_weights(out, out / f"checkpoint-{best}")
+
+
+@pytest.mark.parametrize("at, epochs, steps, expected", [
+    (0, None, 100, 0), (0.29, None, 100, 29), (0.999, None, 100, 99), (1, None, 100, 1), (99, None, 100, 99),
+    (0.5, 1.5, -1, 5),  # 61 samples, 8 a step: 7 steps an epoch, 11 in all
+    (10, 1.5, -1, 10),
+])  # fmt: skip
+def test_a_step_or_a_share_of_the_run(dimensions, tmp_path, at, epochs, steps, expected):
+    args = FnlTrainingArguments(
+        str(tmp_path), do_train=True, use_cpu=True, max_steps=steps, num_train_epochs=epochs or 3.0,
+        per_device_train_batch_size=8,
+    )  # fmt: skip
+    flags = SimpleNamespace(factorize_at_step=float(at), factorize_target_ratio=0.5, model_name_or_path=None)
+    model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
+    assert plan_warm_start(flags, args, model, range(61)).step == expected
+    assert plan_warm_start(SimpleNamespace(factorize_at_step=None), args, model, range(61)) is None
+
+
+def test_a_run_over_epochs_switches_at_its_share_of_them(corpus, tmp_path):
+    out = run(corpus, tmp_path / "out", max_steps=None, num_train_epochs=1.5, factorize_at_step=0.5, save_strategy="no")
+    assert [row["step"] for row in history(out) if "factorized_layers" in row] == [5]
+    assert json.loads((out / "trainer_state.json").read_text())["max_steps"] == 11
+
+
+@pytest.mark.parametrize("environment, said", [
+    ({"ACCELERATE_USE_FSDP": "true"}, "here are FSDP$"),
+    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "here are torch.compile$"),
+    ({}, "here are 3 processes$"),
+])  # fmt: skip
+def test_what_holds_on_to_layers_is_refused(dimensions, monkeypatch, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = SimpleNamespace(do_train=True, world_size=1 if environment else 3)
+    model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
+    with pytest.raises(
+        UserInputError, match=r"^--factorize_at_step \(4\) is for one process without FSDP and .*" + said
+    ):
+        plan_warm_start(SimpleNamespace(factorize_at_step=4.0), args, model, range(61))
+
+
+def test_a_model_with_factorized_layers_is_refused(whole, corpus, tmp_path):
+    with pytest.raises(
+        UserInputError, match=r"^--factorize_at_step \(4\) is for a dense model: \d+ layers of .*whole are"
+    ):
+        run(corpus, tmp_path / "out", model_name_or_path=whole)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the optimizer ----
+
+
+def adam_states(gradients, *weights):
+    """Of torch's Adam, after autograd has taken ⟨G, W⟩ of each G, W the weight or the product of two; nothing moves."""
+    weights = [weight.clone().requires_grad_() for weight in weights]
+    optimizer = torch.optim.Adam(weights, lr=0.0, amsgrad=True)
+    for gradient in gradients:
+        optimizer.zero_grad()
+        (gradient * (weights[0] @ weights[1] if len(weights) == 2 else weights[0])).sum().backward()
+        optimizer.step()
+    return [optimizer.state[weight] for weight in weights]
+
+
+def test_moments_are_those_that_the_factors_would_have():
+    """The first ones for any gradients, the second ones where no two entries of a gradient share a row or column."""
+    draw = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((3, 2), (2, 5)))
+    dense = [torch.randn(3, 5, generator=draw, dtype=torch.float64) for _ in range(7)]
+    sparse = [gradient * torch.eye(5).roll(step, 1)[:3] for step, gradient in enumerate(dense)]
+    for gradients, names in ((dense, ["exp_avg"]), (sparse, ["exp_avg", "exp_avg_sq"])):
+        (of_weight,) = adam_states(gradients, u @ v)
+        for found, expected in zip(project_moments(of_weight, u, v), adam_states(gradients, u, v), strict=True):
+            assert found.keys() == expected.keys() and found["step"] == 7
+            for name in names:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14)
+            assert found["max_exp_avg_sq"].shape == found["exp_avg"].shape and (found["max_exp_avg_sq"] >= 0).all()
+    assert project_moments({}, u, v) == ({}, {})
+    assert project_moments({"momentum_buffer": None}, u, v)[0] == {"momentum_buffer": None}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_an_optimizer_goes_on_with_the_factors(dimensions, batch, tmp_path, name):
+    args = FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True, optimizer=name, learning_rate=0.1)
+    model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
+    optimizer = build_optimizer(args, model)
+
+    def step():
+        optimizer.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+
+    step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.03  # as a schedule has it
+    before = dict(model.named_parameters())
+    moment = "momentum_buffer" if name == "sgd" else "exp_avg"
+    kept = {name: optimizer.state[parameter][moment].clone() for name, parameter in before.items()}
+    factorize(model, FactorizationConfig(include=["encoder.layer.*"]), calibration=[batch])
+    replace_parameters(optimizer, build_optimizer(args, model), carry_state(optimizer.state, before, model))
+
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    assert {group["lr"] for group in optimizer.param_groups} == {0.03}
+    assert [group["name"] for group in optimizer.param_groups] == ["linear", "decay", "plain"]
+    layer = model.bert.encoder.layer[1].intermediate.dense
+    of_weight = kept.pop("bert.encoder.layer.1.intermediate.dense.weight")
+    torch.testing.assert_close(optimizer.state[layer.left][moment], of_weight @ layer.right.T)
+    torch.testing.assert_close(optimizer.state[layer.right][moment], layer.left.T @ of_weight)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(optimizer.state[parameter][moment], kept[name]), name
+    states = optimizer.state_dict()
+    fresh = build_optimizer(args, model)
+    fresh.load_state_dict(states)  # as a run does that goes on
+    after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    step()
+    assert not [name for name, parameter in model.named_parameters()
+                if parameter.dim() == 2 and torch.equal(parameter, after[name])]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(SchedulerType), ids=lambda kind: kind.value)
+def test_every_schedule_goes_on_with_more_groups_and_fewer(kind):
+    """As one whose groups stay; two of them have three loads of steps, others come between."""
+    kwargs = {"cosine_with_min_lr": {"min_lr": 0.01}, "warmup_stable_decay": {"num_decay_steps": 4},
+              "cosine_warmup_with_min_lr": {"min_lr": 0.01}}.get(kind.value)  # fmt: skip
+
+    def make(groups):
+        return FrobeniusAdamW([{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(groups)], lr=0.1)
+
+    optimizers = [make(2), make(2)]
+    schedules = [get_scheduler(kind, each, 2, 12, kwargs) for each in optimizers]
+    for step in range(12):
+        if step in (5, 8):
+            replace_parameters(optimizers[1], make(3 if step == 5 else 1), {})
+            resize_schedule(schedules[1], 3 if step == 5 else 1)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step(*([float(step)] if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY) else []))
+        assert {group["lr"] for each in optimizers for group in each.param_groups} == {
+            optimizers[0].param_groups[0]["lr"]
+        }
+    rates = schedules[1].state_dict()
+    for name in ("base_lrs", "_last_lr", "min_lrs"):
+        assert len(rates.get(name, [0])) == 1, name
+
+
+# ---- the data ----
+
+
+class Dataset:
+    """Says which samples were asked for."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitems__(self, indices):
+        return {"input_ids": torch.tensor(indices), "labels": torch.tensor(indices), "max_length_q": 5}
+
+
+@pytest.mark.parametrize("length, expected", [(7, list(range(7))), (1021, None)])
+def test_calibration_takes_samples_from_all_over_the_data_and_no_labels(length, expected):
+    batches = list(calibration_batches(Dataset(length), 3))
+    assert all(batch.keys() == {"input_ids", "max_length_q"} for batch in batches)
+    found = np.concatenate([batch["input_ids"] for batch in batches]).tolist()
+    assert max(len(batch["input_ids"]) for batch in batches) == 3
+    assert expected in (None, found)
+    assert len(found) == len(set(found)) == min(length, SAMPLES) and found[0] == 0 and found[-1] == length - 1
