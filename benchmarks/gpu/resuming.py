@@ -40,11 +40,11 @@ class RandomRows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids[self.positions], "masked_positions": self.positions}
 
 
-def train(folder: Path, device: str, checkpoint: Path | None = None, bf16: bool = False) -> None:
+def train(folder: Path, device: str, checkpoint: Path | None = None) -> None:
     """Dropout, shuffled rows and accumulation; a checkpoint in the middle."""
     args = FnlTrainingArguments(
         str(folder), max_steps=STEPS, save_steps=STEPS // 2, per_device_train_batch_size=4, seed=3, report_to="none",
-        gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=STEPS, disable_tqdm=True, bf16=bf16,
+        gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=STEPS, disable_tqdm=True,
         use_cpu=device == "cpu",
     )  # fmt: skip
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from gpu.records import Recorder, quartiles
 
 MASKED = 0.15
 TOKENS = {"tiny": 2**17, "mini": 2**17, "small": 2**16, "base": 2**15, "large": 2**14}  # of a batch
-GOALS = {("base", 128, "ours"): ">= 600000"}
+GOALS = {("base", 128, "ours"): ">= 600000", ("base", 512, "ours"): ">= 510000"}  # on an H100
 STEPS = 10  # timed together: the host runs ahead of the device
 
 
