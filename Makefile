@@ -15,7 +15,7 @@ INSTALL := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disabl
 # Without its version pip would fetch a torch with gigabytes of CUDA libraries where one for the CPU is installed from.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: pretrain squad docs studies results test compat quality format clean
+.PHONY: pretrain squad docs studies results gpu test compat quality format clean
 
 # Pretrain a tiny FNL-BERT on the embedded corpus: make pretrain ARGS="--decay_mode weight --output_dir output/weight"
 pretrain: $(VENV)/.run
@@ -36,6 +36,10 @@ studies: $(VENV)/.run
 # docs/results.md and its plots, from the recorded runs.
 results: $(VENV)/.run
 	$(BIN)/python -m studies.report
+
+# What is left to measure on this machine's GPU; it can be stopped and repeated: make gpu ARGS="decay adamw"
+gpu: $(VENV)/.run
+	$(BIN)/python benchmarks/on_gpu.py $(ARGS)
 
 # The documentation site, in output/site.
 docs: $(VENV)/.dev

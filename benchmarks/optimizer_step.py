@@ -25,7 +25,6 @@ import statistics
 import time
 
 import torch
-from pytorch_optimizer import Lamb as OtherLamb
 
 from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FrobeniusAdamW, FrobeniusLamb, Lamb, frobenius_param_groups
 from fnl_hf.bert.factorization import RANK_DIMS, head_rows
@@ -112,20 +111,21 @@ def build(model_name, halved, device):
     return model
 
 
-def compare_decay(model, title, args, device):
+def decay_candidates(model):
+    """name -> function, ours first."""
     groups = [g | {"lr": LR} for g in frobenius_param_groups(model, DECAY) if g["product"]]
     products = model.factor_pairs()
     pairs = [rows_of(product) for product in products]
-    times = measure(
-        {
-            "Frobenius decay, ours": lambda: decay_products_(groups),
-            "bare matmuls": bare_matmuls(pairs, preallocated=False),
-            "bare matmuls, preallocated": bare_matmuls(pairs, preallocated=True),
-            "published way": published_way(products),
-        },
-        args.repeats * 3,
-        device,
-    )
+    return {
+        "Frobenius decay, ours": lambda: decay_products_(groups),
+        "bare matmuls": bare_matmuls(pairs, preallocated=False),
+        "bare matmuls, preallocated": bare_matmuls(pairs, preallocated=True),
+        "published way": published_way(products),
+    }
+
+
+def compare_decay(model, title, args, device):
+    times = measure(decay_candidates(model), args.repeats * 3, device)
     ours, *others = times
     report(f"{title}: the decay alone", times, ours, others)
     return statistics.median(times[ours])
@@ -138,33 +138,44 @@ def lamb_groups(model):
     return [{"params": matrices}, {"params": vectors, "adam": True, "weight_decay": 0.0}]
 
 
-def compare_optimizers(model, title, args, device):
+def other_lamb(*args, **kwargs):
+    from pytorch_optimizer import Lamb
+
+    return Lamb(*args, **kwargs)
+
+
+def optimizer_candidates(model):
+    """kind -> name -> function that makes the optimizer, ours first."""
+
     def groups():
         return frobenius_param_groups(model, DECAY)
 
     plain = {"lr": LR, "weight_decay": DECAY}
-    comparisons = {
+    return {
         "AdamW": {
             "FrobeniusAdamW": lambda: FrobeniusAdamW(groups(), lr=LR, fused=True),
             "torch's AdamW, fused": lambda: torch.optim.AdamW(model.parameters(), **plain, fused=True),
         },
         "LAMB": {
             "Lamb": lambda: Lamb(model.parameters(), **plain, max_grad_norm=None),
-            "pytorch_optimizer's Lamb, all at once": lambda: OtherLamb(
+            "pytorch_optimizer's Lamb, all at once": lambda: other_lamb(
                 lamb_groups(model), **plain, weight_decouple=False, foreach=True
             ),
-            "pytorch_optimizer's Lamb, one at a time": lambda: OtherLamb(
+            "pytorch_optimizer's Lamb, one at a time": lambda: other_lamb(
                 lamb_groups(model), **plain, weight_decouple=False, foreach=False
             ),
         },
         "LAMB with decay": {
             "FrobeniusLamb": lambda: FrobeniusLamb(groups(), lr=LR, max_grad_norm=None),
-            "pytorch_optimizer's Lamb, one at a time": lambda: OtherLamb(
+            "pytorch_optimizer's Lamb, one at a time": lambda: other_lamb(
                 lamb_groups(model), **plain, weight_decouple=True, foreach=False
             ),
         },
     }
-    for kind, makers in comparisons.items():
+
+
+def compare_optimizers(model, title, args, device):
+    for kind, makers in optimizer_candidates(model).items():
         optimizers = {name: make() for name, make in makers.items()}
         times = measure({name: o.step for name, o in optimizers.items()}, args.repeats, device)
         ours, *others = times

@@ -110,6 +110,21 @@ def document_mask(
     allowed = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, S, S), True: may attend
     if attention_mask is not None:
         allowed = allowed & attention_mask[:, None, None, :].bool()
+    return _mask_of(allowed, implementation, dtype)
+
+
+def padding_mask(attention_mask: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, 1, S) of a padding mask (B, S) on an accelerator; elsewhere, and for other implementations, as it is.
+
+    Of a mask (B, S) Transformers asks the device whether anything is masked at all, and so waits in each forward pass.
+    """
+    if attention_mask.dim() != 2 or attention_mask.device.type == "cpu" or implementation not in ("sdpa", "eager"):
+        return attention_mask
+    return _mask_of(attention_mask[:, None, None, :].bool(), implementation, dtype)
+
+
+def _mask_of(allowed: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
+    """What "sdpa" or "eager" take for ``allowed`` (B, 1, S or 1, S), True where a token may attend."""
     if implementation == "sdpa":
         return allowed
     # Not -inf: a row without any allowed entry, of a padding token, would be NaN after the softmax.

@@ -168,7 +168,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
             if rank == padded:
                 continue
             if rank < padded:
-                mixing = make_padding(heads, rank, padded)
+                mixing = make_padding(heads, rank, padded, moments.query.device)
             else:
                 _validate_rank(name, moments, padded)
                 mixing, *_ = find_truncation(moments, padded)

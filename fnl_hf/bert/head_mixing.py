@@ -232,9 +232,9 @@ def find_truncation(moments: HeadMoments, rank: int) -> tuple[HeadMixing, torch.
     return HeadMixing(scale * query, scale * key, value, output), qk_sigma, vo_sigma
 
 
-def make_padding(heads: int, rank: int, padded: int) -> HeadMixing:
+def make_padding(heads: int, rank: int, padded: int, device: torch.device) -> HeadMixing:
     """Mixing to a larger rank by dimensions that are zero; exact, but these have no gradient."""
-    eye = torch.eye(rank, padded, dtype=torch.float64).expand(heads, -1, -1)  # (H, r, r')
+    eye = torch.eye(rank, padded, dtype=torch.float64, device=device).expand(heads, -1, -1)  # (H, r, r')
     scale = (padded / rank) ** 0.25
     return HeadMixing(scale * eye, scale * eye, eye, eye)
 

@@ -26,7 +26,14 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .attention_fnl_bert import FnlBertLayer, FnlBertSelfAttention, document_mask, factor_pairs, take_positions
+from .attention_fnl_bert import (
+    FnlBertLayer,
+    FnlBertSelfAttention,
+    document_mask,
+    factor_pairs,
+    padding_mask,
+    take_positions,
+)
 from .configuration_fnl_bert import FnlBertConfig
 from .conversion_fnl_bert import BertConversion
 from .factorization import Product, spectral_factors
@@ -120,9 +127,11 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
                 "FNL-BERT is an encoder: encoder_hidden_states and past_key_values must be None, because "
                 "cross-attention and the key/value cache are not factorized"
             )
+        implementation = self.config._attn_implementation
         if document_ids is not None:
-            implementation = self.config._attn_implementation
             attention_mask = document_mask(document_ids, attention_mask, implementation, self.dtype)
+        elif attention_mask is not None:
+            attention_mask = padding_mask(attention_mask, implementation, self.dtype)
         return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
 
     def _initialize_weights(self, module, is_custom_code=False):
@@ -170,7 +179,9 @@ def mean_cross_entropy(logits, labels, num_items: torch.Tensor | int | None = No
     total = nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     if num_items is None:
         num_items = (labels != ignore_index).sum()
-    return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+    if not isinstance(num_items, torch.Tensor):
+        return total / max(num_items, 1)
+    return total / num_items.to(total.device, non_blocking=True).clamp(min=1)
 
 
 def add_loss(outputs: ModelOutput, loss) -> ModelOutput:

@@ -37,6 +37,8 @@ class Bucket:
     def lr(self, found_inf: torch.Tensor | None) -> float | torch.Tensor:
         """The group's learning rate, or 0 in a step that is not to happen."""
         lr = get_lr(self.group)
+        if isinstance(lr, torch.Tensor) and self.weights:  # kernels on lists take no number from another device
+            lr = lr.to(self.weights[0].device, non_blocking=True)
         return lr if found_inf is None else (found_inf == 0) * lr
 
     def decay(self, lr: float | torch.Tensor) -> None:

@@ -227,7 +227,8 @@ class Lamb(CheckedOptimizer):
             found_inf = None
         if not group["bias_correction"] and steps:
             # The kernels divide by 1 − βᵗ: count the steps here, and give them a t at which that is 1.
-            torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
+            # A list, because of a tensor the kernel would fetch the number from its device.
+            torch._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
             steps = [torch.full_like(step, MANY_STEPS) for step in steps]
         beta1, beta2 = group["betas"]
         adam(

@@ -1,6 +1,16 @@
 """What a user sees of a run: throughput, diagnostics of the products, plots."""
 
+from typing import Any
+
 from fnl_hf.reports.callbacks import ProductNormsCallback
-from fnl_hf.reports.plots import plot_report
 
 __all__ = ["ProductNormsCallback", "plot_report"]
+
+
+def __getattr__(name: str) -> Any:
+    # Training needs no matplotlib, drawing does.
+    if name == "plot_report":
+        from fnl_hf.reports.plots import plot_report
+
+        return plot_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -194,7 +194,7 @@ def test_fsdp2_on_a_gpu_is_plain_training(corpus, tmp_path):
     commands = [pretraining(corpus, out, **flags), pretraining(corpus, resumed, **flags, resume_from_checkpoint="auto")]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
     launcher = ["-m", "accelerate.commands.launch", "--config_file", FSDP2, "--num_processes", 1]
-    printed = call(*launcher, ROOT / "tests" / "fsdp_worker.py", tmp_path / "commands.json")
+    printed = call(*launcher, ROOT / "tests" / "training" / "fsdp_worker.py", tmp_path / "commands.json")
     assert [printed.count(f"sharded in step {step}.") for step in (1, 7)] == [1, 2]
     for folder in (out, resumed):
         assert_same_weights(alone, folder, atol=1e-5, rtol=0)

@@ -1,0 +1,1 @@
+"""The stages of benchmarks/on_gpu.py, what they record, and the page that shows it."""
