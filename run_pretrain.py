@@ -182,8 +182,8 @@ def parse_command(argv):
     validate_kernel(model_args, args)
     if data_args.objective == "distill" and model_args.factorize_at_step is not None:
         raise UserInputError(
-            f"--factorize_at_step ({model_args.factorize_at_step:g}) is not for --objective distill, whose model is made "
-            "smaller before: fnl-hf factorize"
+            f"--factorize_at_step ({model_args.factorize_at_step:g}) is not for --objective distill: make the model "
+            "smaller before (fnl-hf factorize)"
         )
     validate_distillation(model_args, data_args.objective)
     planned = ScriptRun(args, argv, model_args, data_args)
