@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a warm start takes over of the optimizer's moments and how it truncates: held-out loss of a short quickstart.
+"""What a warm start takes over of the optimizer's moments: loss of a short quickstart, three ways and dense.
 
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.warm_start --seeds 1 2
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import run_pretrain
-from fnl_hf.surgery.factorize import factorize
 from fnl_hf.training import warm_start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +25,6 @@ ARMS = {
     "moments projected": {},
     "moments of the factors reset": {"project_moments": lambda entries, left, right: ({}, {})},
     "all moments reset": {"carry_state": lambda state, before, model: {}},
-    "moments projected, plain SVD": {"factorize": lambda model, config, calibration: factorize(model, config)},
 }
 
 

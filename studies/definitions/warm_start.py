@@ -1,0 +1,33 @@
+"""Warm start: dense for a share of the steps, then the encoder's layers as products with half of their parameters."""
+
+from typing import Any
+
+from studies.study import Comparison, Study, recipe
+
+SHARES = (0, 0.1, 0.25, 0.5)  # of the steps, dense
+
+arms: dict[str, dict[str, Any]] = {"dense": {}}
+arms |= {f"switch-{share}": {"factorize_at_step": share, "factorize_target_ratio": 0.5} for share in SHARES}
+
+STUDY = Study(
+    question="Does a model whose layers become products after some dense steps reach a lower held-out loss than one that "
+    "has them from the beginning?",
+    script="run_pretrain.py",
+    # E = d: what is compared are the products that the switch makes
+    base=recipe("configs/mini.yaml") | {"attention_embedding_size": 256},
+    arms={"half": arms},
+    reference="dense",
+    effect=0.05,  # 5% of the perplexity
+    comparisons=(
+        Comparison("A warm start after a quarter of the steps leaves a lower loss than products from the beginning",
+                   "switch-0.25", "switch-0"),
+        Comparison("A warm start after a quarter of the steps is as good as the dense model", "switch-0.25", "dense",
+                   expected="same"),
+    ),  # fmt: skip
+    seeds=(1, 2, 3),
+    measures={
+        "speed": {"seconds of training": "metrics/train_runtime", "tokens a second": "metrics/train_tokens_per_second"}
+    },
+    axis="factorize_at_step",
+    spectra=False,
+)
