@@ -115,6 +115,8 @@ def _flatten(question: dict[str, Any], context: str) -> dict[str, Any]:
     if not isinstance(impossible, bool):
         raise TypeError(f"question {name!r}: is_impossible must be true or false, got {impossible!r}")
     answers = [] if impossible else question.get("answers", [])
+    if not isinstance(answers, list):
+        raise TypeError(f"question {name!r}: answers must be a list, got {answers!r}")
     texts = [context, question["question"], *(answer["text"] for answer in answers)]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"question {name!r}: context, question and answers must be texts, got {texts}")

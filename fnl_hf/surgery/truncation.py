@@ -136,9 +136,10 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         ValueError: see :func:`fnl_hf.surgery.calibration.collect_moments`; weights on the meta device or not finite.
     """
     for name, layer in layers.items():
-        if not layer.weight.is_meta and layer.weight.isfinite().all():
+        weight: Any = layer.weight
+        if not weight.is_meta and weight.isfinite().all():
             continue
-        what = "on the meta device" if layer.weight.is_meta else "not finite"
+        what = "on the meta device" if weight.is_meta else "not finite"
         raise ValueError(f"{name}: calibration needs its weight, which is {what}")
     moments = collect_moments(model, layers, batches)
     few = [name for name, each in moments.items() if 0 < each.rows < each.inputs.shape[-1]]

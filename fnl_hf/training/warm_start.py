@@ -167,7 +167,7 @@ def carry_state(
         state: of the parameters before.
         before: name -> parameter of the dense model.
     """
-    carried = {
+    carried: dict[torch.Tensor, dict[str, Any]] = {
         parameter: state[before[name]]
         for name, parameter in model.named_parameters()
         if name in before and before[name] in state

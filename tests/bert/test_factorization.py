@@ -85,6 +85,14 @@ def test_spectral_factors_are_the_best_approximation_and_balanced(heads, m, n, k
         torch.testing.assert_close(gram(factor), torch.diag_embed(sigma[..., :rank]), atol=1e-10, rtol=1e-8)
 
 
+def test_spectral_factors_inside_autocast_are_those_outside():
+    u, v = (factor.float() for factor in draw(2, 5, 7, 3))
+    outside = spectral_factors(u, v, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = spectral_factors(u, v, 2)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside))
+
+
 def test_spectral_factors_refuse_a_rank_that_products_cannot_have():
     with pytest.raises(ValueError, match=r"rank \(4\) must be between 1 and 3"):
         spectral_factors(*draw(2, 5, 7, 3), rank=4)

@@ -143,9 +143,9 @@ def test_calibration(fitting, tmp_path, capsys):
         ("merge", [], "has no factorized layers"),
     ],
 )
-def test_bad_input_leaves_nothing(checkpoint, tmp_path, capsys, command, words, message):
+def test_bad_input_leaves_nothing(fitting, tmp_path, capsys, command, words, message):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([command, str(checkpoint), str(tmp_path / "new"), *words])
+        cli.main([command, str(fitting), str(tmp_path / "new"), *words])
     assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 

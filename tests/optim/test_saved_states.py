@@ -168,7 +168,7 @@ def assert_refused(ours, state, message, **options):
 @pytest.mark.parametrize("ours, other", [(FrobeniusAdamW, ADAMW), (FrobeniusSGD, SGD), (FrobeniusAdamW, None)])
 @pytest.mark.parametrize("overflow", [False, True])
 def test_loss_scaling_goes_on_with_the_kernels_of_the_state(ours, other, overflow):
-    """The state of an optimizer that is not fused, into one that is: GradScaler asks it for its kernels."""
+    """The state of an optimizer that is not fused, into one that is: GradScaler asks how it was made."""
     params, twins = parameters(), parameters()
     scale = torch.amp.GradScaler("cpu", init_scale=8.0)
     scale.scale(torch.zeros(()))

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 import run_pretrain
 import run_squad
 import train
+from fnl_hf import FnlBertForQuestionAnswering
 from fnl_hf.reports.overview import describe_end
 from fnl_hf.training.pretraining_arguments import DataArguments
 from tests.conftest import IMAGE_CLASSES, IMAGE_HEIGHT, IMAGE_WIDTH, pretraining
@@ -57,8 +59,11 @@ def test_an_image_classifier_says_what_it_is(idx_dir, tmp_path, capsys):
 
 
 def test_the_embedded_sample_is_not_used_in_silence(pretrained, tmp_path, capsys):
+    model = tmp_path / "model"  # whose answers are random
+    FnlBertForQuestionAnswering.from_pretrained(pretrained).save_pretrained(model)
+    AutoTokenizer.from_pretrained(pretrained).save_pretrained(model)
     flags = {"do_eval": "true", "max_eval_samples": 3, "max_seq_length": 256, "doc_stride": 32, "bf16": "true"}
-    run_squad.run(squad(pretrained, tmp_path / "sample", max_steps=None, **flags))
+    run_squad.run(squad(model, tmp_path / "sample", max_steps=None, **flags))
     rows, lines = said(capsys)
     assert rows["validation data"].startswith("embedded sample: 3 questions, ") and "steps" not in rows
     assert rows["precision"] == "mixed, bfloat16"
@@ -67,7 +72,7 @@ def test_the_embedded_sample_is_not_used_in_silence(pretrained, tmp_path, capsys
     answers = [{"text": "fox", "answer_start": 4}]
     paragraph = {"context": "the fox", "qas": [{"id": "1", "question": "who", "answers": answers}]}
     (tmp_path / "own.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
-    run_squad.run(squad(pretrained, tmp_path / "own", tmp_path / "own.json", do_eval="true"))
+    run_squad.run(squad(model, tmp_path / "own", tmp_path / "own.json", do_eval="true"))
     rows, lines = said(capsys)
     assert rows["validation data"].startswith("own.json: 1 questions, ") and "NO DATA" not in "".join(lines)
 

@@ -260,6 +260,7 @@ BAD_QUESTIONS = {
     "a word for a truth": ({"is_impossible": "false"}, "'a': is_impossible must be true or false, got 'false'"),
     "a number for a truth": ({"is_impossible": 0}, "'a': is_impossible must be true or false, got 0"),
     "null for a truth": ({"is_impossible": None}, "'a': is_impossible must be true or false, got None"),
+    "an object for answers": ({"answers": {}}, "'a': answers must be a list, got {}"),
     "an answer far away": ({"answers": [GRACE | {"answer_start": 10**30}]}, "'Grace Hopper' is not at offset 10{30} "),
 }
 
