@@ -10,8 +10,8 @@ arms: dict[str, dict[str, Any]] = {"dense": {}}
 arms |= {f"switch-{share}": {"factorize_at_step": share, "factorize_target_ratio": 0.5} for share in SHARES}
 
 STUDY = Study(
-    question="Does a model whose layers become products after some dense steps reach a lower held-out loss than one that "
-    "has them from the beginning?",
+    question="Does a model whose layers become products after some dense steps reach a lower held-out loss than one "
+    "that has them from the beginning?",
     script="run_pretrain.py",
     # E = d: what is compared are the products that the switch makes
     base=recipe("configs/mini.yaml") | {"attention_embedding_size": 256},
