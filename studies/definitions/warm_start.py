@@ -19,15 +19,21 @@ STUDY = Study(
     reference="dense",
     effect=0.05,  # 5% of the perplexity
     comparisons=(
-        Comparison("A warm start after a quarter of the steps leaves a lower loss than products from the beginning",
-                   "switch-0.25", "switch-0"),
-        Comparison("A warm start after a quarter of the steps is as good as the dense model", "switch-0.25", "dense",
-                   expected="same"),
+        Comparison(
+            "A warm start after a quarter of the steps leaves a lower loss than products from the beginning",
+            "switch-0.25",
+            "switch-0",
+        ),
+        Comparison(
+            "A warm start after a quarter of the steps is as good as the dense model",
+            "switch-0.25",
+            "dense",
+            expected="same",
+        ),
     ),  # fmt: skip
     seeds=(1, 2, 3),
     measures={
         "speed": {"seconds of training": "metrics/train_runtime", "tokens a second": "metrics/train_tokens_per_second"}
     },
-    axis="factorize_at_step",
     spectra=False,
 )
