@@ -35,6 +35,5 @@ STUDY = Study(
     measures={
         "speed": {"seconds of training": "metrics/train_runtime", "tokens a second": "metrics/train_tokens_per_second"}
     },
-    axis="factorize_at_step",
     spectra=False,
 )
