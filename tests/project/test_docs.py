@@ -179,7 +179,7 @@ def test_flags_exist():
     spans = [span for page in PAGES for span in re.findall(r"`([^`\n]*--[^`]*)`", text_of(page))]
     named = {flag for span in spans if "benchmarks/" not in span for flag in re.findall(r"--(\w+)", span)}
     others = {"num_processes", "num_cpu_threads_per_process", "nproc_per_node", "signal"}  # of launchers and SLURM
-    others |= {"training_step", "flag"}  # of a benchmark, and a stand-in for any
+    others |= {"quiet", "training_step", "flag"}  # of a launcher, of a benchmark, and a stand-in for any
     assert len(named) > 40 and named - known == others
 
 

@@ -341,7 +341,7 @@ def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
         ({"learning_rate": "-1e-4"}, r"--learning_rate \(-0.0001\) must be at least 0.0"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
         ({"prediction_loss_only": "true"}, r"--prediction_loss_only \(True\) leaves no predictions to make answers of"),
-        ({"do_predict": "true"}, "no questions to predict: give --test_file"),
+        ({"do_predict": "true", "do_train": "true"}, "no questions to predict: give --test_file"),
         ({"seeds": 5}, r"--seeds \(5\) must be at least two different ones"),
         ({"seeds": "3 3"}, r"--seeds \(3 3\) must be at least two different ones"),
         ({"seeds": "3 -1"}, r"--seeds \(-1\) must be at least 0"),
