@@ -1,15 +1,20 @@
 """WordPiece tokenizers."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fnl_hf.errors import UserInputError
+
+if TYPE_CHECKING:  # models are built where no library for data sets is installed
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 

@@ -94,7 +94,7 @@ def desk(models, hub, monkeypatch, tmp_path):
     folder = tmp_path / "desk"
     shutil.copytree(models, folder)
     (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "text.txt").write_text("\n".join(SENTENCES))
+    (folder / "text.txt").write_text("\n".join(SENTENCES * 3))
     qas = [{"id": "a", "question": "Who wrote it?"}, {"id": "b", "question": "When?"}]
     paragraphs = [{"context": "Ada Lovelace wrote it in 1843.", "qas": qas}]
     questions = {"version": "1.1", "data": [{"title": "it", "paragraphs": paragraphs}]}
@@ -179,7 +179,7 @@ def test_flags_exist():
     spans = [span for page in PAGES for span in re.findall(r"`([^`\n]*--[^`]*)`", text_of(page))]
     named = {flag for span in spans if "benchmarks/" not in span for flag in re.findall(r"--(\w+)", span)}
     others = {"num_processes", "num_cpu_threads_per_process", "nproc_per_node", "signal"}  # of launchers and SLURM
-    others |= {"quiet", "training_step", "flag"}  # of a launcher, of a benchmark, and a stand-in for any
+    others |= {"quiet", "training_step", "arms", "render", "flag"}  # of a launcher, of benchmarks, a stand-in
     assert len(named) > 40 and named - known == others
 
 
