@@ -122,6 +122,28 @@ def test_layers_are_factorized_and_merged_where_they_lie(mode):
             assert_equal_to(merge(found)(x).detach(), expected_merged.detach())
 
 
+def test_calibration_runs_where_the_model_lies():
+    """A convolution, an embedding and Linear layers; moments, truncation and bias as on the CPU."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.table, self.conv = nn.Embedding(19, 13), nn.Conv2d(3, 13, 3, padding=1)
+            self.up, self.down = nn.Linear(13, 29), nn.Linear(29, 7)
+
+        def forward(self, ids, images):
+            return self.down(self.up(self.table(ids) + self.conv(images).mean(dim=(2, 3))[:, None]).relu())
+
+    config = FactorizationConfig(ranks={"table": 5, "conv": 4, "up": 3, "down": 2})
+    batches = [{"ids": torch.randint(0, 19, (11, 7)), "images": torch.randn(11, 3, 5, 5)} for _ in range(3)]
+    expected = factorize(Both(), config, batches)(**batches[0])
+    with SimulatedCuda():
+        model = factorize(Both().to("cuda"), config, batches)
+        found = model(**{name: value.to("cuda") for name, value in batches[0].items()})
+        assert_equal_to(found.detach(), expected.detach())
+
+
 def test_embeddings_of_low_rank():
     table = nn.Sequential(nn.Embedding(19, 13))
     config = FactorizationConfig(ranks={"Embedding": 5})
