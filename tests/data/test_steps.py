@@ -3,7 +3,7 @@
 from tests.conftest import ROOT
 from tests.project.test_imports import imported
 
-LINE = ("arrow_cache", "readers", "source", "corpus", "tokenizer", "encoding", "packing", "pairs", "streaming", "rows",
+LINE = ("arrow_cache", "zstd", "readers", "source", "corpus", "tokenizer", "encoding", "packing", "pairs", "streaming", "rows",
         "masking")  # fmt: skip
 
 
