@@ -70,7 +70,7 @@ FLAGS = {
     "sequences too long": (
         flags(max_seq_length=513), r"^--max_seq_length \(513\) exceeds the model's max_position_embeddings \(512\)$"
     ),
-    "masks without tokens": (flags(mlm_probability=0), r"^--mlm_probability \(0.0\) must be above 0 and below"),
+    "masks without tokens": (flags(mlm_probability=0), r"^--mlm_probability \(0.0\) must be above 0 and below 1$"),
     "masks that are no number": (flags(mlm_probability="nan"), r"^--mlm_probability \(nan\) must be above 0"),
     "nothing held out": (flags(validation_split_percentage=0), r"^--validation_split_percentage \(0.0\) must be ab"),
     "global batch of odd size": (
