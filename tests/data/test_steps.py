@@ -3,8 +3,8 @@
 from tests.conftest import ROOT
 from tests.project.test_imports import imported
 
-LINE = ("arrow_cache", "zstd", "readers", "source", "corpus", "tokenizer", "encoding", "packing", "pairs", "streaming", "rows",
-        "masking")  # fmt: skip
+LINE = ("arrow_cache", "zstd", "readers", "source", "corpus", "tokenizer", "encoding", "packing", "pairs", "streaming",
+        "rows", "masking")  # fmt: skip
 
 
 def test_each_file_imports_from_those_before_it_in_the_line():

@@ -143,7 +143,7 @@ FLAGS = {
         flags(factorize_at_step=4), r"^--factorize_at_step \(4\) must be below the 4 steps of the run$"
     ),
     "warm start without steps": (
-        flags(factorize_at_step=1, max_steps=None, num_train_epochs=0.02),
+        flags(factorize_at_step=1, max_steps=None, num_train_epochs=0.01),
         r"^--factorize_at_step \(1\) must be below the 1 steps of the run$",
     ),
     "warm start before the beginning": (
