@@ -51,8 +51,8 @@ def optimizer_of(model, name):
 class Tokenizer:
     mask_token_id, sep_token_id, all_special_ids = 4, 3, [0, 1, 2, 3, 4]
 
-    def __len__(self):
-        return DIMENSIONS["vocab_size"]
+    def get_vocab(self):
+        return {str(index): index for index in range(DIMENSIONS["vocab_size"])}
 
 
 def dataset():
