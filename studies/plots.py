@@ -30,7 +30,8 @@ def plot_study(outcome: Outcome, file: Path) -> None:
             plot_panel(axis, outcome, group, parts)
             axis.set_title(f"{group}: {title}", fontsize=10)
         plot_courses(column[-1], outcome, group)
-        column[0].legend(fontsize=8)
+        if len(outcome.study.curves(groups[0])) > 1:
+            column[0].legend(fontsize=8)
         for axis in column[1 : len(panels)]:
             axis.set_ylim(bottom=0)
     file.parent.mkdir(parents=True, exist_ok=True)

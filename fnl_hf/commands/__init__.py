@@ -1,6 +1,6 @@
 """The command ``fnl-hf``: what is done to a checkpoint once it is trained."""
 
-from fnl_hf.commands.compress import Compression, factorize_checkpoint, merge_checkpoint
+from fnl_hf.commands.compress import Compression, ModelSize, factorize_checkpoint, merge_checkpoint
 from fnl_hf.commands.export import export_onnx, export_program
 
-__all__ = ["Compression", "export_onnx", "export_program", "factorize_checkpoint", "merge_checkpoint"]
+__all__ = ["Compression", "ModelSize", "export_onnx", "export_program", "factorize_checkpoint", "merge_checkpoint"]

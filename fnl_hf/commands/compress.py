@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-class Size(NamedTuple):
+class ModelSize(NamedTuple):
     """Of a model: parameters, bytes of its weights on the disk, and floating point operations of a forward pass on the
     first calibration batch, None without one."""
 
@@ -36,8 +36,8 @@ class Compression(NamedTuple):
     """The model that was made, and how large the original and it are."""
 
     model: PreTrainedModel
-    original: Size
-    size: Size
+    original: ModelSize
+    size: ModelSize
 
 
 def factorize_checkpoint(
@@ -121,14 +121,14 @@ def _save_changed(
 
 
 @torch.no_grad()
-def _size_of(model: PreTrainedModel, batches: Any) -> Size:
+def _size_of(model: PreTrainedModel, batches: Any) -> ModelSize:
     weights = {id(p): p for p in [*model.parameters(), *model.buffers()]}.values()  # tied ones are saved once
     flops = None
     if batches:
         with FlopCounterMode(display=False) as counter:
             model.eval()(**batches[0])
         flops = counter.get_total_flops()
-    return Size(model.num_parameters(), sum(w.numel() * w.element_size() for w in weights), flops)
+    return ModelSize(model.num_parameters(), sum(w.numel() * w.element_size() for w in weights), flops)
 
 
 def _load_tokenizer(source: str) -> Any:
