@@ -54,9 +54,10 @@ def factorize(
             tied weights.
         calibration: what ``model`` is called with, as mappings (a tokenizer's batches), tuples or tensors, of some
             hundred texts or images. With it a trained model keeps most of what it knows. A weight is truncated where
-            the model's outputs feel it least for such inputs, not where its singular values are small; what an output loses on average goes into its bias; and with ``target_ratio``
-            layers that count more get higher ranks, or stay dense where a product would be no smaller. The types of
-            ``config`` then mean the weights of attention, too, which are factors of products as they are.
+            the model's outputs feel it least for such inputs, not where its singular values are small; what an output
+            loses on average goes into its bias; and with ``target_ratio`` layers that count more get higher ranks, or
+            stay dense where a product would be no smaller. The types of ``config`` then mean the weights of attention,
+            too, which are factors of products as they are.
 
     Returns:
         ``model``, or where it is such a layer itself what takes its place.
