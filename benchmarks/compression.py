@@ -21,13 +21,14 @@ import json
 import os
 import platform
 import statistics
-import time
 import warnings
+from functools import partial
 from unittest import mock
 
 import torch
 import transformers
 from conversion import cosine, default_model
+from optimizer_step import measure
 from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModel
@@ -80,14 +81,9 @@ def latencies(models, vocabulary, repeats):
     found = {}
     for shape in LATENCY_SHAPES:
         inputs = torch.randint(1000, vocabulary, shape)
-        seconds = {name: [] for name in models}
-        for turn in range(repeats + 2):
-            for name, model in models.items():
-                began = time.perf_counter()
-                with torch.inference_mode():
-                    model(input_ids=inputs)
-                if turn >= 2:
-                    seconds[name].append(time.perf_counter() - began)
+        functions = {name: partial(model, input_ids=inputs) for name, model in models.items()}
+        with torch.inference_mode():
+            seconds = measure(functions, repeats, "cpu")
         for name, values in seconds.items():
             found.setdefault(name, []).append(1000 * statistics.median(values))
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import optimizer_step
 import torch
 import transformers
 
@@ -92,18 +93,7 @@ class Recorder:
 
     def measure(self, functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
         """Seconds of each, taken in turns, in another order each time, after two rounds that do not count."""
-        names: list[str] = list(functions)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(repeats + 2):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
-                self.synchronize()
-                began = time.perf_counter()
-                functions[name]()
-                self.synchronize()
-                if turn >= 2:
-                    times[name].append(time.perf_counter() - began)
-        return times
+        return optimizer_step.measure(functions, repeats, self.device.type)
 
     def record_times(
         self, prefix: str, times: Mapping[str, list[float]], goals: Mapping[str, str] | None = None
