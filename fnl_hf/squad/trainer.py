@@ -67,7 +67,7 @@ class SquadTrainer(FnlTrainer):
         total, processes = counts.sum(), 1
         if items is not None:
             total = items["start_positions"]
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            processes = self.processes_to_average()
         learned = (divergence * counts).sum() * processes / total
         return (1.0 - TEACHER_SHARE) * loss + TEACHER_SHARE * learned, outputs
 

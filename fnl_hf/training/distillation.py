@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from fnl_hf.bert.evaluation import evaluation_mode
 from fnl_hf.errors import UserInputError
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.trainer import LABEL_NAMES
@@ -183,13 +184,12 @@ def drop_nothing(model: nn.Module) -> None:
 @contextmanager
 def _evaluating_eagerly(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout, and with the one attention kernel that runs on every device in every precision."""
-    training, kernel = model.training, model.config._attn_implementation
+    kernel = model.config._attn_implementation
     try:
-        model.eval()
         model.set_attn_implementation("eager")
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        model.train(training)
         model.set_attn_implementation(kernel)
 
 
@@ -220,18 +220,14 @@ class DistillationTrainer(PretrainingTrainer):
             return None
         masks = [token_mask(batch) for batch in batches]
         sizes = [torch.stack([mask.ne(0).sum(), mask.new_tensor(len(mask))]) for mask in masks]
-        counts = torch.stack(sizes).sum(dim=0)
-        if self.args.average_tokens_across_devices:
-            counts = self.accelerator.gather(counts[None]).sum(dim=0)
-        return dict(zip(("tokens", "sequences"), counts))
+        return dict(zip(("tokens", "sequences"), self.sum_over_processes(torch.stack(sizes).sum(dim=0))))
 
     def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
         """The loss and, as outputs, the rows of :func:`distillation_sums`."""
         with self.accelerator.autocast():
             target = self.teacher(inputs, output_hidden_states=True)
         rows = distillation_sums(model(**inputs, output_hidden_states=True), target, token_mask(inputs))
-        # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
-        processes = self.accelerator.num_processes if items and self.args.average_tokens_across_devices else 1
+        processes = self.processes_to_average() if items else 1
         items = items or {"tokens": rows[:, 0].sum(), "sequences": len(rows)}
         loss = rows[:, 1].sum() / items["tokens"]
         if rows.shape[1] > 3:

@@ -229,9 +229,17 @@ class FnlTrainer(PushingTrainer):
             return None
         items = [[labels_of(batch, name).ne(-100).sum() for batch in batches] for name in names]
         counts = torch.stack([torch.stack(micro_batches).sum() for micro_batches in items])
-        if self.args.average_tokens_across_devices:
-            counts = self.accelerator.gather(counts[None]).sum(dim=0)
-        return dict(zip(names, counts))
+        return dict(zip(names, self.sum_over_processes(counts)))
+
+    def sum_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
+        """Of the items of a step, where losses are means over those of all processes."""
+        if not self.args.average_tokens_across_devices:
+            return counts
+        return self.accelerator.gather(counts[None]).sum(dim=0)
+
+    def processes_to_average(self) -> int:
+        """What a part of a mean over ``sum_over_processes`` is multiplied by: data parallelism averages gradients."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """As Trainer's; with the loss come the figures since the last such log, with the metrics those of the run."""
@@ -265,9 +273,7 @@ class FnlTrainer(PushingTrainer):
         name, count = next(iter((items if isinstance(items, Mapping) else {"labels": items}).items()))
         own = labels_of(inputs, name).ne(-100).sum()
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        # Data parallelism averages the gradients of the processes, whose counts are summed in ``items``.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * own * processes / count, outputs
+        return loss * own * self.processes_to_average() / count, outputs
 
     def _get_grad_norm(self, model, grad_norm=None):
         """As Trainer's, which calls it when the gradients of a step are complete and clipped."""

@@ -32,10 +32,11 @@ from fnl_hf.surgery.config import FactorizationConfig
 from fnl_hf.surgery.factorize import factorize
 from fnl_hf.training.optimizers import build_optimizer
 from fnl_hf.training.sampling import count_steps
+from fnl_hf.training.trainer import LABEL_NAMES
 
 ENCODER = ("encoder.layer.*",)
 SAMPLES = 256  # sequences that the truncation is calibrated on
-NO_INPUTS = ("labels", "next_sentence_label", "cursor")  # entries of a batch that outputs do not depend on
+NO_INPUTS = (*LABEL_NAMES, "cursor")  # entries of a batch that outputs do not depend on
 FIRST_MOMENTS, SECOND_MOMENTS = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq")
 FACTORIZED = "factorized_layers"  # entry of the log, at the step from which on layers are products: how many
 OF_EACH_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_init_lrs", "_last_lr")  # lists of schedules
