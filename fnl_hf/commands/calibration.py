@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fnl_hf.data.corpus import load_text_files
-from fnl_hf.data.tokenizer import vocabulary_size
-from fnl_hf.errors import UserInputError, validate_bounds
+from fnl_hf.data.tokenizer import validate_vocabulary
+from fnl_hf.errors import validate_bounds
 
 BATCH_SIZE = 16
 SAMPLES, LENGTH = 256, 128  # unless the user says otherwise
@@ -47,9 +47,6 @@ def usable_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, 
     """
     length = min(max_seq_length, getattr(config, "max_position_embeddings", None) or max_seq_length)
     validate_bounds("max_seq_length", length, tokenizer.num_special_tokens_to_add() + 1)
-    size, known = vocabulary_size(tokenizer), getattr(config, "vocab_size", None)
-    if known is not None and size > known:
-        raise UserInputError(
-            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({known})"
-        )
+    if hasattr(config, "vocab_size"):
+        validate_vocabulary(tokenizer, config.vocab_size)
     return length

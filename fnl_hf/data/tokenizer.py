@@ -129,6 +129,15 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(vocabulary_ids(tokenizer)[-1]) + 1
 
 
+def validate_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise UserInputError for a tokenizer with ids that a model of this vocabulary has not."""
+    size = vocabulary_size(tokenizer)
+    if size > vocab_size:
+        raise UserInputError(
+            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({vocab_size})"
+        )
+
+
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase, needed: Sequence[str]) -> None:
     """Raise UserInputError unless the tokenizer has others than special tokens, and those that are ``needed``, as
     "mask_token"."""

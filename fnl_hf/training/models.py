@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
 from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
-from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, vocabulary_size
+from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, validate_vocabulary, vocabulary_size
 from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.checkpoints import load_model
 
@@ -285,11 +285,7 @@ def _usable_positions(model: PreTrainedModel) -> int | None:
 
 
 def _validate_sizes(config, tokenizer, max_seq_length, positions):
-    size = vocabulary_size(tokenizer)
-    if size > config.vocab_size:
-        raise UserInputError(
-            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({config.vocab_size})"
-        )
+    validate_vocabulary(tokenizer, config.vocab_size)
     if positions is not None and max_seq_length > positions:
         raise UserInputError(
             f"--max_seq_length ({max_seq_length}) exceeds the model's max_position_embeddings ({positions})"
