@@ -126,7 +126,7 @@ def _size_of(model: PreTrainedModel, batches: Any) -> ModelSize:
     flops = None
     if batches:
         with FlopCounterMode(display=False) as counter:
-            model.eval()(**batches[0])
+            model(**batches[0])
         flops = counter.get_total_flops()
     return ModelSize(model.num_parameters(), sum(w.numel() * w.element_size() for w in weights), flops)
 

@@ -177,14 +177,16 @@ def collect_moments(
     batches = list(batches)
     if not batches:
         raise ValueError("calibration has no batch")
+    device = next(model.parameters()).device
     found: dict[str, LayerMoments] = {}
     for part in _parts(layers):
         moments = {name: moments_class(layer)(layer) for name, layer in part.items()}
         with evaluation_mode(model), _frozen(model), _recording(moments) as record:
             generator = torch.Generator().manual_seed(SEED)
             for batch in batches:
-                record.is_token = _mask_of(batch)
-                _project(_call(model, batch), record.is_token, generator).backward()
+                arguments = _arguments(batch, device)
+                record.is_token = _mask_of(arguments)
+                _project(_call(model, arguments), record.is_token, generator).backward()
         found |= moments
     return found
 
@@ -244,20 +246,21 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        return model(**{name: _to(device, value) for name, value in batch.items()})
-    arguments = batch if isinstance(batch, tuple | list) else (batch,)
-    return model(*(_to(device, value) for value in arguments))
+def _arguments(batch: Any, device: torch.device) -> dict[str | int, Any]:
+    """The arguments of a call, by name or position, on the model's device."""
+    values = batch if isinstance(batch, tuple | list | Mapping) else (batch,)
+    named = values.items() if isinstance(values, Mapping) else enumerate(values)
+    # Lengths of documents are numbers.
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in named}
 
 
-def _to(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value  # lengths of documents are numbers
+def _call(model: nn.Module, arguments: Mapping[str | int, Any]) -> Any:
+    positional = [value for name, value in arguments.items() if isinstance(name, int)]
+    return model(*positional, **{name: value for name, value in arguments.items() if isinstance(name, str)})
 
 
-def _mask_of(batch: Any) -> torch.Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+def _mask_of(arguments: Mapping[str | int, Any]) -> torch.Tensor | None:
+    mask = arguments.get("attention_mask")
     return mask.bool() if mask is not None and mask.dim() == 2 else None
 
 
@@ -275,7 +278,7 @@ def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Genera
         # On the CPU, so that the same seed draws the same directions for every device.
         v = torch.randn(output.shape, generator=generator).to(output.device)
         if is_token is not None and output.shape[:2] == is_token.shape:
-            v *= is_token.to(output.device).view(*is_token.shape, *[1] * (output.dim() - 2))
+            v *= is_token.view(*is_token.shape, *[1] * (output.dim() - 2))
         added = (v * output.float()).sum()
         total = added if total is None else total + added
     if total is None:
@@ -287,7 +290,7 @@ def _tokens(x: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
     """The rows (N, n) of an input (B, S, n), (B·S, n) or any other shape that are no padding."""
     if is_token is not None:
         if x.shape[:2] == is_token.shape:
-            return x[is_token.to(x.device)].flatten(0, -2)
+            return x[is_token].flatten(0, -2)
         if x.dim() == 2 and len(x) == is_token.numel():
-            return x[is_token.to(x.device).flatten()]
+            return x[is_token.flatten()]
     return x.flatten(0, -2)

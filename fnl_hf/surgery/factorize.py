@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from fnl_hf.bert.attention_fnl_bert import factor_pairs
 from fnl_hf.layers import FactorizedLayer
-from fnl_hf.layers.base import check_rank
 from fnl_hf.products.discovery import find_products
 from fnl_hf.surgery.checkpoints import (
     METHOD,
@@ -105,7 +104,6 @@ def _factorize_layer(
     try:
         if calibrated is None:
             return FACTORIZED[type(layer)].from_dense(layer, rank, config.mode, config.init, seed)
-        check_rank(rank, FACTORIZED[type(layer)].like(layer, 1, False, device="meta").matrix_shape(), config.mode)
         new = FACTORIZED[type(layer)].from_dense(calibrated.truncated(rank), rank, seed=seed)
         new.error = calibrated.error(rank)
         return new.to(layer.weight.dtype)
