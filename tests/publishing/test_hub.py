@@ -128,7 +128,7 @@ def published(hub, corpus, tmp_path_factory):
     flags = {
         "push_to_hub": "true", "hub_model_id": "ada/answers", "hub_license": "mit", "hub_always_push": "true",
         "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "max_train_samples": 5, "max_eval_samples": 3,
-        "max_seq_length": 256, "doc_stride": 32,
+        "max_seq_length": 256, "doc_stride": 32, "hub_language": "la",
     }  # fmt: skip
     words = squad("ada/encoder", folder / "answers", **flags)
     run_python(hub, folder, IMPATIENT, ROOT / "run_squad.py", *words, token=hub.token)
@@ -186,6 +186,7 @@ def test_the_hub_reads_the_metrics_of_the_cards(hub, published):
     assert card.data.eval_results[0].dataset_name == "corpus.txt"
     assert 'from_pretrained("ada/encoder", trust_remote_code=True)' in card.text
     card = ModelCard.load(published / "answers" / "README.md")
+    assert card.data.language == "la"
     assert card.data.license == "mit" and {result.metric_type for result in card.data.eval_results} == {
         "f1",
         "exact_match",
