@@ -249,8 +249,8 @@ def test_every_schedule_goes_on_with_more_groups_and_fewer(kind):
     schedules = [get_scheduler(kind, each, 2, 12, kwargs) for each in optimizers]
     for step in range(12):
         if step in (5, 8):
-            replace_parameters(optimizers[1], make(3 if step == 5 else 1), {})
-            resize_schedule(schedules[1], 3 if step == 5 else 1)
+            like = replace_parameters(optimizers[1], make(3 if step == 5 else 1), {})
+            resize_schedule(schedules[1], like)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step(*([float(step)] if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY) else []))
