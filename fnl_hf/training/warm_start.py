@@ -10,7 +10,7 @@ Shapes: W = U Vᵀ (m, n) with r < min(m, n): U (m, r), V (n, r); G the gradient
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -124,26 +124,28 @@ class WarmStartCallback(TrainerCallback):
             return
         self.is_done = True
         with self.trainer.throughput.paused():
-            self._factorize(args, model, getattr(optimizer, "optimizer", optimizer))  # Accelerate's is a wrapper
-        resize_schedule(lr_scheduler, len(optimizer.param_groups))
+            like = self._factorize(args, model, getattr(optimizer, "optimizer", optimizer))  # Accelerate's is a wrapper
+        resize_schedule(lr_scheduler, like)
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self.trainer.measure_model()
         self.trainer.log({FACTORIZED: len(factorized_layers(model))})
 
-    def _factorize(self, args, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    def _factorize(self, args, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[int]:
         before, size = dict(model.named_parameters()), model.num_parameters()
         config = FactorizationConfig(target_ratio=self.warm_start.target_ratio, include=ENCODER, seed=args.seed)
         try:
             factorize(model, config, calibration_batches(self.trainer.train_dataset, args.train_batch_size))
         except ValueError as error:  # all that a run chooses was checked: weights are not finite
             raise TrainingDiverged(f"--factorize_at_step: {error}, at step {self.trainer.state.global_step}") from error
-        replace_parameters(optimizer, build_optimizer(args, model), carry_state(optimizer.state, before, model))
+        state = carry_state(optimizer.state, before, model)
+        like = replace_parameters(optimizer, build_optimizer(args, model), state)
         if args.process_index == 0:
             layers = len(factorized_layers(model))
             tqdm.write(
                 f"step {self.warm_start.step}: {layers} layers of the encoder are products from here on; the model has "
                 f"{model.num_parameters():,} parameters, before {size:,}"
             )
+        return like
 
 
 def calibration_batches(dataset: MaskedLMDataset | MaskedStream, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -204,18 +206,24 @@ def project_moments(
 
 def replace_parameters(
     optimizer: torch.optim.Optimizer, new: torch.optim.Optimizer, state: Mapping[torch.Tensor, dict[str, Any]]
-) -> None:
+) -> list[int]:
     """Give an optimizer the parameter groups of another one of its class, in place: Trainer, Accelerate, the schedule
-    and the loss guard hold it. Rates are its own."""
-    rates = {
-        name: optimizer.param_groups[0][name] for name in ("lr", "initial_lr") if name in optimizer.param_groups[0]
-    }
-    optimizer.param_groups[:] = [group | rates for group in new.param_groups]
+    and the loss guard hold it. Rates are its own: all groups have one, or, with Muon, those of each rule one.
+
+    Returns:
+        For each new group the index of the old one whose rate it has.
+    """
+    rules = [group.get("use_muon") for group in optimizer.param_groups]
+    like = [rules.index(group.get("use_muon")) for group in new.param_groups]
+    rates = [{name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups]
+    optimizer.param_groups[:] = [group | rates[index] for group, index in zip(new.param_groups, like)]
     optimizer.state = defaultdict(dict, state)
+    return like
 
 
-def resize_schedule(scheduler: Any, groups: int) -> None:
-    """Have a schedule go on with another number of parameter groups. All groups have one rate."""
+def resize_schedule(scheduler: Any, like: Sequence[int]) -> None:
+    """Have a schedule go on with other parameter groups: each at the rate of the one that it had at an index."""
     for name in OF_EACH_GROUP:
         if name in vars(scheduler):
-            setattr(scheduler, name, [getattr(scheduler, name)[0]] * groups)
+            values = getattr(scheduler, name)
+            setattr(scheduler, name, [values[index] for index in like])

@@ -25,7 +25,7 @@ from fnl_hf.training.warm_start import (
     replace_parameters,
     resize_schedule,
 )
-from tests.conftest import STREAM, assert_same_weights, pretraining
+from tests.conftest import STREAM, assert_same_weights, needs_muon, pretraining
 
 FLAGS = {"max_train_samples": 61, "save_steps": 1, "logging_steps": 1, "factorize_at_step": 4}
 
@@ -196,9 +196,10 @@ def test_moments_are_those_that_the_factors_would_have():
     assert project_moments({"momentum_buffer": None}, u, v)[0] == {"momentum_buffer": None}
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", pytest.param("muon", marks=needs_muon)])
 def test_an_optimizer_goes_on_with_the_factors(dimensions, batch, tmp_path, name):
-    args = FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True, optimizer=name, learning_rate=0.1)
+    args = FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True, optimizer=name, learning_rate=0.1,
+                                optim_args="adamw_lr=0.5" if name == "muon" else None)  # fmt: skip
     model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
     optimizer = build_optimizer(args, model)
 
@@ -209,24 +210,29 @@ def test_an_optimizer_goes_on_with_the_factors(dimensions, batch, tmp_path, name
 
     step()
     for group in optimizer.param_groups:
-        group["lr"] = 0.03  # as a schedule has it
+        group["lr"] = 0.05 if group.get("use_muon") is False else 0.03  # as a schedule has it
+
+    def moment(parameter):
+        entries = optimizer.state[parameter]
+        return entries["exp_avg"] if "exp_avg" in entries else entries["momentum_buffer"]
+
     before = dict(model.named_parameters())
-    moment = "momentum_buffer" if name == "sgd" else "exp_avg"
-    kept = {name: optimizer.state[parameter][moment].clone() for name, parameter in before.items()}
+    kept = {name: moment(parameter).clone() for name, parameter in before.items()}
     factorize(model, FactorizationConfig(include=["encoder.layer.*"]), calibration=[batch])
     replace_parameters(optimizer, build_optimizer(args, model), carry_state(optimizer.state, before, model))
 
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
-    assert {group["lr"] for group in optimizer.param_groups} == {0.03}
-    assert [group["name"] for group in optimizer.param_groups] == ["linear", "decay", "plain"]
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    with_muon = {"linear": 0.03, "decay_adamw": 0.05, "plain": 0.05}
+    assert rates == (with_muon if name == "muon" else {"linear": 0.03, "decay": 0.03, "plain": 0.03})
     layer = model.bert.encoder.layer[1].intermediate.dense
     of_weight = kept.pop("bert.encoder.layer.1.intermediate.dense.weight")
-    torch.testing.assert_close(optimizer.state[layer.left][moment], of_weight @ layer.right.T)
-    torch.testing.assert_close(optimizer.state[layer.right][moment], layer.left.T @ of_weight)
+    torch.testing.assert_close(moment(layer.left), of_weight @ layer.right.T)
+    torch.testing.assert_close(moment(layer.right), layer.left.T @ of_weight)
     for name, parameter in model.named_parameters():
         if name in before:
-            assert torch.equal(optimizer.state[parameter][moment], kept[name]), name
+            assert torch.equal(moment(parameter), kept[name]), name
     states = optimizer.state_dict()
     fresh = build_optimizer(args, model)
     fresh.load_state_dict(states)  # as a run does that goes on
@@ -249,8 +255,8 @@ def test_every_schedule_goes_on_with_more_groups_and_fewer(kind):
     schedules = [get_scheduler(kind, each, 2, 12, kwargs) for each in optimizers]
     for step in range(12):
         if step in (5, 8):
-            replace_parameters(optimizers[1], make(3 if step == 5 else 1), {})
-            resize_schedule(schedules[1], 3 if step == 5 else 1)
+            like = replace_parameters(optimizers[1], make(3 if step == 5 else 1), {})
+            resize_schedule(schedules[1], like)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step(*([float(step)] if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY) else []))
@@ -260,6 +266,24 @@ def test_every_schedule_goes_on_with_more_groups_and_fewer(kind):
     rates = schedules[1].state_dict()
     for name in ("base_lrs", "_last_lr", "min_lrs"):
         assert len(rates.get(name, [0])) == 1, name
+
+
+def test_a_schedule_goes_on_with_the_rates_of_both_rules():
+    def make(*rules):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "use_muon": rule} for rule in rules]
+        return FrobeniusAdamW([group | {"lr": 0.1 if group["use_muon"] else 0.2} for group in groups])
+
+    optimizer = make(True, False)
+    schedule = get_scheduler("linear", optimizer, 0, 10)
+    optimizer.step()
+    schedule.step()
+    like = replace_parameters(optimizer, make(True, False, False, True), {})
+    resize_schedule(schedule, like)
+    assert like == [0, 1, 1, 0]
+    for expected in ([0.09, 0.18, 0.18, 0.09], [0.08, 0.16, 0.16, 0.08]):
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
 
 
 # ---- the data ----
