@@ -72,8 +72,9 @@ def start_of(arm, args):
     if not arm.distilled:
         return str(made)
     distilled = Path(args.output_dir) / f"{arm.method}-distilled" / "start"
-    flags = ["--objective", "distill", "--model_name_or_path", made, "--teacher_name_or_path", args.model]
-    launch("run_pretrain.py", [*flags, "--train_file", *args.text_file, *DISTILLATION.split()], distilled)
+    if not (distilled / "all_results.json").exists():
+        flags = ["--objective", "distill", "--model_name_or_path", made, "--teacher_name_or_path", args.model]
+        launch("run_pretrain.py", [*flags, "--train_file", *args.text_file, *DISTILLATION.split()], distilled)
     return str(distilled)
 
 
