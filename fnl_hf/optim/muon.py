@@ -59,7 +59,7 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
 
     Raises:
         ValueError: a value outside its bounds, a group of matrices that does not say ``use_muon``, vectors in one that
-            is Muon's, complex parameters; as :class:`FrobeniusAdamW` of products. Under FSDP2 a parameter that is sharded
+            is Muon's, complex parameters; as :class:`FrobeniusAdamW` of products. Under FSDP2 a matrix that is sharded
             over two mesh dimensions.
         RuntimeError: torch before 2.9, which has no Muon; sparse gradients, and nothing is decayed then.
     """

@@ -355,7 +355,7 @@ def test_a_factor_in_two_groups_is_refused(optimizer_class):
     with pytest.raises(ValueError, match=r"group 1: parameter 1, of shape \(6, 7\), .* parameter group 'attention'"):
         optimizer.add_param_group({"params": [*draw_weights([(6, 2)]), right], "product": "qk"})
     with pytest.raises(ValueError, match="more than one parameter group"):  # torch's own
-        optimizer.add_param_group({"params": [left]})
+        optimizer.add_param_group({"params": [left], "use_muon": True})
     named = {"params": [("up", left), ("down", left)], "product": "qk"}
     with pytest.raises(ValueError, match=r"group 0: down, of shape \(6, 5\), is already in parameter group 0"):
         optimizer_class([named])
