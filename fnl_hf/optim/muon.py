@@ -19,7 +19,7 @@ from fnl_hf.optim.sharding import local, sharding_of
 ADJUSTMENTS = ("original", "match_rms_adamw")
 OF_MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
 OF_ADAMW = ("lr", "weight_decay", "betas", "eps", "fused")
-MOST_STEPS = 100  # of Newton and Schulz, which torch's Muon refuses
+TOO_MANY_STEPS = 100  # of Newton and Schulz, for torch's Muon
 
 
 class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
@@ -42,8 +42,8 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
 
     Args:
         params: parameter groups, as :func:`fnl_hf.muon_param_groups` makes them. ``use_muon`` says which rule a group
-            follows; without it products follow Muon's and vectors AdamW's. Every argument below may be an entry of
-            a group, too.
+            follows; without it products follow Muon's and vectors AdamW's. A group may have its own values of all
+            arguments but ``adamw_lr``.
         lr: η of Muon's groups.
         weight_decay: λ of ordinary decay, of groups that have none of their own.
         momentum: μ.
@@ -59,7 +59,7 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
 
     Raises:
         ValueError: a value outside its bounds, a group of matrices that does not say ``use_muon``, vectors in one that
-            does, complex parameters; as :class:`FrobeniusAdamW` of products. Under FSDP2 a parameter that is sharded
+            is Muon's, complex parameters; as :class:`FrobeniusAdamW` of products. Under FSDP2 a matrix that is sharded
             over two mesh dimensions.
         RuntimeError: torch before 2.9, which has no Muon; sparse gradients, and nothing is decayed then.
     """
@@ -300,8 +300,8 @@ def _validate(group: dict[str, Any], where: str) -> None:
     momentum, steps, coefficients = group["momentum"], group["ns_steps"], group["ns_coefficients"]
     if not isinstance(momentum, Real) or not 0.0 <= float(momentum) < 1.0:
         raise ValueError(f"{where}: momentum ({momentum}) must be a number, at least 0 and below 1")
-    if not isinstance(steps, int) or not 1 <= steps < MOST_STEPS:
-        raise ValueError(f"{where}: ns_steps ({steps}) must be a whole number, at least 1 and below {MOST_STEPS}")
+    if not isinstance(steps, int) or not 1 <= steps < TOO_MANY_STEPS:
+        raise ValueError(f"{where}: ns_steps ({steps}) must be a whole number, at least 1 and below {TOO_MANY_STEPS}")
     numbers = coefficients if isinstance(coefficients, tuple | list) else ()
     if len(numbers) != 3 or not all(isinstance(number, Real) for number in numbers):
         raise ValueError(f"{where}: ns_coefficients ({coefficients}) must be three numbers")

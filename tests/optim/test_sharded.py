@@ -189,8 +189,10 @@ def test_training_sharded_equals_one_process(figures, case):
 
 @for_each("trainer_checkpoint")
 def test_trainers_checkpoint_continues_sharded_or_not(figures, case):
+    # Muon iterates in bfloat16, which turns rounding of a gradient into parts of a step of 2e-3 an entry.
+    tolerance = 2e-3 if "muon" in case else 1e-5
     for process in figures(f"trainer_checkpoint[{case}]"):
-        assert process["before"] == 0.0 and process["after"] <= 1e-5
+        assert process["before"] == 0.0 and process["after"] <= tolerance
 
 
 @for_each("skipped_step")

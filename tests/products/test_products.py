@@ -270,10 +270,7 @@ def refusals():
         ({"frobenius_decay": float("nan")}, r"group 1: frobenius_decay \(nan\)"),
         ({"frobenius_decay": float("inf"), "name": "attention"}, r"group 'attention': frobenius_decay \(inf\)"),
         ({"product": "qq"}, r"group 1: product must be one of \['conv', .*'vo'\] or None, got 'qq'"),
-        (
-            {"product": None, "use_muon": True, "frobenius_decay": 0.1},
-            r"group 1: frobenius_decay \(0.1\) needs products",
-        ),
+        ({"product": None, "use_muon": True, "frobenius_decay": 0.1}, r"group 1: .* \(0.1\) needs products of"),
         ({"num_heads": 4}, rf"group 1, product 0 \(qk\): shapes {shapes}, a multiple of num_heads \(4\)"),
         ({"num_heads": 0}, rf"{shapes}, a multiple of num_heads \(0\)"),
         ({"product": "vo"}, rf"group 1, product 0 \(vo\): shapes {shapes}"),
@@ -358,7 +355,7 @@ def test_a_factor_in_two_groups_is_refused(optimizer_class):
     with pytest.raises(ValueError, match=r"group 1: parameter 1, of shape \(6, 7\), .* parameter group 'attention'"):
         optimizer.add_param_group({"params": [*draw_weights([(6, 2)]), right], "product": "qk"})
     with pytest.raises(ValueError, match="more than one parameter group"):  # torch's own
-        optimizer.add_param_group({"params": [left]})
+        optimizer.add_param_group({"params": [left], "use_muon": True})
     named = {"params": [("up", left), ("down", left)], "product": "qk"}
     with pytest.raises(ValueError, match=r"group 0: down, of shape \(6, 5\), is already in parameter group 0"):
         optimizer_class([named])
