@@ -160,10 +160,11 @@ RULES = (
         "--objective mlm or mlm_nsp",
     ),
     Rule(
-        ("factorize_target_ratio",),
+        ("factorize_target_ratio", "factorize_mode", "factorize_init", "factorize_include"),
         lambda run: run.factorize_at_step is None,
         "--factorize_at_step",
     ),
+    Rule(("factorize_target_ratio",), lambda run: run.factorize_mode != "low_rank", "--factorize_mode low_rank"),
     Rule(("sparse_last_layer",), lambda run: not run.sparse_prediction, "--sparse_prediction true"),
 )
 OF_PRODUCTS = ("frobenius_decay", "decay_mode", "product_norms_steps")

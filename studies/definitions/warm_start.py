@@ -37,10 +37,11 @@ STUDY = Study(
             "dense",
             expected="same",
         ),
-    ),  # fmt: skip
+    ),
     seeds=(1, 2, 3),
     measures={
-        "speed": {"seconds of training": "metrics/train_runtime", "tokens a second": "metrics/train_tokens_per_second"}
+        "training": {"seconds": "metrics/train_runtime"},
+        "throughput": {"tokens a second": "metrics/train_tokens_per_second"},
     },
     spectra=False,
 )
