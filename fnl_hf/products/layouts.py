@@ -319,7 +319,7 @@ def rotation_of(module: nn.Module, head_size: int) -> tuple[str, int] | None:
         return "", 0
     size = _number(module, ROTARY_SIZES) or int(head_size * _partial_factor(module, config))
     for name in rotating:
-        function = inspect.unwrap(type(module).forward).__globals__.get(name)
+        function = inspect.unwrap(cls.forward).__globals__.get(name)
         for pairing in (HALVES, INTERLEAVED) if function is not None and size % 2 == 0 and size else ():
             expected = sorted(pair_rows(torch.arange(size, device="cpu"), pairing).tolist())
             if expected in _mixed_rows(function, head_size, size):
@@ -338,11 +338,12 @@ def _partial_factor(module: nn.Module, config: Any) -> float:
 @functools.cache
 def _names_of(cls: Any) -> set[str]:
     """All that ``forward`` and the methods it calls mention."""
-    names = set(inspect.unwrap(cls.forward).__code__.co_names)
-    for name in list(names):
-        method = getattr(cls, name, None)
-        names |= set(inspect.unwrap(method).__code__.co_names) if inspect.isfunction(method) else set()
-    return names
+    names = _mentioned(cls.forward)
+    return names.union(*(_mentioned(getattr(cls, name, None)) for name in names))
+
+
+def _mentioned(function: Any) -> set[str]:
+    return set(inspect.unwrap(function).__code__.co_names) if inspect.isfunction(function) else set()
 
 
 @functools.cache
