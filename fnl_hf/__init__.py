@@ -37,7 +37,7 @@ from fnl_hf.optim import (
     muon_param_groups,
 )
 from fnl_hf.products.diagnostics import diagnose_products
-from fnl_hf.products.discovery import find_products, register_product
+from fnl_hf.products.discovery import find_products, register_attention, register_product
 from fnl_hf.surgery.checkpoints import load_factorized, record_layers, save_factorized
 from fnl_hf.surgery.config import FactorizationConfig
 from fnl_hf.surgery.factorize import factorization_table, factorize, merge
@@ -96,6 +96,7 @@ __all__ = [
     "muon_param_groups",
     "product_norms",
     "record_layers",
+    "register_attention",
     "register_product",
     "save_factorized",
     "spectral_factors",

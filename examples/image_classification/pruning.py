@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 import fnl_hf
 from fnl_hf import FactorizationConfig
+from fnl_hf.layers import FactorizedLayer
 
 SPARSITIES = ("fixed", "dynamic", "magnitude", "lottery")
 DENSE_SHARE, EARLY_SHARE = (
@@ -22,8 +23,9 @@ REGROW_STEPS, REGROW_SHARE, REGROW_UNTIL = 100, 0.3, 0.75  # of dynamic sparsity
 def layers_to_prune(model: nn.Module, config: FactorizationConfig) -> tuple[list[nn.Module], int]:
     """The layers of a dense model that ``factorize`` would replace, and how many weights their factors would have."""
     factorized = fnl_hf.factorize(copy.deepcopy(model), config)
-    products = fnl_hf.find_products(factorized)
-    layers = [model.get_submodule(product.name) for product in products]
+    names = [name for name, module in factorized.named_modules() if isinstance(module, FactorizedLayer)]
+    products = [product for product in fnl_hf.find_products(factorized) if product.name in names]
+    layers = [model.get_submodule(name) for name in names]
     return layers, sum(weight.numel() for product in products for weight in product.weights)
 
 

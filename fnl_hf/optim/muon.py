@@ -15,6 +15,7 @@ from fnl_hf.bert.factorization import RANK_DIMS, without_autocast
 from fnl_hf.optim.base import ProductGroups
 from fnl_hf.optim.checked import ADAM_STATE, get_lr, group_name, validate_betas, validate_number
 from fnl_hf.optim.sharding import local, sharding_of
+from fnl_hf.products.views import VIEWS
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 OF_MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
@@ -52,7 +53,7 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
         adjust_lr_fn: c. With "match_rms_adamw" (Liu et al., 2025) a learning rate and a weight decay that suit AdamW
             suit Muon, so that one η is enough. "original", torch's default, needs two.
         per_head: orthogonalize each head's part of a factor by itself, (r, n) or (m, r), and not the H·r rows or
-            columns together.
+            columns together. Not for groups "attention", whose factors are parts of parameters.
         adamw_lr: η of AdamW's groups; None for ``lr``. A schedule scales both.
         betas, eps, fused: AdamW's, as in ``torch.optim.AdamW``.
         frobenius_decay: λ of groups of products that have none of their own; >= 0.
@@ -205,7 +206,7 @@ class _Layout(NamedTuple):
 
 
 def _layouts_of(group: dict[str, Any]) -> list[_Layout]:
-    if group["product"] is None:
+    if group["product"] in (None, VIEWS):  # fused weights are one matrix, as torch's Muon would see them
         return [_Layout()] * len(group["params"])
     dims = RANK_DIMS[group["product"]]
     heads = group["num_heads"] if group["per_head"] else 1
@@ -297,6 +298,11 @@ def _validate(group: dict[str, Any], where: str) -> None:
     if not group["use_muon"]:
         return
     _validate_matrices(group["params"], where)
+    if group["per_head"] and group["product"] == VIEWS:
+        raise ValueError(
+            f"{where}: per_head (True) needs factors that are parameters of their own, and here they are parts of "
+            "parameters, shared by heads or rotated: set per_head to False in this group"
+        )
     momentum, steps, coefficients = group["momentum"], group["ns_steps"], group["ns_coefficients"]
     if not isinstance(momentum, Real) or not 0.0 <= float(momentum) < 1.0:
         raise ValueError(f"{where}: momentum ({momentum}) must be a number, at least 0 and below 1")

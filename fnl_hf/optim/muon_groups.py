@@ -22,6 +22,7 @@ def muon_param_groups(
     frobenius_decay: float | None = None,
     decay_mode: str = "frobenius",
     adamw: Sequence[str] = (),
+    decay_rotary: bool = True,
 ) -> list[dict[str, Any]]:
     """The groups of :func:`fnl_hf.frobenius_param_groups` for :class:`fnl_hf.FrobeniusMuon`, with ``use_muon`` in each.
 
@@ -36,14 +37,14 @@ def muon_param_groups(
     A group with parameters of both kinds becomes two, AdamW's with ``_adamw`` after its name; a product stays whole.
 
     Args:
-        model, weight_decay, frobenius_decay, decay_mode: as in :func:`fnl_hf.frobenius_param_groups`.
+        model, weight_decay, frobenius_decay, decay_mode, decay_rotary: as in :func:`fnl_hf.frobenius_param_groups`.
         adamw: patterns of further parameters' names for AdamW, as ``"classifier.*"``: the output layers of a model that
             is no ``PreTrainedModel``.
 
     Raises:
         ValueError: as :func:`fnl_hf.frobenius_param_groups`; a pattern that names no parameter.
     """
-    groups = frobenius_param_groups(model, weight_decay, frobenius_decay, decay_mode)
+    groups = frobenius_param_groups(model, weight_decay, frobenius_decay, decay_mode, decay_rotary)
     apart = {id(parameter) for parameter in (*_outer_parameters(model), *_named(model, adamw))}
     convolutions = {id(module.weight) for module in model.modules() if isinstance(module, _ConvNd)}
     muon: list[dict[str, Any]] = []

@@ -18,6 +18,7 @@ from fnl_hf.optim import (
 )
 from fnl_hf.optim.lamb import DECAYS, FUSED_DEVICES
 from fnl_hf.optim.muon import ADJUSTMENTS
+from fnl_hf.products.discovery import find_products, unknown_attention
 
 # Another optimizer is a line here: flags and --optim_args follow from what its constructor takes.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -50,9 +51,11 @@ def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torc
 
     LAMB's own clipping is off: Trainer clips at ``--max_grad_norm``, whatever the optimizer. ``sharded``: FSDP2 will
     cut the parameters.
+
+    Raises:
+        UserInputError: arguments that the optimizer does not take, or a ``--frobenius_decay`` that decays nothing.
     """
-    make_groups = PARAM_GROUPS.get(args.optimizer, frobenius_param_groups)
-    groups = make_groups(model, args.weight_decay, args.frobenius_decay, args.decay_mode)
+    groups = _param_groups(args, model)
     own = parse_optimizer_arguments(args.optimizer, args.optim_args)
     flags = {
         "lr": args.learning_rate,
@@ -72,6 +75,17 @@ def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torc
         return optimizer_class(groups, **options | PREFERRED.get(args.optimizer, {}) | own)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserInputError(f"--optimizer {args.optimizer} --optim_args {args.optim_args}: {error}") from error
+
+
+def _param_groups(args, model: torch.nn.Module) -> list[dict[str, Any]]:
+    decay = args.frobenius_decay
+    if decay is None and not find_products(model) and not unknown_attention(model):
+        decay = 0.0  # a dense model is meant to be one
+    try:
+        make_groups = PARAM_GROUPS.get(args.optimizer, frobenius_param_groups)
+        return make_groups(model, args.weight_decay, decay, args.decay_mode)
+    except ValueError as error:
+        raise UserInputError(str(error)) from error
 
 
 def validate_optimization(args, model: torch.nn.Module) -> None:

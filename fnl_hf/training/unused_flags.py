@@ -219,7 +219,7 @@ def warn_of_unused_decay(argv: Sequence[str], args: Any, model: torch.nn.Module)
     given = given_flags(argv)
     flags = [flag for flag in OF_PRODUCTS if flag in given and given[flag].lower() not in OFF]
     if flags and args.do_train and args.process_index == 0 and not find_products(model):
-        remedy = "a model with products: BERT's attention, factorized layers"
+        remedy = "a model with products: attention, factorized layers"
         for flag in flags:
             logger.warning_once(_sentence(flag, given[flag], remedy))
 

@@ -37,6 +37,7 @@ from tests.conftest import DIMENSIONS
 from tests.optim.sharded_models import (
     all_kinds,
     assembled,
+    attention_kinds,
     bert,
     convolutions,
     difference,
@@ -166,6 +167,49 @@ def equal(name, folder):
     factors = {weight for p in find_products(model) for weight in p.weight_names}
     effects = [value for weight, value in differences(decayed, plain).items() if weight in factors]
     return {"difference": difference(decayed, trained(shard(model), name)), "effect": min(effects)}
+
+
+@check_each("adamw_fused", *FEWER)
+def attention_views(name, folder):
+    """Factors that are parts of parameters: all of them decayed, or those that are not rotated."""
+    model, found = attention_kinds(), {}
+    for rotary in (True, False):
+
+        def trained_with(decay, model, rotary=rotary):
+            groups = frobenius_param_groups(model, WEIGHT_DECAY, decay, decay_rotary=rotary)
+            return run(model, OPTIMIZERS[name](groups), range(FEWER_STEPS))
+
+        decayed, plain = (trained_with(decay, copy.deepcopy(model)) for decay in (FROBENIUS_DECAY, 0.0))
+        cut = shard(copy.deepcopy(model))
+        names = [product.name for product in find_products(cut)]
+        assert names == [product.name for product in find_products(model)]
+        found[f"rotary {rotary}"] = difference(decayed, trained_with(FROBENIUS_DECAY, cut))
+        others = ("fused", "shared")  # whose queries and keys are rotated
+        found[f"effect {rotary}"] = min(
+            value for weight, value in differences(decayed, plain).items() if rotary or not weight.startswith(others)
+        )
+    return found
+
+
+@check
+def attention_views_under_ddp(folder):
+    """torch's own attention, each process with its own data: replicas are equal to the last bit."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(15, 3, 7, dropout=0.0, batch_first=True)
+    model = DistributedDataParallel(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    optimizer = optimizer_of(model.module, "adamw")
+    kinds = [product.kind for product in find_products(model)]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(3):
+        model(torch.randn(2, 4, 15, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    equal = True
+    for parameter in model.parameters():
+        copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, parameter.detach())
+        equal &= all(torch.equal(copies[0], other) for other in copies)
+    return {"equal": equal, "kinds": kinds}
 
 
 @check
@@ -338,7 +382,8 @@ def backward_through_fsdp2(folder):
 def checkpoint(case, folder):
     """Written sharded and read unsharded ("gathering") or the other way round, then trained on, beside the first."""
     name, direction = case.split("-")
-    first, second = (seeded(all_kinds(model=language_model()), seed) for seed in (0, 1))  # it has tied parameters
+    models = (all_kinds(model=language_model(), attention=attention_kinds()) for _ in (0, 1))  # it has tied parameters
+    first, second = (seeded(model, seed) for seed, model in enumerate(models))
     shard(first if direction == "gathering" else second)
     optimizer, other = optimizer_of(first, name), optimizer_of(second, name, decay=0.9)
     run(first, optimizer, range(3))

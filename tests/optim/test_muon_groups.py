@@ -92,6 +92,29 @@ def test_a_product_goes_where_its_layer_does():
         muon_param_groups(model, adamw=["head.*"])
 
 
+def test_a_fused_weight_is_one_matrix():
+    """GPT-2's: a step is torch's Muon's on it, after the decay of its products; it has no heads to take apart."""
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=6, n_layer=1, n_head=2, n_positions=7))
+    fused, output = gpt.transformer.h[0].attn.c_attn.weight, gpt.transformer.h[0].attn.c_proj.weight
+    gpt(input_ids=torch.arange(7)[None], labels=torch.arange(7)[None]).loss.backward()
+    q, k, v = fused.detach().double().T.unflatten(0, (3, 2, 3)).clone().requires_grad_()
+    o = output.detach().double().unflatten(0, (2, 3)).clone().requires_grad_()
+    penalty = (q.mT @ k).square().sum() / 2 + (v.mT @ o).square().sum() / 2
+    by_q, by_k, by_v, by_o = torch.autograd.grad(penalty, (q, k, v, o))
+    decayed = nn.Parameter((torch.stack((q, k, v)) - 0.1 * torch.stack((by_q, by_k, by_v))).flatten(0, 2).T.float())
+    second = nn.Parameter((o - 0.1 * by_o).flatten(0, 1).float())
+    decayed.grad, second.grad = fused.grad.clone(), output.grad.clone()
+    torch.optim.Muon([decayed, second], lr=0.2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    groups = muon_param_groups(gpt, 0.0, frobenius_decay=0.5)
+    with pytest.raises(
+        ValueError, match=r"'attention'.*: per_head \(True\) needs factors that are parameters of their"
+    ):
+        FrobeniusMuon(copy.deepcopy(groups), per_head=True)
+    FrobeniusMuon(groups, lr=0.2).step()
+    torch.testing.assert_close(fused, decayed, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output, second, rtol=1e-5, atol=1e-6)
+
+
 # ---- what is refused, before anything moves ----
 
 

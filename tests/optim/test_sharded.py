@@ -86,6 +86,19 @@ def test_sharded_training_equals_unsharded(figures, case):
         assert process["effect"] > NOTICEABLE  # of the decay: without it the first line would prove nothing
 
 
+@for_each("attention_views")
+def test_sharded_training_with_factors_that_are_parts_of_parameters(figures, case):
+    for process in figures(f"attention_views[{case}]"):
+        for rotary in (True, False):
+            assert process[f"rotary {rotary}"] <= TOLERANCE
+            assert process[f"effect {rotary}"] > NOTICEABLE
+
+
+def test_replicas_with_such_factors_stay_equal(figures):
+    for process in figures("attention_views_under_ddp"):
+        assert process == {"equal": True, "kinds": ["qk", "vo"] * 2}
+
+
 @for_each("factorized_layers")
 def test_factorized_layers_train_alike_on_several_processes(figures, case):
     for process in figures(f"factorized_layers[{case}]"):

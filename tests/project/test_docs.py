@@ -116,6 +116,8 @@ def names_of_the_reader():
         "block": nn.ModuleDict(factors),
         "net": nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 5, 1)),
         "adapter": nn.ModuleDict(factors),
+        "attention": nn.ModuleDict({name: nn.Linear(24, 24) for name in ("wq", "wk", "wv", "wo")}),
+        "fused": nn.ModuleDict({"qkv": nn.Linear(24, 72), "wo": nn.Linear(24, 24)}),
         "questions": ["Who wrote it?", "Who?"],
         "contexts": ["It was written by Ada Lovelace.", "Ada Lovelace wrote it."],
     }

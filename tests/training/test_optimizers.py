@@ -79,3 +79,15 @@ def test_a_flag_is_not_for_an_argument_that_means_something_else(tmp_path, dimen
     }.items():
         with pytest.raises(UserInputError, match=message):
             built(tmp_path, dimensions, optimizer="adafactor", optim_args=text)
+
+
+def test_a_frobenius_decay_that_finds_no_product_is_bad_input_and_a_dense_model_by_default_is_none(tmp_path, caplog):
+    def built_for_dense(**flags):
+        args = FnlTrainingArguments(str(tmp_path), report_to="none", weight_decay=0.1, **FLAGS | flags)
+        return build_optimizer(args, torch.nn.Linear(3, 2))
+
+    with pytest.raises(UserInputError, match=r"^frobenius_decay \(0.3\) has nothing to decay: Linear has no trainable"):
+        built_for_dense(frobenius_decay=0.3)
+    groups = built_for_dense().param_groups
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [("decay", 0.1), ("plain", 0.0)]
+    assert not caplog.records
