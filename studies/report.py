@@ -61,9 +61,10 @@ def claims_table(outcomes: Sequence[Outcome]) -> str:
             if not outcome.lines:
                 waiting.append(f"- {comparison.claim} ([{outcome.name}](#{outcome.name}))")
                 continue
-            for group in outcome.study.arms:
+            for index, group in enumerate(outcome.study.arms):
+                claim = "" if index else comparison.claim
                 study = f"[{outcome.name}](#{outcome.name}), {group}"
-                rows.append([comparison.claim, study, *claim_cells(outcome, group, comparison)])
+                rows.append([claim, study, *claim_cells(outcome, group, comparison)])
     parts = [table(["the article's claim", "study", *CLAIM_HEADER], rows)] if rows else []
     if waiting:
         parts += ["Not run yet:", "\n".join(waiting)]
@@ -72,9 +73,9 @@ def claims_table(outcomes: Sequence[Outcome]) -> str:
 
 def comparisons_table(outcome: Outcome) -> str:
     rows = [
-        [comparison.claim, group, *claim_cells(outcome, group, comparison)]
+        ["" if index else comparison.claim, group, *claim_cells(outcome, group, comparison)]
         for comparison in outcome.study.comparisons
-        for group in outcome.study.arms
+        for index, group in enumerate(outcome.study.arms)
     ]
     return table(["claim", "", *CLAIM_HEADER], rows)
 

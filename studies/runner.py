@@ -248,12 +248,12 @@ class Runner:
     def _measure_twins(self, child: Child, record: dict[str, Any]) -> None:
         from studies.twins import distances_of, keep_weights
 
-        twin = twin_of(self.study, child.run)
-        if twin is None:
-            self._twin(child.run).parent.mkdir(exist_ok=True)
-            keep_weights(child.folder / "run", self._twin(child.run))
-            return
-        curves = distances_of(child.folder / "run", self._twin(twin))
+        twin = twin_of(self.study, child.run) or child.run
+        kept = self._twin(twin)
+        if twin is child.run:
+            kept.parent.mkdir(exist_ok=True)
+            keep_weights(child.folder / "run", kept)
+        curves = distances_of(child.folder / "run", kept)
         record["curves"]["twin"] = curves
         record["twin"] = {name: points[-1][1] for name, points in curves.items()}
 
@@ -281,9 +281,8 @@ class Runner:
         failed = f"; {self.failed} failed" if self.failed else ""
         twins = {run.identity: twin_of(self.study, run) for run in self.runs if run.identity not in done}
         lost = {twin.arm for twin in twins.values() if twin and twin.identity in done and not self._twin(twin).exists()}
-        gone = (
-            f"; the weights of {', '.join(sorted(lost))} are gone: delete their lines to run them again" if lost else ""
-        )
+        names = ", ".join(sorted(lost))
+        gone = f"; the weights of {names} are gone: delete their lines to run them again" if lost else ""
         print(
             f"{len(self.runs) - left} of {len(self.runs)} runs are recorded, {left} left{others}{failed}{gone}",
             file=sys.stderr,

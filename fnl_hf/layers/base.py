@@ -162,7 +162,7 @@ class FactorizedLayer(nn.Module):
             mode: "low_rank" and "wide" have two factors, "deep" has three.
             init: "spectral" (:func:`~fnl_hf.layers.initialization.spectral_initialization`) or "default"
                 (:meth:`draw_factors`); experimental, for "low_rank" alone, "ones" and "rates"
-                (:func:`~fnl_hf.layers.initialization.studied_initialization`).
+                (``studied_initialization`` in ``layers/initialization.py``).
             seed: of what is drawn.
 
         Raises:

@@ -29,7 +29,10 @@ STUDY = replace(
     comparisons=(
         Comparison("A tenth of the parameters costs accuracy", "dense", "SI + FD"),
         Comparison(
-            "Spectral initialization and Frobenius decay together beat neither", "SI + FD", "plain", article=True
+            "Spectral initialization with Frobenius decay beats the default one with weight decay",
+            "SI + FD",
+            "plain",
+            article=True,
         ),
         Comparison("Frobenius decay beats weight decay under spectral initialization", "SI + FD", "SI", article=True),
         Comparison(

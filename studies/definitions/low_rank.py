@@ -53,7 +53,7 @@ STUDY = Study(
         ),
         Comparison("Products beat a narrower dense model of as many FLOPs", "spectral-frobenius-*", "narrow-flops-*"),
         Comparison(
-            "Spectral initialization and Frobenius decay together beat neither of them",
+            "Spectral initialization with Frobenius decay beats the default one with weight decay",
             "spectral-frobenius-*",
             "default-weight-*",
             article=True,

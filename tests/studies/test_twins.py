@@ -48,7 +48,7 @@ def test_the_twin_is_run_first_and_the_others_are_measured_against_it(tmp_path, 
     command(tmp_path, arms=arms, twin="high", seeds=(1, 2), tuning_seeds=())
     lines = read_lines(tmp_path / "results" / "fake.jsonl")
     assert [(line["arm"], line["seed"]) for line in lines] == [("A/high", 1), ("A/low", 1), ("A/high", 2), ("A/low", 2)]
-    assert [line.get("twin", {}).get("distance") for line in lines] == [None, 0.5, None, 0.5]
+    assert [line["twin"]["distance"] for line in lines] == [0.0, 0.5, 0.0, 0.5]
     assert lines[1]["curves"]["twin"]["norm"] == [[1000, 1.5]]
     shutil.rmtree(tmp_path / "work")
     (tmp_path / "results" / "fake.jsonl").write_text(json.dumps(lines[0]) + "\n")
