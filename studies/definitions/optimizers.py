@@ -13,6 +13,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
         {"optimizer": "lamb", "optim_args": "decay=in_trust_ratio", "weight_decay": 0.1},
         (5e-3, 1e-2, 2e-2, 4e-2),
     ),
+    "muon": ({"optimizer": "muon", "weight_decay": 0.1}, (2e-3, 4e-3, 8e-3, 1.6e-2)),
 }
 
 STUDY = Study(

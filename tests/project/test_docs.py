@@ -5,6 +5,7 @@ and the script's; ``make`` says what it would do. The batch script for SLURM has
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -138,7 +139,7 @@ def parse_launch(words):
 
 
 def run_command(line):
-    words = shlex.split(line, comments=True)
+    words = list(itertools.dropwhile(lambda word: re.match("[A-Z_]+=", word), shlex.split(line, comments=True)))
     if words[:2] == ["accelerate", "launch"]:
         parse_launch(words[2:])
     elif words[0] == "make":
