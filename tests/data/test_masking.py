@@ -193,9 +193,7 @@ def test_bad_masking_rates_are_refused(probability):
 
 
 def test_whole_words_need_pieces_that_show_them():
-    message = (
-        "^--whole_word_mask needs .* whose pieces show words, by '##', '▁' or 'Ġ': that of fake has none$"
-    )
+    message = "^--whole_word_mask needs .* whose pieces show words, by '##', '▁' or 'Ġ': that of fake has none$"
     with pytest.raises(UserInputError, match=message):
         MaskingTransform(FakeTokenizer(pieces=False), 0.15, 0, whole_word_mask=True)
 
