@@ -1,11 +1,13 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""``from_bert`` and ``to_bert``: every FNL-BERT class from its stock counterpart, with a smaller E if wanted, and back.
+"""``from_bert`` and ``to_bert``: every FNL-BERT class from its stock counterpart, or from what is one by another name,
+with a smaller E if wanted, and back.
 
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 """
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -28,6 +30,7 @@ from .head_mixing import (
     truncate_product,
     weight_moments,
 )
+from .other_names import bert_entries, bert_weights, class_to_load, head_to_take
 
 logger = logging.get_logger(__name__)
 # Entries of a configuration that a converted model does not take over: its own attention, and where it came from.
@@ -36,16 +39,6 @@ OWN_ENTRIES = (
     "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
 )  # fmt: skip
 NAMED_WEIGHTS = 3  # in a message
-# Why models that look like BERT cannot be read as one.
-OTHER_ARCHITECTURES = {
-    "roberta": "its positions start behind the padding index and it has no next sentence head",
-    "xlm-roberta": "its positions start behind the padding index and it has no next sentence head",
-    "camembert": "its positions start behind the padding index and it has no next sentence head",
-    "distilbert": "its layers have other names and it has no token types",
-    "electra": "its embeddings may be narrower than its layers and it has other heads",
-    "albert": "its layers share one set of weights",
-    "modernbert": "it has rotary positions, no biases and one matrix for query, key and value",
-}
 
 
 class BertConversion(modeling_bert.BertPreTrainedModel):
@@ -84,6 +77,9 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
     ):
         """An FNL-BERT that computes what a BERT (or FNL-BERT) does, with heads of a smaller rank if wanted.
 
+        RoBERTa, XLM-R, CamemBERT, DistilBERT and ELECTRA (as wide in its embeddings as in its layers) are BERTs, too,
+        for inputs that are padded on the right: see :mod:`fnl_hf.bert.other_names`.
+
         At the same E nothing changes, to the last bit. At a smaller E the product Q_h K_hᵀ of each head, with its
         biases, and V_h O_hᵀ are replaced by the closest ones of rank r = E/H.
 
@@ -102,15 +98,17 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
             The model in evaluation mode, or it and the list.
 
         Raises:
-            ValueError: no BERT, one with adapters or with weights that are not those of its class and configuration, an
-                E that does not fit, attention that is to be truncated and is not finite, or ``kwargs`` for a model.
+            ValueError: no BERT, a head that computes something else than BERT's, adapters or weights that are not those
+                of its class and configuration, an E that does not fit, attention that is to be truncated and is not
+                finite, or ``kwargs`` for a model.
         """
         source: Any = cls.load_bert(bert, **kwargs) if isinstance(bert, str | PathLike) else bert
         if kwargs and source is bert:
             raise ValueError(f"{', '.join(sorted(kwargs))}: for a model's name or folder, not for a model")
         _refuse_changed(source)
+        stock: Any = cls._stock_base()
         if not isinstance(source, modeling_bert.BertPreTrainedModel):
-            raise ValueError(f"{_display_name(source)} is no BERT: {_explain_refusal(source.config)}")
+            source = read_as_bert(source, stock.__name__.removeprefix("Bert"))
         available = embedding_size_of(source.config)
         embedding_size = available if attention_embedding_size is None else attention_embedding_size
         _validate_embedding_size(embedding_size, source.config)
@@ -118,7 +116,6 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         target: Any = cls(config)
         target = target.to(device=source.device, dtype=source.dtype).eval()
         _copy_products(source, target)
-        stock: Any = cls._stock_base()
         same_head = isinstance(source, cls if stock is modeling_bert.BertPreTrainedModel else stock)
         _copy_weights(source.state_dict(), source, target, same_head)
         if embedding_size == available:
@@ -134,15 +131,16 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
 
     @classmethod
     def load_bert(cls, name: str | PathLike, **kwargs: Any) -> PreTrainedModel:
-        """The BERT or FNL-BERT with this class's head in a checkpoint.
+        """The BERT, BERT by another name or FNL-BERT with this class's head in a checkpoint.
 
         Raises:
-            ValueError: another architecture; the message says why it cannot be read as a BERT.
+            ValueError: another architecture, or a head that computes something else than BERT's.
         """
         config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
-        if not isinstance(config, BertConfig):
-            raise ValueError(f"{name} is no BERT: {_explain_refusal(config)}")
         loader: Any = cls if isinstance(config, FnlBertConfig) else cls.bert_class()
+        if not isinstance(config, BertConfig):
+            with _naming(name):
+                loader = class_to_load(config, loader.__name__.removeprefix("Bert"))
         return loader.from_pretrained(name, **kwargs)
 
     def to_bert(self) -> PreTrainedModel:
@@ -177,12 +175,40 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         return target
 
 
+def read_as_bert(model: PreTrainedModel, wanted: str) -> PreTrainedModel:
+    """The stock BERT that computes what a model by another name does for inputs that are padded on the right; in
+    evaluation mode.
+
+    Args:
+        wanted: see :func:`~fnl_hf.bert.other_names.head_to_take`.
+
+    Raises:
+        ValueError: as that function does; for layers that are products of matrices; for weights that are not those of
+            its class and configuration.
+    """
+    name, config = _display_name(model), model.config
+    with _naming(name):
+        head = head_to_take(model, wanted)
+    source: Any = model.base_model if head == "Model" else model
+    for layer_name, layer in source.named_modules():
+        if hasattr(layer, "to_dense"):
+            raise ValueError(_must_be_dense(name, layer_name))
+    weights = bert_weights(source)
+    options = {"add_pooling_layer": any("pooler." in part for part in weights)} if head == "Model" else {}
+    bert_class: Any = getattr(modeling_bert, f"Bert{head}")
+    bert = bert_class(BertConfig(**bert_entries(_config_entries(config), config)), **options)
+    bert = bert.to(device=source.device, dtype=source.dtype).eval()
+    bert.name_or_path = name
+    _copy_weights(weights, source, bert, same_head=True)
+    return bert
+
+
 def embedding_size_of(config: PreTrainedConfig) -> int:
     """E of an FNL-BERT, and the hidden size of a stock BERT."""
     return getattr(config, "mha_embedding_size", config.hidden_size)
 
 
-def _config_entries(config: BertConfig) -> dict[str, Any]:
+def _config_entries(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in OWN_ENTRIES}
 
 
@@ -190,9 +216,17 @@ def _display_name(model: Any) -> str:
     return getattr(model, "name_or_path", None) or type(model).__name__
 
 
-def _explain_refusal(config) -> str:
-    reason = OTHER_ARCHITECTURES.get(config.model_type, "only BERT and FNL-BERT can be converted")
-    return f"model type {config.model_type!r}; {reason}"
+@contextmanager
+def _naming(name: str | PathLike) -> Iterator[None]:
+    """An error says which model it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _must_be_dense(name: str, layer: str) -> str:
+    return f"{name}: {layer} is a product of matrices: make it dense first, fnl_hf.merge(model)"
 
 
 def _validate_embedding_size(embedding_size: int, config: BertConfig) -> None:
@@ -220,6 +254,9 @@ def _refuse_changed(model: Any) -> None:
             raise ValueError(f"{_display_name(model)} is quantized: convert the original, and quantize it then")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} is no model of Transformers, nor the name or folder of one")
+    positions = getattr(model.config, "position_embedding_type", "absolute")
+    if positions != "absolute":  # which this Transformers would read as absolute ones
+        raise ValueError(f"{_display_name(model)}: position_embedding_type ({positions!r}) must be 'absolute'")
 
 
 def _dense_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -257,8 +294,10 @@ def _copy_weights(
     resized = {name for name in common if ".attention." in name and _same_but_e(given[name], wanted[name], sizes)}
     found = fitting | resized
 
-    def is_shared(name: str) -> bool:  # some classes have no pooler
-        return (same_head or name.startswith(prefix)) and not name.startswith(f"{prefix}pooler.")
+    def is_shared(name: str) -> bool:
+        if name.startswith(f"{prefix}pooler."):  # some encoders have none
+            return same_head and target.base_model is not target
+        return same_head or name.startswith(prefix)
 
     lacking, unknown = (sorted(filter(is_shared, weights.keys() - found)) for weights in (wanted, given))
     if lacking or unknown:
@@ -292,9 +331,7 @@ def _copy_products(source: PreTrainedModel, target: PreTrainedModel) -> None:
         if not hasattr(layer, "to_dense"):
             continue
         if ".attention." in name:
-            raise ValueError(
-                f"{_display_name(source)}: {name} is a product of matrices: make it dense first, fnl_hf.merge(model)"
-            )
+            raise ValueError(_must_be_dense(_display_name(source), name))
         full_name = _full_name(name, source, prefix)
         if full_name in target_names:
             target.set_submodule(target_names[full_name], copy.deepcopy(layer))

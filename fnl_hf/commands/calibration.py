@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fnl_hf.data.corpus import load_text_files
 from fnl_hf.data.tokenizer import validate_vocabulary
 from fnl_hf.errors import validate_bounds
+from fnl_hf.training.models import usable_positions
 
 BATCH_SIZE = 16
 SAMPLES, LENGTH = 256, 128  # unless the user says otherwise
@@ -39,13 +40,15 @@ def describe_calibration(files: Sequence[str], documents: int, max_seq_length: i
     return f"{documents} documents of {names}, at most {max_seq_length} tokens of each"
 
 
-def usable_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_seq_length: int) -> int:
+def usable_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_seq_length: int) -> int:
     """``max_seq_length``, or what the model has positions for.
 
     Raises:
         UserInputError: no room for a token beside the special ones, or a tokenizer with ids that the model has not.
     """
-    length = min(max_seq_length, getattr(config, "max_position_embeddings", None) or max_seq_length)
+    config = model.config
+    bounds = (getattr(config, "max_position_embeddings", None), usable_positions(model))
+    length = min(max_seq_length, *filter(None, bounds))
     validate_bounds("max_seq_length", length, tokenizer.num_special_tokens_to_add() + 1)
     if hasattr(config, "vocab_size"):
         validate_vocabulary(tokenizer, config.vocab_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from fnl_hf.commands import export
 from fnl_hf.commands.calibration import LENGTH, SAMPLES
 from fnl_hf.commands.compress import Compression, factorize_checkpoint, merge_checkpoint
-from fnl_hf.commands.convert import SPECTRA_FILE, convert_checkpoint, load_model, truncation_table
+from fnl_hf.commands.convert import SPECTRA_FILE, as_bert, convert_checkpoint, load_model, truncation_table
 from fnl_hf.commands.folders import refuse_bad_file
 from fnl_hf.errors import UserInputError
 from fnl_hf.layers.base import INITS, MODES
@@ -94,9 +94,9 @@ def add_source_and_folder(command: argparse.ArgumentParser) -> None:
 def add_convert(commands) -> None:
     converting = add_command(
         commands, "convert", run_convert, "BERT to FNL-BERT of a smaller attention, or FNL-BERT to BERT",
-        "Convert a BERT to an FNL-BERT: the same at the same E, truncated by SVD at a smaller one. Or back to a stock "
-        "BERT with dense layers that computes the same and loads without fnl_hf. Tokenizer, the files of "
-        "sentence-transformers and a model card go with it.",
+        "Convert a BERT, or a RoBERTa, XLM-R, CamemBERT, DistilBERT or ELECTRA, to an FNL-BERT: the same at the same "
+        "E, truncated by SVD at a smaller one. Or back to a stock BERT with dense layers that computes the same and "
+        "loads without fnl_hf. Tokenizer, the files of sentence-transformers and a model card go with it.",
         "google-bert/bert-base-uncased my-bert --attention_embedding_size 384 --calibration_file text.txt",
     )  # fmt: skip
     add_source_and_folder(converting)
@@ -248,7 +248,7 @@ def print_sizes(result: Compression, folder: str) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     refuse_bad_file(Path(args.file), export.SUFFIX)  # before the model is loaded
-    difference = export.export_onnx(load_model(args.model), args.file)
+    difference = export.export_onnx(as_bert(load_model(args.model)), args.file)
     print(f"{args.file}: differs from PyTorch by {difference:.1e} at most")
 
 

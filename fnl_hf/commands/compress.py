@@ -66,7 +66,7 @@ def factorize_checkpoint(
             return None
         if tokenizer is None:
             raise ValueError(f"{source} has no tokenizer for --calibration_file: calibrate it in Python, on its inputs")
-        length = usable_length(tokenizer, model.config, max_seq_length)
+        length = usable_length(tokenizer, model, max_seq_length)
         return list(calibration_batches(tokenizer, calibration_files, calibration_samples, length))
 
     what = "with factorized layers; not trained since"

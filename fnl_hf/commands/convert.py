@@ -1,4 +1,5 @@
-"""A checkpoint on disk or on the Hub, converted and saved: BERT to FNL-BERT of another size, FNL-BERT to BERT."""
+"""A checkpoint on disk or on the Hub, converted and saved: BERT, also by another name, to FNL-BERT of another size, and
+back to BERT."""
 
 import copy
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from fnl_hf.bert import modeling_fnl_bert
-from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
+from fnl_hf.bert.conversion_fnl_bert import embedding_size_of, read_as_bert
 from fnl_hf.bert.head_mixing import Truncation
+from fnl_hf.bert.other_names import NAMINGS, head_of
 from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
 from fnl_hf.data.tokenizer import load_tokenizer
@@ -72,7 +74,7 @@ def convert_checkpoint(
 
     Raises:
         UserInputError: a folder in use or one that cannot be written, no such checkpoint, one that cannot be read,
-            another architecture, or sizes that do not fit.
+            another architecture, a head that computes something else than BERT's, or sizes that do not fit.
     """
     folder = Path(folder)
     refuse_bad_folder(folder)
@@ -87,7 +89,7 @@ def convert_checkpoint(
         logger.warning("calibration_file changes nothing: only a smaller attention_embedding_size truncates")
         calibration_files = ()
     if calibration_files:
-        max_seq_length = usable_length(tokenizer, original.config, max_seq_length)
+        max_seq_length = usable_length(tokenizer, original, max_seq_length)
     try:
         calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
         if to == "bert":
@@ -116,25 +118,35 @@ def _to_bert(model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel):
         return model.to_bert()
     merged: Any = merge(copy.deepcopy(model)) if factorized_layers(model) else model
-    return merged
+    return as_bert(merged)
+
+
+def as_bert(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock BERT that a model by another name is; any other model as it is."""
+    if model.config.model_type not in NAMINGS:
+        return model
+    return read_as_bert(model, head_of(type(model).__name__) or "Model")
 
 
 def _fnl_class(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
     """Our class for the head of a class, stock or ours; the encoder's for a head that we have not."""
-    return getattr(modeling_fnl_bert, f"Fnl{name.removeprefix('Fnl')}", modeling_fnl_bert.FnlBertModel)
+    return getattr(modeling_fnl_bert, f"FnlBert{head_of(name)}", modeling_fnl_bert.FnlBertModel)
 
 
 def load_model(source: str) -> PreTrainedModel:
-    """The BERT or FNL-BERT of a checkpoint, with its head.
+    """The BERT, BERT by another name or FNL-BERT of a checkpoint, with its head; without it, and with a warning, if we
+    have none for the same task.
 
     Raises:
-        UserInputError: no such checkpoint, one that cannot be read, another architecture, or weights that do not fit.
+        UserInputError: no such checkpoint, one that cannot be read, another architecture, a head that computes
+            something else than BERT's, or weights that do not fit.
     """
     with reading(source):
-        architectures = AutoConfig.from_pretrained(source).architectures or [""]
-        found: Any = _fnl_class(architectures[0]).load_bert(
-            source, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        saved_class, *_ = AutoConfig.from_pretrained(source).architectures or ["BertModel"]
+        fnl_class = _fnl_class(saved_class)
+        found: Any = fnl_class.load_bert(source, output_loading_info=True, ignore_mismatched_sizes=True)
+        if fnl_class is modeling_fnl_bert.FnlBertModel and head_of(saved_class) != "Model":
+            logger.warning(f"{source}: the head of {saved_class} is left out: FNL-BERT has none for its task")
     model, info = found
     refuse_misfits(source, model, info)
     return model

@@ -7,6 +7,7 @@ over.
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +28,9 @@ PACKING_VERSION = 2  # raise it when the same input gives other rows, so that wh
 CHUNK_BYTES = 2**22  # at length 512, about 0.03% of the tokens are left over
 BATCH_BYTES = 2**21
 PART_BYTES = 2**16
+# Where to split text, the best place first. Byte-level vocabularies have tokens of several spaces, and some put a space
+# before text that begins with none (``add_prefix_space``).
+CUTS = [re.compile(pattern) for pattern in (rb"(?<=[^ \n\t\r]) ", rb"(?<=[^ \n\t\r])[\n\t\r]", rb"[ \n\t\r]")]
 
 Part = tuple[str, bool]  # text, whether its document ends there
 
@@ -164,7 +168,7 @@ def split_text(text: memoryview, limit: int = PART_BYTES) -> Iterator[Part]:
     start = 0
     while len(text) - start > limit:
         window = bytes(text[start : start + limit])
-        size = max(map(window.rfind, (b" ", b"\n", b"\t", b"\r")))
+        size = max(next(filter(None, ([found.start() for found in cut.finditer(window)] for cut in CUTS)), [0]))
         if size <= 0:
             size = limit
             while text[start + size] & 0xC0 == 0x80:  # within a character

@@ -30,6 +30,8 @@ IGNORED = -100  # what cross-entropy leaves out
 HELD_OUT_SEED = 0  # of the masks of held-out rows, so that runs with different seeds can be compared
 # The attention kernels, and how each is told which tokens belong to one document.
 ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varlen"}
+# What tells a space before a word -> what tells any white space: SentencePiece has one kind, bytes have four.
+SPACE_MARKS = {"▁": ("▁",), "Ġ": ("Ġ", "Ċ", "ĉ", "č")}
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _POSITION_BITS = np.uint64(0xFFFF)  # of a key
 _LARGEST_KEY = np.uint64(2**64 - 1)
@@ -164,14 +166,14 @@ class MaskingTransform(UnmaskedTransform):
     Args:
         mlm_probability: share of the tokens to predict, above 0 and below 1.
         seed: masks are a function of (seed, epoch, sample index, position).
-        whole_word_mask: choose words of WordPiece, not single tokens.
+        whole_word_mask: choose words, not single tokens; see :func:`find_continuations`.
         sparse: give ``masked_positions`` and labels (B, K) instead of labels (B, S).
         documents: keep attention within documents: "mask" gives ``document_ids`` and ``position_ids`` that begin
             anew in each, "varlen" the latter and the ``cu_seq_lens`` that FlashAttention takes. A document ends with
             [SEP]. None: attention across documents.
 
     Raises:
-        UserInputError: a probability out of bounds, or whole words without WordPiece.
+        UserInputError: a probability out of bounds, or whole words of a vocabulary that does not show them.
     """
 
     def __init__(
@@ -219,17 +221,39 @@ class MaskingTransform(UnmaskedTransform):
 
 
 def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """(V,) which ids go on with a word: WordPiece's "##".
+    """(V,) which ids go on with a word.
+
+    In WordPiece those that begin with "##". SentencePiece and byte-level BPE mark the white space before a word
+    instead, as "▁" and "Ġ": what does not begin with it, and is no special or added token, goes on. A word is then
+    what stands between white space, punctuation included, as in fairseq (Ott et al. 2019) and CamemBERT (Martin et al.
+    2020).
 
     Raises:
-        UserInputError: the tokenizer has none, so that it is not WordPiece.
+        UserInputError: the vocabulary shows none of this.
     """
     pieces = tokenizer.convert_ids_to_tokens(list(range(vocabulary_size(tokenizer))))
-    continues_word = np.array([piece is not None and piece.startswith("##") for piece in pieces])
+    marks = SPACE_MARKS.get(_space_mark(tokenizer))
+    if marks is None:
+        continues_word = np.array([piece is not None and piece.startswith("##") for piece in pieces])
+    else:
+        continues_word = np.array([piece is not None and not piece.startswith(marks) for piece in pieces])
+        continues_word[[*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()]] = False
     if not continues_word.any():
         name = tokenizer.name_or_path or type(tokenizer).__name__
-        raise UserInputError(f"--whole_word_mask needs a WordPiece tokenizer: that of {name} has no piece '##...'")
+        raise UserInputError(
+            f"--whole_word_mask needs a tokenizer whose pieces show words, by '##', '▁' or 'Ġ': that of {name} has none"
+        )
     return continues_word
+
+
+def _space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer makes of a space between words, before it cuts them into pieces."""
+    backend, text = tokenizer.backend_tokenizer, "a a"
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    if backend.pre_tokenizer is not None:
+        text = "".join(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+    return text.split("a")[1]
 
 
 def _find_word_starts(continues_word: np.ndarray) -> np.ndarray:

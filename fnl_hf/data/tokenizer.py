@@ -1,4 +1,4 @@
-"""WordPiece tokenizers."""
+"""Tokenizers: any fast one, and WordPiece that is trained on a corpus."""
 
 from __future__ import annotations
 

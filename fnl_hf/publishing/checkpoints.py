@@ -47,7 +47,7 @@ def reading(source: str) -> Iterator[None]:
     except Exception as error:
         says_what = isinstance(error, OSError | ValueError)  # a KeyError's message is a key
         kind = "" if says_what else f"it cannot be read: {type(error).__name__}: "
-        raise UserInputError(f"{source}: {kind}{error}") from error
+        raise UserInputError(f"{source}: {kind}{str(error).removeprefix(f'{source}: ')}") from error
 
 
 def refuse_misfits(source: str, model: PreTrainedModel, info: Mapping[str, Any], is_guessed: bool = False) -> None:

@@ -106,14 +106,16 @@ def best_spans(
     """The best spans of the context in a feature, from its tokens' logits ``start`` and ``end`` (S,), their characters
     ``offsets`` (S, 2) and ``may_start`` (S,).
 
-    Combines the ``n_best_size`` best starts of all tokens with as many ends, then keeps what lies in the context and
-    starts where ``may_start`` has it, so that neighbouring windows do not answer with what another shows better.
+    Combines the ``n_best_size`` best starts of all tokens with as many ends, then keeps what lies in the context, has
+    text (a space that is a token of bytes has none) and starts where ``may_start`` has it, so that neighbouring windows
+    do not answer with what another shows better.
     """
     starts = np.argsort(-start, kind="stable")[:n_best_size]
     ends = np.argsort(-end, kind="stable")[:n_best_size]
     starts, ends = starts[may_start[starts]], ends[offsets[ends, 0] >= 0]
     length = ends[None, :] - starts[:, None] + 1  # in tokens, (starts, ends)
-    first, last = np.nonzero((length >= 1) & (length <= max_answer_length))
+    has_text = offsets[ends, 1][None, :] > offsets[starts, 0][:, None]
+    first, last = np.nonzero((length >= 1) & (length <= max_answer_length) & has_text)
     return [
         (float(start[starts[i]]), float(end[ends[j]]), int(offsets[starts[i], 0]), int(offsets[ends[j], 1]))
         for i, j in zip(first, last, strict=True)

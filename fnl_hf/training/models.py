@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
 from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
+from fnl_hf.bert.other_names import NAMINGS
 from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, validate_vocabulary, vocabulary_size
 from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.checkpoints import load_model
@@ -72,6 +73,7 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
     if not isinstance(config, BertConfig):
         raise UserInputError(
             f"{name_or_path} is a {config.model_type!r} checkpoint: it must be of model type 'bert' or 'fnl_bert'"
+            + "; `fnl-hf convert` makes one of it" * (config.model_type in NAMINGS)
         )
     if isinstance(config, FnlBertConfig):
         return config
@@ -196,7 +198,7 @@ def load_text_model(
     _validate_finite(name_or_path, model)
     if not hasattr(model.config, "vocab_size"):
         raise UserInputError(f"{name_or_path} is a {model.config.model_type!r} checkpoint: it reads no text")
-    _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
+    _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
     return model
 
 
@@ -224,7 +226,7 @@ def build_question_answering_model(
             config = config or AutoConfig.from_pretrained(name)
             config.dtype, config.num_labels = torch.float32, ANSWER_LOGITS
             model = AutoModelForQuestionAnswering.from_config(config)
-    _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
+    _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
     return model
 
 
@@ -263,7 +265,7 @@ def load_answer_teacher(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_l
     """A fine-tuned question answering model that reads what its student reads."""
     validate_same_vocabulary(tokenizer, load_tokenizer(name))
     model = load_question_answering_model(name, dtype=torch.float32)
-    _validate_sizes(model.config, tokenizer, max_seq_length, _usable_positions(model))
+    _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
     return model
 
 
@@ -276,7 +278,7 @@ def as_user_input(name, problem: str = "no model of the wanted kind can be built
         raise UserInputError(f"{problem} {name}: {error}") from error
 
 
-def _usable_positions(model: PreTrainedModel) -> int | None:
+def usable_positions(model: PreTrainedModel) -> int | None:
     """Positions that a sequence may have; RoBERTa and its kin spend some on padding. None where there is no bound."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):

@@ -171,7 +171,7 @@ class DataArguments:
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask, anew in each epoch."})
-    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words, not single WordPiece tokens."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words, not single tokens."})
     attend_within_documents: bool = field(
         default=False, metadata={"help": "Documents that share a sequence do not see each other."}
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from torch.nn.utils import parametrizations, prune
-from transformers import AutoModel, BertConfig, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
+from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertForPreTraining, BertModel
 from transformers.models.bert import modeling_bert
 
 import fnl_hf
@@ -522,8 +522,8 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
 
 
 def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenizer, tmp_path, capsys):
-    RobertaModel(RobertaConfig(**DIMENSIONS)).save_pretrained(tmp_path / "roberta")
-    tokenizer.save_pretrained(tmp_path / "roberta")
+    AlbertModel(AlbertConfig(**DIMENSIONS)).save_pretrained(tmp_path / "albert")
+    tokenizer.save_pretrained(tmp_path / "albert")
     fnl_hf.FnlBertModel(fnl_hf.FnlBertConfig(**DIMENSIONS, attention_embedding_size=60)).save_pretrained(tmp_path / "w")
     tokenizer.save_pretrained(tmp_path / "w")
     new, text = tmp_path / "new", tmp_path / "none.txt"
@@ -534,7 +534,11 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
     bert.save_pretrained(spoilt)
     tokenizer.save_pretrained(spoilt)
     for source, words, message in (
-        (tmp_path / "roberta", [], "model type 'roberta'; its positions start behind the padding index"),
+        (
+            tmp_path / "albert",
+            [],
+            "albert: model type 'albert'; those that can be converted are bert, fnl_bert",
+        ),
         (checkpoint, ["--attention_embedding_size", "20"], "attention_embedding_size (20) must be a multiple of"),
         (checkpoint, ["--calibration_file", str(text), "--attention_embedding_size", "21"], f"{text}"),
         (checkpoint, ["--calibration_samples", "0", "--calibration_file", str(tmp_path / "text.txt")], "samples (0)"),

@@ -1,5 +1,7 @@
 """Masks: a pure function of (seed, epoch, sample), one number a row, 80/10/10, whole words, documents."""
 
+import re
+from bisect import bisect_left
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +24,7 @@ from fnl_hf.data.masking import (
 from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.tokenizer import vocabulary_size
 from fnl_hf.training.models import build_pretraining_config
+from tests.small_tokenizers import KINDS
 
 CLS, SEP, MASK, SPECIAL = 2, 3, 4, 5  # ids below SPECIAL are special; odd ones from 7 on go on with a word
 VOCABULARY = 1000
@@ -30,8 +33,9 @@ VOCABULARY = 1000
 class FakeTokenizer(SimpleNamespace):
     def __init__(self, pieces=True):
         super().__init__(
-            mask_token_id=MASK, sep_token_id=SEP, all_special_ids=list(range(SPECIAL)), name_or_path="fake"
-        )
+            mask_token_id=MASK, sep_token_id=SEP, all_special_ids=list(range(SPECIAL)), name_or_path="fake",
+            backend_tokenizer=SimpleNamespace(normalizer=None, pre_tokenizer=None),
+        )  # fmt: skip
         self.pieces = pieces
 
     def __len__(self):
@@ -188,11 +192,42 @@ def test_bad_masking_rates_are_refused(probability):
         transform(mlm_probability=probability)
 
 
-def test_whole_words_need_wordpiece():
-    with pytest.raises(
-        UserInputError, match="--whole_word_mask needs a WordPiece tokenizer: that of fake has no piece"
-    ):
+def test_whole_words_need_pieces_that_show_them():
+    message = "^--whole_word_mask needs .* whose pieces show words, by '##', '▁' or 'Ġ': that of fake has none$"
+    with pytest.raises(UserInputError, match=message):
         MaskingTransform(FakeTokenizer(pieces=False), 0.15, 0, whole_word_mask=True)
+
+
+SPOKEN = ["the quick brown fox, jumps over ## the #lazy ##dog.", "größer:\n\n東京!  \tpack my box\nwith liquor"] * 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_of_bytes_and_of_sentencepiece_stand_between_white_space(kind):
+    """Oracle: the text itself, by the characters that tokens come from. RoBERTa's own vocabulary, too, has "##"."""
+    tokenizer = KINDS[kind](SPOKEN)
+    tokenizer.add_tokens(["lazy"])
+    documents = [tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) for text in SPOKEN[:2]]
+    ids, words = [tokenizer.cls_token_id], [-1]
+    for number, (text, document) in enumerate(zip(SPOKEN, documents)):
+        bounds = [found.end() for found in re.finditer(r"\S+", text)]
+        for index, (start, end) in zip(document["input_ids"], document["offset_mapping"]):
+            ids.append(index)
+            words.append(100 * number + bisect_left(bounds, end) if text[start:end].strip() else None)
+        ids.append(tokenizer.sep_token_id)
+        words.append(-2)
+    masking = MaskingTransform(tokenizer, 0.3, seed=0, whole_word_mask=True)
+    rows = np.array([ids] * 200)
+    chosen = dense(rows, masking(rows, np.arange(200))) != IGNORED
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    several = 0
+    for word in {word for word in words if word is not None and word >= 0}:
+        tokens = [i for i, other in enumerate(words) if other == word]
+        if "lazy" in (pieces[i] for i in tokens):
+            continue  # an added token is a word of its own
+        several += len(tokens) > 1
+        assert (chosen[:, tokens] == chosen[:, tokens[:1]]).all(), [pieces[i] for i in tokens]
+    assert several > 4 and not chosen[:, [i for i, word in enumerate(words) if word in (-1, -2)]].any()
+    assert pieces.count("lazy") == 1 and len({chosen[:, i].tobytes() for i in range(len(ids))}) > 18
 
 
 def test_ids_with_holes_between_them(tmp_path):

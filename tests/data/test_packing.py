@@ -24,6 +24,7 @@ from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.rows import Column, data_fingerprint, unigram_entropy
 from fnl_hf.data.tokenizer import train_tokenizer
 from tests.conftest import TEXTS
+from tests.small_tokenizers import KINDS
 
 
 def stream(texts, tokenizer):
@@ -174,6 +175,24 @@ def test_cuts_at_white_space_change_no_token(text, limit):
         assert [i for part in parts for i in backend.encode(part, add_special_tokens=False).ids] == whole
     else:
         assert max(len(word.encode()) for word in re.split("[ \n\t\r]", text)) >= limit
+
+
+SPACED = "the quick\n\nbrown fox,  jumps\t\tover\r\n the   lazy \n dog.\n\n\n" * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("add_prefix_space", [True, False])
+def test_cuts_change_no_token_of_bytes_and_of_sentencepiece(kind, add_prefix_space):
+    """Whose pieces may be several spaces long."""
+    tokenizer = KINDS[kind]([SPACED] * 9, add_prefix_space=add_prefix_space)
+    backend = plain_backend(tokenizer)
+    if kind == "roberta":
+        assert backend.token_to_id("ĊĊ") is not None
+    whole = backend.encode(SPACED, add_special_tokens=False).ids
+    for limit in range(23, 60):
+        parts = [part for part, _ in split_text(memoryview(SPACED.encode()), limit)]
+        assert len(parts) > 1 and "".join(parts) == SPACED
+        assert [i for part in parts for i in backend.encode(part, add_special_tokens=False).ids] == whole
 
 
 def test_long_documents_are_cut_and_lose_nothing(tokenizer, tmp_path):

@@ -23,7 +23,7 @@ import transformers
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM, TrainingArguments
 
 import run_squad
 from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering
@@ -75,6 +75,7 @@ def models(tmp_path_factory):
     sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "intermediate_size": 37}
     small = FnlBertConfig(**sizes, hidden_size=42, num_attention_heads=3, attention_embedding_size=21)
     made = {"google-bert/bert-base-uncased": BertForMaskedLM(BertConfig(**sizes))}
+    made["FacebookAI/roberta-base"] = RobertaForMaskedLM(RobertaConfig(**sizes))
     made |= dict.fromkeys(("my-squad", "my-bert-squad"), FnlBertForQuestionAnswering(small))
     for name, model in made.items():
         model.save_pretrained(folder / name)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ from transformers import BertConfig
 from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering, UserInputError, ask
 from fnl_hf.commands import cli
 from fnl_hf.data.tokenizer import train_tokenizer
+from fnl_hf.squad.answers import best_spans
 
 CONTEXT = "Ada Lovelace wrote the first programme for Babbage’s engine. " * 3 + "Grace Hopper built a compiler in 1952."
 SHORT = "Ada wrote the programme,\tGrace\nthe compiler."
@@ -134,3 +136,11 @@ def test_the_command_answers_one_question_or_a_file_of_them(model, tokenizer, tm
         assert (
             stop.value.code == 2 and "give a question and its context, or --questions_file" in capsys.readouterr().err
         )
+
+
+def test_a_space_that_is_a_token_of_bytes_is_no_answer():
+    """[CLS] "red", a space whose offsets are trimmed to nothing, "fox"; the space scores best."""
+    offsets = np.array([(-1, -1), (0, 3), (4, 4), (5, 8)])
+    start, end = np.array([0.0, 1.0, 9.0, 2.0]), np.array([0.0, 1.0, 9.0, 3.0])
+    spans = best_spans(start, end, offsets, offsets[:, 0] >= 0, n_best_size=4, max_answer_length=2)
+    assert sorted(spans) == [(1.0, 1.0, 0, 3), (1.0, 9.0, 0, 4), (2.0, 3.0, 5, 8), (9.0, 3.0, 4, 8)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save
-from transformers import GPT2Config
+from transformers import GPT2Config, RobertaConfig
 
 from tests.bad_inputs import (
     SPECIALS,
@@ -34,6 +34,10 @@ MODELS = {
     "another architecture": (
         prepared(GPT2Config().save_pretrained, config_name="<here>"),
         "is a 'gpt2' checkpoint: it must be of model type 'bert' or 'fnl_bert'$",
+    ),
+    "a BERT by another name": (
+        prepared(RobertaConfig().save_pretrained, config_name="<here>"),
+        "is a 'roberta' checkpoint: .* 'fnl_bert'; `fnl-hf convert` makes one of it$",
     ),
     "unknown architecture": (bert("no_such"), "^no usable configuration in .* has model type `no_such`"),
     "a word for a number": (bert(hidden_size="big"), "Field 'hidden_size' expected int, got str .value: 'big'.$"),
@@ -76,11 +80,11 @@ MODELS = {
     "tokenizer without [MASK]": (
         tokenizer(word_level(**SPECIALS | {"mask_token": None})), r"the tokenizer of .* has no \['mask_token'\]$"
     ),
-    "whole words without WordPiece": (
+    "whole words that no piece shows": (
         tokenizer(
             word_level(**SPECIALS), whole_word_mask="true"
         ),
-        "^--whole_word_mask needs a WordPiece tokenizer: that of .* has no piece '##...'$",
+        "^--whole_word_mask needs a tokenizer whose pieces show words, by '##', '▁' or 'Ġ': that of .* has none$",
     ),
 }  # fmt: skip
 
