@@ -47,7 +47,11 @@ class Product:
 
         Views of the weights; copies only where an outer size is spread over several dimensions (convolutions).
         """
-        return factor_views(tuple(w.detach() for w in self.weights), self.kind, self.num_heads)
+        return self.split(tuple(w.detach() for w in self.weights))
+
+    def split(self, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The factors that tensors in the place of the weights have: the same gathered, or in another dtype."""
+        return factor_views(weights, self.kind, self.num_heads)
 
 
 def head_rows(weight: torch.Tensor, num_heads: int, rank_dim: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from fnl_hf.bert.factorization import RANK_DIMS
 from fnl_hf.optim.checked import CheckedOptimizer, get_lr, group_name, validate_number
 from fnl_hf.optim.frobenius import (
     DECAYED_DTYPES,
+    Decayed,
     Examine,
     add_frobenius_gradients_,
     products_of,
@@ -16,9 +17,12 @@ from fnl_hf.optim.frobenius import (
 )
 from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.stability import StabilityCheck
+from fnl_hf.optim.view_decay import ViewUnit
+from fnl_hf.products.views import VIEWS
 
-# A group's entries: kind of product (None: ordinary parameters), heads, number of products, λ, and SGD's own.
-PRODUCT_ENTRIES = ("product", "num_heads", "num_products", "frobenius_decay", "decoupled")
+# A group's entries: kind of product (None: ordinary parameters), heads, number of products, where the factors are if
+# they are parts of parameters, λ, decay of factors and other rows if that is ours to do, and SGD's own.
+PRODUCT_ENTRIES = ("product", "num_heads", "num_products", "layout", "frobenius_decay", "row_decay", "decoupled")
 DECAY_ENTRIES = ("name", "weight_decay", "decay")  # which say, beside those, what is decayed and how
 
 
@@ -100,9 +104,9 @@ class ProductGroups(CheckedOptimizer):
         for name in PRODUCT_ENTRIES:
             if name in own:
                 group.setdefault(name, own[name])
-        for name in ("product", "num_heads"):
-            if own[name] != group[name]:
-                raise ValueError(f"{where} has {name} {own[name]!r}, the state to be loaded {group[name]!r}")
+        for name in ("product", "num_heads", "layout"):
+            if own.get(name) != group.get(name):
+                raise ValueError(f"{where} has {name} {own.get(name)!r}, the state to be loaded {group.get(name)!r}")
         super()._take_group(own, group, where)
         validate_product_group(group, where)
 
@@ -123,12 +127,12 @@ class ProductGroups(CheckedOptimizer):
 
     @torch.compiler.disable
     def _groups_to_decay(self) -> list[dict[str, Any]]:
-        """The groups of products with λ > 0; refuses what has become of groups, parameters and gradients meanwhile."""
+        """The groups to decay here; refuses what has become of groups, parameters and gradients meanwhile."""
         self._refuse_sparse_gradients()
         groups = []
         for index, group in enumerate(self.param_groups):
             get_lr(group)
-            if group["product"] is not None and group["frobenius_decay"] != 0.0:
+            if is_decayed(group):
                 if group.get("differentiable") or any(_is_undecayable(p) for p in group["params"]):
                     validate_product_group(group, group_name(group, index))
                 groups.append(group)
@@ -148,6 +152,11 @@ class ProductGroups(CheckedOptimizer):
             step()
 
 
+def is_decayed(group: dict[str, Any]) -> bool:
+    """Whether a group's decay, or some of it, is not the base class's."""
+    return group["product"] is not None and (group["frobenius_decay"] != 0.0 or bool(group.get("row_decay")))
+
+
 def _is_undecayable(parameter: torch.Tensor) -> bool:
     return parameter.dim() < 2 or parameter.dtype not in DECAYED_DTYPES
 
@@ -160,9 +169,9 @@ def decay_products_(
     ``found_inf`` is set under fp16 loss scaling with a fused kernel, which skips the step when it is 1: no decay then,
     and no host synchronization to learn it. ``examine`` sees each product before its step.
     """
-    products: list[LocalProduct] = []
+    products: list[Decayed] = []
     for group in groups:
-        scale = -get_lr(group) * group["frobenius_decay"]
+        scale = -get_lr(group)
         if found_inf is not None:  # the number of devices with an overflow
             if isinstance(scale, torch.Tensor):
                 scale = scale.to(found_inf.device, non_blocking=True)
@@ -175,17 +184,24 @@ def local_products(
     group: dict[str, Any],
     scale: float | torch.Tensor,
     target_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda weight: weight,
-) -> list[LocalProduct]:
-    """A group's products; each factor's gradient times ``scale`` is for its target, by default the factor itself.
+) -> list[Decayed]:
+    """A group's products; each factor's decay times ``scale`` is for its target, by default the factor itself.
 
     What has no gradient takes no part in a step, as with weight decay; frozen factors are not changed.
     """
-    products = []
+    products: list[Decayed] = []
+    decay, row_decay = group["frobenius_decay"], group.get("row_decay")
     for weights in products_of(group):
         if isinstance(scale, torch.Tensor):
             scale = scale.to(weights[0].device, non_blocking=True)
         targets = [target_of(weight) if is_updated(weight) else None for weight in weights]
-        products.append(LocalProduct(weights, targets, RANK_DIMS[group["product"]], group["num_heads"], scale))
+        if group["product"] == VIEWS:
+            row_scales = (scale * row_decay[0], scale * row_decay[1]) if row_decay else None
+            products.append(ViewUnit(weights, targets, group["layout"], scale * decay, row_scales, decay != 0.0))
+        else:
+            products.append(
+                LocalProduct(weights, targets, RANK_DIMS[group["product"]], group["num_heads"], scale * decay)
+            )
     return products
 
 

@@ -11,7 +11,7 @@ the values before the step.
 
 A product is known to an optimizer by its position in a parameter group with an entry ``product``, its kind (a key of
 ``RANK_DIMS``): ``params`` is [left₀, right₀, left₁, right₁, ...] or [left₀, middle₀, right₀, ...]. Attributes on
-parameters would not survive FSDP2.
+parameters would not survive FSDP2. Products of parts of parameters, of kind ``VIEWS``, are optim/view_decay.py's.
 
 Shapes here are rank first: an outer factor is (H, r, n), Fᵀ of the formulas, as ``torch.nn.Linear`` stores most. H
 heads, r rank, s second rank of the middle factor (H, r, s), n outer size, h heads that have rows in this process: all
@@ -27,13 +27,17 @@ from fnl_hf.bert.factorization import RANK_DIMS, validate_product, without_autoc
 from fnl_hf.optim.checked import validate_number
 from fnl_hf.optim.local_factors import LocalFactor, LocalProduct
 from fnl_hf.optim.sharding import gather_rows, sum_over_processes
+from fnl_hf.optim.view_decay import LocalPair, ViewUnit, unit_size, validate_views
+from fnl_hf.products.views import VIEWS
 
 # On an accelerator kernel launches dominate: factors of equal shape are stacked, up to this many bytes of copies at a
 # time. On a CPU the caches do: one product at a time.
 STACK_BYTES = 16 * 2**20
 DECAYED_DTYPES = (torch.float32, torch.float64)
 
-Examine = Callable[[LocalProduct, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]  # Gram matrices, operators
+Decayed = LocalProduct | ViewUnit
+# Gram matrices, operators
+Examine = Callable[[LocalProduct | LocalPair, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 
 
 def validate_product_group(group: dict[str, Any], where: str = "parameter group") -> None:
@@ -57,6 +61,10 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
             f"{where}: differentiable (True) needs frobenius_decay 0, got {decay}: the decay is done in place, outside "
             "autograd, and the step's derivative would lack it"
         )
+    if kind == VIEWS:
+        validate_views(group, where)
+        _validate_dtypes(group, where)
+        return
     if kind not in RANK_DIMS:
         raise ValueError(f"{where}: product must be one of {sorted(RANK_DIMS)} or None, got {kind!r}")
     size = len(RANK_DIMS[kind])
@@ -68,11 +76,17 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
         )
     for index, weights in enumerate(products_of(group)):
         validate_product(tuple(weights), kind, group["num_heads"], f"{where}, product {index} ({kind})")
+    _validate_dtypes(group, where)
+
+
+def _validate_dtypes(group: dict[str, Any], where: str) -> None:
+    kind = group["product"]
+    for index, weights in enumerate(products_of(group)):
         dtypes = [f"{weight.dtype} on {weight.device}" for weight in weights]
         if len(set(dtypes)) > 1:
             raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(dtypes)}")
         for weight in weights:
-            if decay != 0.0 and weight.dtype not in DECAYED_DTYPES:
+            if group["frobenius_decay"] != 0.0 and weight.dtype not in DECAYED_DTYPES:
                 raise ValueError(f"{where}, product {index} ({kind}) has dtype {weight.dtype}: {_why_not(weight)}")
 
 
@@ -90,20 +104,23 @@ def _describe_number(group: dict[str, Any]) -> str:
 
 
 def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:
-    """The factors of each product of a parameter group."""
-    size, params = len(RANK_DIMS[group["product"]]), group["params"]
+    """The parameters of each product of a group, or of each attention layer's products."""
+    size, params = unit_size(group) if group["product"] == VIEWS else len(RANK_DIMS[group["product"]]), group["params"]
     return [params[i : i + size] for i in range(0, len(params), size)]
 
 
 @torch.no_grad()
-def add_frobenius_gradients_(products: Sequence[LocalProduct], examine: Examine | None = None) -> None:
+def add_frobenius_gradients_(decayed: Sequence[Decayed], examine: Examine | None = None) -> None:
     """Add to each factor's target what :class:`LocalProduct` says, in the factors' own dtype, inside autocast too.
 
     Sharded factors are worked on where they lie: every process of their mesh must call this with the same products, and
     one all-gather and one all-reduce serve them all. ``examine`` sees each product before its targets change.
     """
-    with without_autocast(factor.weight for product in products for factor in product.factors):
-        _add_all_gradients_(products, examine)
+    with without_autocast(weight for each in decayed for weight in each.weights):
+        _add_all_gradients_([each for each in decayed if isinstance(each, LocalProduct)], examine)
+        for each in decayed:
+            if isinstance(each, ViewUnit):
+                each.add_(examine)
 
 
 def _add_all_gradients_(products: Sequence[LocalProduct], examine: Examine | None) -> None:

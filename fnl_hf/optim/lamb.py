@@ -13,11 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
 from fnl_hf.bert.factorization import without_autocast
-from fnl_hf.optim.base import ProductGroups, evaluate_closure, local_products
+from fnl_hf.optim.base import ProductGroups, evaluate_closure, is_decayed, local_products
 from fnl_hf.optim.buckets import Bucket, Unit, compute_norms, split_by_kind, split_by_size, trust_ratios
-from fnl_hf.optim.checked import ADAM_STATE, CheckedOptimizer, get_lr, validate_number
-from fnl_hf.optim.frobenius import add_frobenius_gradients_, products_of
-from fnl_hf.optim.local_factors import LocalProduct
+from fnl_hf.optim.checked import ADAM_STATE, CheckedOptimizer, get_lr, validate_betas, validate_number
+from fnl_hf.optim.frobenius import Decayed, add_frobenius_gradients_, products_of
 from fnl_hf.optim.sharding import local, sharding_of, sum_over_processes
 
 DECAYS = ("decoupled", "in_trust_ratio")
@@ -311,14 +310,14 @@ class FrobeniusLamb(ProductGroups, Lamb):
         return [tuple(weights) for weights in products_of(group)]
 
     def _decay_products(self, buckets: list[Bucket]) -> None:
-        products: list[LocalProduct] = []
+        products: list[Decayed] = []
         for bucket in buckets:
             group = bucket.group
-            if group["product"] is None or group["frobenius_decay"] == 0.0 or group["decay"] == "decoupled":
+            if not is_decayed(group) or group["decay"] == "decoupled":
                 continue
             updates = dict(zip(bucket.parameters, bucket.updates))
             in_bucket = group | {"params": [p for unit in bucket.units for p in unit]}
-            products += local_products(in_bucket, -group["frobenius_decay"], updates.__getitem__)
+            products += local_products(in_bucket, -1.0, updates.__getitem__)
         add_frobenius_gradients_(products)
 
 
@@ -336,9 +335,7 @@ def _validate(group: dict[str, Any]) -> None:
                 f"parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB is for "
                 "real floating-point parameters"
             )
-    betas = group["betas"] if isinstance(group["betas"], tuple | list) else ()
-    if len(betas) != 2 or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas):
-        raise ValueError(f"betas ({group['betas']}) must be two numbers, at least 0 and below 1")
+    validate_betas(group["betas"])
     if group["decay"] not in DECAYS:
         raise ValueError(f"decay must be one of {DECAYS}, got {group['decay']!r}")
     for name in ("weight_norm_clamp", "trust_clamp"):

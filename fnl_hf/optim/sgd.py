@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 
-from fnl_hf.optim.base import ProductGroups, is_updated, local_products
-from fnl_hf.optim.frobenius import add_frobenius_gradients_
-from fnl_hf.optim.local_factors import LocalProduct
+from fnl_hf.optim.base import ProductGroups, is_decayed, is_updated, local_products
+from fnl_hf.optim.frobenius import Decayed, add_frobenius_gradients_
 
 
 class FrobeniusSGD(ProductGroups, torch.optim.SGD):
@@ -64,7 +63,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
                 weight.grad = gradient
 
     def _takes_sparse_gradients(self, group: dict[str, Any]) -> bool:
-        is_coupled = group["frobenius_decay"] != 0.0 and not group["decoupled"]
+        is_coupled = is_decayed(group) and not group["decoupled"]
         return not is_coupled and group["weight_decay"] == 0.0 and not group["fused"]
 
     @torch.compiler.disable  # as ``_decay``
@@ -72,12 +71,12 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         """Give the factors other gradients, with the decay in them."""
         # A fused kernel divides the gradients by ``grad_scale`` (fp16 loss scaling) and negates them to maximize.
         grad_scale = getattr(self, "grad_scale", None)
-        products: list[LocalProduct] = []
+        products: list[Decayed] = []
         for group in groups:
             for weight in group["params"]:
                 if is_updated(weight):
                     weight.grad = weight.grad.clone()
-            scale = -group["frobenius_decay"] if group["maximize"] else group["frobenius_decay"]
+            scale = -1.0 if group["maximize"] else 1.0
             if grad_scale is not None:
                 scale = scale * grad_scale.reshape(())
             products += local_products(group, scale, lambda weight: weight.grad)

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from fnl_hf.optim.checked import group_name
 from fnl_hf.optim.frobenius import products_of
 from fnl_hf.optim.local_factors import LocalProduct
+from fnl_hf.optim.view_decay import LocalPair
 
 logger = logging.get_logger(__name__)
 
@@ -29,20 +30,26 @@ class StabilityCheck:
     def __init__(self) -> None:
         self.steps = 0
         self.has_warned = False
-        self.found: tuple[LocalProduct, float] | None = None
+        self.found: tuple[LocalProduct | LocalPair, float] | None = None
 
     def is_due(self, device: torch.device) -> bool:
         """Whether the products on this device are to be checked in this step."""
         return not self.has_warned and (device.type == "cpu" or self.steps % STEPS_BETWEEN == 0)
 
-    def examine(self, product: LocalProduct, grams: Sequence[torch.Tensor], operators: Sequence[torch.Tensor]) -> None:
+    def examine(
+        self,
+        product: LocalProduct | LocalPair,
+        grams: Sequence[torch.Tensor],
+        operators: Sequence[torch.Tensor],
+    ) -> None:
         """Look at one product before its step; arguments as in ``frobenius_operators``."""
         if self.found is not None or not self.is_due(grams[0].device):
             return
         matrices: list[tuple[torch.Tensor, ...]] = [(operator,) for operator in operators]
         if len(operators) == 3:
             matrices[1] = (grams[0], grams[1])  # M ↦ (UᵀU) M (VᵀV)
-        moving = [of_factor for of_factor, factor in zip(matrices, product.factors) if factor.target is not None]
+        factors: Sequence[Any] = product.factors
+        moving = [of_factor for of_factor, factor in zip(matrices, factors) if factor.target is not None]
         rate = abs(float(product.scale))
         bounds = [rate * math.prod(matrix.norm().item() for matrix in of_factor) for of_factor in moving]
         bound = max(bounds)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
-from fnl_hf.bert.factorization import Product, bound, core, factor_views, gram, singular_values, without_autocast
+from fnl_hf.bert.factorization import Product, bound, core, gram, singular_values, without_autocast
 
 DIAGNOSTICS = ("frobenius", "nuclear", "bound", "effective_step", "non_orthogonality")
 
@@ -46,7 +46,7 @@ def _diagnose(products: Sequence[Product], lr: float) -> dict[str, dict[str, tor
     result: dict[str, dict[str, torch.Tensor]] = {}
     for product in products:
         weights = tuple(_gather(weight).float() for weight in product.weights)
-        factors = factor_views(weights, product.kind, product.num_heads)  # U (H, m, r), V (H, n, r)
+        factors = product.split(weights)  # U (H, m, r), V (H, n, r)
         small = core(*factors)  # (H, min(m, r), min(n, r))
         cores.setdefault((small.shape, small.device), []).append((product.name, small))
         result[product.name] = {"bound": bound(*factors), "non_orthogonality": non_orthogonality(factors)}

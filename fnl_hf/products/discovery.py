@@ -4,8 +4,11 @@ from torch import nn
 
 from fnl_hf.bert.factorization import RANK_DIMS, Product, validate_product
 from fnl_hf.bert.modeling_fnl_bert import factor_pairs
+from fnl_hf.products.layouts import AttentionWeights, FoundPair, find_pairs, matrices_of
+from fnl_hf.products.views import ViewProduct
 
-_REGISTRY = "_registered_products"  # on the module: attributes of parameters would not survive FSDP2
+# On the module: attributes of parameters would not survive FSDP2.
+_REGISTRY, _ATTENTION_REGISTRY = "_registered_products", "_registered_attention"
 
 
 def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads: int = 1, name: str = "") -> None:
@@ -40,29 +43,147 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
 
 
 def find_products(model: nn.Module) -> list[Product]:
-    """Every product of ``model``: its attention's (:func:`fnl_hf.factor_pairs`), then the registered ones.
+    """Every product of ``model``: its attention's, then the registered ones.
+
+    BERT's attention comes first (:func:`fnl_hf.factor_pairs`), then that of all other modules whose weights have the
+    names and shapes of a known layout (products/layouts.py).
 
     Raises:
         ValueError: a registered parameter that is gone, or a parameter that is a factor of two products.
     """
-    products = factor_pairs(model)
+    registered = registered_products(model)
+    of_bert = factor_pairs(model)
+    _refuse_two_products([*of_bert, *registered])
+    taken = {id(weight) for product in [*of_bert, *registered] for weight in product.weights}
+    return [*of_bert, *_attention_products(model, taken)[0], *registered]
+
+
+def register_attention(
+    module: nn.Module,
+    query: str,
+    key: str,
+    value: str,
+    output: str,
+    *,
+    num_heads: int,
+    num_key_value_heads: int | None = None,
+    by_head: bool = False,
+    rotary: str | None = None,
+    rotary_size: int | None = None,
+    name: str = "",
+) -> None:
+    """Declare that parameters of ``module`` are the weights of an attention layer that is not found by itself::
+
+        register_attention(block, "wq.weight", "wk.weight", "wv.weight", "wo.weight", num_heads=12)
+        # all q, then all k, then all v in the rows of one weight, four heads to a key
+        register_attention(block, *["qkv.weight"] * 3, "wo.weight", num_heads=12, num_key_value_heads=3)
+
+    Its products are Q Kᵀ and V Oᵀ of each head; of rotated rows the mean over all phases (``docs/method.md``).
+
+    Args:
+        module: any module; the registration stays with it through copies, pickling, DDP and FSDP2.
+        query, key, value, output: names of the weights in ``module``, stored as ``nn.Linear`` or ``Conv1D`` does; one
+            name for several of the first three is a fused weight.
+        num_heads: H, of the queries.
+        num_key_value_heads: heads of keys and values, each for the same number of consecutive queries; by default H.
+        by_head: of a fused weight, q, k and v of the first group of heads come first, then those of the next one.
+        rotary: how rows of Q and K are paired by rotary embeddings: "halves" (row i with i + r/2), "interleaved" (2i
+            with 2i + 1), or None without.
+        rotary_size: how many rows of a head are rotated, the first ones; by default all r.
+        name: needed when ``module`` has several attention layers.
+
+    Raises:
+        ValueError: a missing parameter, or sizes that do not fit together; nothing is registered then.
+    """
+    weights = AttentionWeights(
+        (query, key, value, output), num_heads, num_key_value_heads or num_heads, by_head, rotary, rotary_size
+    )
+    weights.pairs(module, f"attention {name or type(module).__name__}")
+    registered = module.__dict__.setdefault(_ATTENTION_REGISTRY, {})
+    if registered.setdefault(name, weights) != weights:
+        raise ValueError(f"{type(module).__name__} has an attention named {name!r} already: give this one another name")
+
+
+def registered_products(model: nn.Module) -> list[Product]:
+    """What :func:`register_product` and :func:`register_attention` were told of.
+
+    Raises:
+        ValueError: a parameter that is gone.
+    """
+    products: list[Product] = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for kind, weight_names, num_heads, name in module.__dict__.get(_REGISTRY, ()):
             full_name = f"{prefix}{name}" if name else path or type(module).__name__
             weights = _get_weights(module, weight_names, f"product {full_name}")
             products.append(Product(full_name, kind, num_heads, weights, tuple(prefix + n for n in weight_names)))
-    owners: dict[int, tuple[str, str]] = {}
-    for product in products:
-        for weight, weight_name in zip(product.weights, product.weight_names):
-            if id(weight) in owners:
-                other, other_name = owners[id(weight)]
-                raise ValueError(
-                    f"{weight_name} is a factor of product {product.name} and, as {other_name}, of product {other}: "
-                    "a parameter can be a factor of one product only"
-                )
-            owners[id(weight)] = (product.name, weight_name)
+        for name, attention in module.__dict__.get(_ATTENTION_REGISTRY, {}).items():
+            stem = f"{prefix}{name}." if name else prefix
+            pairs = attention.pairs(module, f"attention {stem.removesuffix('.') or type(module).__name__}")
+            products += [_as_product(pair, stem, (prefix, "")) for pair in pairs]
     return products
+
+
+def unknown_attention(model: nn.Module) -> list[str]:
+    """Classes of modules that look like attention, have trainable matrices, and whose products are not found."""
+    known = [*factor_pairs(model), *registered_products(model)]
+    return _attention_products(model, {id(weight) for product in known for weight in product.weights})[1]
+
+
+def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product], list[str]]:
+    """Those of which no weight is ``taken``, and the classes of modules that were not understood."""
+    modules, taken = dict(model.named_modules()), set(taken)
+    products: list[Product] = []
+    in_part: set[str] = set()
+    unknown: dict[str, str] = {}  # path -> class
+    for path, module in modules.items():
+        parent = path.rpartition(".")[0]
+        pairs, is_open = find_pairs(module, modules.get(parent) if path else None)
+        # A weight that several modules share counts with the first of them.
+        pairs = [pair for pair in pairs if not {id(pair.left.weight), id(pair.right.weight)} & taken]
+        prefix, above = (f"{each}." if each else "" for each in (path, parent))
+        stem = above if any(pair.right.in_parent for pair in pairs) else prefix
+        products += [_as_product(pair, stem, (prefix, above)) for pair in pairs]
+        taken.update(id(each.weight) for pair in pairs for each in (pair.left, pair.right))
+        name = type(module).__name__
+        if is_open and pairs:
+            in_part.add(name)
+        elif is_open and "Attention" in name:
+            left = [weight for weight in matrices_of(module) if weight.requires_grad and id(weight) not in taken]
+            unknown |= {prefix: name} if len(left) > 1 else {}
+    names = [name for product in products for name in product.weight_names]
+    unknown = {path: name for path, name in unknown.items() if not any(each.startswith(path) for each in names)}
+    return products, sorted({*unknown.values(), *in_part})
+
+
+def _as_product(pair: FoundPair, stem: str, prefixes: tuple[str, str]) -> Product:
+    """``stem`` begins the product's name, ``prefixes`` those of weights in the module and in its parent."""
+    located = (pair.left, pair.right)
+    weights = (pair.left.weight, pair.right.weight)
+    names = (f"{prefixes[each.in_parent]}{each.name}" for each in located)
+    facts = (f"{stem}{pair.kind}", pair.kind, pair.num_heads, weights, tuple(names))
+    return Product(*facts) if pair.is_plain else ViewProduct(*facts, pair.pair)
+
+
+def _refuse_two_products(products: list[Product]) -> None:
+    owners: dict[int, list[tuple[Product, int]]] = {}
+    for product in products:
+        for index, (weight, weight_name) in enumerate(zip(product.weights, product.weight_names)):
+            for other, place in owners.setdefault(id(weight), []):
+                if not _are_apart(product, index, other, place):
+                    raise ValueError(
+                        f"{weight_name} is a factor of product {product.name} and, as {other.weight_names[place]}, of "
+                        f"product {other.name}: a parameter can be a factor of one product only"
+                    )
+            owners[id(weight)].append((product, index))
+
+
+def _are_apart(product: Product, index: int, other: Product, place: int) -> bool:
+    """Whether two factors are different rows of their parameter."""
+    if not isinstance(product, ViewProduct) or not isinstance(other, ViewProduct):
+        return False
+    view, second = product.pair.views[index], other.pair.views[place]
+    return view.dim == second.dim and not view.indices() & second.indices()
 
 
 def _get_weights(module, weight_names, where) -> tuple[nn.Parameter, ...]:
@@ -75,4 +196,4 @@ def _get_weights(module, weight_names, where) -> tuple[nn.Parameter, ...]:
     return tuple(weights)
 
 
-__all__ = ["RANK_DIMS", "find_products", "register_product"]
+__all__ = ["RANK_DIMS", "find_products", "register_attention", "register_product"]

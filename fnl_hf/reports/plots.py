@@ -21,7 +21,14 @@ PANELS = {
     "effective_step": ("effective step η/‖W‖²", True),
     "non_orthogonality": ("non-orthogonality of the factors", False),
 }
-KIND_TITLES = {"qk": "$QK^T$", "vo": "$VO^T$", "linear": "$UV^T$", "uv": "$UV^T$", "deep": "$UMV^T$"}
+KIND_TITLES = {
+    "qk": "$QK^T$",
+    "vo": "$VO^T$",
+    "rotary": "$QRK^T$",
+    "linear": "$UV^T$",
+    "uv": "$UV^T$",
+    "deep": "$UMV^T$",
+}
 # logged counts of what a loss curve does not show -> marker, label
 EVENTS = {
     "skipped_steps": ("x", "skipped steps"),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fnl_hf.bert.attention_fnl_bert import factor_pairs
 from fnl_hf.layers import FactorizedLayer
-from fnl_hf.products.discovery import find_products
+from fnl_hf.products.discovery import registered_products
 from fnl_hf.surgery.checkpoints import (
     METHOD,
     configured_parts,
@@ -153,7 +153,7 @@ def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated
 
     Raises:
         ValueError: none at all, a pattern or type that is of no use, or a pattern that names a factor of a product that
-            :func:`fnl_hf.register_product` was told of.
+            :func:`fnl_hf.register_product` or :func:`fnl_hf.register_attention` was told of.
     """
     wanted = list(config.include if config.ranks is None else config.ranks)
     candidates = {
@@ -195,20 +195,18 @@ def _find_protected(model: nn.Module, with_attention: bool) -> set[int]:
     # ``modules()`` has each module once, so that two owners of a parameter are two modules.
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     protected = {parameter for parameter, count in owners.items() if count > 1}
-    products = find_products(model)[0 if with_attention else len(factor_pairs(model)) :]
+    products = registered_products(model) + (factor_pairs(model) if with_attention else [])
     protected |= {id(weight) for product in products for weight in product.weights}
     return protected | {id(getattr(layer, "weight", None)) for layer in _find_heads(model) if type(layer) in FACTORIZED}
 
 
 def _refuse_factors(model: nn.Module, layers: dict[str, Any]) -> None:
-    """Layers whose weights somebody registered as a product's: without them it could not be found any more. Those of
-    attention, which come first, are found anew."""
-    registered = find_products(model)[len(factor_pairs(model)) :]
-    owners = {id(weight): product.name for product in registered for weight in product.weights}
+    """Layers whose weights somebody registered as a product's: without them it could not be found any more."""
+    owners = {id(weight): product.name for product in registered_products(model) for weight in product.weights}
     for name, layer in layers.items():
         if id(layer.weight) in owners:
             raise ValueError(
-                f"{name}: its weight is a factor of the product {owners[id(layer.weight)]} (register_product), which "
+                f"{name}: its weight is a factor of the product {owners[id(layer.weight)]}, which was registered and "
                 "would lose it: exclude the layer"
             )
 

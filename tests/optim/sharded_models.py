@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FnlBertModel, register_product
+from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FnlBertModel, register_attention, register_product
 from tests.conftest import DIMENSIONS
 
 
@@ -60,6 +60,29 @@ def all_kinds(**modules):
         deep=product("deep", (7, 2), (2, 3), (3, 5)),
         grouped=product("deep", (7, 15), (15, 2), (10, 4), num_heads=5),
         **modules,
+    )
+
+
+def attention(query, key, value, output, num_heads, **kwargs):
+    """Linear layers with weights of these shapes, those of an attention; None for rows of the weight before."""
+    shapes = [shape for shape in (query, key, value, output) if shape]
+    layers = nn.Sequential(*(nn.Linear(*reversed(shape), bias=False) for shape in shapes))
+    places = [0, int(key is not None), int(key is not None) + int(value is not None), len(shapes) - 1]
+    register_attention(layers, *(f"{place}.weight" for place in places), num_heads=num_heads, **kwargs)
+    return layers
+
+
+def attention_kinds():
+    """Fused, of shared keys, rotated, beside a pair of another kind; heads straddle 2 and 3 processes.
+
+    With ``decay_rotary=False`` queries and keys of "fused" are left to weight decay.
+    """
+    return assembled(
+        fused=attention((45, 8), None, None, (6, 15), 5, rotary="halves", rotary_size=2),
+        by_head=attention((24, 7), None, None, (5, 12), 4, num_key_value_heads=2, by_head=True),
+        shared=attention((24, 8), (12, 7), (10, 7), (8, 20), 4, num_key_value_heads=2, rotary="interleaved"),
+        one_key=attention((15, 8), (3, 8), (2, 8), (8, 10), 5, num_key_value_heads=1),
+        pair=product("qk", (15, 8), (15, 6), num_heads=5),
     )
 
 

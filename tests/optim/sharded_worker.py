@@ -22,12 +22,22 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from fnl_hf import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, find_products, frobenius_param_groups
+from fnl_hf import (
+    FrobeniusAdamW,
+    FrobeniusLamb,
+    FrobeniusMuon,
+    FrobeniusSGD,
+    Lamb,
+    find_products,
+    frobenius_param_groups,
+    muon_param_groups,
+)
 from fnl_hf.optim import sharding
 from tests.conftest import DIMENSIONS
 from tests.optim.sharded_models import (
     all_kinds,
     assembled,
+    attention_kinds,
     bert,
     convolutions,
     difference,
@@ -50,6 +60,10 @@ OPTIMIZERS = {
     "lamb": partial(FrobeniusLamb, lr=1e-2),  # fused
     "lamb_in_trust_ratio": partial(FrobeniusLamb, lr=1e-2, decay="in_trust_ratio", foreach=True),
 }
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["muon"] = partial(FrobeniusMuon, lr=1e-2, fused=True)
+    OPTIMIZERS["muon_per_head"] = partial(FrobeniusMuon, lr=1e-2, adamw_lr=1e-3, per_head=True)
+MUON = ("muon",) if hasattr(torch.optim, "Muon") else ()
 FEWER = ("sgd", "lamb", "lamb_in_trust_ratio")  # coupled, decoupled and inside the trust ratio
 ENTRIES = ("name", "product", "num_heads", "frobenius_decay", "weight_decay", "lr")
 
@@ -79,7 +93,8 @@ def run(model, optimizer, steps, idle=()):
 
 
 def optimizer_of(model, name, decay=FROBENIUS_DECAY):
-    return OPTIMIZERS[name](frobenius_param_groups(model, WEIGHT_DECAY, decay))
+    make_groups = muon_param_groups if name.startswith("muon") else frobenius_param_groups
+    return OPTIMIZERS[name](make_groups(model, WEIGHT_DECAY, decay))
 
 
 def trained(model, name, steps=STEPS, decay=FROBENIUS_DECAY, idle=()):
@@ -154,6 +169,49 @@ def equal(name, folder):
     return {"difference": difference(decayed, trained(shard(model), name)), "effect": min(effects)}
 
 
+@check_each("adamw_fused", *FEWER)
+def attention_views(name, folder):
+    """Factors that are parts of parameters: all of them decayed, or those that are not rotated."""
+    model, found = attention_kinds(), {}
+    for rotary in (True, False):
+
+        def trained_with(decay, model, rotary=rotary):
+            groups = frobenius_param_groups(model, WEIGHT_DECAY, decay, decay_rotary=rotary)
+            return run(model, OPTIMIZERS[name](groups), range(FEWER_STEPS))
+
+        decayed, plain = (trained_with(decay, copy.deepcopy(model)) for decay in (FROBENIUS_DECAY, 0.0))
+        cut = shard(copy.deepcopy(model))
+        names = [product.name for product in find_products(cut)]
+        assert names == [product.name for product in find_products(model)]
+        found[f"rotary {rotary}"] = difference(decayed, trained_with(FROBENIUS_DECAY, cut))
+        others = ("fused", "shared")  # whose queries and keys are rotated
+        found[f"effect {rotary}"] = min(
+            value for weight, value in differences(decayed, plain).items() if rotary or not weight.startswith(others)
+        )
+    return found
+
+
+@check
+def attention_views_under_ddp(folder):
+    """torch's own attention, each process with its own data: replicas are equal to the last bit."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(15, 3, 7, dropout=0.0, batch_first=True)
+    model = DistributedDataParallel(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    optimizer = optimizer_of(model.module, "adamw")
+    kinds = [product.kind for product in find_products(model)]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(3):
+        model(torch.randn(2, 4, 15, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    equal = True
+    for parameter in model.parameters():
+        copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, parameter.detach())
+        equal &= all(torch.equal(copies[0], other) for other in copies)
+    return {"equal": equal, "kinds": kinds}
+
+
 @check
 def plain_lamb_clips(folder):
     """Lamb with clipped gradients; ``effect``: that of the clipping."""
@@ -220,7 +278,8 @@ def rank_cut(kind, folder):
 @check_each("rows", "rank", "kernel")
 def convolutions_cut(name, folder):
     """(c_out, r, k, 1) and (r, c_in, 1, k): cut along dimension 0, along the first one's rank, along its kernel."""
-    return sharding_errors(convolutions(), along={"rows": {}, "rank": {"0.weight": 1}, "kernel": {"0.weight": 2}}[name])
+    along = {"rows": {}, "rank": {"0.weight": 1}, "kernel": {"0.weight": 2}}[name]
+    return sharding_errors(convolutions(), (*FEWER, *MUON), along=along)
 
 
 @check_each("replicate", "shard")
@@ -317,11 +376,14 @@ def backward_through_fsdp2(folder):
 # Checkpoints
 
 
-@check_each(*(f"{name}-{direction}" for name in ("adamw", "sgd", "lamb") for direction in ("gathering", "scattering")))
+@check_each(
+    *(f"{name}-{direction}" for name in ("adamw", "sgd", "lamb", *MUON) for direction in ("gathering", "scattering"))
+)
 def checkpoint(case, folder):
     """Written sharded and read unsharded ("gathering") or the other way round, then trained on, beside the first."""
     name, direction = case.split("-")
-    first, second = (seeded(all_kinds(model=language_model()), seed) for seed in (0, 1))  # it has tied parameters
+    models = (all_kinds(model=language_model(), attention=attention_kinds()) for _ in (0, 1))  # it has tied parameters
+    first, second = (seeded(model, seed) for seed, model in enumerate(models))
     shard(first if direction == "gathering" else second)
     optimizer, other = optimizer_of(first, name), optimizer_of(second, name, decay=0.9)
     run(first, optimizer, range(3))

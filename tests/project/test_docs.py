@@ -136,6 +136,8 @@ def names_of_the_reader():
         "block": nn.ModuleDict(factors),
         "net": nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 5, 1)),
         "adapter": nn.ModuleDict(factors),
+        "attention": nn.ModuleDict({name: nn.Linear(24, 24) for name in ("wq", "wk", "wv", "wo")}),
+        "fused": nn.ModuleDict({"qkv": nn.Linear(24, 72), "wo": nn.Linear(24, 24)}),
         "questions": ["Who wrote it?", "Who?"],
         "contexts": ["It was written by Ada Lovelace.", "Ada Lovelace wrote it."],
     }
@@ -173,6 +175,8 @@ def run_command(line, page):
 
 
 def run_block(block, page, names):
+    if "FrobeniusMuon(" in block.text and not hasattr(torch.optim, "Muon"):
+        return  # it came with torch 2.9
     if block.language == "python":
         if "sentence_transformers" not in block.text or find_spec("sentence_transformers"):
             exec(compile("\n" * block.line + block.text, page, "exec"), names)

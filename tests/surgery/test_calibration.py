@@ -257,6 +257,20 @@ def test_ranks_go_where_a_parameter_saves_most(ratio, a, b, expected):
     assert choose_ranks(layers, FactorizationConfig(target_ratio=ratio), losses=losses_of(a, b)) == expected
 
 
+def test_ranks_of_large_layers_go_in_steps_of_eight():
+    """96 x 64: 160 parameters a direction. The second step of b saves more than the second of a, its first less."""
+    layers = {"a": nn.Linear(64, 96, bias=False), "b": nn.Linear(64, 96, bias=False)}
+    losses = losses_of([9.0] * 8 + [1.0] * 56, [8.0] * 8 + [2.0] * 8 + [0.0] * 48)
+    for left, expected in (
+        (16, {"a": 8, "b": 8}),
+        (23, {"a": 8, "b": 8}),
+        (24, {"a": 8, "b": 16}),
+        (8, {"a": 1, "b": 1}),
+    ):
+        config = FactorizationConfig(target_ratio=left * 160 / (2 * 64 * 96))
+        assert choose_ranks(layers, config, losses=losses) == expected
+
+
 def test_energy_of_calibrated_layers_is_that_of_their_losses():
     layers = dict(Two().named_children())
     losses = losses_of([90, 5, 2, 1, 1, 1], [4, 3, 2, 1])

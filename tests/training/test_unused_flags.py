@@ -109,6 +109,11 @@ CASES = [
     ("pretrain", "attention_init", "--attention_init spectral --model_name_or_path m", "--attention_init spectral"),
     ("pretrain", "factorize_target_ratio", "--factorize_target_ratio 0.3",
      "--factorize_target_ratio 0.3 --factorize_at_step 0.2"),
+    ("pretrain", "factorize_target_ratio", "--factorize_target_ratio 0.3 --factorize_at_step 0.2 --factorize_mode wide",
+     "--factorize_target_ratio 0.3 --factorize_at_step 0.2"),
+    ("pretrain", "factorize_mode", "--factorize_mode wide", "--factorize_mode wide --factorize_at_step 0.2"),
+    ("pretrain", "factorize_init", "--factorize_init ones", "--factorize_init ones --factorize_at_step 0.2"),
+    ("pretrain", "factorize_include", "--factorize_include q", "--factorize_include q --factorize_at_step 0.2"),
     ("pretrain", "sparse_last_layer", "--sparse_last_layer true --sparse_prediction false", "--sparse_last_layer true"),
 ]  # fmt: skip
 
@@ -167,7 +172,7 @@ def test_decay_of_a_model_without_products(tmp_path, dimensions, caplog):
         assert caplog.text == ""
         warn_of_unused_decay(argv, args, torch.nn.Linear(3, 2))
     said = [record.getMessage() for record in caplog.records]
-    remedy = "changes nothing here: it counts with a model with products: BERT's attention, factorized layers"
+    remedy = "changes nothing here: it counts with a model with products: attention, factorized layers"
     assert said == [f"--frobenius_decay (0.123) {remedy}", f"--decay_mode (weight) {remedy}"]
 
 
