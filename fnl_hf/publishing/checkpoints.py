@@ -24,7 +24,10 @@ IN_PYTHON = (
 COMPANIONS = (
     "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.jinja",
-    "sentence_bert_config.json", "config_sentence_transformers.json",
+    "config_sentence_transformers.json", "sentence_bert_config.json", *(
+        f"sentence_{kind}_config.json"  # before sentence_bert_config.json was for all
+        for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    ),
 )  # fmt: skip
 MODULES_FILE = "modules.json"  # of sentence-transformers: the modules after the model, each in a folder of its own
 MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")

@@ -31,7 +31,7 @@ MODEL = (
     *("factorized_layers.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
     *("sentencepiece.bpe.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "processor_config.json", "preprocessor_config.json"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*"),
+    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*"),
     *("training_args.bin", STATE_FILE, "README.md", "training_report.png"),
 )
 SHOWN = 3  # names in a message

@@ -238,7 +238,8 @@ def test_processors_come_along(tmp_path):
 
 @pytest.mark.parametrize("on_hub", [False, True])
 def test_sentence_transformers_stay_usable(checkpoint, tmp_path, monkeypatch, on_hub):
-    names = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+    names = ("modules.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+    names += tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "xlm-roberta"))
     (checkpoint / "1_Pooling").mkdir()
     for name in names:
         (checkpoint / name).write_text(json.dumps({"of": name}))

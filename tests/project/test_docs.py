@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,18 @@ import transformers
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    TrainingArguments,
+)
 
+import run_pretrain
 import run_squad
 from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering
 from fnl_hf.commands import cli
@@ -44,6 +55,19 @@ LEFT = {
     "docs/index.md": ["my-bert/spectra.png", "served/model.safetensors"],
     "docs/conversion.md": ["my-bert/spectra.png", "served/model.safetensors", "my-bert-squad.onnx"],
     "docs/squad.md": ["answers.tsv"],
+}
+LAUNCHED = ("docs/compress_and_serve.md",)  # pages whose training is run, for a few steps, and not parsed alone
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+KINDS = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+MODULES = [
+    {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+    for index, (path, kind) in enumerate(KINDS.items())
+]
+ENCODER_FILES = {
+    "modules.json": MODULES,
+    "1_Pooling/config.json": {"word_embedding_dimension": 42, "pooling_mode_mean_tokens": True},
+    "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
+    "config_sentence_transformers.json": {"__version__": {"sentence_transformers": "2.0.0"}},
 }
 
 
@@ -76,10 +100,14 @@ def models(tmp_path_factory):
     small = FnlBertConfig(**sizes, hidden_size=42, num_attention_heads=3, attention_embedding_size=21)
     made = {"google-bert/bert-base-uncased": BertForMaskedLM(BertConfig(**sizes))}
     made["FacebookAI/roberta-base"] = RobertaForMaskedLM(RobertaConfig(**sizes))
+    made[ENCODER] = BertModel(BertConfig(**sizes, hidden_size=42, num_attention_heads=3))
     made |= dict.fromkeys(("my-squad", "my-bert-squad"), FnlBertForQuestionAnswering(small))
     for name, model in made.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    (folder / ENCODER / "1_Pooling").mkdir()
+    for name, content in ENCODER_FILES.items():
+        (folder / ENCODER / name).write_text(json.dumps(content))
     return folder
 
 
@@ -98,6 +126,7 @@ def desk(models, hub, monkeypatch, tmp_path):
     shutil.copytree(models, folder)
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "text.txt").write_text("\n".join(SENTENCES * 3))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES * 40))
     qas = [{"id": "a", "question": "Who wrote it?"}, {"id": "b", "question": "When?"}]
     paragraphs = [{"context": "Ada Lovelace wrote it in 1843.", "qas": qas}]
     questions = {"version": "1.1", "data": [{"title": "it", "paragraphs": paragraphs}]}
@@ -125,13 +154,15 @@ def names_of_the_reader():
     }
 
 
-def parse_launch(words):
-    """The launcher's own arguments, then those of the script."""
+def parse_launch(words, is_run=False):
+    """The launcher's own arguments, then those of the script, which may be run, too."""
     launch = launch_command_parser().parse_args(words)
     assert launch.config_file is None or os.path.isfile(launch.config_file)
     words = [*launch.training_script_args, "--use_cpu", "true"]
     if launch.training_script == "run_pretrain.py":
         parse_arguments(PRETRAINING, words)
+        if is_run:
+            run_pretrain.run([*words, "--max_steps", "2", "--report_to", "none"])
     else:
         assert launch.training_script == "run_squad.py"
         *_, args = parse_arguments(run_squad.ARGUMENTS, words)
@@ -139,10 +170,10 @@ def parse_launch(words):
             parse_arguments(run_squad.ARGUMENTS, command)
 
 
-def run_command(line):
+def run_command(line, page):
     words = list(itertools.dropwhile(lambda word: re.match("[A-Z_]+=", word), shlex.split(line, comments=True)))
     if words[:2] == ["accelerate", "launch"]:
-        parse_launch(words[2:])
+        parse_launch(words[2:], page in LAUNCHED)
     elif words[0] == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
     else:
@@ -158,16 +189,17 @@ def run_block(block, page, names):
     if "FrobeniusMuon(" in block.text and not hasattr(torch.optim, "Muon"):
         return  # it came with torch 2.9
     if block.language == "python":
-        exec(compile("\n" * block.line + block.text, page, "exec"), names)
+        if "sentence_transformers" not in block.text or find_spec("sentence_transformers"):
+            exec(compile("\n" * block.line + block.text, page, "exec"), names)
     elif block.language == "bash":
         for line in block.text.replace("\\\n", " ").splitlines():
-            run_command(line)
+            run_command(line, page)
     else:  # formulas, and directives, which the site's build carries out
         assert block.language == "text" or block.language.startswith("{"), block
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the Hub's client
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in LAUNCHED])
 def test_every_block_runs(page, desk, hub):
     names = names_of_the_reader()
     for block in blocks_of(page):
@@ -177,6 +209,30 @@ def test_every_block_runs(page, desk, hub):
         assert Path(path).stat().st_size, path
     if page == "README.md":
         assert hub.repositories["me/my-bert-squad"].private
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_end_of_the_road_is_what_sentence_transformers_computes(desk, hub):
+    """The page's function on the page's file, by the pooling that its folder names, in torch; and by their class."""
+    page, names = "docs/compress_and_serve.md", {}
+    for block in blocks_of(page):
+        run_block(block, page, names)
+    assert {name: json.loads(Path("encoder", name).read_text()) for name in ENCODER_FILES} == ENCODER_FILES
+    texts = ["Who wrote it?", "It was written by Ada Lovelace.", "No."]
+    model, tokenizer = AutoModel.from_pretrained("encoder").eval(), AutoTokenizer.from_pretrained("encoder")
+    rows = []
+    for text in texts:
+        with torch.no_grad():
+            mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+        rows.append(mean / mean.norm())
+    found = torch.from_numpy(names["embed"](texts)).float()
+    torch.testing.assert_close(found, torch.stack(rows), atol=1e-5, rtol=0)
+    int8 = torch.from_numpy(names["load"]("encoder", "model_int8.onnx")(texts)).float()
+    assert 0.95 < (found * int8).sum(dim=1).min() < 1
+    sizes = [Path("encoder", "onnx", name).stat().st_size for name in ("model_int8.onnx", "model.onnx")]
+    assert sizes[0] < sizes[1] and Path("encoder-dense", "1_Pooling", "config.json").exists()
+    if find_spec("sentence_transformers"):
+        torch.testing.assert_close(torch.from_numpy(names["embeddings"]), torch.stack(rows[:2]), atol=1e-5, rtol=0)
 
 
 def test_flags_exist():
