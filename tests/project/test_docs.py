@@ -37,6 +37,7 @@ from transformers import (
 
 import run_pretrain
 import run_squad
+import studies.__main__
 from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering
 from fnl_hf.commands import cli
 from fnl_hf.data.tokenizer import train_tokenizer
@@ -238,11 +239,12 @@ def test_the_end_of_the_road_is_what_sentence_transformers_computes(desk, hub):
 def test_flags_exist():
     scripts = {name for kind in (*PRETRAINING, *run_squad.ARGUMENTS) for name in kind.__dataclass_fields__}
     commands = next(action for action in cli.build_parser()._actions if action.choices).choices.values()
-    known = scripts | {flag.lstrip("-") for parser in commands for flag in parser._option_string_actions}
+    parsers = [*commands, studies.__main__.build_parser()]
+    known = scripts | {flag.lstrip("-") for parser in parsers for flag in parser._option_string_actions}
     spans = [span for page in PAGES for span in re.findall(r"`([^`\n]*--[^`]*)`", text_of(page))]
     named = {flag for span in spans if "benchmarks/" not in span for flag in re.findall(r"--(\w+)", span)}
     others = {"num_processes", "num_cpu_threads_per_process", "nproc_per_node", "signal"}  # of launchers and SLURM
-    others |= {"quiet", "training_step", "arms", "render", "flag"}  # of a launcher, of benchmarks, a stand-in
+    others |= {"quiet", "training_step", "render", "flag"}  # of a launcher, of benchmarks, a stand-in
     assert len(named) > 40 and named - known == others
 
 
