@@ -34,11 +34,11 @@ from torch.nn.utils import prune
 from transformers import AutoModel
 
 from fnl_hf import FactorizationConfig, factorize
+from fnl_hf.bert.moments import LayerMoments
 from fnl_hf.commands.calibration import calibration_batches
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.layers import FactorizedLayer
 from fnl_hf.squad.features import read_squad_file
-from fnl_hf.surgery.calibration import LayerMoments
 
 ENCODER = ("encoder.*",)  # patterns of the layers that are made smaller
 LATENCY_SHAPES = ((1, 128), (32, 128))
@@ -112,22 +112,23 @@ def in_int8(model):
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
 
 
-def without_outputs(name, config, calibration):
+def without_outputs(model, config, calibration):
     """Calibrated by the moments of the inputs alone, which leaves ranks in proportion."""
 
     def leave_out(moments, gradient):
-        moments.outputs = torch.zeros(1, gradient.shape[-1], gradient.shape[-1])
+        groups, _, outputs = moments._gradient_rows(gradient).shape
+        moments.outputs = torch.zeros(groups, outputs, outputs)
 
     with mock.patch.object(LayerMoments, "add_gradients", leave_out):
-        return factorize(load(name), config, calibration)
+        return factorize(model, config, calibration)
 
 
-def at_equal_ranks(name, plain, calibration):
+def at_equal_ranks(model, plain, calibration):
     """Calibrated, with the ranks of a plain factorization."""
     ranks = {
         layer_name: layer.rank for layer_name, layer in plain.named_modules() if isinstance(layer, FactorizedLayer)
     }
-    return factorize(load(name), FactorizationConfig(ranks=ranks), calibration)
+    return factorize(model, FactorizationConfig(ranks=ranks), calibration)
 
 
 def candidates(name, ratios, calibration, folders, with_ablations):
@@ -140,9 +141,9 @@ def candidates(name, ratios, calibration, folders, with_ablations):
         models[f"{ratio}: plain SVD"] = factorize(load(name), config)
         models[f"{ratio}: calibrated"] = factorize(load(name), config, calibration)
         if with_ablations:
-            models[f"{ratio}: calibrated, inputs alone"] = without_outputs(name, config, calibration)
+            models[f"{ratio}: calibrated, inputs alone"] = without_outputs(load(name), config, calibration)
             plain = models[f"{ratio}: plain SVD"]
-            models[f"{ratio}: calibrated, ranks in proportion"] = at_equal_ranks(name, plain, calibration)
+            models[f"{ratio}: calibrated, ranks in proportion"] = at_equal_ranks(load(name), plain, calibration)
         models[f"{ratio}: magnitude pruning"] = pruned(original, ratio)
     return models | {folder: load(folder) for folder in folders}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How close a truncated BERT is to the original: plain SVD of the weights against SVD weighted by activations.
+"""How close a truncated BERT is to the original: plain SVD of the weights against calibrated.
 
     .venv/bin/python benchmarks/conversion.py --model M --calibration_file train.jsonl --held_out_file held_out.jsonl
 
@@ -66,12 +66,12 @@ def main():
     held_out = list(calibration_batches(tokenizer, args.held_out_file, args.held_out_samples, args.max_seq_length))
     print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{args.calibration_samples} documents to calibrate, {args.held_out_samples} held out\n")
-    print("| E | parameters | cosine, plain SVD | whitened SVD | 5% quantile | whitened | to_bert() differs by |")
+    print("| E | parameters | cosine, plain SVD | calibrated | 5% quantile | calibrated | to_bert() differs by |")
     print("|---|---|---|---|---|---|---|")
     for size in args.attention_embedding_size:
-        plain, whitened = (FnlBertModel.from_bert(original, size, batches) for batches in (None, calibration))
-        means = [cosine(model, original, held_out) for model in (plain, whitened)]
-        back = max(largest_difference(model.to_bert(), model, held_out[:2]) for model in (plain, whitened))
+        plain, calibrated = (FnlBertModel.from_bert(original, size, batches) for batches in (None, calibration))
+        means = [cosine(model, original, held_out) for model in (plain, calibrated)]
+        back = max(largest_difference(model.to_bert(), model, held_out[:2]) for model in (plain, calibrated))
         cells = [f"{value:.3f}" for figures in zip(*means) for value in figures]
         print(f"| {size} | {plain.num_parameters():,} | {' | '.join(cells)} | {back:.1e} |", flush=True)
 

@@ -12,7 +12,8 @@ Compared are
   tensors and into preallocated ones) and with the way of the published code: one module at a time, each factor's
   gradient written to a buffer of its own and subtracted from the factor;
 - FrobeniusAdamW with torch's fused AdamW; Lamb and FrobeniusLamb with pytorch_optimizer's Lamb (the faster of its two
-  ways, over all parameters at once or one at a time);
+  ways, over all parameters at once or one at a time); FrobeniusMuon with torch's Muon and AdamW side by side, with each
+  head by itself, and with AdamW alone;
 - with ``--training_step`` the decay with a whole training step.
 """
 
@@ -26,7 +27,16 @@ import time
 
 import torch
 
-from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, FrobeniusAdamW, FrobeniusLamb, Lamb, frobenius_param_groups
+from fnl_hf import (
+    FnlBertConfig,
+    FnlBertForMaskedLM,
+    FrobeniusAdamW,
+    FrobeniusLamb,
+    FrobeniusMuon,
+    Lamb,
+    frobenius_param_groups,
+    muon_param_groups,
+)
 from fnl_hf.bert.factorization import RANK_DIMS, head_rows
 from fnl_hf.optim.base import decay_products_
 from fnl_hf.training.models import preset_config
@@ -144,11 +154,29 @@ def other_lamb(*args, **kwargs):
     return Lamb(*args, **kwargs)
 
 
+class MuonAndAdamW:
+    """torch's two optimizers, as one has them without FrobeniusMuon."""
+
+    def __init__(self, groups):
+        by_rule = {True: [], False: []}
+        for group in groups:
+            by_rule[group["use_muon"]].append({"params": group["params"], "weight_decay": group["weight_decay"]})
+        self.muon = torch.optim.Muon(by_rule[True], lr=LR, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(by_rule[False], lr=LR, fused=True)
+
+    def step(self):
+        self.muon.step()
+        self.adamw.step()
+
+
 def optimizer_candidates(model):
     """kind -> name -> function that makes the optimizer, ours first."""
 
     def groups():
         return frobenius_param_groups(model, DECAY)
+
+    def muon(**options):
+        return FrobeniusMuon(muon_param_groups(model, DECAY), lr=LR, fused=True, **options)
 
     plain = {"lr": LR, "weight_decay": DECAY}
     return {
@@ -164,6 +192,12 @@ def optimizer_candidates(model):
             "pytorch_optimizer's Lamb, one at a time": lambda: other_lamb(
                 lamb_groups(model), **plain, weight_decouple=False, foreach=False
             ),
+        },
+        "Muon": {
+            "FrobeniusMuon": muon,
+            "FrobeniusMuon, per head": lambda: muon(per_head=True),
+            "torch's Muon, and its AdamW for the rest": lambda: MuonAndAdamW(muon_param_groups(model, DECAY)),
+            "torch's AdamW, fused": lambda: torch.optim.AdamW(model.parameters(), **plain, fused=True),
         },
         "LAMB with decay": {
             "FrobeniusLamb": lambda: FrobeniusLamb(groups(), lr=LR, max_grad_norm=None),

@@ -27,7 +27,15 @@ from fnl_hf.bert.modeling_fnl_bert import (
 )
 from fnl_hf.errors import UserInputError
 from fnl_hf.layers import FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
-from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups
+from fnl_hf.optim import (
+    FrobeniusAdamW,
+    FrobeniusLamb,
+    FrobeniusMuon,
+    FrobeniusSGD,
+    Lamb,
+    frobenius_param_groups,
+    muon_param_groups,
+)
 from fnl_hf.products.diagnostics import diagnose_products
 from fnl_hf.products.discovery import find_products, register_attention, register_product
 from fnl_hf.surgery.checkpoints import load_factorized, record_layers, save_factorized
@@ -70,6 +78,7 @@ __all__ = [
     "FnlBertSelfAttention",
     "FrobeniusAdamW",
     "FrobeniusLamb",
+    "FrobeniusMuon",
     "FrobeniusSGD",
     "Lamb",
     "RANK_DIMS",
@@ -84,6 +93,7 @@ __all__ = [
     "frobenius_param_groups",
     "load_factorized",
     "merge",
+    "muon_param_groups",
     "product_norms",
     "record_layers",
     "register_attention",

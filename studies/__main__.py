@@ -11,6 +11,7 @@ from studies.definitions import load_studies
 from studies.records import read_lines
 from studies.runner import Runner, done_of
 from studies.study import RESULTS, WORK, Run, Study, identity, runs_of
+from studies.verdicts import Outcome
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,6 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("name", nargs="?", help="the study")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the study's, tuning seeds among them")
     parser.add_argument("--arms", default="*", metavar="PATTERN", help="as 'E128/weight-*'; default: all")
+    parser.add_argument(
+        "--chosen", action="store_true", help="of several arms of which the best is compared only that one"
+    )
     parser.add_argument("--workers", type=int, help="runs side by side, one thread each; default: 2, on one core 1")
     parser.add_argument("--minutes", type=float, help="stop after so many; the runs at work go on the next time")
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and run nothing")
@@ -45,6 +49,9 @@ def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None, studies
         parser.error(f"--minutes ({args.minutes}) must be above 0")
     if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
         parser.error(f"--seeds ({' '.join(map(str, args.seeds))}) must be different ones of at least 0")
+    lacking = [] if args.name is None or args.list else studies[args.name].lacking_places()
+    if lacking:
+        parser.error(f"{args.name} needs the environment variables {', '.join(lacking)}, which name its files")
     if args.name is not None and not studies[args.name].names(args.arms):
         parser.error(f"--arms {args.arms}: no such arm of {args.name}: {', '.join(studies[args.name].names())}")
     return args
@@ -82,6 +89,9 @@ def main(
     for name in [args.name] if args.name else studies:
         study, file = studies[name], results / f"{name}.jsonl"
         runs = runs_of(name, study, args.seeds, args.arms)
+        if args.chosen:
+            chosen = Outcome(name, study, read_lines(file)).compared_arms()
+            runs = [run for run in runs if run.arm in chosen]
         print(f"{name}: {study.question}\n  {outlook(runs, file, args.workers)}", file=sys.stderr, flush=True)
         if not args.list:
             return Runner(study, runs, file, work, args.workers, args.minutes).run()

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from studies.study import ROOT, Run
 
 CURVE_STEPS = 500  # at least so many between two points of a curve
+SCORES = ("eval_loss", "eval_validation_accuracy", "eval_f1")  # whose courses are kept
 NORMS = "norms/"
 
 
@@ -62,12 +64,15 @@ def record_of(run: Run, folder: Path, seconds: float, revision: str | None) -> d
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
         "metrics": {name: value for name, value in results.items() if isinstance(value, int | float)},
-        "curves": {"eval_loss": curve(history, "eval_loss")},
+        "curves": {
+            **{name: points for name in SCORES if (points := curve(history, name))},
+            "norms": norm_curves(history),
+        },
         "norms": last_norms(history),
     }
 
 
-def curve(history: list[dict[str, Any]], key: str) -> list[list[float]]:
+def curve(history: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
     """[step, value] of a logged quantity, no closer than ``CURVE_STEPS``, and the last."""
     points = {entry["step"]: [entry["step"], _rounded(entry[key])] for entry in history if key in entry}
     kept: list[list[float]] = []
@@ -77,15 +82,34 @@ def curve(history: list[dict[str, Any]], key: str) -> list[list[float]]:
     return kept
 
 
-def last_norms(history: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """{kind: {diagnostic: mean over the products}} of the last log of them."""
-    logs = [entry for entry in history if any(key.startswith(NORMS) for key in entry)]
+def mean_norms(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """{kind: {diagnostic: mean over the products}} of a log; ``tightness`` is that of the norm over its bound."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for key, value in logs[-1].items() if logs else ():
+    for key, value in entry.items():
         if key.startswith(NORMS):
-            _, kind, _, diagnostic = key.split("/")
+            _, kind, name, diagnostic = key.split("/")
             found[kind][diagnostic].append(value)
+            if diagnostic == "nuclear":
+                found[kind]["tightness"].append(value / (entry[f"{NORMS}{kind}/{name}/bound"] or 1.0))
     return {kind: {name: _rounded(fmean(values)) for name, values in of.items()} for kind, of in found.items()}
+
+
+def last_norms(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Those of the last log that has any."""
+    return next(filter(None, map(mean_norms, reversed(history))), {})
+
+
+def norm_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
+    """{kind: {diagnostic: curve}}."""
+    rows: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    for entry in history:
+        for kind, norms in mean_norms(entry).items():
+            for name, value in norms.items():
+                rows[kind, name].append({"step": entry["step"], name: value})
+    curves: dict[str, dict[str, list[list[float]]]] = defaultdict(dict)
+    for (kind, name), logged in rows.items():
+        curves[kind][name] = curve(logged, name)
+    return dict(curves)
 
 
 def _rounded(value: float) -> float:

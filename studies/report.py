@@ -9,7 +9,7 @@ from studies.definitions import load_studies
 from studies.intervals import Difference, paired_difference
 from studies.plots import plot_study
 from studies.records import read_lines
-from studies.study import RESULTS, ROOT, Study
+from studies.study import RESULTS, ROOT, Comparison, Study
 from studies.verdicts import UNKNOWN, Outcome
 
 HEAD = """# Results
@@ -23,9 +23,11 @@ Differences are paired: of runs with the same seed. In brackets is their 95% int
 the number of comparisons. A fixed rule judges them: one arm is *as good* as the other if the interval lies within ± the
 difference that would count; else it is *better* or *worse* if the interval lies on one side of zero; else that *cannot
 be told at this scale*. What could have been seen is the difference that such a test finds with a probability of 80%.
-Where the best of several arms is compared, it was chosen on seeds that are not reported.
+Where the best of several arms is compared, it was chosen on seeds that are not reported; `--chosen` runs the reported
+ones for it alone, and arms without any are left out here.
 """
 DASH = "–"
+CLAIM_HEADER = ["verdict", "difference", "mean [95% interval]", "seeds", "could have been seen"]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -33,37 +35,61 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± sample standard deviation."""
     if not values:
         return DASH
     return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def interval(difference: Difference | None) -> str:
+def interval(difference: Difference | None, digits: int) -> str:
     if difference is None:
         return DASH
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]".replace("-", "−")
+    mean, low, high = (f"{value:+.{digits}f}" for value in (difference.mean, difference.low, difference.high))
+    return f"{mean} [{low}, {high}]".replace("-", "−")
 
 
-def detectable(difference: Difference | None) -> str:
-    return DASH if difference is None else f"{difference.detectable:.3f}"
+def detectable(difference: Difference | None, digits: int) -> str:
+    return DASH if difference is None else f"{difference.detectable:.{digits}f}"
 
 
 def claims_table(outcomes: Sequence[Outcome]) -> str:
-    rows = []
+    """What becomes of the article's claims; those that nothing is recorded for are named below it."""
+    rows, waiting = [], []
     for outcome in outcomes:
-        for comparison in outcome.study.comparisons:
+        for comparison in (comparison for comparison in outcome.study.comparisons if comparison.article):
+            if not outcome.lines:
+                waiting.append(f"- {comparison.claim} ([{outcome.name}](#{outcome.name}))")
+                continue
             for group in outcome.study.arms:
-                arm, reference, difference = outcome.compare(group, comparison)
-                pair = f"{arm} − {reference}" if arm and reference else DASH
                 study = f"[{outcome.name}](#{outcome.name}), {group}"
-                verdict = outcome.claim(comparison, difference)
-                seen = detectable(difference)
-                count = DASH if difference is None else str(difference.count)
-                rows.append([comparison.claim, study, f"**{verdict}**", pair, interval(difference), count, seen])
-    header = ["claim", "study", "verdict", "difference", "mean [95% interval]", "seeds", "could have been seen"]
-    return table(header, rows)
+                rows.append([comparison.claim, study, *claim_cells(outcome, group, comparison)])
+    parts = [table(["the article's claim", "study", *CLAIM_HEADER], rows)] if rows else []
+    if waiting:
+        parts += ["Not run yet:", "\n".join(waiting)]
+    return "\n\n".join(parts)
+
+
+def comparisons_table(outcome: Outcome) -> str:
+    rows = [
+        [comparison.claim, group, *claim_cells(outcome, group, comparison)]
+        for comparison in outcome.study.comparisons
+        for group in outcome.study.arms
+    ]
+    return table(["claim", "", *CLAIM_HEADER], rows)
+
+
+def claim_cells(outcome: Outcome, group: str, comparison: Comparison) -> list[str]:
+    """Below ``CLAIM_HEADER``."""
+    arm, reference, difference = outcome.compare(group, comparison)
+    digits = outcome.study.digits
+    return [
+        f"**{outcome.claim(comparison, difference)}**",
+        f"{arm} − {reference}" if arm and reference else DASH,
+        interval(difference, digits),
+        DASH if difference is None else str(difference.count),
+        detectable(difference, digits),
+    ]
 
 
 def answer(outcome: Outcome) -> str:
@@ -75,10 +101,10 @@ def answer(outcome: Outcome) -> str:
         if difference is None:
             parts.append(f"{group}: {said}")
             continue
-        found = f"a difference of {interval(difference)} on {difference.count} seeds"
+        found = f"a difference of {interval(difference, outcome.study.digits)} on {difference.count} seeds"
         if said == UNKNOWN:
             verdict = f"whether {arm} is better than {reference} {said}"
-            found += f", where {difference.detectable:.3f} could have been seen"
+            found += f", where {detectable(difference, outcome.study.digits)} could have been seen"
         elif said == "same":
             verdict = f"{arm} is as good as {reference} within ± {outcome.study.effect:g}"
         else:
@@ -89,16 +115,21 @@ def answer(outcome: Outcome) -> str:
 
 def arms_table(outcome: Outcome, group: str) -> str:
     study = outcome.study
-    measures = [(f"{title} {part}", path) for title, parts in study.measures.items() for part, path in parts.items()]
+    measures = [
+        (f"{title} {part}".strip(), path) for title, parts in study.measures.items() for part, path in parts.items()
+    ]
     reference = outcome.values(f"{group}/{study.reference}")
     rows = []
     for name in study.arms[group]:
         values = outcome.values(f"{group}/{name}")
+        if not values:
+            continue
         difference = paired_difference(values, reference) if name != study.reference else None
-        row = [name, spread(list(values.values())), str(len(values)), interval(difference), detectable(difference)]
+        row = [name, spread(list(values.values()), study.digits), str(len(values))]
+        row += [interval(difference, study.digits), detectable(difference, study.digits)]
         for _, path in measures:
             found = outcome.values(f"{group}/{name}", path)
-            row.append(f"{fmean(found.values()):.1f}" if found else DASH)
+            row.append(f"{fmean(found.values()):.3g}" if found else DASH)
         rows.append(row)
     header = [group, study.label, "seeds", f"minus {study.reference} [95% interval]", "could have been seen"]
     return table([*header, *(title for title, _ in measures)], rows)
@@ -119,17 +150,17 @@ def valleys_table(outcome: Outcome) -> str:
             within = [f"{place:g}" for place in sorted(means) if abs(means[place] - lowest) < study.effect]
             best = outcome.best([arm for _, arm in places])
             chosen = DASH if best is None else f"{study.flags(best)[axis]:g}"
-            loss = DASH if best is None else spread(list(outcome.values(best).values()))
-            rows.append([group, curve, chosen, loss, f"{lowest:.3f}", ", ".join(within)])
+            loss = DASH if best is None else spread(list(outcome.values(best).values()), study.digits)
+            rows.append([group, curve, chosen, loss, f"{lowest:.{study.digits}f}", ", ".join(within)])
     seeds = ", ".join(map(str, study.tuning_seeds))
-    header = ["", str(study.curve), f"{axis} chosen on seeds {seeds}", f"{study.label} there", "best mean",
+    header = ["", "arms", f"{axis} chosen on seeds {seeds}", f"{study.label} there", "best mean",
               f"{axis} within {study.effect} of it"]  # fmt: skip
     return table(header, rows)
 
 
 def origins(outcome: Outcome) -> str:
     """Command, seeds, machine, hours and versions of the recorded runs."""
-    lines = outcome.lines
+    lines = [line for line in outcome.lines if "copy_of" not in line]
     reported = sorted({line["seed"] for line in lines} - {*outcome.study.tuning_seeds})
     tuning = sorted({line["seed"] for line in lines} & {*outcome.study.tuning_seeds})
     machines = sorted({f"{line['machine']['cpu']}, {line['machine']['threads']} thread a run" for line in lines})
@@ -148,20 +179,25 @@ def origins(outcome: Outcome) -> str:
 def section(outcome: Outcome, docs: Path) -> str:
     study = outcome.study
     parts = [f"## {outcome.name}", study.question]
+    if study.costs:
+        from studies.costs import COST_HEADER, cost_rows  # imports torch, which nothing else here needs
+
+        parts.append(table(COST_HEADER, cost_rows(study.costs)))
     if not outcome.lines:
-        return "\n\n".join([*parts, "Not run yet.", command(outcome.name)]) + "\n"
+        return "\n\n".join([*parts, "Not run yet.", command(outcome)]) + "\n"
     picture = Path("results") / f"{outcome.name}.png"
     plot_study(outcome, docs / picture)
     parts += [f"**Answer.** {answer(outcome)}", f"What would count: {study.effect:g} in {study.label}."]
-    parts += [f"![{outcome.name}]({picture.as_posix()})"]
+    parts += [f"![{outcome.name}]({picture.as_posix()})", comparisons_table(outcome)]
     parts += [arms_table(outcome, group) for group in study.arms]
     if study.axis is not None:
         parts.append(valleys_table(outcome))
-    return "\n\n".join([*parts, origins(outcome), command(outcome.name)]) + "\n"
+    return "\n\n".join([*parts, origins(outcome), command(outcome)]) + "\n"
 
 
-def command(name: str) -> str:
-    return f"```bash\nmake studies STUDY={name}\n```"
+def command(outcome: Outcome) -> str:
+    places = "".join(f"{variable}=... " for variable in outcome.study.places.values())
+    return f"```bash\n{places}make studies STUDY={outcome.name}\n```"
 
 
 def render(studies: Mapping[str, Study], results: Path, docs: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from studies.records import append_line, git_revision, read_lines, record_of
-from studies.study import ROOT, Run, Study, identity
+from studies.study import ROOT, Run, Study, identity, twin_of
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 120.0  # for a process that was asked to end: it saves a checkpoint
@@ -30,11 +30,16 @@ TAIL_LINES = 6
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def command_of(script: str, run: Run, folder: Path) -> list[str]:
-    """The command line of a run; flags with several values are lists."""
-    flags: dict[str, Any] = {**run.flags, "seed": run.seed, "output_dir": folder}
+def command_of(study: Study, run: Run, folder: Path) -> list[str]:
+    """The command line of a run; flags with several values are lists.
+
+    Raises:
+        KeyError: an environment variable of ``study.places`` is not set.
+    """
+    places = {flag: os.environ[variable] for flag, variable in study.places.items()}
+    flags: dict[str, Any] = {**run.flags, **places, "seed": run.seed, "output_dir": folder}
     flags |= {"resume_from_checkpoint": "auto", "report_to": "none", "disable_tqdm": True}
-    words = [sys.executable, str(ROOT / script)]
+    words = [sys.executable, str(ROOT / study.script)]
     for name, value in flags.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
     return words
@@ -117,9 +122,11 @@ class Runner:
             tqdm(total=total, initial=total - len(waiting), unit="run", dynamic_ncols=True) as self.bar,
         ):
             try:
-                while (waiting or self.children) and not self._is_over():
-                    while waiting and len(self.children) < self.workers:
-                        self._start(waiting.popleft())
+                while not self._is_over():
+                    while len(self.children) < self.workers and (run := self._next(waiting)):
+                        self._start(run)
+                    if not self.children:
+                        break
                     time.sleep(POLL_SECONDS)
                     self._collect()
             finally:
@@ -147,6 +154,19 @@ class Runner:
         folder = self.work / run.study / run.folder
         return folder, folder.with_name(f"{folder.name}.lock")
 
+    def _twin(self, run: Run) -> Path:
+        """Where the weights of a run are kept for those that are measured against them."""
+        return self.work / run.study / "twins" / run.folder
+
+    def _next(self, waiting: deque[Run]) -> Run | None:
+        """Take the first run that can be started: its twin, if it has one, has left its weights."""
+        for run in waiting:
+            twin = twin_of(self.study, run)
+            if twin is None or self._twin(twin).exists():
+                waiting.remove(run)
+                return run
+        return None
+
     def _clear(self, run: Run) -> None:
         """Remove what a recorded run has left, if its runner was killed before it could."""
         folder, lock_file = self._place(run)
@@ -165,14 +185,14 @@ class Runner:
         if lock is None:
             self.elsewhere += 1
             return
-        if run.identity in done_of(self.results):  # by another runner, since this one began
+        if run.identity in done_of(self.results) or self._copy(run):  # by another runner, since this one began
             self._release(folder, lock_file, lock)
             self.bar.update()
             return
         folder.mkdir(exist_ok=True)
         with (folder / "stdout").open("ab") as stdout, (folder / "stderr").open("wb") as stderr:
             process = subprocess.Popen(
-                command_of(self.study.script, run, folder / "run"),
+                command_of(self.study, run, folder / "run"),
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
                 stdin=subprocess.DEVNULL,
@@ -183,6 +203,14 @@ class Runner:
             )
         self.children.append(Child(run, folder, lock, process, time.monotonic(), git_revision()))
         self._show()
+
+    def _copy(self, run: Run) -> bool:
+        """Record a run by the line of one with the same flags and seed, an arm of another group, if there is one."""
+        for line in read_lines(self.results):
+            if identity({**line, "arm": run.arm}) == run.identity:
+                append_line(self.results, {**line, "arm": run.arm, "copy_of": line["arm"]})
+                return True
+        return False
 
     def _show(self) -> None:
         self.bar.set_description_str(", ".join(f"{child.run.arm} {child.run.seed}" for child in self.children))
@@ -211,9 +239,23 @@ class Runner:
             from studies.spectra import spectra_of  # imports torch, which nothing else here needs
 
             record["spectra"] = spectra_of(child.folder / "run")
+        if self.study.twin is not None:
+            self._measure_twins(child, record)
         append_line(self.results, record)
         self._release(child.folder, self._place(child.run)[1], child.lock)
         self.bar.update()
+
+    def _measure_twins(self, child: Child, record: dict[str, Any]) -> None:
+        from studies.twins import distances_of, keep_weights
+
+        twin = twin_of(self.study, child.run)
+        if twin is None:
+            self._twin(child.run).parent.mkdir(exist_ok=True)
+            keep_weights(child.folder / "run", self._twin(child.run))
+            return
+        curves = distances_of(child.folder / "run", self._twin(twin))
+        record["curves"]["twin"] = curves
+        record["twin"] = {name: points[-1][1] for name, points in curves.items()}
 
     def _fail(self, child: Child, how: str) -> None:
         self.failed += 1
@@ -237,8 +279,13 @@ class Runner:
         left = sum(run.identity not in done for run in self.runs)
         others = f", {self.elsewhere} of them with another runner when their turn came" if self.elsewhere else ""
         failed = f"; {self.failed} failed" if self.failed else ""
+        twins = {run.identity: twin_of(self.study, run) for run in self.runs if run.identity not in done}
+        lost = {twin.arm for twin in twins.values() if twin and twin.identity in done and not self._twin(twin).exists()}
+        gone = (
+            f"; the weights of {', '.join(sorted(lost))} are gone: delete their lines to run them again" if lost else ""
+        )
         print(
-            f"{len(self.runs) - left} of {len(self.runs)} runs are recorded, {left} left{others}{failed}",
+            f"{len(self.runs) - left} of {len(self.runs)} runs are recorded, {left} left{others}{failed}{gone}",
             file=sys.stderr,
         )
         return 128 + self.signal if self.signal is not None else int(self.failed > 0)

@@ -45,8 +45,8 @@ class Outcome:
 
     def best(self, arms: Sequence[str]) -> str | None:
         """Of several arms the one whose mean on the tuning seeds is best, of those that have run on all of these."""
-        if len(arms) == 1:
-            return arms[0]
+        if len(arms) < 2:
+            return arms[0] if arms else None
         found = {arm: self.values(arm, tuning=True) for arm in arms}
         complete = {*self.study.tuning_seeds}
         means = {arm: fmean(values.values()) for arm, values in found.items() if values and values.keys() == complete}
@@ -65,6 +65,16 @@ class Outcome:
             return None, None, None
         difference = paired_difference(self.values(arm), self.values(reference))
         return arm.partition("/")[2], reference.partition("/")[2], difference
+
+    def compared_arms(self) -> set[str]:
+        """The arms that comparisons are made of, and the references; of several the best, once it is known."""
+        sides = {side for comparison in self.study.comparisons for side in (comparison.arm, comparison.reference)}
+        best = {
+            self.best(self.study.names(f"{group}/{side}"))
+            for group in self.study.arms
+            for side in {*sides, self.study.reference}
+        }
+        return {arm for arm in best if arm is not None}
 
     def rule(self, difference: Difference | None) -> str:
         """What the numbers say, by a fixed rule.

@@ -52,6 +52,9 @@ sys.meta_path.insert(0, NoFnlHf)
 """
 
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from fnl_hf.layers.base import INITS, MODES
 from fnl_hf.surgery.config import TYPES
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.optimizers import OPTIMIZERS
+from pruning import SPARSITIES
 
 STEPPED = "constant_with_warmup"  # the schedule that --lr_milestones are for
 MILESTONES = [0.5, 0.75]
@@ -57,6 +58,15 @@ class ModelArguments:
             "choices": list(INITS),
         },
     )
+    sparsity: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --method pruning, of a model that is trained from the beginning: a random pattern that stays "
+            "(fixed) or changes (dynamic), or the largest weights after half of the steps (magnitude), which then go "
+            "back to their early values (lottery).",
+            "choices": list(SPARSITIES),
+        },
+    )
     include: list[str] | None = field(
         default=None, metadata={"help": "Only layers of these types or names. Default: Linear Conv2d, but no heads."}
     )
@@ -72,8 +82,10 @@ class ModelArguments:
             refuse_unused(self, ("factor_init",), "--method pruning factorizes nothing")
         if self.model_name_or_path is not None:
             refuse_unused(self, ("resnet_depth", "width_multiplier"), "--model_name_or_path names a model")
-        elif self.method == "pruning":
-            raise UserInputError("--method pruning needs --model_name_or_path: a trained model to prune")
+        elif self.method == "pruning" and self.sparsity is None:
+            raise UserInputError("--method pruning needs --model_name_or_path, a trained model to prune, or --sparsity")
+        if self.method != "pruning":
+            refuse_unused(self, ("sparsity",), f"--method {self.method} prunes nothing")
         self.factorization()
 
     def factorization(self, seed: int = 0, excluded: list[str] | None = None) -> FactorizationConfig:

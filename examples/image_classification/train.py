@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TrainerCallback, set_seed
 
 import fnl_hf
 from arguments import MILESTONES, STEPPED, DataArguments, ImageTrainingArguments, ModelArguments, refuse_unused
@@ -34,7 +34,7 @@ from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import FnlTrainer, build_trainer, train_and_save
 from fnl_hf.training.unused_flags import warn_of_unused_flags
 from preparation import Preparation
-from pruning import layers_to_prune, make_permanent, prune_by_magnitude, remaining_parameters
+from pruning import SparseTraining, layers_to_prune, make_permanent, prune_by_magnitude, remaining_parameters
 from resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 MERGED_FOLDER = "merged"  # in the output folder
@@ -159,17 +159,19 @@ def build_model(model_args: ModelArguments, images: Images, is_trained: bool) ->
         )
 
 
-def apply_method(model: PreTrainedModel, model_args: ModelArguments, seed: int) -> Any:
-    """Factorize or prune ``model`` as the flags say."""
+def apply_method(model: PreTrainedModel, model_args: ModelArguments, seed: int) -> tuple[Any, list[TrainerCallback]]:
+    """Factorize or prune ``model`` as the flags say; returns it, and what prunes it while it is trained."""
     if model_args.method == "dense":
-        return model
+        return model, []
     is_ours = isinstance(model, CifarResNetForImageClassification)
     config = model_args.factorization(seed, excluded=["stem"] if is_ours else None)
     try:
         if model_args.method != "pruning":
-            return fnl_hf.factorize(model, config)
+            return fnl_hf.factorize(model, config), []
+        if model_args.sparsity is not None:
+            return model, [SparseTraining(*layers_to_prune(model, config), model_args.sparsity, seed)]
         prune_by_magnitude(*layers_to_prune(model, config))
-        return model
+        return model, []
     except ValueError as error:
         raise UserInputError(f"--method {model_args.method}: {error}") from error
 
@@ -283,7 +285,7 @@ def run(argv):
     set_seed(args.seed)
     splits, prepare = load_images(data_args, args, name)
     choose_by_validation(args, splits)
-    model = apply_method(build_model(model_args, splits["train"], args.do_train), model_args, args.seed)
+    model, callbacks = apply_method(build_model(model_args, splits["train"], args.do_train), model_args, args.seed)
     checkpoint = planned.plan.checkpoint
     if checkpoint is not None:
         validate_resume(checkpoint, model)
@@ -291,6 +293,8 @@ def run(argv):
     planned.record_data({name: splits[split].fingerprint() for split, (is_used, name) in used.items() if is_used})
     datasets = make_datasets(splits, data_args, prepare, args.seed)
     trainer = make_trainer(model, args, datasets, data_args.lr_milestones or MILESTONES)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     source = data_args.dataset_name or str(data_args.train_dir or data_args.idx_dir)
     planned.start(trainer, describe_data(splits, source))
 

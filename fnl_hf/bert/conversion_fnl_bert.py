@@ -20,6 +20,7 @@ from .head_mixing import (
     HeadMoments,
     Truncation,
     activation_moments,
+    balance_heads,
     find_truncation,
     make_padding,
     mix_heads,
@@ -89,9 +90,10 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         Args:
             bert: a model, or the name or folder of one. Weights of another head are taken as far as they fit.
             attention_embedding_size: E, a multiple of the number of heads, at most that of ``bert``. Default: the same.
-            calibration: batches of inputs. With them "closest" is measured on what the heads compute for these, not on
-                the weights alone: whitened SVD. Of N tokens the weights keep a share of r/(N + r), r the rank of a head
-                in ``bert``, so that no direction is lost that the text does not show; a warning says where N < r.
+            calibration: batches of inputs. With them "closest" is measured on what the heads compute for these and on
+                what the model's outputs feel of it, not on the weights alone. Of N tokens the weights keep a share of
+                r/(N + r), r the rank of a head in ``bert``, so that no direction is lost that the text does not show; a
+                warning says where N < r.
             output_truncations: return also what each product lost, a list of
                 :class:`~fnl_hf.bert.head_mixing.Truncation`.
             kwargs: for ``from_pretrained`` where ``bert`` is a name.
@@ -125,10 +127,9 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         _warn_of_few_tokens(measured)
         truncations = []
         for name, old, new in _pair_attentions(source, target):
-            its_moments = weight_moments(old)
-            if measured:
-                its_moments = regularize_moments(measured[name], its_moments)
-            truncations += _truncate_attention(name, old, new, its_moments)
+            weights = weight_moments(old)
+            moments = regularize_moments(measured[name], weights) if measured else weights
+            truncations += _truncate_attention(name, old, new, moments, weights)
         return (target, truncations) if output_truncations else target
 
     @classmethod
@@ -322,12 +323,12 @@ def _warn_of_few_tokens(measured: Mapping[str, HeadMoments]) -> None:
             )
 
 
-def _truncate_attention(name: str, source, target, moments: HeadMoments) -> list[Truncation]:
+def _truncate_attention(name: str, source, target, moments: HeadMoments, weights: HeadMoments) -> list[Truncation]:
     if not all(part.isfinite().all() for part in (*moments.matrices(), moments.context_mean)):
         raise ValueError(f"{name}: its weights, or what it computes for the calibration, are not finite")
     rank = target.self.attention_head_size
     mixing, qk_sigma, vo_sigma = find_truncation(moments, rank)
-    mix_heads(source, target, mixing, moments.context_mean)
+    mix_heads(source, target, balance_heads(mixing, weights), moments.context_mean)
     return [Truncation(f"{name}.{kind}", kind, rank, sigma) for kind, sigma in (("qk", qk_sigma), ("vo", vo_sigma))]
 
 

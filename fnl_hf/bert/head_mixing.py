@@ -3,9 +3,12 @@
 
 A head's scores are q kᵀ/√r with q = x Q + b_q and k = x K + b_k; it adds c Oᵀ to the output, where c = A(x V + b_v) is
 its context and A its attention. Whatever is done to a head is done by small matrices on its own r dimensions: q T_q,
-k T_k, c T_v, O T_o. Truncation to rank r' takes those that minimize ‖L (T_q T_kᵀ - I) Rᵀ‖_F, where LᵀL and RᵀR are the
-second moments of q and k: of the weights with their biases as one more row (truncated SVD of the product), or of what
-the head really computes on a text (whitened SVD). No matrix is larger than r×r.
+k T_k, c T_v, O T_o. Truncation to rank r' takes those that minimize ‖L (T_q T_kᵀ - I) Rᵀ‖_F. From the weights alone
+LᵀL and RᵀR are the second moments of their rows, with the biases of query and key as one more (truncated SVD of the
+product). On a text (calibrated) T_q T_kᵀ - I changes each q by q (T_q T_kᵀ - I), and the model's outputs by that times
+J, their derivative by q: LᵀL = E[q qᵀ] and RᵀR = E[Jᵀ J], which has in it how much a key is attended to, and not what
+all keys of a query share, which a softmax does not see. Likewise of the context, LᵀL its covariance, RᵀR = E[O Jᵀ J Oᵀ]
+with J the derivative by the output. No matrix that is decomposed is larger than r×r.
 
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 
@@ -19,17 +22,18 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertAttention
 
-from .evaluation import evaluation_mode
 from .factorization import gram, head_rows
+from .moments import LayerMoments, measure_moments
+
+NOISE = 1e-6  # relative, of moments about a mean, whose sums are in float32
 
 
 @dataclass(frozen=True)
 class HeadMoments:
-    """Second moments of what H heads compute: (H, r, r) each, float64; ``context_mean`` is (H, r).
+    """The metric of a truncation of H heads: (H, r, r) each, float64; ``context_mean`` is (H, r).
 
-    ``value`` is the covariance of the context, whose mean moves into the output bias; ``key`` is the one under the
-    attention, because a softmax does not see what all keys of a query share. ``tokens`` is the length of the text that
-    they were measured on, None for those of the weights.
+    ``query`` and ``key`` are LᵀL and RᵀR of the scores, ``value`` and ``output`` of the context, whose mean moves into
+    the output bias. ``tokens`` is the length of the text that they were measured on, None for those of the weights.
     """
 
     query: torch.Tensor
@@ -95,82 +99,54 @@ def weight_moments(attention: BertAttention) -> HeadMoments:
     return HeadMoments(moment(query), moment(key), moment(value), moment(output), value_bias[..., 0])
 
 
-@torch.no_grad()
 def activation_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, HeadMoments]:
     """The moments of every attention layer of ``model`` on real text, by the layer's name.
 
     Args:
-        model: a BERT or FNL-BERT; run in evaluation mode with eager attention, and left as it was.
+        model: a BERT or FNL-BERT; left as it was.
         batches: inputs of ``model``: ``input_ids`` (B, S) and, where they are padded, ``attention_mask`` (B, S).
 
     Raises:
         ValueError: no batch, or none with a token.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BertAttention)}
-    sums = {name: _MomentSums(module) for name, module in layers.items()}
-    handles = [module.self.register_forward_hook(sums[name].add, with_kwargs=True) for name, module in layers.items()]
+    attentions = {name: module for name, module in model.named_modules() if isinstance(module, BertAttention)}
+    queries = {name: LayerMoments(attention.self.query) for name, attention in attentions.items()}
+    outputs = {name: LayerMoments(attention.output.dense) for name, attention in attentions.items()}
+    both = {f"{name}.{kind}": each for kind, part in (("q", queries), ("o", outputs)) for name, each in part.items()}
     implementation = str(model.config._attn_implementation)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")  # flex_attention has no backward pass on a CPU
     try:
-        with evaluation_mode(model):
-            for batch in batches:
-                batch = {key: value.to(model.device) for key, value in batch.items()}
-                is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-                for layer_sums in sums.values():
-                    layer_sums.is_token = is_token
-                model(**batch)
+        measure_moments(model, both, batches)
     finally:
         model.set_attn_implementation(implementation)
-        for handle in handles:
-            handle.remove()
-    return {name: layer_sums.moments(f"calibration of {name}") for name, layer_sums in sums.items()}
+    for name, moments in queries.items():
+        if not moments.rows:
+            raise ValueError(f"calibration of {name}: no tokens")
+    return {
+        name: _head_moments(queries[name], outputs[name], attention.self.num_attention_heads)
+        for name, attention in attentions.items()
+    }
 
 
-class _MomentSums:
-    """Sums over the tokens of one layer."""
-
-    is_token: torch.Tensor  # (B, S), False for padding, of the batch that is being run
-
-    def __init__(self, attention: BertAttention):
-        self.attention = attention
-        self.tokens = 0
-        self.sums: list[torch.Tensor] | None = None
-
-    def add(self, module, args, kwargs, outputs) -> None:
-        """Forward hook of the self-attention: its output is the context (B, S, H·r) and the attention (B, H, S, S)."""
-        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        heads = module.num_attention_heads
-        query, key, context = (
-            rows.double().unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, S, r)
-            for rows in (module.query(states), module.key(states), outputs[0])
-        )
-        weight = self.is_token[:, None, :, None].double()  # (B, 1, S, 1), 0 for the queries of padding
-        attention = outputs[1].double() * weight  # (B, H, S, S)
-        # Keys have a distribution for each query, its attention. Its covariance is E[kᵀk] - E[k]ᵀE[k], summed over the
-        # queries: what counts of the first term for each key is the attention that it gets from all of them.
-        mean_key = attention @ key  # (B, H, S, r), for each query
-        received = attention.sum(dim=2)[..., None]  # (B, H, S, 1), for each key
-        batch_sums = [
-            _moment(query * weight, query),  # (H, r, r)
-            _moment(key * received, key) - _moment(mean_key, mean_key),  # (H, r, r)
-            _moment(context * weight, context),  # (H, r, r), not yet centred: the mean is known at the end
-            (context * weight).sum(dim=(0, 2)),  # (H, r)
-        ]
-        self.sums = batch_sums if self.sums is None else [a + b for a, b in zip(self.sums, batch_sums)]
-        self.tokens += int(self.is_token.sum())
-
-    def moments(self, where: str) -> HeadMoments:
-        if self.sums is None or not self.tokens:
-            raise ValueError(f"{where}: no tokens")
-        query, key, context, mean = (total / self.tokens for total in self.sums)
-        covariance = context - mean[:, :, None] * mean[:, None, :]  # (H, r, r)
-        output = weight_moments(self.attention).output  # what the output projection does depends on no text
-        return HeadMoments(query, key, covariance, output.to(mean.device), mean, self.tokens)
+@torch.no_grad()
+def _head_moments(query: LayerMoments, output: LayerMoments, heads: int) -> HeadMoments:
+    """By the inputs of the query and of the output, and by the model's derivatives by their outputs."""
+    weight = head_rows(query.layer.weight.double(), heads, 0)  # (H, r, d)
+    mean = (query.mean_output(query.layer.weight) + query.layer.bias.double()).view(heads, -1, 1)  # (H, r, 1)
+    rows = head_rows(output.layer.weight.double(), heads, 1)  # (H, r, d)
+    return HeadMoments(
+        query=weight @ query.covariance(centred=True) @ weight.mT + mean @ mean.mT,
+        key=_head_blocks(query.outputs[0].double() / query.rows, heads),
+        value=_head_blocks(output.covariance(centred=True)[0], heads),
+        output=rows @ (output.outputs.double() / output.rows) @ rows.mT,
+        context_mean=(output.total[0].double() / output.rows).view(heads, -1),
+        tokens=query.rows,
+    )
 
 
-def _moment(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Σ over batch and sequence of lᵀ r: (B, H, S, r), (B, H, S, r) -> (H, r, r)."""
-    return torch.einsum("bhsi,bhsj->hij", left, right)
+def _head_blocks(matrix: torch.Tensor, heads: int) -> torch.Tensor:
+    """(H·r, H·r) -> the blocks on its diagonal (H, r, r)."""
+    return matrix.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def regularize_moments(measured: HeadMoments, weights: HeadMoments) -> HeadMoments:
@@ -183,17 +159,18 @@ def regularize_moments(measured: HeadMoments, weights: HeadMoments) -> HeadMomen
     rank = measured.query.shape[-1]
     share = rank / (int(measured.tokens or 0) + rank)
 
-    def mix(seen: torch.Tensor, known: torch.Tensor) -> torch.Tensor:  # (H, r, r) both
+    def mix(seen: torch.Tensor, known: torch.Tensor, noise: float = NOISE**2) -> torch.Tensor:  # (H, r, r) both
         sizes, known_sizes = (moment.diagonal(dim1=1, dim2=2).sum(dim=1) for moment in (seen, known))  # traces (H,)
-        # Where nothing varies in the text, as the keys of a single token do not, there is no size to take over.
-        scale = torch.where(sizes > 1e-9 * known_sizes, sizes / known_sizes, 1.0)
+        # Where nothing varies in the text, as the context of a single token does not, there is no size to take over.
+        scale = torch.where(sizes > noise * known_sizes, sizes / known_sizes, 1.0)
         return (1 - share) * seen + share * scale[:, None, None] * known
 
     return replace(
         measured,
         query=mix(measured.query, weights.query),
         key=mix(measured.key, weights.key),
-        value=mix(measured.value, weights.value),
+        value=mix(measured.value, weights.value, NOISE),
+        output=mix(measured.output, weights.output),
     )
 
 
@@ -230,6 +207,23 @@ def find_truncation(moments: HeadMoments, rank: int) -> tuple[HeadMixing, torch.
     value, output, vo_sigma = truncate_product(moments.value, moments.output, rank)
     scale = (rank / qk_sigma.shape[-1]) ** 0.25  # of each factor, half of the product's exponent
     return HeadMixing(scale * query, scale * key, value, output), qk_sigma, vo_sigma
+
+
+def balance_heads(mixing: HeadMixing, weights: HeadMoments) -> HeadMixing:
+    """The same products, of factors whose rows have the same norms: moments of a text leave one large, one small.
+
+    Args:
+        weights: the moments of the weights that are mixed.
+    """
+
+    def even(left: torch.Tensor, right: torch.Tensor, seen_by_left: torch.Tensor, seen_by_right: torch.Tensor):
+        squares = [(mix * (moment @ mix)).sum(dim=1) for mix, moment in ((left, seen_by_left), (right, seen_by_right))]
+        scale = torch.where(squares[0] * squares[1] > 0, squares[1] / squares[0], 1.0)[:, None] ** 0.25  # (H, 1, r')
+        return left * scale, right / scale
+
+    query, key = even(mixing.query, mixing.key, weights.query, weights.key)
+    value, output = even(mixing.value, mixing.output, weights.value, weights.output)
+    return HeadMixing(query, key, value, output)
 
 
 def make_padding(heads: int, rank: int, padded: int, device: torch.device) -> HeadMixing:

@@ -36,7 +36,7 @@ from .attention_fnl_bert import (
 )
 from .configuration_fnl_bert import FnlBertConfig
 from .conversion_fnl_bert import BertConversion
-from .factorization import Product, spectral_factors
+from .factorization import Product, gram, spectral_factors
 
 # Every head's checkpoint names every class, so that it loads into any Auto class with ``trust_remote_code=True``.
 AUTO_CLASSES = {
@@ -139,7 +139,7 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
         # checkpoint lacks, in from_pretrained. ``_init_weights`` is not called for custom code in the second case.
         is_last_call = module is self and not getattr(self, "_is_hf_initialized", False)
         super()._initialize_weights(module, is_custom_code)
-        if is_last_call and self.config.attention_init == "spectral":
+        if is_last_call and self.config.attention_init != "normal":
             for pair in self.factor_pairs():
                 is_loaded = any(getattr(weight, "_is_hf_initialized", False) for weight in pair.weights)
                 if not is_loaded and pair.weights[0].device.type != "meta":
@@ -156,8 +156,23 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
             )
             for factor in factors
         )
-        for factor, value in zip(factors, spectral_factors(left, right, self.config.attention_rank)):
-            factor.copy_(value)
+        truncated = spectral_factors(left, right, self.config.attention_rank)
+        scale = self._product_scale(pair.kind, (left, right), truncated).sqrt()
+        for factor, value in zip(factors, truncated):
+            factor.copy_(scale * value)
+
+    def _product_scale(self, kind: str, full, truncated) -> torch.Tensor:
+        """What the truncated products of H heads are multiplied by, (H, 1, 1), for those that ``full`` are factors of.
+
+        Scores are divided by √r instead of √r' at full head size r'.
+        """
+        init, scale = self.config.attention_init, full[0].new_ones(full[0].shape[0])  # (H,)
+        if init != "spectral" and kind == "qk":
+            scale *= (truncated[0].shape[-1] / full[0].shape[-1]) ** 0.5
+        if init == "rescaled":
+            whole, kept = ((gram(u) * gram(v)).sum(dim=(1, 2)).sqrt() for u, v in (full, truncated))  # ‖U Vᵀ‖_F (H,)
+            scale *= whole / kept
+        return scale[:, None, None]
 
 
 def select_item_count(num_items: ItemCount, label_name: str) -> torch.Tensor | int | None:

@@ -154,7 +154,7 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
     if truncations:
         description = f"{kind} of a smaller attention, truncated from {name} and not trained since."
         section = TRUNCATION.format(table=truncation_table(truncations), plot=SPECTRA_FILE)
-        way = f"whitened SVD, weighed by the activations on {calibration}" if calibration else "plain SVD"
+        way = f"SVD calibrated on {calibration}" if calibration else "plain SVD"
         truncated = f"each Q_h K_hᵀ and V_h O_hᵀ to rank {truncations[0].rank} by {way}"
     facts = {
         "converted from": f"{name}, {type(original).__name__}",

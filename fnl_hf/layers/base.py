@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from fnl_hf.bert.factorization import RANK_DIMS, factor_views
-from fnl_hf.layers.initialization import spectral_initialization
+from fnl_hf.layers.initialization import spectral_initialization, studied_initialization
 from fnl_hf.products.discovery import register_product
 
 INITS = ("spectral", "default")
+# Under study (studies/definitions/low_rank.py): what is not better there goes.
+STUDIED_INITS = ("ones", "rates")
 MODES = ("low_rank", "wide", "deep")
 
 
@@ -159,14 +161,17 @@ class FactorizedLayer(nn.Module):
             rank: r; "low_rank" takes at most min(m, n), "wide" and "deep" at least that.
             mode: "low_rank" and "wide" have two factors, "deep" has three.
             init: "spectral" (:func:`~fnl_hf.layers.initialization.spectral_initialization`) or "default"
-                (:meth:`draw_factors`).
+                (:meth:`draw_factors`); experimental, for "low_rank" alone, "ones" and "rates"
+                (:func:`~fnl_hf.layers.initialization.studied_initialization`).
             seed: of what is drawn.
 
         Raises:
             ValueError: a rank that does not suit the mode, or an option of the layer that cannot be factorized.
         """
-        if init not in INITS:
+        if init not in INITS + STUDIED_INITS:
             raise ValueError(f"init must be one of {INITS}, got {init!r}")
+        if init in STUDIED_INITS and mode != "low_rank":
+            raise ValueError(f"init {init!r} is for mode 'low_rank', not {mode!r}")
         dense = layer.weight
         # On the meta device first: a wrong rank is refused, and nothing is drawn that would be thrown away.
         new = cls.like(layer, rank, mode == "deep", device="meta", dtype=dense.dtype)
@@ -188,6 +193,8 @@ class FactorizedLayer(nn.Module):
         """Set the factors, and ``error``, from a dense weight in float32 or float64."""
         if init == "spectral":
             self.set_factors(*spectral_initialization(self.to_matrices(weight), self.rank, self.deep, seed))
+        elif init in STUDIED_INITS:
+            self.set_factors(*studied_initialization(self.to_matrices(weight), self.rank, init, seed))
         else:
             std = weight.square().mean().sqrt().item()
             self.draw_factors(std or (3 * self.fan_in) ** -0.5, torch.Generator().manual_seed(seed))

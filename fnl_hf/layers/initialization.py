@@ -69,6 +69,23 @@ def spectral_initialization(
     return (left, torch.diag_embed(middle), right) if deep else (left, right)
 
 
+def studied_initialization(
+    weight: torch.Tensor, rank: int, init: str, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variants of the spectral initialization of low rank, U (G, m, r) and V (G, n, r), that a study compares.
+
+    "ones": all singular values are one, U = P_r, V = Q_r (Kamalakara et al. 2022, arXiv 2209.13569). "rates": the same
+    product as spectral, U √(r/n) and V √(n/r). To an optimizer whose steps do not depend on the size of the gradient,
+    as Adam's do not, that is a rate of U n/r times that of V (arXiv 2402.12354 and 2406.06248 want it higher), with
+    their geometric mean as before.
+    """
+    left, right = spectral_initialization(weight, rank, seed=seed)
+    if init == "ones":
+        return left / left.norm(dim=1, keepdim=True), right / right.norm(dim=1, keepdim=True)
+    scale = (weight.shape[2] / rank) ** 0.5
+    return left / scale, right * scale
+
+
 def truncated_svd(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     """P (G, m, r), Σ (G, r) and Q (G, n, r); the largest entry of each column of P is positive.
 

@@ -45,7 +45,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
         # torch's load_state_dict ends here, and so does unpickling, which has no groups to lose.
         own_groups = vars(self).get("param_groups", ())
         for index, (own, group) in enumerate(zip(own_groups, state["param_groups"])):
-            self._refuse_other_states(group["params"], state["state"], group_name(own, index))
+            self._refuse_other_states(own, group["params"], state["state"], group_name(own, index))
         before = {name: vars(self)[name] for name in state if name in vars(self)}
         try:
             super().__setstate__(state)
@@ -65,12 +65,17 @@ class CheckedOptimizer(torch.optim.Optimizer):
             )
         get_lr(group)
 
-    def _refuse_other_states(self, parameters: list[torch.Tensor], states: dict[Any, Any], where: str) -> None:
-        """Check what is to be loaded for the parameters of one group."""
+    def _state_entries(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_entries
+
+    def _refuse_other_states(
+        self, own: dict[str, Any], parameters: list[torch.Tensor], states: dict[Any, Any], where: str
+    ) -> None:
+        """Check what is to be loaded for the parameters of one group, in the place of ``own``."""
         for position, parameter in enumerate(parameters):
             entries = states.get(parameter, {})
             problem = f"{where}, parameter {position}, of shape {tuple(parameter.shape)}: the state to be loaded has"
-            missing = [name for name in self.state_entries if name not in entries]
+            missing = [name for name in self._state_entries(own) if name not in entries]
             if entries and missing:
                 raise ValueError(f"{problem} no {', '.join(missing)}: it is another optimizer's")
             for name in MOMENTS:
@@ -105,6 +110,17 @@ def validate_number(name: str, value: Any, where: str = "") -> None:
         raise ValueError(f"{where}{name} ({value}) must be one number, finite and >= 0")
     if not 0.0 <= value < float("inf"):  # type: ignore[operator]  # a Real is compared as a float is
         raise ValueError(f"{where}{name} ({value}) must be finite and >= 0")
+
+
+def validate_betas(betas: Any) -> None:
+    """Check Adam's β₁ and β₂.
+
+    Raises:
+        ValueError: they are something else than two numbers in [0, 1).
+    """
+    numbers = betas if isinstance(betas, tuple | list) else ()
+    if len(numbers) != 2 or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in numbers):
+        raise ValueError(f"betas ({betas}) must be two numbers, at least 0 and below 1")
 
 
 def get_lr(group: dict[str, Any]) -> float | torch.Tensor:

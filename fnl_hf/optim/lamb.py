@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 from fnl_hf.bert.factorization import without_autocast
 from fnl_hf.optim.base import ProductGroups, evaluate_closure, is_decayed, local_products
 from fnl_hf.optim.buckets import Bucket, Unit, compute_norms, split_by_kind, split_by_size, trust_ratios
-from fnl_hf.optim.checked import ADAM_STATE, CheckedOptimizer, get_lr, validate_number
+from fnl_hf.optim.checked import ADAM_STATE, CheckedOptimizer, get_lr, validate_betas, validate_number
 from fnl_hf.optim.frobenius import Decayed, add_frobenius_gradients_, products_of
 from fnl_hf.optim.sharding import local, sharding_of, sum_over_processes
 
@@ -335,9 +335,7 @@ def _validate(group: dict[str, Any]) -> None:
                 f"parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB is for "
                 "real floating-point parameters"
             )
-    betas = group["betas"] if isinstance(group["betas"], tuple | list) else ()
-    if len(betas) != 2 or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas):
-        raise ValueError(f"betas ({group['betas']}) must be two numbers, at least 0 and below 1")
+    validate_betas(group["betas"])
     if group["decay"] not in DECAYS:
         raise ValueError(f"decay must be one of {DECAYS}, got {group['decay']!r}")
     for name in ("weight_norm_clamp", "trust_clamp"):

@@ -1,81 +1,18 @@
-"""What calibration data tell of the layers of a model: which inputs they get, and how much their outputs count.
+"""Moments of all layers that can be factorized, by :mod:`fnl_hf.bert.moments`, and of as many as are to be.
 
-Where the weight of a layer y = W x + b changes by Δ, the outputs of the model change by J Δ x to first order, J their
-derivative by y. With C = E[x xᵀ] and G = Σ Jᵀ J the squared change is ⟨G, Δ C Δᵀ⟩, x and J taken for independent: the
-Gauss-Newton approximation with Kronecker factors (Martens and Grosse 2015, arXiv 1503.05671). All layers have it in the
-same unit, that of the model's outputs, so that they can share one budget. It takes no labels: Jᵀ J is the second moment
-of Jᵀ v for random directions v of the outputs with E[v vᵀ] = I.
-
-Shapes: B batch, S sequence, N rows that a layer is applied to, K groups of a convolution, else 1, n inputs and c
-outputs of a group, k_h and k_w kernel, L places of a convolution.
+Shapes: as there; k_h and k_w kernel, L places of a convolution.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.bert.evaluation import evaluation_mode
+from fnl_hf.bert.moments import LayerMoments, measure_moments
 
 MAX_BYTES = 2 * 2**30  # of sums that are held at a time; for the layers beyond it the data are run once more
-SEED = 0  # of the directions v
-
-
-class LayerMoments:
-    """Sums over what a Linear layer or Conv1D got and gave, in float32.
-
-    Attributes:
-        rows: N.
-        inputs: Σ x xᵀ (K, n, n).
-        total: Σ x (K, n).
-        outputs: Σ Jᵀ J (K, c, c).
-    """
-
-    def __init__(self, layer: Any):
-        self.layer = layer
-        self.rows = 0
-        self.inputs: Any = 0.0
-        self.total: Any = 0.0
-        self.outputs: Any = 0.0
-
-    def add_inputs(self, x: torch.Tensor, is_token: torch.Tensor | None) -> None:
-        """The layer's input; rows of padding are left out where ``is_token`` (B, S) tells them."""
-        rows = self._input_rows(x, is_token)  # (K, N, n)
-        self.inputs = self.inputs + rows.mT @ rows
-        self.total = self.total + rows.sum(dim=1)
-        self.rows += rows.shape[1]
-
-    def add_gradients(self, gradient: torch.Tensor) -> None:
-        """Jᵀ v of the layer's output; 0 at padding, on which nothing depends."""
-        rows = self._gradient_rows(gradient.float())  # (K, N, c)
-        self.outputs = self.outputs + rows.mT @ rows
-
-    def covariance(self, centred: bool) -> torch.Tensor:
-        """C (K, n, n), float64; about the mean if ``centred``."""
-        second = self.inputs.double() / self.rows
-        if not centred:
-            return second
-        mean = self.total.double() / self.rows
-        return second - mean[:, :, None] * mean[:, None, :]
-
-    def mean_output(self, change: torch.Tensor) -> torch.Tensor:
-        """E[Δ x] (c,) for a change of the weight, as the layer stores it."""
-        return change.double() @ (self.total[0].double() / self.rows)
-
-    def _input_rows(self, x: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
-        return _tokens(x, is_token).float()[None]
-
-    def _gradient_rows(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.flatten(0, -2)[None]
-
-    @staticmethod
-    def bytes_of(layer: Any) -> int:
-        """What the sums of a layer take."""
-        rows, columns = layer.weight.shape
-        return 4 * (rows**2 + columns**2)
 
 
 class Conv1DMoments(LayerMoments):
@@ -161,34 +98,18 @@ def moments_class(layer: nn.Module) -> type[LayerMoments]:
 
 def collect_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]
-) -> dict[str, LayerMoments]:
-    """Name -> moments of ``layers`` over calibration data.
-
-    ``model`` is run in evaluation mode, on its device, forward and backward, and left as it was. Sums of more than
-    ``MAX_BYTES`` are collected in several passes.
-
-    Args:
-        batches: what ``model`` is called with: mappings of its arguments, tuples of them, or a tensor. An
-            ``attention_mask`` (B, S) tells padding. Labels are of no use.
+) -> Iterator[tuple[str, LayerMoments]]:
+    """(name, moments) of each of ``layers``, by :func:`fnl_hf.bert.moments.measure_moments`: in several passes over the
+    data where the sums have more than ``MAX_BYTES``, so that whoever uses them up needs no more than that.
 
     Raises:
-        ValueError: no batch, or outputs without a tensor that depends on the layers.
+        ValueError: see there.
     """
     batches = list(batches)
-    if not batches:
-        raise ValueError("calibration has no batch")
-    device = next(model.parameters()).device
-    found: dict[str, LayerMoments] = {}
     for part in _parts(layers):
         moments = {name: moments_class(layer)(layer) for name, layer in part.items()}
-        with evaluation_mode(model), _frozen(model), _recording(moments) as record:
-            generator = torch.Generator().manual_seed(SEED)
-            for batch in batches:
-                arguments = _arguments(batch, device)
-                record.is_token = _mask_of(arguments)
-                _project(_call(model, arguments), record.is_token, generator).backward()
-        found |= moments
-    return found
+        measure_moments(model, moments, batches)
+        yield from moments.items()
 
 
 def _parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
@@ -203,94 +124,3 @@ def _parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
         part[name] = layer
         size += added
     yield part
-
-
-class _Recorder:
-    """Hooks that add to the moments of layers."""
-
-    is_token: torch.Tensor | None = None  # (B, S) of the batch that is being run
-
-    def hook(self, moments: LayerMoments):
-        def record(module, args, kwargs, output):
-            x = args[0] if args else kwargs["input"]
-            with torch.no_grad():
-                moments.add_inputs(x.detach(), self.is_token)
-            if not output.requires_grad:  # parameters are frozen: gradients begin at the first of the layers
-                output = output.detach().requires_grad_()
-            output.register_hook(moments.add_gradients)
-            return output.clone()  # which may be changed in place
-
-        return record
-
-
-@contextmanager
-def _recording(moments: Mapping[str, LayerMoments]) -> Iterator[_Recorder]:
-    recorder = _Recorder()
-    handles = [each.layer.register_forward_hook(recorder.hook(each), with_kwargs=True) for each in moments.values()]
-    try:
-        yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _arguments(batch: Any, device: torch.device) -> dict[str | int, Any]:
-    """The arguments of a call, by name or position, on the model's device."""
-    values = batch if isinstance(batch, tuple | list | Mapping) else (batch,)
-    named = values.items() if isinstance(values, Mapping) else enumerate(values)
-    # Lengths of documents are numbers.
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in named}
-
-
-def _call(model: nn.Module, arguments: Mapping[str | int, Any]) -> Any:
-    positional = [value for name, value in arguments.items() if isinstance(name, int)]
-    return model(*positional, **{name: value for name, value in arguments.items() if isinstance(name, str)})
-
-
-def _mask_of(arguments: Mapping[str | int, Any]) -> torch.Tensor | None:
-    mask = arguments.get("attention_mask")
-    return mask.bool() if mask is not None and mask.dim() == 2 else None
-
-
-def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
-    """⟨v, outputs⟩ for a random v of independent entries of variance 1, 0 at padding."""
-    named = (
-        result.items()
-        if isinstance(result, Mapping)
-        else enumerate(result if isinstance(result, tuple | list) else [result])
-    )
-    total = None
-    for name, output in named:
-        if name == "loss" or not isinstance(output, torch.Tensor) or not output.requires_grad:
-            continue
-        # On the CPU, so that the same seed draws the same directions for every device.
-        v = torch.randn(output.shape, generator=generator).to(output.device)
-        if is_token is not None and output.shape[:2] == is_token.shape:
-            v *= is_token.view(*is_token.shape, *[1] * (output.dim() - 2))
-        added = (v * output.float()).sum()
-        total = added if total is None else total + added
-    if total is None:
-        raise ValueError("calibration: the model returns no tensor that depends on the layers to factorize")
-    return total
-
-
-def _tokens(x: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
-    """The rows (N, n) of an input (B, S, n), (B·S, n) or any other shape that are no padding."""
-    if is_token is not None:
-        if x.shape[:2] == is_token.shape:
-            return x[is_token].flatten(0, -2)
-        if x.dim() == 2 and len(x) == is_token.numel():
-            return x[is_token.flatten()]
-    return x.flatten(0, -2)

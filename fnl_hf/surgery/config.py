@@ -7,7 +7,7 @@ from math import inf
 from numbers import Integral, Real
 from typing import Any
 
-from fnl_hf.layers.base import INITS, MODES
+from fnl_hf.layers.base import INITS, MODES, STUDIED_INITS
 
 SIZES = ("rank_scale", "target_ratio", "model_ratio", "energy", "ranks")
 # Where nothing is said: at a quarter of its rank a square layer has half its parameters; an overcomplete one has twice
@@ -60,8 +60,8 @@ class FactorizationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, known in (("mode", MODES), ("init", INITS)):
-            if getattr(self, name) not in known:
+        for name, known, studied in (("mode", MODES, ()), ("init", INITS, STUDIED_INITS)):
+            if getattr(self, name) not in (*known, *studied):
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         for name in ("include", "exclude"):
             entries = getattr(self, name)

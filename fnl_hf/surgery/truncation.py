@@ -1,4 +1,4 @@
-"""Weights of smaller rank that change a model's outputs least, by the moments of :mod:`fnl_hf.surgery.calibration`.
+"""Weights of smaller rank that change a model's outputs least, by the moments of :mod:`fnl_hf.bert.moments`.
 
 Shapes: K groups of matrices W (K, m, n), m outputs and n inputs; C (K, n, n) second moment of the inputs, G (K, m, m)
 of the derivatives by the outputs, k = min(m, n).
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fnl_hf.surgery.calibration import LayerMoments, collect_moments
+from fnl_hf.bert.moments import LayerMoments
+from fnl_hf.surgery.calibration import collect_moments
 from fnl_hf.surgery.ranks import FACTORIZED
 
 # Of the mean eigenvalue, added to all: text does not show every direction, and each has to have a gradient.
@@ -88,7 +89,7 @@ class CalibratedLayer:
 
     Args:
         layer: of one of the types that can be factorized.
-        moments: its own.
+        moments: its own, whose second moments are used up: they are large.
     """
 
     def __init__(self, layer: Any, moments: LayerMoments):
@@ -96,6 +97,8 @@ class CalibratedLayer:
         self._shapes: Any = FACTORIZED[type(layer)].like(layer, 1, False, device="meta")
         weight = self._shapes.to_matrices(layer.weight.detach())
         self._found = self._find(weight, moments.covariance(getattr(layer, "bias", None) is not None), moments.outputs)
+        self._counts = bool(moments.outputs.any())
+        moments.inputs = moments.outputs = 0.0
 
     def _find(self, weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> Truncations:
         if isinstance(self.layer, nn.Embedding):  # its entries are rows: the transposed weight maps them to the outputs
@@ -108,7 +111,7 @@ class CalibratedLayer:
     @property
     def losses(self) -> torch.Tensor:
         """What leaving out each direction costs, (min(m, n),), descending; 0 where no output depends on the layer."""
-        return self._found.losses if self.moments.outputs.any() else torch.zeros_like(self._found.losses)
+        return self._found.losses if self._counts else torch.zeros_like(self._found.losses)
 
     def error(self, rank: int) -> float:
         """‖G^½ (W − W') C^½‖_F / ‖G^½ W C^½‖_F."""
@@ -141,13 +144,19 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
             continue
         what = "on the meta device" if weight.is_meta else "not finite"
         raise ValueError(f"{name}: calibration needs its weight, which is {what}")
-    moments = collect_moments(model, layers, batches)
-    few = [name for name, each in moments.items() if 0 < each.rows < each.inputs.shape[-1]]
+    found, few = {}, {}
+    for name, moments in collect_moments(model, layers, batches):
+        inputs = moments.inputs.shape[-1] if moments.rows else 0
+        if moments.rows < inputs:
+            few[name] = (inputs, moments.rows)
+        if moments.rows:
+            found[name] = CalibratedLayer(layers[name], moments)
     if few:
-        name = max(few, key=lambda name: moments[name].inputs.shape[-1])
+        name = max(few, key=lambda name: few[name])
+        inputs, rows = few[name]
         warnings.warn(
-            f"calibration has {moments[name].rows} rows for {name}, which has {moments[name].inputs.shape[-1]} inputs: "
-            f"with fewer rows than inputs ({len(few)} of {len(layers)} layers) it does not tell what counts",
+            f"calibration has {rows} rows for {name}, which has {inputs} inputs: with fewer rows than inputs "
+            f"({len(few)} of {len(layers)} layers) it does not tell what counts",
             stacklevel=4,
         )
-    return {name: CalibratedLayer(layer, moments[name]) for name, layer in layers.items() if moments[name].rows}
+    return found

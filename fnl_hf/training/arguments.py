@@ -63,7 +63,7 @@ class FnlTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Further arguments of the optimizer: 'momentum=0.9,nesterov=True' (sgd; its momentum is 0.9 by "
-            "default), 'decay=in_trust_ratio' (lamb), 'amsgrad=True' (adamw)."
+            "default), 'decay=in_trust_ratio' (lamb), 'adamw_lr=1e-3,per_head=True' (muon), 'amsgrad=True' (adamw)."
         },
     )
     weight_decay: float = field(

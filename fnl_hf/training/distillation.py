@@ -34,14 +34,16 @@ def hidden_state_errors(student: Sequence[torch.Tensor], teacher: Sequence[torch
     sum over tokens, however a batch is split.
 
     Args:
-        student, teacher: L + 1 tensors (B, S, d), the embeddings' output first.
+        student: L + 1 tensors (B, S, d), the embeddings' output first.
+        teacher: k·L + 1 likewise, of which every k-th counts (Jiao et al. 2020, arXiv 1909.10351, uniform mapping).
 
     Returns:
         (B, S), float32.
     """
+    stride = (len(teacher) - 1) // (len(student) - 1)
     errors = [
         (own.float() - other.float()).square().sum(-1) / other.float().square().sum(-1).clamp_min(SMALLEST_NORM)
-        for own, other in zip(student, teacher, strict=True)
+        for own, other in zip(student, teacher[::stride], strict=True)
     ]
     return torch.stack(errors).mean(dim=0)
 
@@ -135,18 +137,21 @@ class Teacher:
 
 
 def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Check that the layers of two models can be compared one to one, and freeze what of the student no loss reaches,
-    as the pooler of a model whose last hidden states are used: DDP waits for the gradient of all that is trained.
+    """Check that the layers of two models can be compared, each of the student's with one of the teacher's or the last
+    of k, and freeze what of the student no loss reaches, as the pooler of a model whose last hidden states are used:
+    DDP waits for the gradient of all that is trained.
 
     Raises:
-        UserInputError: a model without hidden states, other numbers of layers, other sizes, or logits of other shapes.
+        UserInputError: a model without hidden states, a number of layers that is no multiple of the student's, other
+            sizes, or logits of other shapes.
     """
     own, other = _probe(student), _probe(teacher.requires_grad_(False))
     sizes = [(len(found.hidden_states) - 1, found.hidden_states[-1].shape[-1]) for found in (own, other)]
-    if sizes[0] != sizes[1]:
+    (layers, size), (teachers_layers, teachers_size) = sizes
+    if size != teachers_size or layers == 0 or teachers_layers % layers:
         raise UserInputError(
-            f"layers are matched one to one: the student has {sizes[0][0]} of size {sizes[0][1]}, its teacher "
-            f"{sizes[1][0]} of size {sizes[1][1]}"
+            f"each layer of the student is matched with one of its teacher's, or with the last of two, three ...: the "
+            f"student has {layers} of size {size}, its teacher {teachers_layers} of size {teachers_size}"
         )
     for name in shared_logits(own, other):
         if own[name].shape != other[name].shape:
@@ -203,7 +208,7 @@ class DistillationTrainer(PretrainingTrainer):
 
     Args:
         model: the student; what of it no loss reaches is frozen.
-        teacher: with as many layers of the same size; its inputs are the student's.
+        teacher: with as many layers of the same size, or a multiple of them; its inputs are the student's.
 
     Raises:
         UserInputError: see :func:`match_models`.

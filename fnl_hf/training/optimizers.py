@@ -8,16 +8,27 @@ import torch
 from transformers import get_scheduler
 
 from fnl_hf.errors import UserInputError
-from fnl_hf.optim import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, frobenius_param_groups
+from fnl_hf.optim import (
+    FrobeniusAdamW,
+    FrobeniusLamb,
+    FrobeniusMuon,
+    FrobeniusSGD,
+    frobenius_param_groups,
+    muon_param_groups,
+)
 from fnl_hf.optim.lamb import DECAYS, FUSED_DEVICES
+from fnl_hf.optim.muon import ADJUSTMENTS
 from fnl_hf.products.discovery import find_products, unknown_attention
 
 # Another optimizer is a line here: flags and --optim_args follow from what its constructor takes.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": FrobeniusAdamW,
     "lamb": FrobeniusLamb,
+    "muon": FrobeniusMuon,
     "sgd": FrobeniusSGD,
 }
+# What makes the parameter groups where frobenius_param_groups does not.
+PARAM_GROUPS = {"muon": muon_param_groups}
 # Defaults that are not the classes' own.
 PREFERRED: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lamb": {"max_grad_norm": None}}
 # Arguments that --optim_args cannot set, because other flags do, and a value like theirs. Where an optimizer means
@@ -32,7 +43,7 @@ SET_BY_FLAGS: dict[str, Any] = {
     "max_grad_norm": 0.0,
 }
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-WORDS = {"true": "True", "false": "False", "none": "None"} | {decay: repr(decay) for decay in DECAYS}
+WORDS = {"true": "True", "false": "False", "none": "None"} | {word: repr(word) for word in (*DECAYS, *ADJUSTMENTS)}
 
 
 def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torch.optim.Optimizer:
@@ -71,7 +82,8 @@ def _param_groups(args, model: torch.nn.Module) -> list[dict[str, Any]]:
     if decay is None and not find_products(model) and not unknown_attention(model):
         decay = 0.0  # a dense model is meant to be one
     try:
-        return frobenius_param_groups(model, args.weight_decay, decay, args.decay_mode)
+        make_groups = PARAM_GROUPS.get(args.optimizer, frobenius_param_groups)
+        return make_groups(model, args.weight_decay, decay, args.decay_mode)
     except ValueError as error:
         raise UserInputError(str(error)) from error
 
@@ -89,7 +101,8 @@ def validate_optimization(args, model: torch.nn.Module) -> None:
 
 
 def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any]:
-    """ "momentum=0.9,nesterov=true" as keyword arguments; values are numbers, booleans, tuples or LAMB's decays.
+    """ "momentum=0.9,nesterov=true" as keyword arguments; values are numbers, booleans, tuples or the words of
+    LAMB's and Muon's options.
 
     Raises:
         UserInputError: no ``name=value``, a name that the optimizer does not have, or another value.

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from fnl_hf.bert.configuration_fnl_bert import ATTENTION_INITS, STUDIED_INITS
 from fnl_hf.data.masking import ATTENTION_KERNELS
 from fnl_hf.data.packing import PACKED
 from fnl_hf.data.rows import OBJECTIVES
 from fnl_hf.data.tokenizer import ALPHABET_COVERAGE, ALPHABET_FLOOR, validate_coverage
 from fnl_hf.errors import UserInputError, validate_bounds
+from fnl_hf.layers.base import INITS, MODES
+from fnl_hf.layers.base import STUDIED_INITS as STUDIED_LAYER_INITS
 from fnl_hf.training.models import PRESETS
 
 COUNTS = (
@@ -55,7 +58,11 @@ class ModelArguments:
         default=None, metadata={"help": "E, a multiple of the number of heads. Default: the hidden size."}
     )
     attention_init: str | None = field(
-        default=None, metadata={"help": "Initialization of the attention products.", "choices": ["normal", "spectral"]}
+        default=None,
+        metadata={
+            "help": f"Initialization of the attention products; {' and '.join(STUDIED_INITS)} are experimental.",
+            "choices": [*ATTENTION_INITS, *STUDIED_INITS],
+        },
     )
     sparse_prediction: bool = field(
         default=True, metadata={"help": "Run the prediction head on the masked positions only; the loss is the same."}
@@ -76,6 +83,27 @@ class ModelArguments:
     )
     factorize_target_ratio: float = field(
         default=0.5, metadata={"help": "Parameters of the encoder's layers then, over those that they had."}
+    )
+    factorize_mode: str = field(
+        default="low_rank",
+        metadata={
+            "help": "low_rank, of that size, or products of full rank to multiply back: wide, of two factors, or deep, "
+            "of three.",
+            "choices": list(MODES),
+        },
+    )
+    factorize_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Factors of the dense weights, calibrated on training data or by their SVD alone (spectral), or "
+            f"drawn at random (default); {' and '.join(STUDIED_LAYER_INITS)} are experimental. Default: calibrated "
+            "where the mode is low_rank, else spectral.",
+            "choices": ["calibrated", *INITS, *STUDIED_LAYER_INITS],
+        },
+    )
+    factorize_include: list[str] | None = field(
+        default=None,
+        metadata={"help": "Patterns of the layers' names, as in a shell. Default: the whole encoder, encoder.layer.*."},
     )
 
     def __post_init__(self):

@@ -19,6 +19,7 @@ from fnl_hf.training.optimizers import OPTIMIZERS, constructor_arguments
 
 logger = logging.get_logger(__name__)
 
+WITH_ADAM = "--optimizer adamw, lamb or muon"
 OFF = ("false", "no", "none", "null")  # as a flag's value: it asks for nothing
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 WITHOUT_KWARGS = ("constant", "constant_with_warmup")
@@ -50,8 +51,8 @@ def _reads_text_files(run: Any) -> bool:
 # of the flags of all scripts; where a script has a flag, it has those that the rule looks at
 RULES = (
     # the optimizer and its schedule
-    Rule(("adam_beta1", "adam_beta2"), lambda run: not _optimizer_takes(run, "betas"), "--optimizer adamw or lamb"),
-    Rule(("adam_epsilon",), lambda run: not _optimizer_takes(run, "eps"), "--optimizer adamw or lamb"),
+    Rule(("adam_beta1", "adam_beta2"), lambda run: not _optimizer_takes(run, "betas"), WITH_ADAM),
+    Rule(("adam_epsilon",), lambda run: not _optimizer_takes(run, "eps"), WITH_ADAM),
     Rule(("frobenius_decay",), lambda run: run.decay_mode == "none", "--decay_mode frobenius or weight"),
     Rule(("optim_target_modules",), lambda run: True, "none of the optimizers here"),
     Rule(
@@ -159,10 +160,11 @@ RULES = (
         "--objective mlm or mlm_nsp",
     ),
     Rule(
-        ("factorize_target_ratio",),
+        ("factorize_target_ratio", "factorize_mode", "factorize_init", "factorize_include"),
         lambda run: run.factorize_at_step is None,
         "--factorize_at_step",
     ),
+    Rule(("factorize_target_ratio",), lambda run: run.factorize_mode != "low_rank", "--factorize_mode low_rank"),
     Rule(("sparse_last_layer",), lambda run: not run.sparse_prediction, "--sparse_prediction true"),
 )
 OF_PRODUCTS = ("frobenius_decay", "decay_mode", "product_norms_steps")

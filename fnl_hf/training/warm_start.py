@@ -10,7 +10,7 @@ Shapes: W = U Vᵀ (m, n) with r < min(m, n): U (m, r), V (n, r); G the gradient
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -27,9 +27,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from fnl_hf.data.masking import MaskedLMDataset, MaskedStream
 from fnl_hf.errors import TrainingDiverged, UserInputError
 from fnl_hf.layers import FactorizedLinear
+from fnl_hf.layers.base import INITS
 from fnl_hf.surgery.checkpoints import factorized_layers, restore_layers
 from fnl_hf.surgery.config import FactorizationConfig
-from fnl_hf.surgery.factorize import factorize
+from fnl_hf.surgery.factorize import factorize, selected_layers
 from fnl_hf.training.optimizers import build_optimizer
 from fnl_hf.training.sampling import count_steps
 from fnl_hf.training.trainer import LABEL_NAMES
@@ -44,14 +45,42 @@ OF_EACH_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_init_lrs", "_
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The model is dense in the first ``step`` steps of a run; ``target_ratio``: see ``FactorizationConfig``."""
+    """The model is dense in the first ``step`` steps of a run; then layers become products as ``config`` says."""
 
     step: int
-    target_ratio: float
+    config: FactorizationConfig
+    is_calibrated: bool
 
     def __str__(self) -> str:
-        share = f"{self.target_ratio:.3g} of their parameters"
-        return f"dense for {self.step:,} steps, then the encoder's layers as products with {share}"
+        layers = "the encoder's layers" if self.config.include == ENCODER else ", ".join(self.config.include)
+        ratio = self.config.target_ratio
+        kind = f"{self.config.mode} products" if ratio is None else f"products with {ratio:.3g} of their parameters"
+        return f"dense for {self.step:,} steps, then {layers} as {kind}"
+
+
+def plan_factorization(model_args, seed: int, model: PreTrainedModel) -> tuple[FactorizationConfig, bool]:
+    """Which layers become products, how, and whether they are calibrated.
+
+    Raises:
+        UserInputError: patterns without a layer, or an initialization that is not for the mode.
+    """
+    mode = model_args.factorize_mode
+    init = model_args.factorize_init or ("calibrated" if mode == "low_rank" else "spectral")
+    is_calibrated = init == "calibrated"
+    if mode != "low_rank" and init not in INITS:
+        raise UserInputError(f"--factorize_init {init} is for --factorize_mode low_rank, not {mode}")
+    config = FactorizationConfig(
+        mode=mode,
+        target_ratio=model_args.factorize_target_ratio if mode == "low_rank" else None,
+        init="spectral" if is_calibrated else init,
+        include=ENCODER if model_args.factorize_include is None else tuple(model_args.factorize_include),
+        seed=seed,
+    )
+    try:
+        selected_layers(model, config, is_calibrated)
+    except ValueError as error:
+        raise UserInputError(f"--factorize_include: {error}") from error
+    return config, is_calibrated
 
 
 def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> WarmStart | None:
@@ -59,7 +88,7 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
 
     Raises:
         UserInputError: a step that the run does not reach, a model with factorized layers, several processes, FSDP or
-            torch.compile, which hold on to the layers that would go.
+            torch.compile, which hold on to the layers that would go; see also :func:`plan_factorization`.
     """
     given = model_args.factorize_at_step
     if given is None or not args.do_train:
@@ -83,7 +112,7 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
     step = int(given) if given >= 1 else int(given * last + 1e-6)  # 0.29 * 100 is a little less than 29
     if step >= last:
         raise UserInputError(f"--factorize_at_step ({given:g}) must be below the {last} steps of the run")
-    return WarmStart(step, model_args.factorize_target_ratio)
+    return WarmStart(step, *plan_factorization(model_args, args.seed, model))
 
 
 def take_structure(model: PreTrainedModel, checkpoint: str | Path) -> None:
@@ -102,7 +131,7 @@ def take_structure(model: PreTrainedModel, checkpoint: str | Path) -> None:
 
 
 class WarmStartCallback(TrainerCallback):
-    """Factorizes the encoder's layers, in place, before the first step after ``warm_start.step``.
+    """Factorizes layers of the encoder, in place, before the first step after ``warm_start.step``.
 
     A checkpoint that is saved at this step is still dense: a run that goes on from it makes the same products of the
     same data. No generator of random numbers is drawn from. The best checkpoint is sought anew among those that follow,
@@ -124,26 +153,30 @@ class WarmStartCallback(TrainerCallback):
             return
         self.is_done = True
         with self.trainer.throughput.paused():
-            self._factorize(args, model, getattr(optimizer, "optimizer", optimizer))  # Accelerate's is a wrapper
-        resize_schedule(lr_scheduler, len(optimizer.param_groups))
+            like = self._factorize(args, model, getattr(optimizer, "optimizer", optimizer))  # Accelerate's is a wrapper
+        resize_schedule(lr_scheduler, like)
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self.trainer.measure_model()
         self.trainer.log({FACTORIZED: len(factorized_layers(model))})
 
-    def _factorize(self, args, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    def _factorize(self, args, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[int]:
         before, size = dict(model.named_parameters()), model.num_parameters()
-        config = FactorizationConfig(target_ratio=self.warm_start.target_ratio, include=ENCODER, seed=args.seed)
+        calibration = None
+        if self.warm_start.is_calibrated:
+            calibration = calibration_batches(self.trainer.train_dataset, args.train_batch_size)
         try:
-            factorize(model, config, calibration_batches(self.trainer.train_dataset, args.train_batch_size))
+            factorize(model, self.warm_start.config, calibration)
         except ValueError as error:  # all that a run chooses was checked: weights are not finite
             raise TrainingDiverged(f"--factorize_at_step: {error}, at step {self.trainer.state.global_step}") from error
-        replace_parameters(optimizer, build_optimizer(args, model), carry_state(optimizer.state, before, model))
+        state = carry_state(optimizer.state, before, model)
+        like = replace_parameters(optimizer, build_optimizer(args, model), state)
         if args.process_index == 0:
             layers = len(factorized_layers(model))
             tqdm.write(
                 f"step {self.warm_start.step}: {layers} layers of the encoder are products from here on; the model has "
                 f"{model.num_parameters():,} parameters, before {size:,}"
             )
+        return like
 
 
 def calibration_batches(dataset: MaskedLMDataset | MaskedStream, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -162,7 +195,7 @@ def calibration_batches(dataset: MaskedLMDataset | MaskedStream, batch_size: int
 def carry_state(
     state: Mapping[torch.Tensor, dict[str, Any]], before: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[torch.Tensor, dict[str, Any]]:
-    """The optimizer's state of a model whose layers were factorized.
+    """The optimizer's state of a model whose layers were factorized; products of three factors start anew.
 
     Args:
         state: of the parameters before.
@@ -174,7 +207,7 @@ def carry_state(
         if name in before and before[name] in state
     }
     for name, layer in model.named_modules():
-        if isinstance(layer, FactorizedLinear) and before[f"{name}.weight"] in state:
+        if isinstance(layer, FactorizedLinear) and not layer.deep and before[f"{name}.weight"] in state:
             moments = project_moments(state[before[f"{name}.weight"]], layer.left.detach(), layer.right.detach())
             carried[layer.left], carried[layer.right] = moments
     return carried
@@ -204,18 +237,24 @@ def project_moments(
 
 def replace_parameters(
     optimizer: torch.optim.Optimizer, new: torch.optim.Optimizer, state: Mapping[torch.Tensor, dict[str, Any]]
-) -> None:
+) -> list[int]:
     """Give an optimizer the parameter groups of another one of its class, in place: Trainer, Accelerate, the schedule
-    and the loss guard hold it. Rates are its own."""
-    rates = {
-        name: optimizer.param_groups[0][name] for name in ("lr", "initial_lr") if name in optimizer.param_groups[0]
-    }
-    optimizer.param_groups[:] = [group | rates for group in new.param_groups]
+    and the loss guard hold it. Rates are its own: all groups have one, or, with Muon, those of each rule one.
+
+    Returns:
+        For each new group the index of the old one whose rate it has.
+    """
+    rules = [group.get("use_muon") for group in optimizer.param_groups]
+    like = [rules.index(group.get("use_muon")) for group in new.param_groups]
+    rates = [{name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups]
+    optimizer.param_groups[:] = [group | rates[index] for group, index in zip(new.param_groups, like)]
     optimizer.state = defaultdict(dict, state)
+    return like
 
 
-def resize_schedule(scheduler: Any, groups: int) -> None:
-    """Have a schedule go on with another number of parameter groups. All groups have one rate."""
+def resize_schedule(scheduler: Any, like: Sequence[int]) -> None:
+    """Have a schedule go on with other parameter groups: each at the rate of the one that it had at an index."""
     for name in OF_EACH_GROUP:
         if name in vars(scheduler):
-            setattr(scheduler, name, [getattr(scheduler, name)[0]] * groups)
+            values = getattr(scheduler, name)
+            setattr(scheduler, name, [values[index] for index in like])

@@ -6,16 +6,23 @@ from studies.study import Comparison, Study, recipe
 
 SHARES = (0, 0.1, 0.25, 0.5)  # of the steps, dense
 
-arms: dict[str, dict[str, Any]] = {"dense": {}}
-arms |= {f"switch-{share}": {"factorize_at_step": share, "factorize_target_ratio": 0.5} for share in SHARES}
+
+def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
+    arms: dict[str, dict[str, Any]] = {"dense": {}}
+    arms |= {f"switch-{share}": {"factorize_at_step": share, "factorize_target_ratio": 0.5} for share in SHARES}
+    return {name: flags | own for name, own in arms.items()}
+
 
 STUDY = Study(
     question="Does a model whose layers become products after some dense steps reach a lower held-out loss than one "
     "that has them from the beginning?",
     script="run_pretrain.py",
     # E = d: what is compared are the products that the switch makes
-    base=recipe("configs/mini.yaml") | {"attention_embedding_size": 256},
-    arms={"half": arms},
+    base=recipe("configs/quickstart.yaml") | {"attention_embedding_size": 128},
+    arms={
+        "quickstart": arms_of(),
+        "mini": arms_of(**recipe("configs/mini.yaml") | {"attention_embedding_size": 256}),
+    },
     reference="dense",
     effect=0.05,  # 5% of the perplexity
     comparisons=(
@@ -30,10 +37,11 @@ STUDY = Study(
             "dense",
             expected="same",
         ),
-    ),  # fmt: skip
+    ),
     seeds=(1, 2, 3),
     measures={
-        "speed": {"seconds of training": "metrics/train_runtime", "tokens a second": "metrics/train_tokens_per_second"}
+        "training": {"seconds": "metrics/train_runtime"},
+        "throughput": {"tokens a second": "metrics/train_tokens_per_second"},
     },
     spectra=False,
 )

@@ -14,7 +14,7 @@ from transformers import AutoModel, BertConfig, BertForPreTraining, BertModel, R
 from transformers.models.bert import modeling_bert
 
 import fnl_hf
-from fnl_hf.bert import modeling_fnl_bert
+from fnl_hf.bert import modeling_fnl_bert, moments
 from fnl_hf.bert.head_mixing import HeadMoments, activation_moments, regularize_moments, truncate_product
 from fnl_hf.commands import cli
 from fnl_hf.commands.calibration import calibration_batches
@@ -142,33 +142,40 @@ def test_a_product_of_smaller_rank_loses_nothing():
     assert sigma[0, 2:].abs().max() < 1e-8
 
 
-def test_activation_moments_are_those_of_the_heads(bert, batch):
-    """Against loops over the tokens that are there, in float64, from stock BERT's own attentions."""
-    bert = bert.double()
-    bert.set_attn_implementation("sdpa")
+def test_activation_moments_are_those_of_the_heads(bert, batch, monkeypatch):
+    """Against loops over the tokens that are there, in float64, with autograd's derivatives of one function of the
+    outputs in the place of random directions."""
+    bert, mask = bert.double(), batch["attention_mask"].bool()
+    projected = []
+    monkeypatch.setattr(moments, "_project", lambda result, *_: projected.pop(0)(result))
     halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 2), slice(2, None))]
+    projected += [lambda result, half=half: projection(result, half["attention_mask"]) for half in halves]
+    bert.set_attn_implementation("flex_attention")  # which has no backward pass here
     found = activation_moments(bert.train(), halves)["bert.encoder.layer.1.attention"]
-    assert bert.training and bert.config._attn_implementation == "sdpa"
-    bert.eval().set_attn_implementation("eager")
-    states = bert(**batch, output_hidden_states=True, output_attentions=True)
-    own = bert.bert.encoder.layer[1].attention.self
-    x, mask = states.hidden_states[1].detach(), batch["attention_mask"]
-    q, k, v = (part(x).detach().view(5, 11, HEADS, HEAD_SIZE) for part in (own.query, own.key, own.value))
-    tokens, head = int(mask.sum()), 2
-    query, key, contexts = torch.zeros(14, 14).double(), torch.zeros(14, 14).double(), []
-    for row in range(5):
-        for at in range(11):
-            if not mask[row, at]:
-                continue
-            seen = states.attentions[1][row, head, at].detach()
-            query += torch.outer(q[row, at, head], q[row, at, head]) / tokens
-            centred = k[row, :, head] - seen @ k[row, :, head]
-            key += centred.T @ (seen[:, None] * centred) / tokens  # the variance that a softmax sees
-            contexts.append(seen @ v[row, :, head])
-    torch.testing.assert_close(found.query[head], query)
-    torch.testing.assert_close(found.key[head], key)
-    torch.testing.assert_close(found.context_mean[head], torch.stack(contexts).mean(dim=0))
-    torch.testing.assert_close(found.value[head], torch.cov(torch.stack(contexts).T, correction=0))
+    assert bert.training and bert.config._attn_implementation == "flex_attention"
+    bert.set_attn_implementation("eager")
+    attention, seen = bert.eval().bert.encoder.layer[1].attention, {}
+    for name, layer in (("q", attention.self.query), ("o", attention.output.dense)):
+        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: (args[0], output)}))
+    result = projection(bert(**batch), mask)
+    by_q, by_o = torch.autograd.grad(result, [seen["q"][1], seen["o"][1]])
+    q, by_q, contexts = (part.detach().view(5, 11, HEADS, HEAD_SIZE) for part in (seen["q"][1], by_q, seen["o"][0]))
+    by_c = (by_o @ attention.output.dense.weight).detach().view(5, 11, HEADS, HEAD_SIZE)
+    head, sums, kept = 2, torch.zeros(3, 14, 14).double(), []
+    for row, at in mask.nonzero().tolist():
+        for part, values in zip(sums, (q, by_q, by_c)):
+            part += torch.outer(values[row, at, head], values[row, at, head]) / mask.sum()
+        kept.append(contexts[row, at, head])
+    close = {"rtol": 1e-3, "atol": 1e-6}
+    for name, expected in zip(("query", "key", "output"), sums):
+        torch.testing.assert_close(getattr(found, name)[head], expected, **close)
+    torch.testing.assert_close(found.context_mean[head], torch.stack(kept).mean(dim=0), **close)
+    torch.testing.assert_close(found.value[head], torch.cov(torch.stack(kept).T, correction=0), **close)
+    assert found.tokens == mask.sum()
+
+
+def projection(result, mask):
+    return result.prediction_logits.square()[mask.bool()].mean(dim=-1).sum()
 
 
 def test_calibration_is_better_on_what_it_saw(bert, batch):
@@ -479,15 +486,15 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
     (checkpoint / "README.md").write_text(f"---\n{head}\n---\n# A BERT\n")
     before = bert.num_parameters()
     after = before - 2 * (3 * (42 * 21 + 21) + 21 * 42)  # two layers: query, key and value with biases, output
-    whitened = convert_checkpoint(
-        str(checkpoint), tmp_path / "whitened", "fnl_bert", 21, [str(tmp_path / "text.txt")], 5, 11
+    calibrated = convert_checkpoint(
+        str(checkpoint), tmp_path / "calibrated", "fnl_bert", 21, [str(tmp_path / "text.txt")], 5, 11
     )
     convert_checkpoint(str(checkpoint), tmp_path / "plain", "fnl_bert", 21)
     convert_checkpoint(str(tmp_path / "plain"), tmp_path / "back", "bert")
     (checkpoint / "README.md").write_text("---\n[broken\n---\n# A BERT\n")
     convert_checkpoint(str(checkpoint), tmp_path / "same")
     products = "each Q_h K_hᵀ and V_h O_hᵀ to rank 7 by"
-    ways = {"whitened": f"{products} whitened SVD, weighed by the activations on 5 documents of text.txt, at most 11 "
+    ways = {"calibrated": f"{products} SVD calibrated on 5 documents of text.txt, at most 11 "
             "tokens of each", "plain": f"{products} plain SVD", "back": "none", "same": "none"}  # fmt: skip
     texts = {}
     for name, way in ways.items():
@@ -504,7 +511,7 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
         found = {}
         exec(code, found)
         assert type(found["model"]).__name__ == ("BertForPreTraining" if name == "back" else "FnlBertForPreTraining")
-    assert truncation_table(whitened.truncations) in texts["whitened"]
+    assert truncation_table(calibrated.truncations) in texts["calibrated"]
     assert f"| attention embedding dimension E | 21 (50% of d) |\n| parameters | {after:,} |" in texts["plain"]
     assert "| converted from | bert, BertForPreTraining |\n| E before | 42 |" in texts["plain"]
     assert f"| parameters before | {before:,} |" in texts["plain"] and "not trained since." in texts["plain"]

@@ -154,6 +154,25 @@ def test_initial_scale_is_bert_s_own(dimensions):
     assert torch.linalg.matrix_norm(u[0] @ v[0].T).item() == pytest.approx(expected.item(), rel=0.05)
 
 
+@pytest.mark.parametrize("init", ["folded", "rescaled"])
+def test_the_scale_of_a_smaller_head(dimensions, init):
+    """H 3, d/H 14, r 2: against an SVD of the d x d products that the same numbers make."""
+    model = fnl("Model", dimensions, attention_init=init, initializer_range=0.5)
+    assert max(imbalance(pair) for pair in model.factor_pairs()) < 1e-5, "it reaches the pairs from scratch"
+    for pair in model.factor_pairs()[:2]:
+        torch.manual_seed(2)
+        left, right = (torch.empty(3, 42, 14).normal_(std=0.5).double() for _ in range(2))
+        p, sigma, qh = torch.linalg.svd(left @ right.mT)
+        scale = torch.full((3,), (2 / 14) ** 0.5 if pair.kind == "qk" else 1.0)  # 1/√14 in the place of 1/√2
+        if init == "rescaled":
+            scale = scale * sigma.norm(dim=1) / sigma[:, :2].norm(dim=1)
+        expected = scale[:, None, None] * (p[..., :2] * sigma[:, None, :2] @ qh[:, :2])
+        torch.manual_seed(2)
+        model._initialize_spectrally(pair)
+        u, v = pair.factors()
+        torch.testing.assert_close((u @ v.mT).double(), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_spectral_initialization_leaves_loaded_weights_alone(tmp_path, dimensions):
     model = fnl("ForMaskedLM", dimensions, attention_init="spectral")
     for parameter in model.parameters():

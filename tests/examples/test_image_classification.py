@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -22,6 +23,7 @@ from data import load_idx, to_images
 from fnl_hf import UserInputError
 from fnl_hf.runs.command_line import parse_arguments
 from preparation import Preparation
+from pruning import SparseTraining, make_permanent
 from resnet import BasicBlock, CifarResNetConfig, CifarResNetForImageClassification
 from tests.conftest import IMAGE_HEIGHT, IMAGE_WIDTH, ROOT, assert_same_weights, launch
 
@@ -191,6 +193,88 @@ def test_pruning_at_the_budget_of_a_low_rank_model(dense, idx_dir, tmp_path):
     assert all(torch.all(after[name] != 0) for name in ("classifier.weight", "resnet.stem.weight"))
 
 
+@pytest.fixture
+def sparse_layers():
+    """Two layers of 6 and 35 weights, of which 10 are to stay, as a function of the kind; and an optimizer."""
+
+    def make(kind):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(7, 5, bias=False)]
+        callback = SparseTraining(layers, 10, kind, seed=3)
+        optimizer = torch.optim.SGD([layer.weight_orig for layer in layers], lr=0.1, momentum=0.9)
+
+        def run(*steps):
+            for step in steps:
+                optimizer.zero_grad()
+                sum((layer(torch.ones(layer.in_features)) ** 2).sum() for layer in layers).backward()
+                optimizer.step()
+                callback.on_step_end(None, SimpleNamespace(global_step=step, max_steps=400), None, optimizer=optimizer)
+            masks, weights = ([layer.weight_mask for layer in layers], [layer.weight_orig.detach() for layer in layers])
+            return [torch.cat([each.flatten() for each in of]) for of in (masks, weights)]
+
+        return layers, run, optimizer
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "lottery"])
+def test_pruned_after_half_of_the_steps(sparse_layers, kind):
+    layers, run, optimizer = sparse_layers(kind)
+    mask, early = run(19, 20)
+    assert mask.all()
+    assert run(199)[0].all()
+    mask, after = run(200)
+    assert mask.sum() == 10
+    if kind == "lottery":
+        assert torch.equal(after, early)
+        assert not any(state["momentum_buffer"].any() for state in optimizer.state.values())
+    else:
+        assert set(after.abs().argsort(descending=True)[:10].tolist()) == set(mask.nonzero().flatten().tolist())
+    pruned, _ = run(201, 300)
+    assert torch.equal(pruned, mask)
+    make_permanent(torch.nn.ModuleList(layers))
+    assert sum(int((layer.weight != 0).sum()) for layer in layers) == 10
+    assert [name for layer in layers for name in layer.state_dict()] == ["weight", "weight"]
+
+
+def test_a_random_pattern_stays_or_changes(sparse_layers):
+    (fixed, *_), (dynamic, *_) = (sparse_layers(kind)[1](1) for kind in ("fixed", "dynamic"))
+    assert fixed.sum() == 10 and torch.equal(fixed, dynamic)
+    assert torch.equal(sparse_layers("fixed")[1](100, 200)[0], fixed)
+    layers, run, optimizer = sparse_layers("dynamic")
+    run(99)
+    of_first = int(layers[0].weight_mask.sum())
+    _, before = run(1)
+    mask, after = run(100)  # a share of 0.3 · (1 + cos(π/3))/2 = 0.225
+    assert mask.sum() == 10 and layers[0].weight_mask.sum() == of_first
+    count = int(0.225 * of_first) + int(0.225 * (10 - of_first))
+    grown = (mask > fixed).nonzero().flatten()
+    assert len(grown) == count > 0 and torch.all(after[grown] == 0)
+    momentum = torch.cat([optimizer.state[layer.weight_orig]["momentum_buffer"].flatten() for layer in layers])
+    assert torch.all(momentum[grown] == 0) and momentum.abs().sum() > 0
+    gone = (mask < fixed).nonzero().flatten()
+    assert len(gone) == count
+    assert not torch.equal(before, after)
+    assert torch.equal(run(400)[0], mask), "after three quarters of the steps it stays"
+
+
+@pytest.mark.parametrize("kind", ["fixed", "lottery"])
+def test_a_sparse_model_is_one_of_the_size_that_was_asked_for(kind, idx_dir, tmp_path):
+    flags = {"idx_dir": idx_dir, "method": "pruning", "sparsity": kind, "save_strategy": "steps", "save_steps": 7}
+    train.run(command(tmp_path / "whole", **flags))
+    assert results(tmp_path / "whole")["eval_parameters"] == ELSEWHERE + FACTORS
+    saved = load_file(tmp_path / "whole" / "model.safetensors")
+    kernels = [name for name in saved if name.startswith("resnet.blocks") and saved[name].dim() == 4]
+    assert sum(int((saved[name] != 0).sum()) for name in kernels) == FACTORS
+    assert not [name for name in saved if "mask" in name or "early" in name]
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("all_results.json", "model.safetensors"):
+        (tmp_path / "cut" / name).unlink()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-10")
+    train.run(command(tmp_path / "cut", **flags, resume_from_checkpoint="auto"))
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
 @pytest.mark.parametrize("method", ["low_rank", "pruning"])
 def test_resuming_gives_the_same_model(method, dense, idx_dir, tmp_path):
     flags = {"method": method, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 9, "max_steps": 13}
@@ -311,6 +395,7 @@ def test_bad_images_and_labels_are_refused(folders, tmp_path):
         ({"idx_dir": "/no/such"}, "--idx_dir /no/such: no file train-images-idx3-ubyte"),
         ({"model_name_or_path": "/no/such"}, "/no/such"),
         ({"method": "pruning"}, "--method pruning needs --model_name_or_path"),
+        ({"sparsity": "fixed"}, r"--sparsity \(fixed\) would change nothing: --method dense prunes nothing"),
         ({"method": "wider"}, "invalid choice: 'wider'"),
         ({"method": "low_rank", "rank_scale": 0.5, "target_ratio": 0.5}, "low_rank: rank_scale and target_ratio are"),
         ({"method": "low_rank", "rank_scale": -1.0}, r"rank_scale \(-1.0\) must be"),

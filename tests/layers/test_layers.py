@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fnl_hf import find_products, frobenius_param_groups
 from fnl_hf.layers import FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, initialization
-from fnl_hf.layers.initialization import spectral_initialization, truncated_svd
+from fnl_hf.layers.initialization import spectral_initialization, studied_initialization, truncated_svd
 
 CLASSES = {
     nn.Linear: FactorizedLinear,
@@ -421,3 +421,17 @@ def test_spectral_initialization_in_float32():
     for deep, rank in ((False, 40), (False, 90), (True, 40), (True, 90)):
         left, *middle, right = spectral_initialization(weight, rank, deep)
         assert_close(left @ middle[0] @ right.mT if deep else left @ right.mT, weight, 1e-5)
+
+
+def test_studied_initializations():
+    """U 5 x 2, V 7 x 2: "ones" of singular values one, "rates" the spectral product, whose factors are √(7/2) away from
+    their balance."""
+    weight = torch.randn(1, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p, sigma, qh = torch.linalg.svd(weight)
+    left, right = studied_initialization(weight, 2, "ones")
+    torch.testing.assert_close(left @ right.mT, p[..., :2] @ qh[:, :2])
+    torch.testing.assert_close(left.mT @ left, torch.eye(2, dtype=torch.float64)[None])
+    left, right = studied_initialization(weight, 2, "rates")
+    torch.testing.assert_close(left @ right.mT, p[..., :2] * sigma[:, None, :2] @ qh[:, :2])
+    torch.testing.assert_close((left.mT @ left).diagonal(dim1=1, dim2=2), sigma[:, :2] * 2 / 7)
+    torch.testing.assert_close((right.mT @ right).diagonal(dim1=1, dim2=2), sigma[:, :2] * 7 / 2)

@@ -19,9 +19,11 @@ from fnl_hf import (
     FactorizationConfig,
     FrobeniusAdamW,
     FrobeniusLamb,
+    FrobeniusMuon,
     FrobeniusSGD,
     factorize,
     frobenius_param_groups,
+    muon_param_groups,
 )
 from fnl_hf.data.masking import MaskedLMDataset, MaskingTransform
 from fnl_hf.training.fsdp import (
@@ -42,10 +44,13 @@ OPTIMIZERS = {
     "lamb": partial(FrobeniusLamb, lr=2e-2, eps=1e-3, max_grad_norm=None),
     "sgd": partial(FrobeniusSGD, lr=1e-1, momentum=0.9, foreach=True),
 }
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["muon"] = partial(FrobeniusMuon, lr=1e-2, eps=1e-3, fused=True)
 
 
 def optimizer_of(model, name):
-    return OPTIMIZERS[name](frobenius_param_groups(model, 0.1, frobenius_decay=0.5))
+    make_groups = muon_param_groups if name == "muon" else frobenius_param_groups
+    return OPTIMIZERS[name](make_groups(model, 0.1, frobenius_decay=0.5))
 
 
 class Tokenizer:

@@ -22,7 +22,16 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from fnl_hf import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, find_products, frobenius_param_groups
+from fnl_hf import (
+    FrobeniusAdamW,
+    FrobeniusLamb,
+    FrobeniusMuon,
+    FrobeniusSGD,
+    Lamb,
+    find_products,
+    frobenius_param_groups,
+    muon_param_groups,
+)
 from fnl_hf.optim import sharding
 from tests.conftest import DIMENSIONS
 from tests.optim.sharded_models import (
@@ -51,6 +60,10 @@ OPTIMIZERS = {
     "lamb": partial(FrobeniusLamb, lr=1e-2),  # fused
     "lamb_in_trust_ratio": partial(FrobeniusLamb, lr=1e-2, decay="in_trust_ratio", foreach=True),
 }
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["muon"] = partial(FrobeniusMuon, lr=1e-2, fused=True)
+    OPTIMIZERS["muon_per_head"] = partial(FrobeniusMuon, lr=1e-2, adamw_lr=1e-3, per_head=True)
+MUON = ("muon",) if hasattr(torch.optim, "Muon") else ()
 FEWER = ("sgd", "lamb", "lamb_in_trust_ratio")  # coupled, decoupled and inside the trust ratio
 ENTRIES = ("name", "product", "num_heads", "frobenius_decay", "weight_decay", "lr")
 
@@ -80,7 +93,8 @@ def run(model, optimizer, steps, idle=()):
 
 
 def optimizer_of(model, name, decay=FROBENIUS_DECAY):
-    return OPTIMIZERS[name](frobenius_param_groups(model, WEIGHT_DECAY, decay))
+    make_groups = muon_param_groups if name.startswith("muon") else frobenius_param_groups
+    return OPTIMIZERS[name](make_groups(model, WEIGHT_DECAY, decay))
 
 
 def trained(model, name, steps=STEPS, decay=FROBENIUS_DECAY, idle=()):
@@ -264,7 +278,8 @@ def rank_cut(kind, folder):
 @check_each("rows", "rank", "kernel")
 def convolutions_cut(name, folder):
     """(c_out, r, k, 1) and (r, c_in, 1, k): cut along dimension 0, along the first one's rank, along its kernel."""
-    return sharding_errors(convolutions(), along={"rows": {}, "rank": {"0.weight": 1}, "kernel": {"0.weight": 2}}[name])
+    along = {"rows": {}, "rank": {"0.weight": 1}, "kernel": {"0.weight": 2}}[name]
+    return sharding_errors(convolutions(), (*FEWER, *MUON), along=along)
 
 
 @check_each("replicate", "shard")
@@ -361,7 +376,9 @@ def backward_through_fsdp2(folder):
 # Checkpoints
 
 
-@check_each(*(f"{name}-{direction}" for name in ("adamw", "sgd", "lamb") for direction in ("gathering", "scattering")))
+@check_each(
+    *(f"{name}-{direction}" for name in ("adamw", "sgd", "lamb", *MUON) for direction in ("gathering", "scattering"))
+)
 def checkpoint(case, folder):
     """Written sharded and read unsharded ("gathering") or the other way round, then trained on, beside the first."""
     name, direction = case.split("-")

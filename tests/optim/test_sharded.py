@@ -15,15 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fnl_hf import FrobeniusAdamW, FrobeniusLamb, FrobeniusSGD, Lamb, frobenius_param_groups, register_product
+from fnl_hf import (
+    FrobeniusAdamW,
+    FrobeniusLamb,
+    FrobeniusMuon,
+    FrobeniusSGD,
+    Lamb,
+    frobenius_param_groups,
+    register_product,
+)
 from fnl_hf.optim import local_factors
 from fnl_hf.optim.local_factors import LocalFactor
 from fnl_hf.optim.sharding import Sharding
-from tests.conftest import launch
+from tests.conftest import launch, needs_muon
 from tests.optim import sharded_training, sharded_worker  # noqa: F401  which make the checks
 from tests.optim.worker_checks import CHECKS
 
 TOLERANCE = 1e-6
+MUON = pytest.param(FrobeniusMuon, marks=needs_muon)
 NOTICEABLE = 1e-3
 
 
@@ -193,8 +202,10 @@ def test_training_sharded_equals_one_process(figures, case):
 
 @for_each("trainer_checkpoint")
 def test_trainers_checkpoint_continues_sharded_or_not(figures, case):
+    # Muon iterates in bfloat16, which turns rounding of a gradient into parts of a step of 2e-3 an entry.
+    tolerance = 2e-3 if "muon" in case else 1e-5
     for process in figures(f"trainer_checkpoint[{case}]"):
-        assert process["before"] == 0.0 and process["after"] <= 1e-5
+        assert process["before"] == 0.0 and process["after"] <= tolerance
 
 
 @for_each("skipped_step")
@@ -240,7 +251,7 @@ def flattened(parameters, together):
 
 
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("optimizer_class", [FrobeniusAdamW, FrobeniusSGD, FrobeniusLamb, Lamb])
+@pytest.mark.parametrize("optimizer_class", [FrobeniusAdamW, FrobeniusSGD, FrobeniusLamb, Lamb, MUON])
 def test_parameters_that_were_flattened_after_construction_are_refused(optimizer_class, together):
     optimizer = optimizer_class(frobenius_param_groups(Pair(), 0.01))
     optimizer.param_groups[0]["params"] = flattened(optimizer.param_groups[0]["params"], together)

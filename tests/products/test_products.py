@@ -13,13 +13,17 @@ from fnl_hf import (
     FnlBertForMaskedLM,
     FrobeniusAdamW,
     FrobeniusLamb,
+    FrobeniusMuon,
     FrobeniusSGD,
     frobenius_param_groups,
 )
 from fnl_hf.products.discovery import find_products, register_product
+from tests.conftest import needs_muon
 from tests.optim.test_frobenius import draw_weights
 
-OPTIMIZERS = pytest.mark.parametrize("optimizer_class", [FrobeniusAdamW, FrobeniusSGD, FrobeniusLamb])
+OPTIMIZERS = pytest.mark.parametrize(
+    "optimizer_class", [FrobeniusAdamW, FrobeniusSGD, FrobeniusLamb, pytest.param(FrobeniusMuon, marks=needs_muon)]
+)
 
 
 class Block(nn.Module):
@@ -266,7 +270,7 @@ def refusals():
         ({"frobenius_decay": float("nan")}, r"group 1: frobenius_decay \(nan\)"),
         ({"frobenius_decay": float("inf"), "name": "attention"}, r"group 'attention': frobenius_decay \(inf\)"),
         ({"product": "qq"}, r"group 1: product must be one of \['conv', .*'vo'\] or None, got 'qq'"),
-        ({"product": None, "frobenius_decay": 0.1}, r"group 1: frobenius_decay \(0.1\) needs products of parameters"),
+        ({"product": None, "use_muon": True, "frobenius_decay": 0.1}, r"group 1: .* \(0.1\) needs products of"),
         ({"num_heads": 4}, rf"group 1, product 0 \(qk\): shapes {shapes}, a multiple of num_heads \(4\)"),
         ({"num_heads": 0}, rf"{shapes}, a multiple of num_heads \(0\)"),
         ({"product": "vo"}, rf"group 1, product 0 \(vo\): shapes {shapes}"),
@@ -305,7 +309,7 @@ def test_a_bad_group_is_refused_and_leaves_the_optimizer_as_it_was(optimizer_cla
 @OPTIMIZERS
 def test_a_decay_without_products_is_refused(optimizer_class):
     (weight,) = draw_weights([(5, 7)])
-    optimizer = optimizer_class([weight], lr=0.1, frobenius_decay=0.3)
+    optimizer = optimizer_class([{"params": [weight], "use_muon": True}], lr=0.1, frobenius_decay=0.3)
     set_gradients([weight])
     with pytest.raises(ValueError, match=r"frobenius_decay \(0.3\) has nothing to decay.*frobenius_param_groups"):
         optimizer.step()
@@ -351,7 +355,7 @@ def test_a_factor_in_two_groups_is_refused(optimizer_class):
     with pytest.raises(ValueError, match=r"group 1: parameter 1, of shape \(6, 7\), .* parameter group 'attention'"):
         optimizer.add_param_group({"params": [*draw_weights([(6, 2)]), right], "product": "qk"})
     with pytest.raises(ValueError, match="more than one parameter group"):  # torch's own
-        optimizer.add_param_group({"params": [left]})
+        optimizer.add_param_group({"params": [left], "use_muon": True})
     named = {"params": [("up", left), ("down", left)], "product": "qk"}
     with pytest.raises(ValueError, match=r"group 0: down, of shape \(6, 5\), is already in parameter group 0"):
         optimizer_class([named])

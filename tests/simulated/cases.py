@@ -10,9 +10,11 @@ from fnl_hf import (
     FnlBertForMaskedLM,
     FrobeniusAdamW,
     FrobeniusLamb,
+    FrobeniusMuon,
     FrobeniusSGD,
     Lamb,
     frobenius_param_groups,
+    muon_param_groups,
 )
 
 B, S, K = 5, 11, 3
@@ -78,6 +80,8 @@ CASES = {
     "plain lamb": (Lamb, {}),
     "plain lamb, foreach": (Lamb, {"foreach": True}),
 }
+if hasattr(torch.optim, "Muon"):
+    CASES |= {"muon": (FrobeniusMuon, {"fused": True}), "muon, per head": (FrobeniusMuon, {"per_head": True})}
 FUSED = [name for name in CASES if "fused" in name or name in ("lamb, default", "lamb inside, default", "plain lamb")]
 
 
@@ -97,5 +101,6 @@ def set_gradients(model, step):
 
 def make_optimizer(model, case, lr=1e-2):
     optimizer_class, options = CASES[case]
-    groups = model.parameters() if optimizer_class is Lamb else frobenius_param_groups(model, 0.1)
+    make_groups = muon_param_groups if optimizer_class is FrobeniusMuon else frobenius_param_groups
+    groups = model.parameters() if optimizer_class is Lamb else make_groups(model, 0.1)
     return optimizer_class(groups, lr=lr, **options)

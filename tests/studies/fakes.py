@@ -64,17 +64,30 @@ def script(flags):
     while not Path(flags["gate"]).exists():
         time.sleep(0.02)
     if flags["arm"] != "empty":
-        write_results(folder, LOSSES[flags["arm"]] + int(flags["seed"]) / 64)
+        write_results(folder, LOSSES[flags["arm"]] + int(flags["seed"]) / 64, len(flags.get("folder", "")))
+    if "scale" in flags:
+        write_checkpoint(folder / "checkpoint-1000", float(flags["scale"]))
 
 
-def write_results(folder, loss):
+def write_checkpoint(folder, scale):
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file({"encoder.layer.0.intermediate.dense.weight": scale * torch.ones(2, 3)}, folder / "model.safetensors")
+
+
+def write_results(folder, loss, length):
     losses = [{"step": step, "eval_loss": loss + 1000 - step} for step in range(100, 1001, 100)]
     norms = {"norms/qk/a.qk/nuclear": 2.0, "norms/qk/b.qk/nuclear": 5.0, "norms/vo/a.vo/bound": 7.0}
+    norms |= {"norms/qk/a.qk/bound": 4.0, "norms/qk/b.qk/bound": 5.0}
     history = [{"step": 0, **dict.fromkeys(norms, 0.5)}, *losses, {"step": 1000, **norms}]
     provenance = {"starts": [{"versions": {"torch": "2", "transformers": "5"}, "devices": ["CPU"]}]}
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (folder / "provenance.json").write_text(json.dumps(provenance))
-    (folder / "all_results.json").write_text(json.dumps({"eval_loss": loss, "note": "of no number"}))
+    (folder / "all_results.json").write_text(
+        json.dumps({"eval_loss": loss, "note": "of no number"} | ({"folder": length} if length else {}))
+    )
 
 
 def command(folder, *arguments, **changes):

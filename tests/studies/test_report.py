@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from studies.definitions import load_studies
-from studies.plots import plot_panel
+from studies.plots import curve_colors, plot_panel
 from studies.records import append_line
 from studies.report import render
 from studies.study import Comparison, runs_of
@@ -17,12 +17,12 @@ NONE = {1: 4.0, 2: 4.25, 3: 4.5}
 # up-0.1 is the lowest where it counts and the highest where it is chosen; seed 11 is for the choice.
 LOSSES = {"none": NONE, "up-0.1": {1: 1.0, 2: 1.5, 3: 1.5, 11: 5.0}, "up-1": {1: 3.7, 2: 4.15, 3: 4.3, 11: 4.5}}
 FAILS = "does not hold here: it is"
-CLAIM = Comparison("Up is lower", "up-*", "none")
+CLAIM = Comparison("Up is lower", "up-*", "none", article=True)
 
 
 def study_of(folder, **changes):
     arms = {"none": {"mode": "none"}, **{f"up-{rate:g}": {"mode": "up", "rate": rate} for rate in (0.1, 1)}}
-    values = {"reference": "none", "comparisons": (CLAIM,), "axis": "rate", "curve": "mode", "seeds": (1, 2, 3)}
+    values = {"reference": "none", "comparisons": (CLAIM,), "axis": "rate", "seeds": (1, 2, 3)}
     values["measures"] = {"rank": {"QK": "spectra/qk/rank"}}
     return fake_study(folder, **{"arms": {"A": arms}, **values, **changes})
 
@@ -69,8 +69,8 @@ def test_the_page_says_what_the_lines_say(page, tmp_path):
         f"**Answer.** A: whether up-1 is better than none {verdict} (a difference of {difference} on 3 seeds, where "
         "0.310 could have been seen).\n"
     ) in text
-    assert "| none | 4.250 ± 0.250 | 3 | – | – | 4.0 |\n" in text
-    assert f"| up-1 | 4.050 ± 0.312 | 3 | {difference} | 0.310 | 4.0 |\n" in text  # √(0.195/2)
+    assert "| none | 4.250 ± 0.250 | 3 | – | – | 4 |\n" in text
+    assert f"| up-1 | 4.050 ± 0.312 | 3 | {difference} | 0.310 | 4 |\n" in text  # √(0.195/2)
     assert "| A | up | 1 | 4.050 ± 0.312 | 1.333 | 0.1 |\n" in text
     assert "Seeds 1, 2, 3; for the choice 11. 11 runs, 2.8 hours. Z80, 1 thread a run; torch 2.9" in text
     assert "make studies STUDY=up\n" in text
@@ -130,7 +130,8 @@ def test_a_study_without_lines_is_not_run_yet(page, tmp_path):
 def test_what_is_drawn(tmp_path):
     study = study_of(tmp_path)
     _, axis = plt.subplots()
-    plot_panel(axis, Outcome("up", study, lines_of(study)), "A", {"": study.metric})
+    outcome = Outcome("up", study, lines_of(study))
+    plot_panel(axis, outcome, "A", {"": study.metric}, curve_colors(outcome))
     drawn = [list(line.get_ydata()) for line in axis.lines]
     assert [4.25, 4.25] in drawn  # a line across, at the mean of "none"
     assert [4.0, 4.25, 4.5] not in drawn
@@ -139,22 +140,26 @@ def test_what_is_drawn(tmp_path):
     plt.close("all")
 
 
+def of_parts(titles):
+    return [path for parts in titles.values() for path in parts.values()]
+
+
 def test_every_study_renders(tmp_path):
     """Those of the repository, on lines of no meaning."""
     studies = load_studies()
     assert "decay" in studies
     for name, study in studies.items():
-        paths = [study.metric, *(path for parts in study.measures.values() for path in parts.values())]
+        paths = dict.fromkeys([study.metric, *of_parts(study.measures)])
+        paths |= {path: [[500, 6.0], [1000, 5.0]] for path in of_parts(study.courses)}
         for number, run in enumerate(runs_of(name, study)):
             line = {**vars(run), "flags": dict(run.flags), "seconds": 1.0, "revision": None}
             line |= {"versions": {"torch": "2", "transformers": "5"}, "machine": {"cpu": "Z80", "threads": 1}}
-            line |= {"curves": {"eval_loss": [[500, 6.0], [1000, 5.0]]}}
-            for path in paths:
+            for path, value in paths.items():
                 first, *rest, last = path.split("/")
                 entry = line.setdefault(first, {})
                 for part in rest:
                     entry = entry.setdefault(part, {})
-                entry[last] = float(number % 7)
+                entry[last] = float(number % 7) if value is None else value
             append_line(tmp_path / "results" / f"{name}.jsonl", json.loads(json.dumps(line)))
     (tmp_path / "docs").mkdir()
     text = render(studies, tmp_path / "results", tmp_path / "docs").read_text()

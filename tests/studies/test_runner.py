@@ -66,8 +66,12 @@ def test_runs_are_launched_in_order_and_recorded(folder):
     line = lines[3]
     assert (line["study"], line["flags"]) == ("fake", fake_study(folder).flags("A/high"))
     assert line["metrics"] == {"eval_loss": 4.671875}  # 4.5 + 11/64
-    assert line["curves"] == {"eval_loss": [[100, 904.672], [600, 404.672], [1000, 4.67188]]}
-    assert line["norms"] == {"qk": {"nuclear": 3.5}, "vo": {"bound": 7.0}}
+    qk = {"nuclear": [[0, 0.5], [1000, 3.5]], "bound": [[0, 0.5], [1000, 4.5]], "tightness": [[0, 1.0], [1000, 0.75]]}
+    assert line["curves"] == {
+        "eval_loss": [[100, 904.672], [600, 404.672], [1000, 4.67188]],
+        "norms": {"qk": qk, "vo": {"bound": [[0, 0.5], [1000, 7.0]]}},
+    }
+    assert line["norms"] == {"qk": {"nuclear": 3.5, "bound": 4.5, "tightness": 0.75}, "vo": {"bound": 7.0}}
     assert line["versions"]["torch"] == "2" and line["machine"]["cpu"] and line["seconds"] > 0
     assert str(folder) not in json.dumps({**line, "flags": {}})
     assert list((folder / "work" / "fake").iterdir()) == []

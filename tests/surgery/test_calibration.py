@@ -89,7 +89,7 @@ def test_moments_of_a_linear_layer_without_padding():
     model = Masked(nn.Linear(7, 3), 3)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     batches = [{"x": draw(2, 5, 7, seed=seed).float(), "attention_mask": mask} for seed in range(200)]
-    found = collect_moments(model, {"layer": model.layer}, batches)["layer"]
+    found = dict(collect_moments(model, {"layer": model.layer}, batches))["layer"]
     rows = torch.cat([batch["x"][mask.bool()] for batch in batches]).double()
     assert found.rows == len(rows) == 200 * 8
     torch.testing.assert_close(found.covariance(True)[0], torch.cov(rows.T, correction=0), rtol=1e-4, atol=1e-4)
@@ -106,7 +106,7 @@ def test_mean_output_of_a_convolution_is_exact(options):
     """What a changed kernel changes on average, at the borders too: by two convolutions."""
     layer = nn.Conv2d(6, 9, (3, 2), **options)
     images = [draw(2, 6, 8, 7, seed=seed).float() + 1 for seed in range(2)]
-    found = collect_moments(Net(layer, 9), {"layer": layer}, images)["layer"]
+    found = dict(collect_moments(Net(layer, 9), {"layer": layer}, images))["layer"]
     change = draw(*layer.weight.shape, seed=5)
     changed = copy.deepcopy(layer)
     changed.weight.data += change.float()
@@ -119,7 +119,7 @@ def test_patches_of_a_convolution_are_those_of_its_first_factor():
     """Σ x xᵀ by the 1×k_w convolution with each unit kernel."""
     layer = nn.Conv2d(6, 9, (3, 2), stride=(1, 2), padding=(0, 1), groups=3)
     x = draw(2, 6, 8, 7).float()
-    found = collect_moments(Net(layer, 9), {"layer": layer}, [x])["layer"]
+    found = dict(collect_moments(Net(layer, 9), {"layer": layer}, [x]))["layer"]
     units = torch.eye(4).view(4, 2, 1, 2).repeat(3, 1, 1, 1)  # for each group: its (c_in/G, k_w) inputs
     rows = F.conv2d(x, units, None, (1, 2), (0, 1), groups=3).unflatten(1, (3, 4)).permute(1, 0, 3, 4, 2).flatten(1, 3)
     torch.testing.assert_close(found.inputs, rows.mT @ rows, rtol=1e-4, atol=1e-4)
@@ -175,11 +175,11 @@ def test_the_model_is_left_as_it_was():
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     layers = {"dense": model.bert.encoder.layer[1].output.dense}
-    collect_moments(model, layers, [text()])
+    dict(collect_moments(model, layers, [text()]))
     with pytest.raises(ValueError, match="calibration has no batch"):
-        collect_moments(model, layers, [])
+        dict(collect_moments(model, layers, []))
     with pytest.raises(ValueError, match="input_ids"):
-        collect_moments(model, layers, [{"attention_mask": torch.ones(2, 3)}])
+        dict(collect_moments(model, layers, [{"attention_mask": torch.ones(2, 3)}]))
     assert model.training and not model.bert.encoder.layer[0].training
     assert {name for name, p in model.named_parameters() if p.requires_grad} == names
     assert all(p.grad is None for p in model.parameters())
@@ -226,7 +226,7 @@ def test_frozen_models_in_place_activations_and_conv1d():
     x = draw(50, 11).float()
     nets = [nn.Sequential(nn.Linear(11, 7), nn.ReLU(inplace), nn.Linear(7, 3)) for inplace in (False, True)]
     nets[1].load_state_dict(nets[0].state_dict())
-    found = [collect_moments(net, {"0": net[0]}, [x])["0"].outputs for net in nets]
+    found = [dict(collect_moments(net, {"0": net[0]}, [x]))["0"].outputs for net in nets]
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
@@ -255,6 +255,20 @@ def losses_of(a, b):
 def test_ranks_go_where_a_parameter_saves_most(ratio, a, b, expected):
     layers = dict(Two().named_children())
     assert choose_ranks(layers, FactorizationConfig(target_ratio=ratio), losses=losses_of(a, b)) == expected
+
+
+def test_ranks_of_large_layers_go_in_steps_of_eight():
+    """96 x 64: 160 parameters a direction. The second step of b saves more than the second of a, its first less."""
+    layers = {"a": nn.Linear(64, 96, bias=False), "b": nn.Linear(64, 96, bias=False)}
+    losses = losses_of([9.0] * 8 + [1.0] * 56, [8.0] * 8 + [2.0] * 8 + [0.0] * 48)
+    for left, expected in (
+        (16, {"a": 8, "b": 8}),
+        (23, {"a": 8, "b": 8}),
+        (24, {"a": 8, "b": 16}),
+        (8, {"a": 1, "b": 1}),
+    ):
+        config = FactorizationConfig(target_ratio=left * 160 / (2 * 64 * 96))
+        assert choose_ranks(layers, config, losses=losses) == expected
 
 
 def test_energy_of_calibrated_layers_is_that_of_their_losses():
@@ -286,4 +300,4 @@ def test_bad_calibrations_are_refused():
         factorize(broken, FactorizationConfig(include=["encoder.*dense"]), calibration=[text()])
     model = nn.Sequential(nn.Linear(2, 3), nn.Flatten())
     with pytest.raises(ValueError, match="returns no tensor that depends on the layers"):
-        collect_moments(model, {"other": nn.Linear(2, 3)}, [torch.ones(1, 2)])
+        dict(collect_moments(model, {"other": nn.Linear(2, 3)}, [torch.ones(1, 2)]))

@@ -208,20 +208,22 @@ def test_a_layer_by_itself():
     assert isinstance(new, FactorizedLinear) and isinstance(merge(new), nn.Linear)
 
 
-def layer_total(model, deep=False):
+def layer_total(model, mode="low_rank"):
+    deep = mode == "deep"
     own = dense = unit = 0
     for layer in model.modules():
         if isinstance(layer, FactorizedLayer):
             size = LayerSize(layer.new_dense())
             own += sum(p.numel() for p in layer.parameters())
             dense += sum(p.numel() for p in layer.new_dense().parameters())
-            unit = max(unit, size.parameters(layer.rank + 1, deep) - size.parameters(layer.rank, deep))
+            step = 8 if mode == "low_rank" and min(layer.matrix_shape()) >= 64 else 1
+            unit = max(unit, size.parameters(layer.rank + step, deep) - size.parameters(layer.rank, deep))
     return own, dense, unit
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(3, 40), st.integers(3, 40), st.booleans()), min_size=1, max_size=5), st.data())
-def test_a_target_ratio_is_reached_within_one_rank(sizes, data):
+def test_a_target_ratio_is_reached_within_one_step_of_a_rank(sizes, data):
     layers = [nn.Conv2d(4 * n, 4 * m, 3, groups=2) if image else nn.Linear(n, m) for n, m, image in sizes]
     model = nn.Sequential(*layers, nn.Linear(2, 2))
     mode = data.draw(st.sampled_from(["low_rank", "wide", "deep"]))
@@ -231,7 +233,7 @@ def test_a_target_ratio_is_reached_within_one_rank(sizes, data):
     low, high = (layer_total(quietly(copy.deepcopy(model), c)) for c in (least, largest))
     ratio = data.draw(st.floats(low[0] / low[1], high[0] / high[1]))
     model = quietly(model, FactorizationConfig(mode=mode, target_ratio=ratio))
-    own, dense, unit = layer_total(model, mode == "deep")
+    own, dense, unit = layer_total(model, mode)
     assert -1e-6 <= ratio * dense - own <= unit
 
 
@@ -249,6 +251,19 @@ def test_ranks_by_hand():
     assert ranks(mode="wide") == [30, 18, 9] and ranks(mode="deep", rank_scale=2.0) == [60, 36, 18]
     assert ranks(ranks={"1": 7, "*": 2}) == [2, 7, 2, 2]
     assert ranks(ranks={"Linear": 3}) == [3]  # by type, so without the last one
+
+
+def test_a_budget_pays_for_ranks_in_steps_of_eight():
+    """A direction costs 128 and 64 parameters. Of smaller layers than 64 x 64, and below rank 8, each counts."""
+
+    def ranks(ratio, *layers):
+        model = quietly(nn.Sequential(*layers, nn.Linear(2, 2)), FactorizationConfig(target_ratio=ratio))
+        return [layer.rank for layer in model if isinstance(layer, FactorizedLayer)]
+
+    assert ranks(0.5, nn.Linear(64, 64, bias=False)) == [16]
+    assert ranks(0.7, nn.Linear(64, 64, bias=False)) == [16]  # 2867 parameters: 22 directions
+    assert ranks(0.1, nn.Linear(64, 64, bias=False)) == [3]
+    assert ranks(0.7, nn.Linear(32, 32, bias=False)) == [11]
 
 
 def test_energy_is_kept():

@@ -73,6 +73,14 @@ def test_errors_are_relative_to_the_teachers_states():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_a_layer_stands_for_several_of_a_deeper_teacher():
+    """Of 2 layers and 6: the embeddings, and the third and sixth layer."""
+    student, teacher = torch.randn(3, 2, 5, 7), torch.randn(7, 2, 5, 7)
+    found = hidden_state_errors(student.unbind(), teacher.unbind())
+    torch.testing.assert_close(found, hidden_state_errors(student.unbind(), teacher[[0, 3, 6]].unbind()))
+    match_models(bert(BertModel), bert(BertModel, num_hidden_layers=4))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_divergence_is_that_of_the_softened_distributions(temperature):
     draw = np.random.default_rng(1).normal

@@ -7,6 +7,7 @@ from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, UserInputError
 from fnl_hf.optim.base import ProductGroups
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.optimizers import OPTIMIZERS, build_optimizer
+from tests.conftest import needs_muon
 
 FLAGS = {"learning_rate": 0.25, "adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 0.125, "use_cpu": True}
 
@@ -28,11 +29,31 @@ def built(tmp_path, dimensions, **flags):
     ("adamw", {"lr": 0.25, "betas": (0.5, 0.75), "eps": 0.125, "fused": True}),
     ("lamb", {"lr": 0.25, "betas": (0.5, 0.75), "eps": 0.125, "fused": True}),
     ("sgd", {"lr": 0.25, "momentum": 0.9, "fused": True}),
+    pytest.param("muon", {"lr": 0.25, "betas": (0.5, 0.75), "eps": 0.125, "fused": True}, marks=needs_muon),
 ])  # fmt: skip
 def test_an_optimizer_gets_the_flags_that_it_takes(tmp_path, dimensions, name, expected):
     groups = built(tmp_path, dimensions, optimizer=name).param_groups
     assert all({key: group[key] for key in expected} == expected for group in groups)
     assert "eps" in expected or all("eps" not in group for group in groups)
+
+
+@needs_muon
+def test_muon_takes_its_own_arguments(tmp_path, dimensions):
+    text = "adamw_lr=0.5,adjust_lr_fn=original,per_head=true,momentum=0.75,ns_steps=3,ns_coefficients=(2,-1.5,0.5)"
+    groups = built(tmp_path, dimensions, optimizer="muon", optim_args=text, weight_decay=0.125).param_groups
+    expected = {"adjust_lr_fn": "original", "per_head": True, "momentum": 0.75, "ns_steps": 3}
+    assert all({key: group[key] for key in expected} == expected for group in groups)
+    found = [(group["name"], group["use_muon"], group["lr"], group["weight_decay"]) for group in groups]
+    assert found == [("qk", True, 0.25, 0.0), ("vo", True, 0.25, 0.0), ("decay", True, 0.25, 0.125),
+                     ("decay_adamw", False, 0.5, 0.125), ("plain", False, 0.5, 0.0)]  # fmt: skip
+    for bad, message in {
+        "adjust_lr_fn=moonshot": r"adjust_lr_fn \(moonshot\) must be a number",
+        "adamw_lr=-1": r"lr \(-1\) must be finite and >= 0",
+        "ns_steps=2.5": r"ns_steps \(2.5\) must be a whole number",
+        "foreach=true": "'foreach' is not an argument of muon",
+    }.items():
+        with pytest.raises(UserInputError, match=message):
+            built(tmp_path, dimensions, optimizer="muon", optim_args=bad)
 
 
 def test_one_line_adds_an_optimizer(tmp_path, dimensions, monkeypatch):

@@ -15,7 +15,8 @@ from transformers import pipeline
 
 import run_pretrain
 from fnl_hf import FnlBertForMaskedLM, UserInputError
-from tests.conftest import ROOT, assert_same_weights, launch, pretraining, weights
+from fnl_hf.training.trainer import FnlTrainer
+from tests.conftest import ROOT, assert_same_weights, launch, needs_muon, pretraining, weights
 
 # ---- pretraining ----
 
@@ -132,6 +133,36 @@ def test_optimizer_flags_make_the_optimizer(corpus, tmp_path, flags, state, entr
     assert {name: products[name] for name in entries} == entries
     assert all(state <= values.keys() for values in saved["state"].values()) and len(saved["state"]) > 10
     assert f"| optimizer | {flags['optimizer']}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@needs_muon
+def test_muon_launched_and_killed_goes_on_to_the_last_bit(corpus, tmp_path, monkeypatch):
+    flags = {"optimizer": "muon", "optim_args": "per_head=true,adamw_lr=0.005", "max_steps": 6, "save_steps": 2,
+             "logging_steps": 1, "product_norms_steps": 3}  # fmt: skip
+    launch("run_pretrain.py", *pretraining(corpus, tmp_path / "whole", **flags))
+    step = FnlTrainer.training_step
+
+    def killed(self, *args):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FnlTrainer, "training_step", killed)
+        run_in_process(pretraining(corpus, tmp_path / "out", **flags))
+    run_in_process(pretraining(corpus, tmp_path / "out", resume_from_checkpoint="auto", **flags))
+    assert_same_weights(tmp_path / "whole", tmp_path / "out")
+    saved = torch.load(tmp_path / "out" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    groups = {group["name"]: (group["use_muon"], group["initial_lr"]) for group in saved["param_groups"]}
+    assert groups == {"qk": (True, 0.01), "vo": (True, 0.01), "decay": (True, 0.01), "decay_adamw": (False, 0.005),
+                      "plain": (False, 0.005)}  # fmt: skip
+    kinds = [set(entries) for entries in saved["state"].values()]
+    assert {"momentum_buffer"} in kinds and {"step", "exp_avg", "exp_avg_sq"} in kinds
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [e["step"] for e in history if "norms/vo/bert.encoder.layer.0.attention.vo/bound" in e] == [0, 3, 6]
+    assert [e["learning_rate"] for e in history if "loss" in e] == pytest.approx(
+        [0.01 * n / 6 for n in range(6, 0, -1)]
+    )
 
 
 def test_diagnostics_are_logged_every_n_steps(corpus, tmp_path):

@@ -109,6 +109,11 @@ CASES = [
     ("pretrain", "attention_init", "--attention_init spectral --model_name_or_path m", "--attention_init spectral"),
     ("pretrain", "factorize_target_ratio", "--factorize_target_ratio 0.3",
      "--factorize_target_ratio 0.3 --factorize_at_step 0.2"),
+    ("pretrain", "factorize_target_ratio", "--factorize_target_ratio 0.3 --factorize_at_step 0.2 --factorize_mode wide",
+     "--factorize_target_ratio 0.3 --factorize_at_step 0.2"),
+    ("pretrain", "factorize_mode", "--factorize_mode wide", "--factorize_mode wide --factorize_at_step 0.2"),
+    ("pretrain", "factorize_init", "--factorize_init ones", "--factorize_init ones --factorize_at_step 0.2"),
+    ("pretrain", "factorize_include", "--factorize_include q", "--factorize_include q --factorize_at_step 0.2"),
     ("pretrain", "sparse_last_layer", "--sparse_last_layer true --sparse_prediction false", "--sparse_last_layer true"),
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Dense up to a step, then products: the switch, the optimizer's state, and runs that stop on either side of it."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -11,23 +12,30 @@ from transformers import AutoModelForMaskedLM, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 import run_pretrain
-from fnl_hf import FactorizationConfig, FnlBertConfig, FnlBertForMaskedLM, UserInputError, factorize
+from fnl_hf import FactorizationConfig, FnlBertConfig, FnlBertForMaskedLM, UserInputError, factorize, find_products
 from fnl_hf.optim import FrobeniusAdamW
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.optimizers import build_optimizer
+from fnl_hf.training.pretraining_arguments import ModelArguments
 from fnl_hf.training.warm_start import (
     SAMPLES,
+    WarmStartCallback,
     calibration_batches,
     carry_state,
+    plan_factorization,
     plan_warm_start,
     project_moments,
     replace_parameters,
     resize_schedule,
 )
-from tests.conftest import STREAM, assert_same_weights, pretraining
+from tests.conftest import STREAM, assert_same_weights, needs_muon, pretraining
 
 FLAGS = {"max_train_samples": 61, "save_steps": 1, "logging_steps": 1, "factorize_at_step": 4}
+
+
+def model_flags(**flags):
+    return ModelArguments(**{name: float(v) if name == "factorize_at_step" else v for name, v in flags.items()})
 
 
 def run(corpus, folder, **flags):
@@ -129,10 +137,53 @@ def test_a_step_or_a_share_of_the_run(dimensions, tmp_path, at, epochs, steps, e
         str(tmp_path), do_train=True, use_cpu=True, max_steps=steps, num_train_epochs=epochs or 3.0,
         per_device_train_batch_size=8,
     )  # fmt: skip
-    flags = SimpleNamespace(factorize_at_step=float(at), factorize_target_ratio=0.5, model_name_or_path=None)
+    flags = model_flags(factorize_at_step=at)
     model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
     assert plan_warm_start(flags, args, model, range(61)).step == expected
     assert plan_warm_start(SimpleNamespace(factorize_at_step=None), args, model, range(61)) is None
+
+
+@pytest.mark.parametrize("flags, said", [
+    ({"factorize_mode": "deep", "factorize_init": "ones"}, "init ones is for --factorize_mode low_rank, not deep"),
+    ({"factorize_include": ["pooler.*", "nothing"]}, "include: 'pooler.*' names no layer that can be factorized"),
+])  # fmt: skip
+def test_what_cannot_be_factorized_is_refused_before_training(dimensions, flags, said):
+    model, args = FnlBertForMaskedLM(FnlBertConfig(**dimensions)), SimpleNamespace(seed=0)
+    with pytest.raises(UserInputError, match=re.escape(f"--factorize_{said}")):
+        plan_factorization(model_flags(factorize_at_step=1, **flags), args.seed, model)
+
+
+FEED_FORWARD = ["layer.[0-9].intermediate.dense", "layer.[0-9].output.dense"]
+
+
+@pytest.mark.parametrize("mode, init, factors, keeps", [
+    ("wide", None, 2, True), ("wide", "default", 2, False), ("deep", "spectral", 3, True),
+    ("low_rank", "ones", 2, False), ("low_rank", "rates", 2, False), ("low_rank", "spectral", 2, False),
+])  # fmt: skip
+def test_the_layers_become_the_products_that_were_asked_for(dimensions, batch, tmp_path, mode, init, factors, keeps):
+    args = FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True, learning_rate=0.1, max_steps=9)
+    model = FnlBertForMaskedLM(FnlBertConfig(**dimensions)).eval()
+    flags = model_flags(factorize_at_step=0, factorize_mode=mode, factorize_init=init, factorize_include=FEED_FORWARD)
+    callback = WarmStartCallback(SimpleNamespace(state=None), plan_warm_start(flags, args, model, range(61)))
+    optimizer = build_optimizer(args, model)
+    with torch.no_grad():
+        before = model(**batch).logits
+        callback._factorize(args, model, optimizer)
+        after = model(**batch).logits
+    layers = factorized_layers(model)
+    assert sorted(layers) == [f"encoder.layer.{index}.{name}.dense" for index in (0, 1)
+                              for name in ("intermediate", "output")]  # fmt: skip
+    products = find_products(model)[4:]
+    assert [len(product.weights) for product in products] == 4 * [factors]
+    assert torch.allclose(before, after, atol=1e-5) == keeps
+    left, right = products[0].factors()[0], products[0].factors()[-1]
+    rank = left.shape[2]  # of 35 x 42, half of whose entries are 9.5 · (35 + 42)
+    assert rank in ((9, 10) if mode == "low_rank" else (35,))
+    values = torch.linalg.svdvals(left @ right.mT)[0, :rank]
+    if init == "ones":
+        torch.testing.assert_close(values, torch.ones_like(values))
+    if init == "rates":  # a step of U counts √(42/r) times as much, one of V as much less
+        torch.testing.assert_close(right.square().sum(), left.square().sum() * (42 / rank) ** 2)
 
 
 def test_a_run_over_epochs_switches_at_its_share_of_them(corpus, tmp_path):
@@ -196,9 +247,10 @@ def test_moments_are_those_that_the_factors_would_have():
     assert project_moments({"momentum_buffer": None}, u, v)[0] == {"momentum_buffer": None}
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", pytest.param("muon", marks=needs_muon)])
 def test_an_optimizer_goes_on_with_the_factors(dimensions, batch, tmp_path, name):
-    args = FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True, optimizer=name, learning_rate=0.1)
+    args = FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True, optimizer=name, learning_rate=0.1,
+                                optim_args="adamw_lr=0.5" if name == "muon" else None)  # fmt: skip
     model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
     optimizer = build_optimizer(args, model)
 
@@ -209,24 +261,29 @@ def test_an_optimizer_goes_on_with_the_factors(dimensions, batch, tmp_path, name
 
     step()
     for group in optimizer.param_groups:
-        group["lr"] = 0.03  # as a schedule has it
+        group["lr"] = 0.05 if group.get("use_muon") is False else 0.03  # as a schedule has it
+
+    def moment(parameter):
+        entries = optimizer.state[parameter]
+        return entries["exp_avg"] if "exp_avg" in entries else entries["momentum_buffer"]
+
     before = dict(model.named_parameters())
-    moment = "momentum_buffer" if name == "sgd" else "exp_avg"
-    kept = {name: optimizer.state[parameter][moment].clone() for name, parameter in before.items()}
+    kept = {name: moment(parameter).clone() for name, parameter in before.items()}
     factorize(model, FactorizationConfig(include=["encoder.layer.*"]), calibration=[batch])
     replace_parameters(optimizer, build_optimizer(args, model), carry_state(optimizer.state, before, model))
 
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
-    assert {group["lr"] for group in optimizer.param_groups} == {0.03}
-    assert [group["name"] for group in optimizer.param_groups] == ["linear", "decay", "plain"]
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    with_muon = {"linear": 0.03, "decay_adamw": 0.05, "plain": 0.05}
+    assert rates == (with_muon if name == "muon" else {"linear": 0.03, "decay": 0.03, "plain": 0.03})
     layer = model.bert.encoder.layer[1].intermediate.dense
     of_weight = kept.pop("bert.encoder.layer.1.intermediate.dense.weight")
-    torch.testing.assert_close(optimizer.state[layer.left][moment], of_weight @ layer.right.T)
-    torch.testing.assert_close(optimizer.state[layer.right][moment], layer.left.T @ of_weight)
+    torch.testing.assert_close(moment(layer.left), of_weight @ layer.right.T)
+    torch.testing.assert_close(moment(layer.right), layer.left.T @ of_weight)
     for name, parameter in model.named_parameters():
         if name in before:
-            assert torch.equal(optimizer.state[parameter][moment], kept[name]), name
+            assert torch.equal(moment(parameter), kept[name]), name
     states = optimizer.state_dict()
     fresh = build_optimizer(args, model)
     fresh.load_state_dict(states)  # as a run does that goes on
@@ -249,8 +306,8 @@ def test_every_schedule_goes_on_with_more_groups_and_fewer(kind):
     schedules = [get_scheduler(kind, each, 2, 12, kwargs) for each in optimizers]
     for step in range(12):
         if step in (5, 8):
-            replace_parameters(optimizers[1], make(3 if step == 5 else 1), {})
-            resize_schedule(schedules[1], 3 if step == 5 else 1)
+            like = replace_parameters(optimizers[1], make(3 if step == 5 else 1), {})
+            resize_schedule(schedules[1], like)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step(*([float(step)] if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY) else []))
@@ -260,6 +317,24 @@ def test_every_schedule_goes_on_with_more_groups_and_fewer(kind):
     rates = schedules[1].state_dict()
     for name in ("base_lrs", "_last_lr", "min_lrs"):
         assert len(rates.get(name, [0])) == 1, name
+
+
+def test_a_schedule_goes_on_with_the_rates_of_both_rules():
+    def make(*rules):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "use_muon": rule} for rule in rules]
+        return FrobeniusAdamW([group | {"lr": 0.1 if group["use_muon"] else 0.2} for group in groups])
+
+    optimizer = make(True, False)
+    schedule = get_scheduler("linear", optimizer, 0, 10)
+    optimizer.step()
+    schedule.step()
+    like = replace_parameters(optimizer, make(True, False, False, True), {})
+    resize_schedule(schedule, like)
+    assert like == [0, 1, 1, 0]
+    for expected in ([0.09, 0.18, 0.18, 0.09], [0.08, 0.16, 0.16, 0.08]):
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
 
 
 # ---- the data ----

@@ -1,0 +1,98 @@
+"""Which parameter follows Muon, which AdamW."""
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+
+from fnl_hf.layers import FactorizedEmbedding
+from fnl_hf.optim.frobenius import products_of
+from fnl_hf.optim.param_groups import frobenius_param_groups
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag, FactorizedEmbedding)
+
+
+def muon_param_groups(
+    model: nn.Module,
+    weight_decay: float = 0.01,
+    frobenius_decay: float | None = None,
+    decay_mode: str = "frobenius",
+    adamw: Sequence[str] = (),
+    decay_rotary: bool = True,
+) -> list[dict[str, Any]]:
+    """The groups of :func:`fnl_hf.frobenius_param_groups` for :class:`fnl_hf.FrobeniusMuon`, with ``use_muon`` in each.
+
+    Muon is for the matrices between the input and the output of a model. AdamW's are
+
+    - vectors (the group ``plain``);
+    - tables of embeddings, also factorized ones;
+    - output heads: what lies outside the base model of a ``PreTrainedModel``, and its output embeddings, tied or not;
+    - weights of three and more dimensions that are no convolution's and no factor's, as ViT's positions are;
+    - what ``adamw`` names.
+
+    A group with parameters of both kinds becomes two, AdamW's with ``_adamw`` after its name; a product stays whole.
+
+    Args:
+        model, weight_decay, frobenius_decay, decay_mode, decay_rotary: as in :func:`fnl_hf.frobenius_param_groups`.
+        adamw: patterns of further parameters' names for AdamW, as ``"classifier.*"``: the output layers of a model that
+            is no ``PreTrainedModel``.
+
+    Raises:
+        ValueError: as :func:`fnl_hf.frobenius_param_groups`; a pattern that names no parameter.
+    """
+    groups = frobenius_param_groups(model, weight_decay, frobenius_decay, decay_mode, decay_rotary)
+    apart = {id(parameter) for parameter in (*_outer_parameters(model), *_named(model, adamw))}
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, _ConvNd)}
+    muon: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for group in groups:
+        is_product = group["product"] is not None
+        units = products_of(group) if is_product else [[parameter] for parameter in group["params"]]
+        of_muon: list[list[torch.Tensor]] = []
+        of_adamw: list[list[torch.Tensor]] = []
+        for unit in units:
+            is_hidden = all(
+                id(p) not in apart and (p.dim() == 2 or p.dim() > 2 and (is_product or id(p) in convolutions))
+                for p in unit
+            )
+            (of_muon if is_hidden else of_adamw).append(unit)
+        suffix = "_adamw" if any(p.dim() >= 2 for unit in of_adamw for p in unit) else ""
+        muon += _with_units(group, of_muon, use_muon=True)
+        others += _with_units(group, of_adamw, use_muon=False, name=group["name"] + suffix)
+    return muon + others
+
+
+def _with_units(group: dict[str, Any], units: list[list[torch.Tensor]], **entries: Any) -> list[dict[str, Any]]:
+    if not units:
+        return []
+    if group["product"] is not None:
+        entries["num_products"] = len(units)
+    return [group | entries | {"params": [parameter for unit in units for parameter in unit]}]
+
+
+def _outer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Embeddings and output heads."""
+    for module in model.modules():
+        if isinstance(module, EMBEDDINGS):
+            yield from module.parameters()
+        if isinstance(module, PreTrainedModel):
+            base, head = module.base_model, module.get_output_embeddings()
+            if base is not module:
+                inner = {id(parameter) for parameter in base.parameters()}
+                yield from (parameter for parameter in module.parameters() if id(parameter) not in inner)
+            if head is not None:
+                yield from head.parameters()
+
+
+def _named(model: nn.Module, patterns: Sequence[str]) -> Iterator[nn.Parameter]:
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        found = [parameter for name, parameter in parameters.items() if fnmatch(name, pattern)]
+        if not found:
+            known = ", ".join(list(parameters)[-3:])
+            raise ValueError(f"adamw ({pattern!r}) names no parameter of {type(model).__name__}, such as {known}")
+        yield from found

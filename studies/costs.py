@@ -1,0 +1,44 @@
+"""What recipes for GPUs cost: hours by the FLOPs of their matrix multiplications."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from fnl_hf.bert.configuration_fnl_bert import FnlBertConfig
+from fnl_hf.reports.flops import data_sheet_peak, training_flops
+from fnl_hf.training.models import preset_config
+from studies.study import recipe
+
+GPU = "H100"
+UTILISATION = 0.4  # of the peak, assumed
+GPUS = (1, 8, 64)
+
+
+def recipe_flops(flags: Mapping) -> float:
+    """FLOPs of a whole run with the masked positions alone in the last layer and the head."""
+    overrides = dict(pair.split("=") for pair in flags["config_overrides"].split(","))
+    config = FnlBertConfig(
+        **preset_config(flags["preset"]),
+        vocab_size=int(overrides["vocab_size"]),
+        attention_embedding_size=flags["attention_embedding_size"],
+    )
+    length = flags["max_seq_length"]
+    predicted = round(flags["mlm_probability"] * length)
+    sequences = flags["max_steps"] * flags["global_train_batch_size"]
+    return sequences * training_flops(config, length, predicted, predicted)
+
+
+def cost_rows(recipes: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
+    """Name, FLOPs and hours on so many GPUs of each; a recipe is a row of files, of which a later one overrides an
+    earlier one, for each phase."""
+    peak = data_sheet_peak(GPU, "bfloat16")
+    assert peak is not None
+    for name, phases in recipes.items():
+        flags: dict = {}
+        total = 0.0
+        for file in phases:
+            flags |= {flag: value for flag, value in recipe(file).items() if value is not None}
+            total += recipe_flops(flags)
+        hours = [total / (UTILISATION * peak * count * 3600) for count in GPUS]
+        yield [name, f"{total:.2g}", *(f"{value:.3g}" for value in hours)]
+
+
+COST_HEADER = ["", "FLOPs", *(f"hours on {count} {GPU} at {UTILISATION:.0%} of the peak" for count in GPUS)]

@@ -1,0 +1,46 @@
+"""Compression of images: ResNet8 on Fashion-MNIST with a tenth of the convolutions' parameters."""
+
+from dataclasses import replace
+from typing import Any
+
+from studies.definitions import overcomplete_images
+from studies.study import Comparison
+
+TENTH = {"method": "low_rank", "target_ratio": 0.1}
+
+arms: dict[str, dict[str, Any]] = {
+    "dense": {"method": "dense"},
+    "plain": TENTH | {"factor_init": "default", "decay_mode": "weight"},
+    "SI": TENTH | {"decay_mode": "weight"},
+    "FD": TENTH | {"factor_init": "default"},
+    "SI + FD": TENTH,
+}
+sparse: dict[str, Any] = {"method": "pruning", "target_ratio": 0.1}
+arms |= {sparsity: sparse | {"sparsity": sparsity} for sparsity in ("fixed", "dynamic")}
+# The rate begins anew for what is left after half of the steps.
+sparse |= {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": '{"num_cycles": 2}'}
+arms |= {sparsity: sparse | {"sparsity": sparsity} for sparsity in ("magnitude", "lottery")}
+
+STUDY = replace(
+    overcomplete_images.STUDY,
+    question="What does a ResNet lose with a tenth of its convolutions' parameters, by initialization and decay, and "
+    "beside sparse ones of the same size?",
+    arms={"ResNet8": arms},
+    comparisons=(
+        Comparison("A tenth of the parameters costs accuracy", "dense", "SI + FD"),
+        Comparison(
+            "Spectral initialization and Frobenius decay together beat neither", "SI + FD", "plain", article=True
+        ),
+        Comparison("Frobenius decay beats weight decay under spectral initialization", "SI + FD", "SI", article=True),
+        Comparison(
+            "Spectral initialization beats the default one under Frobenius decay", "SI + FD", "FD", article=True
+        ),
+        Comparison("Low rank beats magnitude pruning", "SI + FD", "magnitude", article=True),
+        Comparison("Low rank beats a lottery ticket", "SI + FD", "lottery", article=True),
+        Comparison("Low rank beats dynamic sparsity", "SI + FD", "dynamic", article=True),
+        Comparison("Low rank beats a sparsity pattern guessed before training", "SI + FD", "fixed", article=True),
+        Comparison("Spectral initialization alone lowers accuracy", "plain", "SI", article=True),
+        Comparison("Frobenius decay alone lowers accuracy", "plain", "FD", article=True),
+    ),
+    seeds=(1, 2, 3),
+)

@@ -1,0 +1,58 @@
+"""The dense twin: feed-forward layers dense, and from the same weights on the same batches as products of full rank."""
+
+from typing import Any
+
+from studies.study import FEED_FORWARD, Comparison, Study, recipe
+
+DECAYS = ("none", "weight", "frobenius")
+INITS = ("spectral", "default")
+
+
+def wide(init: str) -> dict[str, Any]:
+    return {"factorize_at_step": 0, "factorize_mode": "wide", "factorize_init": init, "factorize_include": FEED_FORWARD}
+
+
+# The mode decays the attention's products, too: each has a dense run of its own, whose attention is decayed likewise.
+STUDY = Study(
+    question="Does a product of full rank train as the dense layer does, with each decay?",
+    script="run_pretrain.py",
+    base={name: value for name, value in recipe("configs/quickstart.yaml").items() if name != "save_total_limit"}
+    | {"save_steps": 500},
+    arms={
+        decay: {
+            name: {"decay_mode": decay, **flags}
+            for name, flags in (
+                ("dense", {}),
+                # what is left of likeness where a dense run is disturbed by as little as a hundredth of λ
+                ("dense-disturbed", {"weight_decay": 0.101}),
+                *((f"wide-{init}", wide(init)) for init in INITS),
+            )
+        }
+        for decay in DECAYS
+    },
+    reference="dense-disturbed",
+    effect=0.05,
+    comparisons=(
+        Comparison(
+            "A product's weights are as far from the dense ones as those of a dense run that was disturbed",
+            "wide-spectral",
+            "dense-disturbed",
+            expected="same",
+        ),
+        Comparison("From the dense weights they stay nearer than from others", "wide-spectral", "wide-default"),
+    ),
+    metric="twin/distance",
+    label="distance to the dense weights (over their norm)",
+    seeds=(1, 2, 3),
+    measures={
+        "of the dense weights": {"cosine": "twin/cosine", "norm": "twin/norm"},
+        "held-out loss": {"nats": "metrics/eval_loss"},
+    },
+    courses={
+        "distance to the dense weights": {"": "curves/twin/distance"},
+        "cosine with the dense weights": {"": "curves/twin/cosine"},
+        "norm, over that of the dense weights": {"": "curves/twin/norm"},
+    },
+    spectra=False,
+    twin="dense",
+)

@@ -1,0 +1,29 @@
+"""The rates of the two factors: products of low rank from scratch, U with n/r times the rate of V at an equal mean."""
+
+from studies.definitions.low_rank import DENSE_LAMBDA, products
+from studies.study import Comparison, Study, recipe
+
+RATES = (1e-3, 2e-3, 4e-3)
+
+STUDY = Study(
+    question="Do products train better if U has a higher rate than V, each way at its best rate?",
+    script="run_pretrain.py",
+    base=recipe("configs/quickstart.yaml"),
+    arms={
+        name: {
+            f"{kind}-{rate}": products(ratio, init, "frobenius", DENSE_LAMBDA) | {"learning_rate": rate}
+            for kind, init in (("equal", "spectral"), ("apart", "rates"))
+            for rate in RATES
+        }
+        for name, ratio in (("half", 0.5), ("quarter", 0.25))
+    },
+    reference="equal-0.002",
+    effect=0.05,  # 5% of the perplexity
+    comparisons=(
+        Comparison("A rate of U above V's by n/r leaves a lower loss than one for both", "apart-*", "equal-*"),
+    ),
+    seeds=(1, 2, 3),
+    tuning_seeds=(101, 102),
+    axis="learning_rate",
+    spectra=False,
+)

@@ -1,0 +1,55 @@
+"""The article's second figure, for BERT's attention: nuclear norm and its bound in training, at ranks from 3⁻³ to 3² of
+the full one."""
+
+from typing import Any
+
+from studies.study import Comparison, Study, recipe
+
+# E of two heads of at most full rank 64, times 3⁰, 3⁻¹, ..., and above it.
+SIZES = (128, 42, 14, 4, 384, 1152)
+DECAYS = ("none", "weight", "frobenius")
+
+
+def arms_at(size: int) -> dict[str, dict[str, Any]]:
+    inits = ("normal", "spectral") if size <= 128 else ("normal",)
+    return {
+        f"{decay}-{init}": {"attention_embedding_size": size, "decay_mode": decay, "attention_init": init}
+        for init in inits
+        for decay in DECAYS
+    }
+
+
+STUDY = Study(
+    question="Is the bound that weight decay of the factors penalizes, ½(‖U‖² + ‖V‖²), as small as the nuclear norm in "
+    "training, and under Frobenius decay not?",
+    script="run_pretrain.py",
+    base=recipe("configs/quickstart.yaml"),
+    arms={f"E{size}": arms_at(size) for size in SIZES},
+    reference="none-normal",
+    effect=0.05,
+    comparisons=(
+        Comparison(
+            "Under weight decay the nuclear norm is closer to its bound than under Frobenius decay",
+            "weight-normal",
+            "frobenius-normal",
+            article=True,
+        ),
+        Comparison(
+            "Under Frobenius decay it is closer to its bound than without decay", "frobenius-normal", "none-normal"
+        ),
+    ),
+    metric="norms/qk/tightness",
+    label="nuclear norm of QKᵀ over its bound",
+    better="higher",
+    seeds=(1, 2, 3),
+    measures={
+        "nuclear norm of VOᵀ over its bound": {"": "norms/vo/tightness"},
+        "held-out loss": {"nats": "metrics/eval_loss"},
+    },
+    courses={
+        "QKᵀ in training": {"nuclear norm": "curves/norms/qk/nuclear", "its bound": "curves/norms/qk/bound"},
+        "Frobenius norm": {"QKᵀ": "curves/norms/qk/frobenius", "VOᵀ": "curves/norms/vo/frobenius"},
+        "effective step": {"QKᵀ": "curves/norms/qk/effective_step", "VOᵀ": "curves/norms/vo/effective_step"},
+    },
+    spectra=False,
+)

@@ -1,0 +1,87 @@
+"""Low rank from scratch: all matrices of the encoder's layers as products with a half or a quarter of their parameters,
+beside narrower dense models that cost the same."""
+
+from typing import Any
+
+from studies.study import Comparison, Study, recipe
+
+LAMBDAS = (0.03, 0.1, 0.3)
+# Hidden sizes of dense models with as many parameters, or as many FLOPs a step, as the products at each ratio.
+NARROW = {0.5: {"parameters": 110, "flops": 100}, 0.25: {"parameters": 100, "flops": 82}}
+DENSE_LAMBDA = 0.1  # the recipe's
+DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+
+
+def dense(value: float, size: int = 128) -> dict[str, Any]:
+    """BERT as it is: its attention's matrices decay as all others do."""
+    sizes = f",hidden_size={size},intermediate_size={4 * size}" * (size != 128)
+    return {
+        "decay_mode": "weight",
+        "weight_decay": value,
+        "frobenius_decay": value,
+        "config_overrides": DROPOUT + sizes,
+    }
+
+
+def products(ratio: float, init: str, mode: str, value: float) -> dict[str, Any]:
+    factorization = {"factorize_at_step": 0, "factorize_target_ratio": ratio, "factorize_init": init}
+    return {"decay_mode": mode, "frobenius_decay": value, **factorization}
+
+
+def arms_at(ratio: float) -> dict[str, dict[str, Any]]:
+    arms = {f"dense-{value}": dense(value) for value in LAMBDAS}
+    for cost, size in NARROW[ratio].items():
+        arms |= {f"narrow-{cost}-{value}": dense(value, size) for value in LAMBDAS}
+    for init in ("default", "spectral"):
+        for mode in ("weight", "frobenius"):
+            arms |= {f"{init}-{mode}-{value}": products(ratio, init, mode, value) for value in LAMBDAS}
+    arms |= {f"ones-frobenius-{value}": products(ratio, "ones", "frobenius", value) for value in LAMBDAS}
+    return arms
+
+
+STUDY = Study(
+    question="What does a BERT whose encoder consists of small products lose, by initialization and decay, and does it "
+    "beat a narrower dense one that costs the same?",
+    script="run_pretrain.py",
+    base=recipe("configs/quickstart.yaml"),
+    arms={"half": arms_at(0.5), "quarter": arms_at(0.25)},
+    reference=f"dense-{DENSE_LAMBDA}",
+    effect=0.05,  # 5% of the perplexity
+    comparisons=(
+        Comparison(
+            "Products beat a narrower dense model of as many parameters", "spectral-frobenius-*", "narrow-parameters-*"
+        ),
+        Comparison("Products beat a narrower dense model of as many FLOPs", "spectral-frobenius-*", "narrow-flops-*"),
+        Comparison(
+            "Spectral initialization and Frobenius decay together beat neither of them",
+            "spectral-frobenius-*",
+            "default-weight-*",
+            article=True,
+        ),
+        Comparison(
+            "Spectral initialization beats the default one under Frobenius decay",
+            "spectral-frobenius-*",
+            "default-frobenius-*",
+            article=True,
+        ),
+        Comparison(
+            "Under spectral initialization Frobenius decay beats weight decay",
+            "spectral-frobenius-*",
+            "spectral-weight-*",
+            article=True,
+        ),
+        Comparison(
+            "Without spectral initialization Frobenius decay is worse than weight decay",
+            "default-weight-*",
+            "default-frobenius-*",
+            article=True,
+        ),
+        Comparison("Singular values of one beat those of the dense matrix", "ones-frobenius-*", "spectral-frobenius-*"),
+        Comparison("Products are as good as the dense model", "spectral-frobenius-*", "dense-*", expected="same"),
+    ),
+    seeds=(1, 2, 3),
+    tuning_seeds=(101, 102),
+    measures={"training": {"seconds": "metrics/train_runtime"}},
+    axis="frobenius_decay",
+    spectra=False,
+)

@@ -1,0 +1,48 @@
+"""Optimizers: each at its best of four rates, with and without Frobenius decay of the attention's products."""
+
+from typing import Any
+
+from studies.study import Comparison, Study, recipe
+
+# name -> flags and rates. λ goes with the size of the steps: LAMB's rates are some ten times those of AdamW, and its
+# own decay, inside of the trust ratio, is scaled down with that. Another optimizer is an entry here.
+OPTIMIZERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "adamw": ({"optimizer": "adamw", "weight_decay": 0.1}, (5e-4, 1e-3, 2e-3, 4e-3)),
+    "lamb": ({"optimizer": "lamb", "weight_decay": 0.01}, (5e-3, 1e-2, 2e-2, 4e-2)),
+    "lamb-inside": (
+        {"optimizer": "lamb", "optim_args": "decay=in_trust_ratio", "weight_decay": 0.1},
+        (5e-3, 1e-2, 2e-2, 4e-2),
+    ),
+}
+
+STUDY = Study(
+    question="Which optimizer leaves the lowest held-out loss, each at its best rate, and does Frobenius decay of the "
+    "attention's products help each of them?",
+    script="run_pretrain.py",
+    base=recipe("configs/quickstart.yaml"),
+    arms={
+        "E128": {
+            f"{name}-{decay}-{rate}": {**flags, "decay_mode": decay, "learning_rate": rate}
+            for name, (flags, rates) in OPTIMIZERS.items()
+            for decay in ("none", "frobenius")
+            for rate in rates
+        }
+    },
+    reference="adamw-none-0.002",
+    effect=0.05,  # 5% of the perplexity
+    comparisons=(
+        *(
+            Comparison(f"With {name} Frobenius decay beats no decay", f"{name}-frobenius-*", f"{name}-none-*")
+            for name in OPTIMIZERS
+        ),
+        *(
+            Comparison(f"{name} leaves a lower loss than AdamW", f"{name}-[nf]*", "adamw-*")
+            for name in OPTIMIZERS
+            if name != "adamw"
+        ),
+    ),
+    seeds=(1, 2, 3),
+    tuning_seeds=(101, 102),
+    measures={"training": {"seconds": "metrics/train_runtime"}},
+    axis="learning_rate",
+)
