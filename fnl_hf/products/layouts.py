@@ -21,9 +21,9 @@ class Layout(NamedTuple):
     """One row of the table.
 
     ``parts``: attribute -> which of q, k, v it holds, in the order of its rows; a layer, or a parameter itself.
-    ``outputs``: where O may be; "../" is the module's parent. ``by_head``: the rows of a fused weight are q, k, v of
-    the first group of heads, then of the next one, instead of all q, all k, all v. ``condition``: an attribute of the
-    module and its value.
+    ``outputs``: where O may be, and with a fused weight has to be; "../" is the module's parent. ``by_head``: the rows
+    of a fused weight are q, k, v of the first group of heads, then of the next one, instead of all q, all k, all v.
+    ``condition``: an attribute of the module and its value.
     """
 
     parts: Mapping[str, str]
@@ -75,7 +75,7 @@ LAYOUTS = (
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 # Attention over channels, or by other means than softmax(Q Kᵀ), under the same names.
-OTHER_KINDS = ("Channel", "Delta", "Lightning", "Linear", "Lsh", "LSH")
+OTHER_KINDS = ("Channel", "Delta", "DiffLlama", "Lightning", "Linear", "Lsh", "LSH")
 ROTARY_SIZES = ("rotary_ndims", "rotary_dim")
 
 
@@ -192,6 +192,8 @@ def find_pairs(module: nn.Module, parent: nn.Module | None) -> tuple[list[FoundP
                 return [], False
             continue
         output = next(filter(None, (_locate(module, name, parent) for name in layout.outputs)), None)
+        if output is None and len(parts) < 3:  # the name of a fused weight alone does not tell the order of its rows
+            continue
         heads = _count_heads(module, parts, output)
         if heads is None:
             return [], True

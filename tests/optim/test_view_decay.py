@@ -18,7 +18,8 @@ from fnl_hf import (
     register_attention,
     register_product,
 )
-from tests.products.architectures import ARCHITECTURES, Attention, blocks, halves, interleaved, model_of, split
+from tests.products.architectures import ARCHITECTURES, model_of
+from tests.products.attention_by_hand import Attention, blocks, halves, interleaved, split
 
 RATE, FROBENIUS, WEIGHT = 0.3, 0.25, 0.07
 ON_DEVICE = torch.tensor(RATE, dtype=torch.float64)

@@ -5,11 +5,19 @@ from collections import Counter
 import pytest
 import torch
 
-from fnl_hf import FrobeniusAdamW, diagnose_products, find_products, frobenius_param_groups
+from fnl_hf import (
+    FactorizationConfig,
+    FrobeniusAdamW,
+    diagnose_products,
+    factorize,
+    find_products,
+    frobenius_param_groups,
+)
 from fnl_hf.bert.factorization import RANK_DIMS, head_rows
+from fnl_hf.products.discovery import unknown_attention
 from fnl_hf.products.views import ViewProduct, pair_rows
 from fnl_hf.reports.callbacks import logged_diagnostics
-from tests.products.architectures import ARCHITECTURES, model_of
+from tests.products.architectures import ARCHITECTURES, BERT, GPT2, GROUPED, model_of, of_transformers
 
 EACH = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -110,6 +118,30 @@ def test_the_models_own_outputs_know_the_products_alone(name):
             difference = ((run(other) - output).norm() / output.norm()).item()
             # Some rotate in float32, whatever the model's dtype is.
             assert difference < 1e-5 if is_compensated else difference > 1e-3, (kind, is_compensated, difference)
+
+
+@pytest.mark.parametrize(
+    "folder, name, sizes, unknown",
+    [
+        ("xlnet", "XLNet", {"vocab_size": 31, "d_model": 12, "n_layer": 1, "n_head": 3, "d_inner": 7}, True),
+        ("codegen", "CodeGen", GPT2 | {"n_embd": 24, "n_head": 4, "rotary_dim": 2}, True),  # q, v, k in four parts
+        ("diffllama", "DiffLlama", GROUPED, True),  # values of two heads are one
+        ("roformer", "RoFormer", BERT | {"hidden_size": 18, "embedding_size": 5}, False),  # how it rotates
+    ],
+)
+def test_attention_that_is_not_understood_is_named_and_keeps_its_decay(folder, name, sizes, unknown):
+    model = of_transformers(folder, name, **sizes)()
+    (found,) = unknown_attention(model)
+    assert found.startswith(name)
+    assert {product.kind for product in find_products(model)} == (set() if unknown else {"vo"})
+
+
+def test_a_weight_that_is_a_product_itself_takes_no_part():
+    """Factorized queries, as ``factorize`` makes them of a pattern: no product of attention, and nothing to warn of."""
+    model = model_of("vit")
+    factorize(model, FactorizationConfig(include=["q_proj", "o_proj"]))
+    assert {product.kind for product in find_products(model)} == {"linear"}
+    assert unknown_attention(model) == []
 
 
 if __name__ == "__main__":
