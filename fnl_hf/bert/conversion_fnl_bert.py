@@ -78,7 +78,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         """An FNL-BERT that computes what a BERT (or FNL-BERT) does, with heads of a smaller rank if wanted.
 
         RoBERTa, XLM-R, CamemBERT, DistilBERT and ELECTRA (as wide in its embeddings as in its layers) are BERTs, too,
-        for inputs that are padded on the right: see :mod:`fnl_hf.bert.other_names`.
+        for inputs that are padded on the right: see ``fnl_hf/bert/other_names.py``.
 
         At the same E nothing changes, to the last bit. At a smaller E the product Q_h K_hᵀ of each head, with its
         biases, and V_h O_hᵀ are replaced by the closest ones of rank r = E/H.
