@@ -14,10 +14,10 @@ from studies.verdicts import UNKNOWN, Outcome
 
 HEAD = """# Results
 
-What the article's claims come to in this project's own runs, and how sure that is. `make results` renders this page
-from the lines in `studies/results`, one for each run; the studies are defined in `studies/definitions`, and
-`make studies` runs what is left of one. All arms of a study have the same data in the same order, the same budget and
-the same other hyperparameters.
+What the article's claims come to at this scale, in this project's own tasks and runs, and how sure that is.
+`make results` renders this page from the lines in `studies/results`, one for each run; the studies are defined in
+`studies/definitions`, and `make studies` runs what is left of one. All arms of a study have the same data in the same
+order, the same budget and, but for what is compared, the same hyperparameters.
 
 Differences are paired: of runs with the same seed. In brackets is their 95% interval by Student's t, not corrected for
 the number of comparisons. A fixed rule judges them: one arm is *as good* as the other if the interval lies within ± the
@@ -65,7 +65,7 @@ def claims_table(outcomes: Sequence[Outcome]) -> str:
                 claim = "" if index else comparison.claim
                 study = f"[{outcome.name}](#{outcome.name}), {group}"
                 rows.append([claim, study, *claim_cells(outcome, group, comparison)])
-    parts = [table(["the article's claim", "study", *CLAIM_HEADER], rows)] if rows else []
+    parts = [table(["after the article's claim", "study", *CLAIM_HEADER], rows)] if rows else []
     if waiting:
         parts += ["Not run yet:", "\n".join(waiting)]
     return "\n\n".join(parts)

@@ -23,6 +23,7 @@ from torch import nn
 from .evaluation import evaluation_mode
 
 SEED = 0  # of the directions v
+POSITION_LOGITS = ("start_logits", "end_logits")  # (B, S)
 
 
 class LayerMoments:
@@ -176,7 +177,8 @@ def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Genera
             continue
         # On the CPU, so that the same seed draws the same directions for every device.
         v = torch.randn(output.shape, generator=generator).to(output.device)
-        if is_token is not None and output.shape[:2] == is_token.shape:
+        is_of_tokens = output.dim() > 2 or name in POSITION_LOGITS  # a pooled (B, d) may have the shape of a mask
+        if is_token is not None and is_of_tokens and output.shape[:2] == is_token.shape:
             v *= is_token.view(*is_token.shape, *[1] * (output.dim() - 2))
         added = (v * output.float()).sum()
         total = added if total is None else total + added
@@ -188,7 +190,7 @@ def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Genera
 def _tokens(x: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
     """The rows (N, n) of an input (B, S, n), (B·S, n) or any other shape that are no padding."""
     if is_token is not None:
-        if x.shape[:2] == is_token.shape:
+        if x.dim() > 2 and x.shape[:2] == is_token.shape:
             return x[is_token].flatten(0, -2)
         if x.dim() == 2 and len(x) == is_token.numel():
             return x[is_token.flatten()]

@@ -13,6 +13,7 @@ from fnl_hf.commands.convert import SPECTRA_FILE, as_bert, convert_checkpoint, l
 from fnl_hf.commands.folders import refuse_bad_file
 from fnl_hf.errors import UserInputError
 from fnl_hf.layers.base import INITS, MODES
+from fnl_hf.publishing.checkpoints import reading
 from fnl_hf.publishing.hub import push_folder
 from fnl_hf.runs.command_line import join_negative_numbers
 from fnl_hf.squad.features import read_squad_file
@@ -248,7 +249,10 @@ def print_sizes(result: Compression, folder: str) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     refuse_bad_file(Path(args.file), export.SUFFIX)  # before the model is loaded
-    difference = export.export_onnx(as_bert(load_model(args.model)), args.file)
+    model = load_model(args.model)
+    with reading(args.model):
+        model = as_bert(model)
+    difference = export.export_onnx(model, args.file)
     print(f"{args.file}: differs from PyTorch by {difference:.1e} at most")
 
 

@@ -24,7 +24,7 @@ from fnl_hf.data.arrow_cache import cached_dataset
 from fnl_hf.data.tokenizer import vocabulary_size
 from fnl_hf.errors import UserInputError
 
-PACKING_VERSION = 2  # raise it when the same input gives other rows, so that what an older version cached is not used
+PACKING_VERSION = 3  # raise it when the same input gives other rows, so that what an older version cached is not used
 CHUNK_BYTES = 2**22  # at length 512, about 0.03% of the tokens are left over
 BATCH_BYTES = 2**21
 PART_BYTES = 2**16

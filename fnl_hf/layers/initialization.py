@@ -7,6 +7,7 @@ k = min(m, n), rank r, factors U (G, m, r), M (G, r, r) of a deep product, V (G,
 import math
 
 import torch
+from torch.nn import functional
 
 # From here on, where the rank is below half, a randomized SVD.
 RANDOMIZED_FROM = 1024
@@ -81,7 +82,7 @@ def studied_initialization(
     """
     left, right = spectral_initialization(weight, rank, seed=seed)
     if init == "ones":
-        return left / left.norm(dim=1, keepdim=True), right / right.norm(dim=1, keepdim=True)
+        return functional.normalize(left, dim=1), functional.normalize(right, dim=1)
     scale = (weight.shape[2] / rank) ** 0.5
     return left / scale, right * scale
 

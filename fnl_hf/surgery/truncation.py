@@ -22,7 +22,7 @@ SHRINKAGE = 1e-3
 
 @dataclass
 class Truncations:
-    """The best approximations of a layer's weight of each rank, float64.
+    """The best approximations of a layer's weight of each rank.
 
     Attributes:
         losses: (k,), what leaving out each direction adds to the squared change of the outputs, descending.
@@ -96,7 +96,10 @@ class CalibratedLayer:
         self.layer, self.moments = layer, moments
         self._shapes: Any = FACTORIZED[type(layer)].like(layer, 1, False, device="meta")
         weight = self._shapes.to_matrices(layer.weight.detach())
-        self._found = self._find(weight, moments.covariance(getattr(layer, "bias", None) is not None), moments.outputs)
+        found = self._find(weight, moments.covariance(getattr(layer, "bias", None) is not None), moments.outputs)
+        # All layers have theirs until the ranks are chosen: about three times the model's own size.
+        self._dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        self._found = Truncations(found.losses, found.left.to(self._dtype), found.right.to(self._dtype))
         self._counts = bool(moments.outputs.any())
         moments.inputs = moments.outputs = 0.0
 
@@ -122,7 +125,7 @@ class CalibratedLayer:
     def truncated(self, rank: int) -> Any:
         """A dense layer whose weight has this rank, in float32 (float64: in float64); what its output loses on average
         is in its bias."""
-        layer, dtype = self.layer, torch.promote_types(self.layer.weight.dtype, torch.float32)
+        layer, dtype = self.layer, self._dtype
         weight = self._shapes.to_weight(self._found.left[..., :rank] @ self._found.right[..., :rank].mT)
         truncated = self._shapes.new_dense(device="meta")
         truncated.weight = nn.Parameter(weight.to(dtype), requires_grad=layer.weight.requires_grad)

@@ -4,7 +4,10 @@ from typing import Any
 
 from studies.study import FEED_FORWARD, Comparison, Study, recipe
 
-DECAYS = ("none", "weight", "frobenius")
+# The mode decays the attention's products, too: each has a dense run of its own, whose attention is decayed likewise.
+# Without decay of the products no matrix is decayed, that of the dense layers neither.
+DECAYS = {"none": 0.0, "weight": 0.1, "frobenius": 0.1}
+DISTURBANCE = 0.001  # of λ: what is left of likeness where a dense run is disturbed by as little
 INITS = ("spectral", "default")
 
 
@@ -12,7 +15,6 @@ def wide(init: str) -> dict[str, Any]:
     return {"factorize_at_step": 0, "factorize_mode": "wide", "factorize_init": init, "factorize_include": FEED_FORWARD}
 
 
-# The mode decays the attention's products, too: each has a dense run of its own, whose attention is decayed likewise.
 STUDY = Study(
     question="Does a product of full rank train as the dense layer does, with each decay?",
     script="run_pretrain.py",
@@ -20,15 +22,14 @@ STUDY = Study(
     | {"save_steps": 500},
     arms={
         decay: {
-            name: {"decay_mode": decay, **flags}
+            name: {"decay_mode": decay, "weight_decay": value, **flags}
             for name, flags in (
                 ("dense", {}),
-                # what is left of likeness where a dense run is disturbed by as little as a hundredth of λ
-                ("dense-disturbed", {"weight_decay": 0.101}),
+                ("dense-disturbed", {"weight_decay": value + DISTURBANCE}),
                 *((f"wide-{init}", wide(init)) for init in INITS),
             )
         }
-        for decay in DECAYS
+        for decay, value in DECAYS.items()
     },
     reference="dense-disturbed",
     effect=0.05,

@@ -1,9 +1,17 @@
 """The rates of the two factors: products of low rank from scratch, U with n/r times the rate of V at an equal mean."""
 
-from studies.definitions.low_rank import DENSE_LAMBDA, products
+from typing import Any
+
+from studies.definitions.low_rank import factorized
 from studies.study import Comparison, Study, recipe
 
 RATES = (1e-3, 2e-3, 4e-3)
+
+
+def products(ratio: float, init: str) -> dict[str, Any]:
+    """Without decay: factors that are scaled apart would have more of it."""
+    return {"decay_mode": "none", **factorized(ratio, init)}
+
 
 STUDY = Study(
     question="Do products train better if U has a higher rate than V, each way at its best rate?",
@@ -11,7 +19,7 @@ STUDY = Study(
     base=recipe("configs/quickstart.yaml"),
     arms={
         name: {
-            f"{kind}-{rate}": products(ratio, init, "frobenius", DENSE_LAMBDA) | {"learning_rate": rate}
+            f"{kind}-{rate}": products(ratio, init) | {"learning_rate": rate}
             for kind, init in (("equal", "spectral"), ("apart", "rates"))
             for rate in RATES
         }

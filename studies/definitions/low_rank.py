@@ -23,9 +23,13 @@ def dense(value: float, size: int = 128) -> dict[str, Any]:
     }
 
 
+def factorized(ratio: float, init: str) -> dict[str, Any]:
+    return {"factorize_at_step": 0, "factorize_target_ratio": ratio, "factorize_init": init}
+
+
 def products(ratio: float, init: str, mode: str, value: float) -> dict[str, Any]:
-    factorization = {"factorize_at_step": 0, "factorize_target_ratio": ratio, "factorize_init": init}
-    return {"decay_mode": mode, "frobenius_decay": value, **factorization}
+    """All else decays as in a dense arm of the same λ."""
+    return {"decay_mode": mode, "weight_decay": value, "frobenius_decay": value, **factorized(ratio, init)}
 
 
 def arms_at(ratio: float) -> dict[str, dict[str, Any]]:

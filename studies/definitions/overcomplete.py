@@ -11,7 +11,7 @@ DENSE_STEPS = {"wide": 4400, "deep": 4600}
 
 def products(kind: str, mode: str, value: float) -> dict[str, Any]:
     factorization = {"factorize_at_step": 0, "factorize_mode": kind, "factorize_include": FEED_FORWARD}
-    return {"decay_mode": mode, "frobenius_decay": value, **factorization}
+    return {"decay_mode": mode, "weight_decay": value, "frobenius_decay": value, **factorization}
 
 
 def arms_of(kind: str) -> dict[str, dict[str, Any]]:

@@ -42,6 +42,11 @@ STUDY = Study(
             "dense-as-long-as-wide",
             article=True,
         ),
+        Comparison(
+            "With Frobenius decay deep layers beat dense ones of the same time",
+            "deep-frobenius",
+            "dense-as-long-as-deep",
+        ),
         Comparison("With weight decay wide layers are worse than dense ones", "dense", "wide-weight", article=True),
         Comparison("With weight decay deep layers are worse than dense ones", "dense", "deep-weight", article=True),
     ),
