@@ -53,11 +53,15 @@ class LayerSize:
 
     @property
     def step(self) -> int:
-        """A budget pays for ranks that are multiples of it, and for those below it."""
+        """A budget pays for ranks that are multiples of it, for those below it, and for the full rank."""
         return RANK_STEP if self.full >= SMALLEST_STEPPED else 1
 
+    def whole_steps(self, rank: int) -> int:
+        """The largest rank up to this one that a budget pays for."""
+        return rank if rank in (self.full, rank % self.step) else rank - rank % self.step
+
     def next_rank(self, rank: int) -> int:
-        return (rank // self.step + 1) * self.step
+        return min((rank // self.step + 1) * self.step, self.full)
 
     def scale_rank(self, rank_scale: float, mode: str) -> int:
         """max(1, round(rank_scale · full rank)), within what the mode allows."""
@@ -143,7 +147,7 @@ def _ranks_of_losses(
         size = sizes[name]
         if name in dense or name in full:
             continue
-        rank = min(size.next_rank(ranks[name]), size.full)
+        rank = size.next_rank(ranks[name])
         is_dense = size.parameters(rank) >= size.parameters(None)
         added = size.parameters(None if is_dense else rank) - size.parameters(ranks[name])
         if used + added > budget:
@@ -174,7 +178,7 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
     def ranks_at(scale):
         ranks = {name: size.scale_rank(scale, mode) for name, size in sizes.items()}
         if mode == "low_rank":
-            ranks = {name: rank // sizes[name].step * sizes[name].step or rank for name, rank in ranks.items()}
+            ranks = {name: sizes[name].whole_steps(rank) for name, rank in ranks.items()}
         return ranks
 
     def parameters(ranks):
@@ -197,7 +201,7 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
     # Who comes nearest to its next rank gets it first.
     for name in sorted(sizes, key=lambda name: next_rank(name, ranks[name]) - high * sizes[name].full):
         more = {**ranks, name: next_rank(name, ranks[name])}
-        if (mode != "low_rank" or more[name] <= sizes[name].full) and parameters(more) <= budget:
+        if parameters(more) <= budget:
             ranks = more
     return ranks
 

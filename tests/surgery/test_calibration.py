@@ -137,6 +137,8 @@ LAYERS = [
 def test_inputs_of_two_directions_need_two(layer, inputs, outputs):
     """At rank 2 (about their mean, if there is a bias) the outputs stay, which plain truncation loses."""
     model = Net(copy.deepcopy(layer), outputs)
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = draw(*parameter.shape, seed=seed).float()
     before = model(inputs).detach()
     config = FactorizationConfig(ranks={"layer": 2})
     plain = factorize(copy.deepcopy(model), config)(inputs)

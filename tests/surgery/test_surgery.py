@@ -263,6 +263,7 @@ def test_a_budget_pays_for_ranks_in_steps_of_eight():
     assert ranks(0.5, nn.Linear(64, 64, bias=False)) == [16]
     assert ranks(0.7, nn.Linear(64, 64, bias=False)) == [16]  # 2867 parameters: 22 directions
     assert ranks(0.1, nn.Linear(64, 64, bias=False)) == [3]
+    assert ranks(2.0, nn.Linear(66, 66, bias=False)) == [66] and ranks(1.98, nn.Linear(66, 66, bias=False)) == [64]
     assert ranks(0.7, nn.Linear(32, 32, bias=False)) == [11]
 
 
