@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,3 +211,36 @@ class OtherName(Switched):
 )
 def test_conditions_are_read_as_they_are_written(module, expected):
     assert kinds_of(attention=copy.deepcopy(module)) == {"attention": expected}
+
+
+class Passed(Switched):
+    def forward(self, x, position_embeddings=None):
+        q, k = self.q_proj(x), self.k_proj(x)
+        if position_embeddings is not None:
+            cos, sin = position_embeddings
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return q @ k.mT @ self.v_proj(x)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10.0}
+BY_TYPE = {"layer_types": WINDOWS, "rope_parameters": {"sliding_attention": ROPE, "full_attention": None}}
+
+
+@pytest.mark.parametrize(
+    "config, kinds",
+    [
+        ({}, ("vo", "vo")),
+        ({"position_embedding_type": "rope"}, ("rotary", "rotary")),
+        ({"position_embedding_type": None, "rope_parameters": ROPE}, ("qk", "qk")),  # Granite's hybrids
+        ({"layer_rope_theta": [10.0, 0], "rope_parameters": ROPE}, ("rotary", "qk")),  # Granite with windows
+        ({"rope_parameters": ROPE}, ("rotary", "rotary")),
+        ({"rope_parameters": ROPE | {"rope_theta": None}}, ("qk", "qk")),  # OLMo hybrid
+        ({"rope_parameters": None}, ("qk", "qk")),
+        (BY_TYPE, ("rotary", "qk")),  # Cohere's Compass
+    ],
+)
+def test_whether_angles_are_passed_is_the_configurations_to_say(config, kinds):
+    config = SimpleNamespace(**config)
+    found = kinds_of(first=Passed(config=config, layer_idx=0), second=Passed(config=config, layer_idx=1))
+    assert found == {name: {kind, "vo"} for name, kind in zip(("first", "second"), kinds)}
+    assert kinds_of(encoder_attn=Passed(config=config, layer_idx=0)) == {"encoder_attn": {"qk", "vo"}}
