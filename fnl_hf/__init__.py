@@ -1,7 +1,7 @@
 """fnl_hf: factorized layers for Hugging Face Transformers.
 
-BERT whose attention is products of matrices, optimizers that decay the products instead of their factors, and the
-scripts that pretrain and fine-tune such models (Khodak et al., ICLR 2021).
+A BERT with factorized attention, optimizers that decay products of matrices instead of their factors, and the scripts
+that pretrain and fine-tune such models (Khodak et al., ICLR 2021).
 """
 
 import importlib

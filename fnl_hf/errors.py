@@ -4,10 +4,10 @@ EX_TEMPFAIL = 75  # of sysexits.h: a temporary failure, the caller is invited to
 
 
 class UserInputError(ValueError):
-    """A file, flag, configuration or checkpoint that cannot be used.
+    """A file, flag, configuration or checkpoint cannot be used.
 
-    The message names the thing, the bound and the value; the scripts print it without a traceback and exit with
-    status 2. It is one line, whatever a library's error that it quotes looks like.
+    The message names the thing, the bound and the value. The scripts print it without a traceback and exit with
+    status 2. It is always one line, even if it quotes a longer error of a library.
     """
 
     def __init__(self, message: str):

@@ -33,8 +33,8 @@ class FnlBertSelfAttention(BertSelfAttention):
         self.value = nn.Linear(config.hidden_size, self.all_head_size)
 
     def forward(self, hidden_states, attention_mask=None, *args, rows=None, **kwargs):
-        """As in transformers; with ``rows`` (B, K, d) the attention of these alone to all ``hidden_states`` (B, S, d):
-        contexts (B, K, E) and, where the implementation gives them, weights (B, H, K, S)."""
+        """As in transformers. With ``rows`` (B, K, d), only these attend to all ``hidden_states`` (B, S, d). Returns
+        contexts (B, K, E) and, if the implementation computes them, weights (B, H, K, S)."""
         if rows is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         query, key, value = (  # (B, H, K, r), (B, H, S, r), (B, H, S, r)
@@ -135,7 +135,7 @@ def factor_pairs(model: nn.Module) -> list[Product]:
     """Every product of the BERT attention layers in ``model``, in layer order, Q Kᵀ before V Oᵀ.
 
     Works on FNL-BERT and stock BERT models, and on any module that contains one (DistributedDataParallel, a
-    compiled module, a user's own model).
+    compiled module, your own model).
     """
     pairs = []
     for name, module in model.named_modules():

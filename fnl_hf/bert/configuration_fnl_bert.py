@@ -18,21 +18,21 @@ class FnlBertConfig(BertConfig):
     Args:
         attention_embedding_size: E = H·r, the output width of query, key and value and the input width of the
             attention's output projection. ``None`` means ``hidden_size``, the shapes of a stock BERT.
-        attention_init: how the products Q_h K_hᵀ and V_h O_hᵀ start. ``"normal"``: each factor drawn as BERT
-            draws its weights. ``"spectral"``: drawn at full head size d/H, product truncated by SVD to rank r and
-            split evenly (spectral initialization); needs E <= d. Experimental, to go when measured: ``"folded"``, as
-            spectral, but Q_h K_hᵀ times √(r·H/d), so that scores are the closest to those at full head size;
-            ``"rescaled"``, as folded, and both products brought back to the Frobenius norm that they were truncated
-            from, so that scores and outputs have the variance that they have at full head size.
+        attention_init: how the products Q_h K_hᵀ and V_h O_hᵀ are initialized. ``"normal"``: each factor is drawn like
+            BERT's weights. ``"spectral"`` (spectral initialization): the factors are drawn at full head size d/H, and
+            an SVD truncates the product to rank r and splits it evenly; needs E <= d. Two options are experimental and
+            will be removed once measured. ``"folded"`` is spectral with Q_h K_hᵀ times √(r·H/d), so that scores are the
+            closest to those at full head size. ``"rescaled"`` is folded and also scales both products to their
+            Frobenius norm before truncation, so that scores and outputs have their variance at full head size.
         sparse_prediction: with labels, run the masked language modelling head on the labelled positions only.
             The loss is the same; ``logits`` then has shape (labelled positions, vocabulary).
-        sparse_last_layer: where the masked positions are given, run the last layer for them alone. The predictions are
-            the same; dropout draws other numbers, and the last layer's hidden state and attentions are of these
-            positions (for next sentence prediction, too, of the first token and these).
+        sparse_last_layer: if the masked positions are given, run the last layer for these positions only. The
+            predictions are the same, but dropout draws other numbers. The last layer's hidden state and attentions
+            then cover only these positions (with next sentence prediction also the first token).
 
     Raises:
-        StrictDataclassError: E not a positive multiple of ``num_attention_heads``, an unknown ``attention_init``,
-            another one than ``"normal"`` with E > ``hidden_size``, or decoder use.
+        StrictDataclassError: E is not a positive multiple of ``num_attention_heads``, ``attention_init`` is unknown or
+            other than ``"normal"`` with E > ``hidden_size``, or the model is used as a decoder.
     """
 
     model_type = "fnl_bert"

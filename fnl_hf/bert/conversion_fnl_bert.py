@@ -48,10 +48,10 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
 
     @classmethod
     def bert_class(cls) -> type[PreTrainedModel]:
-        """The stock class that this one stands for: ``BertForMaskedLM`` for ``FnlBertForMaskedLM``.
+        """The stock counterpart of this class: ``BertForMaskedLM`` for ``FnlBertForMaskedLM``.
 
         Raises:
-            ValueError: there is none, because this class has a head of its own.
+            ValueError: there is none, because this class has its own head.
         """
         found = cls._stock_base()
         if found is modeling_bert.BertPreTrainedModel:  # of which all are
@@ -75,32 +75,32 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         output_truncations: bool = False,
         **kwargs: Any,
     ):
-        """An FNL-BERT that computes what a BERT (or FNL-BERT) does, with heads of a smaller rank if wanted.
+        """An FNL-BERT that computes the same as a BERT (or FNL-BERT), optionally with heads of a smaller rank.
 
-        RoBERTa, XLM-R, CamemBERT, DistilBERT and ELECTRA (as wide in its embeddings as in its layers) are BERTs, too,
-        for inputs that are padded on the right: see ``fnl_hf/bert/other_names.py``.
+        Also converts RoBERTa, XLM-R, CamemBERT, DistilBERT and ELECTRA (with embeddings as wide as its layers). These
+        compute the same as a BERT for inputs that are padded on the right: see ``fnl_hf/bert/other_names.py``.
 
-        At the same E nothing changes, to the last bit. At a smaller E the product Q_h K_hᵀ of each head, with its
-        biases, and V_h O_hᵀ are replaced by the closest ones of rank r = E/H.
+        At the same E the result is bit-identical. At a smaller E, the closest products of rank r = E/H replace
+        Q_h K_hᵀ, with its biases, and V_h O_hᵀ of each head.
 
         Args:
-            bert: a model, or the name or folder of one. Weights of another head are taken as far as they fit.
+            bert: a model, or its name or folder. From a model with another head, the weights that fit are loaded.
             attention_embedding_size: E, a multiple of the number of heads, at most that of ``bert``. Default: the same.
-            calibration: batches of inputs. With them "closest" is measured on what the heads compute for these and on
-                what the model's outputs feel of it, not on the weights alone. Of N tokens the weights keep a share of
-                r/(N + r), r the rank of a head in ``bert``, so that no direction is lost that the text does not show; a
-                warning says where N < r.
-            output_truncations: return also what each product lost, a list of
+            calibration: batches of inputs. With them, "closest" is measured on what the heads compute for these inputs
+                and on its effect on the model's outputs, not on the weights alone. With N tokens the weights get a
+                share of r/(N + r), r the rank of a head in ``bert``, so that no direction is lost because the text does
+                not contain it. A warning says when N < r.
+            output_truncations: also return what each product lost, a list of
                 :class:`~fnl_hf.bert.head_mixing.Truncation`.
-            kwargs: for ``from_pretrained`` where ``bert`` is a name.
+            kwargs: for ``from_pretrained`` if ``bert`` is a name.
 
         Returns:
-            The model in evaluation mode, or it and the list.
+            The model in evaluation mode, or a pair of the model and the list.
 
         Raises:
-            ValueError: no BERT, a head that computes something else than BERT's, adapters or weights that are not those
-                of its class and configuration, an E that does not fit, attention that is to be truncated and is not
-                finite, or ``kwargs`` for a model.
+            ValueError: ``bert`` is no BERT, its head computes something different from BERT's, it has adapters or
+                weights that its class and configuration do not describe, E does not fit, attention that must be
+                truncated is not finite, or ``kwargs`` are given with a model.
         """
         source: Any = cls.load_bert(bert, **kwargs) if isinstance(bert, str | PathLike) else bert
         if kwargs and source is bert:
@@ -131,10 +131,10 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
 
     @classmethod
     def load_bert(cls, name: str | PathLike, **kwargs: Any) -> PreTrainedModel:
-        """The BERT, BERT by another name or FNL-BERT with this class's head in a checkpoint.
+        """Load a checkpoint of a BERT, a BERT by another name or an FNL-BERT with this class's head.
 
         Raises:
-            ValueError: another architecture, or a head that computes something else than BERT's.
+            ValueError: the architecture is another, or the head computes something different from BERT's.
         """
         config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
         loader: Any = cls if isinstance(config, FnlBertConfig) else cls.bert_class()
@@ -144,15 +144,16 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         return loader.from_pretrained(name, **kwargs)
 
     def to_bert(self) -> PreTrainedModel:
-        """The stock BERT that computes the same, for tools that know no other; in evaluation mode. Layers that are
+        """The stock BERT that computes the same, in evaluation mode, for tools that only support BERT. Layers that are
         products of matrices (``fnl_hf.factorize``) are multiplied out.
 
-        Heads of rank r below d/H are filled with zeros, and the scale moves into query and key: exact, for serving and
-        ordinary fine-tuning; a filled dimension has no gradient. Larger ones must have products whose rank fits.
+        Heads of rank r below d/H are padded with zeros, and the scale moves into query and key. This is exact, for
+        serving and ordinary fine-tuning; a padded dimension has no gradient. For heads larger than d/H, the rank of
+        each product must be at most d/H.
 
         Raises:
-            ValueError: E is larger than d, and a product has a rank above d/H; no stock class has this one's head; or
-                adapters, or weights that are not those of this class and configuration.
+            ValueError: E is larger than d and a product has a rank above d/H; no stock class has this head; or the
+                model has adapters or weights that its class and configuration do not describe.
         """
         _refuse_changed(self)
         config = BertConfig(**_config_entries(self.config))

@@ -32,8 +32,8 @@ RANK_DIMS = {
 class Product:
     """H products of two factors, U_h V_hᵀ, or of three, U_h M_h V_hᵀ, h = 1..H.
 
-    ``kind`` is a key of ``RANK_DIMS``; ``weights`` are the stored parameters from left to right, ``weight_names``
-    their names in the model, ``name`` the product's own ("bert.encoder.layer.0.attention.qk").
+    ``kind`` is a key of ``RANK_DIMS``. ``weights`` are the stored parameters from left to right, and ``weight_names``
+    are their names in the model. ``name`` is the name of the product ("bert.encoder.layer.0.attention.qk").
     """
 
     name: str
@@ -45,12 +45,12 @@ class Product:
     def factors(self) -> tuple[torch.Tensor, ...]:
         """U (H, m, r) and V (H, n, r), or U (H, m, r), M (H, r, s) and V (H, n, s), outside autograd.
 
-        Views of the weights; copies only where an outer size is spread over several dimensions (convolutions).
+        They are views of the weights, or copies if an outer size spans several dimensions (convolutions).
         """
         return self.split(tuple(w.detach() for w in self.weights))
 
     def split(self, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The factors that tensors in the place of the weights have: the same gathered, or in another dtype."""
+        """The factors in tensors that stand in for the weights: gathered copies, or copies in another dtype."""
         return factor_views(weights, self.kind, self.num_heads)
 
 
@@ -138,10 +138,10 @@ def bound(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
 def product_norms(*factors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Norms of H products taken together as one block-diagonal matrix, as 0-d tensors on the factors' device.
 
-    Of U (H, m, r) and V (H, n, r), or U, M (H, r, s) and V (H, n, s), as :meth:`Product.factors` gives them.
-    ``frobenius``: (Σ_h ‖U_h V_hᵀ‖²_F)^½. ``nuclear``: Σ_h ‖U_h V_hᵀ‖_*. ``bound``: ½(‖U‖²_F + ‖V‖²_F),
-    what weight decay on the factors penalizes (Khodak et al., section 4); of three factors ½(‖U M‖²_F + ‖V‖²_F).
-    The first two are NaN where a factor is not finite.
+    The factors are U (H, m, r) and V (H, n, r), or U, M (H, r, s) and V (H, n, s), as :meth:`Product.factors` returns
+    them. ``frobenius``: (Σ_h ‖U_h V_hᵀ‖²_F)^½. ``nuclear``: Σ_h ‖U_h V_hᵀ‖_*. ``bound``: ½(‖U‖²_F + ‖V‖²_F), the
+    penalty of weight decay on the factors (Khodak et al., section 4); for three factors ½(‖U M‖²_F + ‖V‖²_F).
+    The first two are NaN if a factor is not finite.
     """
     with without_autocast(factors):
         values = singular_values(core(*factors))
@@ -151,13 +151,13 @@ def product_norms(*factors: torch.Tensor) -> dict[str, torch.Tensor]:
 def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Spectral initialization: the best rank-``rank`` factors of each product, Σ split evenly.
 
-    With U_h V_hᵀ = P Σ Qᵀ: P_r Σ_r^½ and Q_r Σ_r^½, so (H, m, k), (H, n, k) -> (H, m, r), (H, n, r). At r = k the
-    products are kept and their factors balanced (Khodak et al., section 3.1).
+    With U_h V_hᵀ = P Σ Qᵀ the result is P_r Σ_r^½ and Q_r Σ_r^½: (H, m, k), (H, n, k) -> (H, m, r), (H, n, r). At r = k
+    this keeps the products and balances their factors (Khodak et al., section 3.1).
 
-    Computed in the dtype of the factors, inside autocast too.
+    The computation uses the dtype of the factors, even inside autocast.
 
     Raises:
-        ValueError: ``rank`` above the rank min(m, n, k) that the products can have.
+        ValueError: ``rank`` is above min(m, n, k), the largest rank that the products can have.
     """
     largest = min(left.shape[-2], right.shape[-2], left.shape[-1])
     if not 1 <= rank <= largest:

@@ -59,7 +59,7 @@ ItemCount = torch.Tensor | int | Mapping[str, torch.Tensor] | None
 
 
 class FnlBertPreTrainedModel(BertConversion):
-    """What all FNL-BERT classes share: the configuration, the encoder swap and checkpoints that carry their code."""
+    """Base of all FNL-BERT classes: the configuration, the factorized encoder and checkpoints that carry their code."""
 
     config: FnlBertConfig
     config_class = FnlBertConfig
@@ -81,7 +81,7 @@ class FnlBertPreTrainedModel(BertConversion):
         return factor_pairs(self)
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers; the code is saved beside the weights, for use without fnl_hf."""
+        """As in transformers. Also saves the code beside the weights, for use without fnl_hf."""
         self.config.auto_map = dict(AUTO_MAP)
         own = type(self)
         # FSDP2 puts a class of torch's in front, whose code would be saved.
@@ -118,9 +118,9 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
         """As in transformers, encoder only.
 
         Args:
-            document_ids: (B, S); tokens attend to those with the same number only.
-            output_positions: (B, K); ``last_hidden_state`` is (B, K, d), for these positions alone, and so are the
-                last layer's attentions, (B, H, K, S). The pooler reads the first of them.
+            document_ids: (B, S); a token attends only to tokens with the same number.
+            output_positions: (B, K); limits ``last_hidden_state`` (B, K, d) and the last layer's attentions
+                (B, H, K, S) to these positions. The pooler reads the first of them.
         """
         if encoder_hidden_states is not None or past_key_values is not None:
             raise ValueError(
@@ -320,9 +320,9 @@ class FnlBertForMaskedLM(_MaskedLanguageModel, FnlBertPreTrainedModel, BertForMa
     ):
         """As in transformers. ``num_items_in_batch`` is the number of masked tokens in the global batch.
 
-        With ``masked_positions`` (B, K), the head is run there only: ``labels`` are (B, K), ``logits`` (B, K, V);
-        label a position -100 to fill a row. With labels (B, S) and ``config.sparse_prediction``, ``logits`` is
-        (masked positions, V): a shape that depends on the data, so that a GPU waits for the host.
+        With ``masked_positions`` (B, K), the head runs at these positions only: ``labels`` are (B, K), ``logits``
+        (B, K, V). To fill a row, label positions -100. With labels (B, S) and ``config.sparse_prediction``, ``logits``
+        is (masked positions, V). This shape depends on the data, so a GPU waits for the host.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs}
@@ -355,12 +355,13 @@ class FnlBertForPreTraining(_MaskedLanguageModel, FnlBertPreTrainedModel, BertFo
         num_items_in_batch: ItemCount = None,
         **kwargs,
     ):
-        """As in transformers, but either target may be left out; the loss is the sum over those given.
-        ``masked_positions`` as in :class:`FnlBertForMaskedLM`.
+        """As in transformers, but either target is optional; the loss is the sum over the given targets.
+        ``masked_positions`` works as in :class:`FnlBertForMaskedLM`.
 
-        ``num_items_in_batch`` maps "labels" to the masked tokens and "next_sentence_label" to the sentence pairs
-        of the global batch, as ``FnlTrainer`` passes it. From a bare count of masked tokens (``transformers.Trainer``)
-        the sentence loss is weighted by the micro-batch's share of them: a weighted mean, not an exact one.
+        ``num_items_in_batch`` maps "labels" to the number of masked tokens and "next_sentence_label" to the number of
+        sentence pairs in the global batch, as ``FnlTrainer`` passes it. If it is a single count of masked tokens
+        (``transformers.Trainer``), the sentence loss is weighted by the micro-batch's share of the masked tokens. This
+        is a weighted mean, not an exact one.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs}
@@ -406,7 +407,7 @@ class FnlBertForQuestionAnswering(FnlBertPreTrainedModel, BertForQuestionAnsweri
         **kwargs,
     ):
         """As in transformers. ``num_items_in_batch["start_positions"]`` is the number of questions in the global
-        batch; positions outside the sequence are ignored and not counted."""
+        batch. Positions outside the sequence are ignored and not counted."""
         kwargs["return_dict"] = True
         outputs = super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         if start_positions is None or end_positions is None:

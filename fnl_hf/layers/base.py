@@ -32,9 +32,9 @@ class Dense(NamedTuple):
 class FactorizedLayer(nn.Module):
     """A layer whose weight is a product, W = U Vᵀ, or W = U M Vᵀ if it is deep (Khodak et al., ICLR 2021).
 
-    The weight is seen as G matrices m x n, one for each group of a convolution, else one. U (m x r) is in the parameter
-    ``left``, V (n x r) in ``right``, M (r x r) in ``middle``, which is None in a product of two; how they are stored is
-    for the subclass to say. They are registered as a product (:func:`fnl_hf.register_product`), where
+    The weight consists of G matrices m x n: one for each group of a convolution, otherwise one. U (m x r) is in the
+    parameter ``left``, V (n x r) in ``right`` and M (r x r) in ``middle``, which is None in a product of two. The
+    subclass defines how they are stored. They are registered as a product (:func:`fnl_hf.register_product`), so
     :func:`fnl_hf.frobenius_param_groups` and the diagnostics find them.
     """
 
@@ -81,7 +81,7 @@ class FactorizedLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight, multiplied out in the dtype of the factors; gradients flow through it."""
+        """The dense weight, computed in the dtype of the factors; gradients flow through it."""
         return self._product(self.factors())
 
     def _product(self, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -114,11 +114,11 @@ class FactorizedLayer(nn.Module):
 
     @torch.no_grad()
     def draw_factors(self, std: float, generator: torch.Generator | None = None) -> None:
-        """The default initialization, the baseline of the paper: U and Vᵀ normal, each as a Linear layer of its own
-        would be drawn, M the identity.
+        """The default initialization, which is the paper's baseline: U and Vᵀ are normal, each drawn like a separate
+        Linear layer, and M is the identity.
 
-        For a dense weight that is drawn with He et al.'s variance 2/fan_in, U has 2/r and V has 2/n, as in the authors'
-        code, in convolutions too.
+        If the dense weight has He et al.'s variance 2/fan_in, U has 2/r and V has 2/n, as in the authors' code, in
+        convolutions too.
 
         Args:
             std: standard deviation of the dense weight; √fan_in times it is the gain of U and V.
@@ -154,19 +154,19 @@ class FactorizedLayer(nn.Module):
     def from_dense(
         cls, layer: Any, rank: int, mode: str = "low_rank", init: str = "spectral", seed: int = 0
     ) -> "FactorizedLayer":
-        """The factorized layer that stands for a dense one: on its device, of its dtype, with its bias itself.
+        """The factorized layer that replaces a dense one, on the same device, in the same dtype and with its bias.
 
         Args:
-            layer: a ``dense_class``, of random or pretrained weights. On the meta device nothing is computed.
-            rank: r; "low_rank" takes at most min(m, n), "wide" and "deep" at least that.
+            layer: a ``dense_class`` with random or pretrained weights. On the meta device nothing is computed.
+            rank: r; at most min(m, n) for "low_rank", at least min(m, n) for "wide" and "deep".
             mode: "low_rank" and "wide" have two factors, "deep" has three.
             init: "spectral" (:func:`~fnl_hf.layers.initialization.spectral_initialization`) or "default"
-                (:meth:`draw_factors`); experimental, for "low_rank" alone, "ones" and "rates"
+                (:meth:`draw_factors`). Experimental, for "low_rank" only: "ones" and "rates"
                 (``studied_initialization`` in ``layers/initialization.py``).
-            seed: of what is drawn.
+            seed: seed of the random draws.
 
         Raises:
-            ValueError: a rank that does not suit the mode, or an option of the layer that cannot be factorized.
+            ValueError: the rank does not suit the mode, or an option of the layer cannot be factorized.
         """
         if init not in INITS + STUDIED_INITS:
             raise ValueError(f"init must be one of {INITS}, got {init!r}")
@@ -212,7 +212,7 @@ class FactorizedLayer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The dense layer with the same outputs; the product is taken in float32 (float64 factors: in float64)."""
+        """The dense layer with the same outputs; the product is computed in float32 (float64 factors: in float64)."""
         product = self.multiply_out(torch.float64 if self.left.dtype == torch.float64 else torch.float32)
         layer = self.new_dense(device="meta", dtype=self.left.dtype)
         is_trainable = any(parameter.requires_grad for parameter in (self.left, self.right))
@@ -223,7 +223,7 @@ class FactorizedLayer(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> Dense:
-        """:meth:`merged`, and how far its weight is from the product in float64."""
+        """:meth:`merged`, and the largest difference of its weight from the product in float64."""
         layer: Any = self.merged()
         return Dense(layer, (layer.weight.double() - self.multiply_out(torch.float64)).abs().max().item())
 

@@ -21,10 +21,10 @@ class FactorizedConv2d(FactorizedLayer):
 
     The kernel is the (c_out/G·k_h) × (c_in/G·k_w) matrix U Vᵀ or U M Vᵀ of each group. Parameters: ``left`` Uᵀ
     (G·r, c_out/G, k_h, 1), ``middle`` M (G·r, r) or None, ``right`` Vᵀ (G·r, c_in/G, 1, k_w), ``bias`` (c_out,) or
-    None. Computed factor by factor, or as one convolution with the product, whichever takes fewer operations for the
-    input.
+    None. The layer applies the factors one after the other, or one convolution with the product, whichever takes fewer
+    operations for the input.
 
-    Arguments are those of ``nn.Conv2d``, and the rank and ``deep``.
+    The arguments are those of ``nn.Conv2d``, plus the rank and ``deep``.
     """
 
     kinds = ("conv", "deep_conv")

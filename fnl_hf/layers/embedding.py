@@ -10,11 +10,11 @@ from fnl_hf.layers.base import FactorizedLayer, rows_to_expect
 
 
 class FactorizedEmbedding(FactorizedLayer):
-    """Rows of U Vᵀ, or of U M Vᵀ.
+    """An embedding whose table is U Vᵀ, or U M Vᵀ.
 
     Parameters: ``left`` U (num_embeddings, r), ``middle`` M (r, r) or None, ``right`` Vᵀ (r, embedding_dim). As in
-    torch the row of ``padding_idx`` in ``left`` gets no gradient and is zero in a new layer; where it is zero in a
-    dense table it stays so, any other changes with ``right``.
+    torch, the row of ``padding_idx`` in ``left`` gets no gradient and is zero in a new layer. If this row is zero in
+    the dense table, it stays zero; any other value changes with ``right``.
     """
 
     kinds = ("linear", "deep")

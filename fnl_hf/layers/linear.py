@@ -14,8 +14,8 @@ class FactorizedLinear(FactorizedLayer):
     """y = x (U Vᵀ)ᵀ + b, or x (U M Vᵀ)ᵀ + b.
 
     Parameters: ``left`` U (out_features, r), ``middle`` M (r, r) or None, ``right`` Vᵀ (r, in_features), ``bias``
-    (out_features,) or None. Computed factor by factor, or with factors multiplied first, whichever takes fewer
-    operations for the number of rows of x.
+    (out_features,) or None. The layer applies the factors one after the other, or multiplies them first, whichever
+    takes fewer operations for the number of rows of x.
     """
 
     kinds = ("linear", "deep")
@@ -77,7 +77,7 @@ class FactorizedLinear(FactorizedLayer):
 
 
 class FactorizedConv1D(FactorizedLinear):
-    """:class:`FactorizedLinear` in the place of the Conv1D of GPT-2, a Linear layer that stores its weight as
+    """:class:`FactorizedLinear` for the Conv1D of GPT-2, a Linear layer that stores its weight as
     (in_features, out_features)."""
 
     dense_class = Conv1D

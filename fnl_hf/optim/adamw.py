@@ -13,23 +13,23 @@ class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
 
     Before AdamW's own step with learning rate η, each product is decayed (Khodak et al., ICLR 2021)::
 
-        U ← U − ηλ U VᵀV,    V ← V − ηλ V UᵀU        (U, M and V of U M Vᵀ likewise)
+        U ← U − ηλ U VᵀV,    V ← V − ηλ V UᵀU        (the same for U, M and V of U M Vᵀ)
 
-    Everything else is ``torch.optim.AdamW``, kernels included; with λ = 0 the two agree to the last bit.
+    Everything else is ``torch.optim.AdamW``, including its kernels; with λ = 0 the two are bit-identical.
 
     Args:
-        params: parameter groups, as :func:`fnl_hf.frobenius_param_groups` makes them. A group of products has
+        params: parameter groups from :func:`fnl_hf.frobenius_param_groups`. A group of products has
             ``product`` (a key of :data:`fnl_hf.RANK_DIMS`), ``num_heads`` and its parameters as
             [left₀, right₀, left₁, right₁, ...].
         lr: η.
-        frobenius_decay: λ of groups of products that have none of their own; >= 0. Groups from
-            ``frobenius_param_groups`` have.
-        args, kwargs: everything that ``torch.optim.AdamW`` takes.
+        frobenius_decay: λ of groups of products without their own; >= 0. Groups from ``frobenius_param_groups`` have
+            their own.
+        args, kwargs: all other arguments of ``torch.optim.AdamW``.
 
     Raises:
         ValueError: λ < 0, λ on a group without products, factors that do not match, factors in half precision, or
             ``differentiable`` with λ > 0.
-        RuntimeError: sparse gradients; nothing is decayed then.
+        RuntimeError: gradients are sparse; nothing is decayed then.
     """
 
     state_entries = ADAM_STATE

@@ -32,8 +32,8 @@ class Lamb(CheckedOptimizer):
         u = m̂/(√v̂ + ε) + λw
         w ← w − η · φ(‖w‖)/‖u‖ · u
 
-    Parameters with fewer than two dimensions (biases, normalisation) take neither decay nor trust ratio. The
-    ratio is 1 where either norm is 0. Gradients are first clipped to a global norm, in place.
+    Parameters with fewer than two dimensions (biases, normalisation) get neither decay nor trust ratio. The
+    ratio is 1 if either norm is 0. Gradients are first clipped to a global norm, in place.
 
     Args:
         params: parameters or parameter groups.
@@ -41,18 +41,18 @@ class Lamb(CheckedOptimizer):
         betas: β₁, β₂.
         eps: ε.
         weight_decay: λ of the parameters with two or more dimensions.
-        decay: "in_trust_ratio" as above (You et al.), or "decoupled": w ← (1 − ηλ)w first and no λw in u. The first is
-            scaled by the ratio, the second is not: at equal λ it decays about 1/ratio times as strongly.
-        bias_correction: False leaves m and v as they are, as the first LAMB code did.
+        decay: "in_trust_ratio" as above (You et al.), or "decoupled": w ← (1 − ηλ)w first and no λw in u. The ratio
+            scales the first but not the second, so at equal λ "decoupled" is about 1/ratio times as strong.
+        bias_correction: False leaves m and v uncorrected, like the first LAMB code.
         weight_norm_clamp: (γ_l, γ_u) of φ(z) = min(max(z, γ_l), γ_u); None for φ(z) = z.
-        trust_clamp: bounds of the trust ratio itself; None for none.
-        max_grad_norm: bound of the norm of all gradients together; None to leave clipping to others. Under
-            ``transformers.Trainer``, which clips itself, set one of the two.
-        foreach, fused: which of torch's Adam kernels to use, as in ``torch.optim.Adam``; by default fused, where it is.
+        trust_clamp: bounds of the trust ratio itself; None for no bounds.
+        max_grad_norm: bound of the norm of all gradients together; None for no clipping here. Since
+            ``transformers.Trainer`` also clips, set only one of the two.
+        foreach, fused: the Adam kernels of torch to use, as in ``torch.optim.Adam``; by default fused if available.
 
     Raises:
-        ValueError: a value outside its bounds, or complex parameters.
-        RuntimeError: sparse gradients.
+        ValueError: a value is outside its bounds, or parameters are complex.
+        RuntimeError: gradients are sparse.
     """
 
     state_entries = ADAM_STATE
@@ -264,7 +264,7 @@ class Lamb(CheckedOptimizer):
 class FrobeniusLamb(ProductGroups, Lamb):
     """LAMB with Frobenius decay on products of parameters and ordinary decay elsewhere.
 
-    The paper (Khodak et al., ICLR 2021) names such an optimizer FLAMBé, but its algorithm could not be found: this
+    The paper (Khodak et al., ICLR 2021) calls such an optimizer FLAMBé. We could not find its algorithm, so this
     definition is our own.
 
     ``decay="decoupled"``: before LAMB's update, outside the trust ratio::
@@ -273,19 +273,20 @@ class FrobeniusLamb(ProductGroups, Lamb):
 
     ``decay="in_trust_ratio"``: as in LAMB itself, u = m̂/(√v̂ + ε) + λ U VᵀV, and + λw for all other matrices.
 
-    The second is scaled by the trust ratio φ(‖w‖)/‖u‖: the decay adds up to Σ_t η_t λ in the first case and to
-    Σ_t η_t λ·ratio_t in the second. An entry of u is about 1 in size, one of BERT's attention matrices a few
-    hundredths, and so is the ratio: at equal λ the decoupled form is that much stronger and needs a λ of its own.
+    The trust ratio φ(‖w‖)/‖u‖ scales the second: the decay adds up to Σ_t η_t λ in the first case and to
+    Σ_t η_t λ·ratio_t in the second. An entry of u is about 1 in size and an entry of BERT's attention matrices a few
+    hundredths, so the ratio is a few hundredths, too. At equal λ the decoupled form is stronger by the inverse of the
+    ratio, so it needs its own λ.
 
     Args:
-        params: parameter groups, as :func:`fnl_hf.frobenius_param_groups` makes them.
+        params: parameter groups from :func:`fnl_hf.frobenius_param_groups`.
         lr: η.
-        frobenius_decay: λ of groups of products that have none of their own; >= 0.
-        decay: where all decay, of products and of other matrices, is applied; a group may have its own.
-        kwargs: everything that :class:`Lamb` takes.
+        frobenius_decay: λ of groups of products without their own; >= 0.
+        decay: where to apply all decay, of products and of other matrices; a group may have its own value.
+        kwargs: all other arguments of :class:`Lamb`.
 
     Raises:
-        ValueError: as :class:`Lamb` and :class:`FrobeniusAdamW`.
+        ValueError: as in :class:`Lamb` and :class:`FrobeniusAdamW`.
     """
 
     def __init__(

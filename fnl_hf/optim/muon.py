@@ -28,41 +28,41 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
 
     Before the step each product is decayed at the learning rate η of its group (Khodak et al., ICLR 2021)::
 
-        U ← U − ηλ U VᵀV,    V ← V − ηλ V UᵀU        (U, M and V of U M Vᵀ likewise)
+        U ← U − ηλ U VᵀV,    V ← V − ηλ V UᵀU        (the same for U, M and V of U M Vᵀ)
 
-    A matrix W (m, n) with gradient G then takes a step of ``torch.optim.Muon``, with five iterations of Newton and
-    Schulz that bring the singular values of the momentum near 1::
+    A matrix W (m, n) with gradient G then takes a step of ``torch.optim.Muon``, with five Newton-Schulz iterations that
+    bring the singular values of the momentum near 1::
 
         B ← μB + (1 − μ)G,    O = orthogonalize(μB + (1 − μ)G),    W ← (1 − ηλ)W − η·c(m, n)·O
 
-    where c is 0.2·√max(m, n) ("match_rms_adamw") or √max(1, m/n) ("original"), and everything else a step of
-    ``torch.optim.AdamW``. Without Frobenius decay both agree with torch's optimizers to the last bit.
+    where c is 0.2·√max(m, n) ("match_rms_adamw") or √max(1, m/n) ("original"). Everything else takes a step of
+    ``torch.optim.AdamW``. Without Frobenius decay both steps are bit-identical to those of torch's optimizers.
 
-    Weights of more than two dimensions count as matrices: a convolution's as (c_out, c_in·k·k), a factor of a product
-    as the U (m, r) and Vᵀ (r, n) that the product has.
+    Weights of more than two dimensions count as matrices: the weight of a convolution as (c_out, c_in·k·k), the factors
+    of a product as its U (m, r) and Vᵀ (r, n).
 
     Args:
-        params: parameter groups, as :func:`fnl_hf.muon_param_groups` makes them. ``use_muon`` says which rule a group
-            follows; without it products follow Muon's and vectors AdamW's. A group may have its own values of all
-            arguments but ``adamw_lr``.
+        params: parameter groups from :func:`fnl_hf.muon_param_groups`. ``use_muon`` says which rule a group
+            follows; without it, products follow Muon and vectors follow AdamW. A group may have its own values of all
+            arguments except ``adamw_lr``.
         lr: η of Muon's groups.
-        weight_decay: λ of ordinary decay, of groups that have none of their own.
+        weight_decay: λ of the ordinary decay, for groups without their own.
         momentum: μ.
         nesterov: False orthogonalizes B itself.
-        ns_coefficients, ns_steps: of the iteration.
-        adjust_lr_fn: c. With "match_rms_adamw" (Liu et al., 2025) a learning rate and a weight decay that suit AdamW
-            suit Muon, so that one η is enough. "original", torch's default, needs two.
-        per_head: orthogonalize each head's part of a factor by itself, (r, n) or (m, r), and not the H·r rows or
-            columns together. Not for groups "attention", whose factors are parts of parameters.
+        ns_coefficients, ns_steps: settings of the iteration.
+        adjust_lr_fn: c. With "match_rms_adamw" (Liu et al., 2025) a learning rate and weight decay for AdamW also suit
+            Muon, so one η is enough. "original", torch's default, needs two.
+        per_head: orthogonalize each head's part of a factor separately, (r, n) or (m, r), instead of the H·r rows or
+            columns together. Not for groups "attention", because their factors are parts of parameters.
         adamw_lr: η of AdamW's groups; None for ``lr``. A schedule scales both.
         betas, eps, fused: AdamW's, as in ``torch.optim.AdamW``.
-        frobenius_decay: λ of groups of products that have none of their own; >= 0.
+        frobenius_decay: λ of groups of products without their own; >= 0.
 
     Raises:
-        ValueError: a value outside its bounds, a group of matrices that does not say ``use_muon``, vectors in one that
-            is Muon's, complex parameters; as :class:`FrobeniusAdamW` of products. Under FSDP2 a matrix that is sharded
-            over two mesh dimensions.
-        RuntimeError: torch before 2.9, which has no Muon; sparse gradients, and nothing is decayed then.
+        ValueError: a value is outside its bounds, a group of matrices has no ``use_muon``, a group for Muon has
+            vectors, or parameters are complex; for products as in :class:`FrobeniusAdamW`. Under FSDP2, a matrix is
+            sharded over two mesh dimensions.
+        RuntimeError: torch is older than 2.9 and has no Muon, or gradients are sparse; nothing is decayed then.
     """
 
     def __init__(

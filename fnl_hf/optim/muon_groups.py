@@ -27,24 +27,25 @@ def muon_param_groups(
 ) -> list[dict[str, Any]]:
     """The groups of :func:`fnl_hf.frobenius_param_groups` for :class:`fnl_hf.FrobeniusMuon`, with ``use_muon`` in each.
 
-    Muon is for the matrices between the input and the output of a model. AdamW's are
+    Muon updates the matrices between the input and the output of a model. AdamW updates
 
     - vectors (the group ``plain``);
-    - tables of embeddings, also factorized ones;
-    - output heads: what lies outside the base model of a ``PreTrainedModel``, and its output embeddings, tied or not;
-    - every other parameter that is no factor and no weight of ``nn.Linear``, ``Conv1D`` or a convolution, as positions,
-      tokens and tables of biases are, and the matrices of recurrent layers;
-    - what ``adamw`` names.
+    - embedding tables, including factorized ones;
+    - output heads: everything outside the base model of a ``PreTrainedModel``, and its output embeddings, tied or not;
+    - every other parameter that is neither a factor nor the weight of ``nn.Linear``, ``Conv1D`` or a convolution, such
+      as positions, tokens, tables of biases and the matrices of recurrent layers;
+    - parameters that ``adamw`` names.
 
-    A group with parameters of both kinds becomes two, AdamW's with ``_adamw`` after its name; a product stays whole.
+    A group with parameters of both kinds becomes two. The name of AdamW's group ends in ``_adamw``. A product is never
+    divided.
 
     Args:
         model, weight_decay, frobenius_decay, decay_mode, decay_rotary: as in :func:`fnl_hf.frobenius_param_groups`.
-        adamw: patterns of further parameters' names for AdamW, as ``"classifier.*"``: the output layers of a model that
-            is no ``PreTrainedModel``.
+        adamw: name patterns of additional parameters for AdamW, such as ``"classifier.*"``: the output layers of a
+            model that is not a ``PreTrainedModel``.
 
     Raises:
-        ValueError: as :func:`fnl_hf.frobenius_param_groups`; a pattern that names no parameter.
+        ValueError: as in :func:`fnl_hf.frobenius_param_groups`, or a pattern matches no parameter.
     """
     groups = frobenius_param_groups(model, weight_decay, frobenius_decay, decay_mode, decay_rotary)
     apart = {id(parameter) for parameter in (*_outer_parameters(model), *_named(model, adamw))}

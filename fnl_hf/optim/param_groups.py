@@ -31,30 +31,30 @@ def frobenius_param_groups(
     ``qk``        query and key weights, [q₀, k₀, q₁, k₁, ...]                ``decay_mode`` at ``frobenius_decay``
     ``vo``        value and attention output weights, [v₀, o₀, v₁, o₁, ...]   ``decay_mode`` at ``frobenius_decay``
     another kind  the factors of registered products of this kind             ``decay_mode`` at ``frobenius_decay``
-    ``attention`` weights that are or hold several factors: fused, of keys    ``decay_mode`` at ``frobenius_decay``,
-                  that heads share, of rows that rotary embeddings turn       other rows at ``weight_decay``
-    ``decay``     all other matrices, embeddings included                     weight decay at ``weight_decay``
+    ``attention`` fused weights with several factors, keys and values that    ``decay_mode`` at ``frobenius_decay``,
+                  heads share, queries and keys under rotary embeddings       other rows at ``weight_decay``
+    ``decay``     all other matrices, including embeddings                    weight decay at ``weight_decay``
     ``plain``     biases, LayerNorm and every other vector                    none
     ============= =========================================================== ===================================
 
-    Products of one kind with different numbers of heads get a group each, the later ones named ``qk_8`` and so on, of
-    "attention" ``attention_2``. A frozen factor stays beside its trainable partner, whose decay
-    it takes part in. A warning names classes of attention that were not understood, or says that there are no products.
+    Products of one kind with different numbers of heads get one group per number of heads. The later groups are named
+    ``qk_8`` and so on, those of "attention" ``attention_2`` and so on. A frozen factor stays beside its trainable
+    partner, because the partner's decay needs it. A warning names unknown attention classes, or says that there are no
+    products.
 
     Args:
-        model: any model. Products are those that :func:`fnl_hf.find_products` finds: of attention in the usual layouts,
-            and declared with :func:`fnl_hf.register_product` and :func:`fnl_hf.register_attention`.
+        model: any model. Its products are those that :func:`fnl_hf.find_products` finds: attention in the usual
+            layouts, and products declared with :func:`fnl_hf.register_product` and :func:`fnl_hf.register_attention`.
         weight_decay: λ of the ordinary weight decay.
         frobenius_decay: λ of the products; None means ``weight_decay`` (the paper adds no hyperparameter).
-        decay_mode: how the products, and only they, are decayed: "frobenius" (‖U Vᵀ‖²_F), "weight"
-            (‖U‖²_F + ‖V‖²_F, the control arm) or "none" (Kobayashi et al. 2024's control arm).
-        decay_rotary: False leaves queries and keys under rotary embeddings to weight decay, as other matrices.
+        decay_mode: the decay of the products only: "frobenius" (‖U Vᵀ‖²_F), "weight" (‖U‖²_F + ‖V‖²_F, the control
+            arm) or "none" (Kobayashi et al. 2024's control arm).
+        decay_rotary: if False, queries and keys under rotary embeddings get weight decay, like other matrices.
 
     Raises:
-        ValueError: a decay that is negative or not finite, an unknown mode, a model without trainable parameters, a
-            ``frobenius_decay`` above 0 for a model without products (frozen ones are no error), a parameter in two
-            products, or parameters
-            flattened by FSDP1 or DeepSpeed ZeRO-3.
+        ValueError: a decay is negative or not finite, the mode is unknown, the model has no trainable parameters,
+            ``frobenius_decay`` is above 0 for a model without products (frozen products are only a warning), a
+            parameter is in two products, or FSDP1 or DeepSpeed ZeRO-3 flattened the parameters.
     """
     _refuse_flattened(model)
     given, frobenius_decay = frobenius_decay, weight_decay if frobenius_decay is None else frobenius_decay

@@ -11,25 +11,25 @@ from fnl_hf.optim.frobenius import Decayed, add_frobenius_gradients_
 class FrobeniusSGD(ProductGroups, torch.optim.SGD):
     """``torch.optim.SGD`` with Frobenius decay on products of parameters.
 
-    By default the decay is part of the gradient, before momentum, as weight decay in SGD always is (the ResNet runs of
-    Khodak et al., ICLR 2021)::
+    By default the decay is added to the gradient before momentum, like weight decay in SGD (the ResNet runs of Khodak
+    et al., ICLR 2021)::
 
         g_U ← ∇_U + λ U VᵀV,    g_V ← ∇_V + λ V UᵀU,    then SGD's step with g.
 
-    ``decoupled=True`` subtracts ηλ U VᵀV and ηλ V UᵀU from the factors before SGD's step instead. With momentum μ this
+    ``decoupled=True`` instead subtracts ηλ U VᵀV and ηλ V UᵀU from the factors before SGD's step. With momentum μ this
     is (1 − μ) times as strong at equal λ, because momentum accumulates a coupled decay 1/(1 − μ) times.
 
     Args:
-        params: parameter groups, as :func:`fnl_hf.frobenius_param_groups` makes them.
+        params: parameter groups from :func:`fnl_hf.frobenius_param_groups`.
         lr: η.
-        frobenius_decay: λ of groups of products that have none of their own; >= 0.
-        decoupled: decay outside gradient and momentum; a group may have its own.
-        args, kwargs: everything that ``torch.optim.SGD`` takes: momentum, nesterov, weight_decay, ...
+        frobenius_decay: λ of groups of products without their own; >= 0.
+        decoupled: decay outside gradient and momentum; a group may have its own value.
+        args, kwargs: all other arguments of ``torch.optim.SGD``: momentum, nesterov, weight_decay, ...
 
     Raises:
         ValueError: λ < 0, λ on a group without products, factors that do not match, factors in half precision, or
             ``differentiable`` with λ > 0.
-        RuntimeError: sparse gradients of a group with weight decay or coupled λ, or for a fused kernel; nothing is
+        RuntimeError: gradients are sparse in a group with weight decay or coupled λ, or for a fused kernel; nothing is
             decayed then.
     """
 

@@ -23,18 +23,18 @@ def diagnose_products(products: Sequence[Product], lr: float = 1.0) -> dict[str,
     ===================== =============================================================================
     ``frobenius``         ‖W‖_F = (Σ_h ‖U_h V_hᵀ‖²_F)^½
     ``nuclear``           ‖W‖_* = Σ_h ‖U_h V_hᵀ‖_*
-    ``bound``             ½(‖U‖²_F + ‖V‖²_F) >= ‖W‖_*, what weight decay on the factors penalizes; of three factors
+    ``bound``             ½(‖U‖²_F + ‖V‖²_F) >= ‖W‖_*, the penalty of weight decay on the factors; for three factors
                           ½(‖U M‖²_F + ‖V‖²_F)
     ``effective_step``    η/‖W‖²_F, the step size relative to a scale-invariant layer's squared norm
-    ``non_orthogonality`` root mean square cosine between two columns of a factor of one head: 0 orthogonal (as after
-                          spectral initialization), 1 parallel
+    ``non_orthogonality`` root mean square cosine between two columns of a factor of one head: 0 orthogonal (the state
+                          after spectral initialization), 1 parallel
     ===================== =============================================================================
 
-    Sharded weights are gathered one at a time: all processes must call this. Weights that are not finite end no run:
-    the diagnostics of their product are NaN (or infinite), those of the others what they are.
+    Sharded weights are gathered one at a time, so all processes must call this. Weights that are not finite raise no
+    error: the diagnostics of their product are NaN (or infinite), and other products are not affected.
 
     Args:
-        products: as :func:`fnl_hf.find_products` finds them.
+        products: the products that :func:`fnl_hf.find_products` returns.
         lr: η.
     """
     with without_autocast(weight for product in products for weight in product.weights):

@@ -18,14 +18,14 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
         register_product(block, "deep", "up.weight", "mid.weight", "down.weight")
 
     Args:
-        module: any module; the registration stays with it through copies, pickling, DDP and FSDP2.
+        module: any module; the registration survives copies, pickling, DDP and FSDP2.
         kind: how the factors are stored, a key of :data:`fnl_hf.RANK_DIMS`.
         weight_names: the factors' names in ``module``, from left to right.
-        num_heads: into how many products the rank splits evenly.
-        name: the product's own name in ``module``, needed when it has several; by default that of the module alone.
+        num_heads: the number of products into which the rank splits evenly.
+        name: the product's name in ``module``, needed if the module has several; by default the module's name alone.
 
     Raises:
-        ValueError: an unknown kind, a missing parameter, shapes that do not match, or a name that is taken.
+        ValueError: the kind is unknown, a parameter is missing, shapes do not match, or the name is taken.
     """
     weights = _get_weights(module, weight_names, f"a product of {type(module).__name__}")
     validate_product(weights, kind, num_heads, f"product ({', '.join(weight_names)})")
@@ -42,13 +42,13 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
 
 
 def find_products(model: nn.Module) -> list[Product]:
-    """Every product of ``model``: its attention's, then the registered ones.
+    """Every product of ``model``: those of its attention, then the registered ones.
 
-    BERT's attention comes first (:func:`fnl_hf.factor_pairs`), then that of all other modules whose weights have the
-    names and shapes of a known layout (products/layouts.py).
+    BERT attention comes first (:func:`fnl_hf.factor_pairs`). The attention of other modules follows if the names and
+    shapes of its weights match a known layout (products/layouts.py).
 
     Raises:
-        ValueError: a registered parameter that is gone, or a parameter that is a factor of two products.
+        ValueError: a registered parameter no longer exists, or a parameter is a factor of two products.
     """
     registered, of_bert = registered_products(model), _products_of_bert(model)
     _refuse_two_products([*of_bert, *registered])
@@ -70,29 +70,29 @@ def register_attention(
     rotary_size: int | None = None,
     name: str = "",
 ) -> None:
-    """Declare that parameters of ``module`` are the weights of an attention layer that is not found by itself::
+    """Declare that parameters of ``module`` are the weights of an attention layer that is not found automatically::
 
         register_attention(block, "wq.weight", "wk.weight", "wv.weight", "wo.weight", num_heads=12)
         # all q, then all k, then all v in the rows of one weight, four heads to a key
         register_attention(block, *["qkv.weight"] * 3, "wo.weight", num_heads=12, num_key_value_heads=3)
 
-    Its products are Q Kᵀ and V Oᵀ of each head; of rotated rows the mean over all phases (``docs/method.md``).
+    Its products are Q Kᵀ and V Oᵀ of each head; for rotated rows the mean over all phases (``docs/method.md``).
 
     Args:
-        module: any module; the registration stays with it through copies, pickling, DDP and FSDP2.
-        query, key, value, output: names of the weights in ``module``, stored as ``nn.Linear`` or ``Conv1D`` does; one
-            name for several of the first three is a fused weight.
-        num_heads: H, of the queries.
+        module: any module; the registration survives copies, pickling, DDP and FSDP2.
+        query, key, value, output: names of the weights in ``module``, stored as in ``nn.Linear`` or ``Conv1D``. For a
+            fused weight, give the same name for several of the first three.
+        num_heads: H, the number of query heads.
         num_key_value_heads: heads of keys and values, each for the same number of consecutive queries; by default H.
-        by_head: of a fused weight, q, k and v of the first group of heads come first, then those of the next one.
-        rotary: how rows of Q and K are paired by rotary embeddings: "halves" (row i with i + r/2), "interleaved" (2i
-            with 2i + 1), or None without.
-        rotary_size: how many rows of a head are rotated, the first ones; by default all r.
-        name: needed when ``module`` has several attention layers.
+        by_head: in a fused weight, q, k and v of the first group of heads come first, then those of the next group.
+        rotary: how rotary embeddings pair the rows of Q and K: "halves" (row i with i + r/2), "interleaved" (2i with
+            2i + 1), or None without rotary embeddings.
+        rotary_size: the number of rotated rows of a head, counted from the first; by default all r.
+        name: needed if ``module`` has several attention layers.
 
     Raises:
-        ValueError: a missing parameter, ``rotary_size`` without ``rotary``, or sizes that do not fit together; nothing
-            is registered then.
+        ValueError: a parameter is missing, ``rotary_size`` is given without ``rotary``, or sizes do not fit together;
+            nothing is registered then.
     """
     shared = num_heads if num_key_value_heads is None else num_key_value_heads
     weights = AttentionWeights((query, key, value, output), num_heads, shared, by_head, rotary, rotary_size)

@@ -40,28 +40,28 @@ def ask(
     null_score_diff_threshold: float = 0.0,
     batch_size: int = 32,
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """Answer a question with a span of its context, or many questions, each with a span of its own.
+    """Answer one question with a span of its context, or each of several questions with a span of its own context.
 
     Args:
-        model: a question answering model, used where it is, or the name or folder of one, which goes to the GPU if
-            there is one.
-        question: one, or a list.
-        context: its context, or a list as long as the questions'.
-        tokenizer: the model's; by default the one saved with it.
-        max_seq_length: tokens of question and window of the context together; bounded by the model's positions.
-        doc_stride: tokens from the start of one window of a context to that of the next.
-        max_answer_length: tokens in an answer, at most.
+        model: a question answering model, used on its current device, or the name or folder of one, loaded onto the
+            GPU if there is one.
+        question: one question, or a list.
+        context: the context of the question, or a list as long as the list of questions.
+        tokenizer: the model's tokenizer; by default the one saved with it.
+        max_seq_length: tokens of the question and a window of the context together; limited by the model's positions.
+        doc_stride: tokens from the start of one window of a context to the start of the next.
+        max_answer_length: maximum number of tokens in an answer.
         version_2_with_negative: allow no answer, "" with start = end = 0.
-        null_score_diff_threshold: no answer if its score less the best span's is above this.
-        batch_size: windows that go through the model at once.
+        null_score_diff_threshold: give no answer if its score minus that of the best span is above this.
+        batch_size: windows per forward pass.
 
     Returns:
-        ``answer`` (text), ``start`` and ``end`` (characters in the context), ``score`` (probability among the n best),
-        for a list of questions a list of these.
+        ``answer`` (text), ``start`` and ``end`` (characters in the context), ``score`` (probability among the n best);
+        for a list of questions, a list of these.
 
     Raises:
-        UserInputError: no such model or one without a trained head for question answering, an empty question or
-            context, lists of different length, or lengths that leave no room for the context.
+        UserInputError: there is no such model or it has no trained question answering head, a question or context is
+            empty, the lists differ in length, or the lengths leave no room for the context.
     """
     questions, contexts = _as_lists(question, context)
     validate_bounds("batch_size", batch_size, 1)

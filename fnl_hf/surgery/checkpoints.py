@@ -106,12 +106,12 @@ def factorizations(model: nn.Module) -> list[dict[str, Any]]:
 def record_layers(model: nn.Module, history: list[dict[str, Any]] | None = None) -> None:
     """Write into the configurations of the Transformers models in ``model`` which of their layers are factorized.
 
-    :func:`factorize` and :func:`merge` do so themselves. It is for models that are put together from factorized ones,
-    or whose modules are replaced by hand, before they are saved. Each model gets a configuration of its own, because
-    others may have been made from the one that it has.
+    :func:`factorize` and :func:`merge` do this themselves. Call it before you save a model that contains factorized
+    models, or whose modules you replaced by hand. Each model gets a new configuration, because other models may share
+    its present one.
 
     Args:
-        history: the settings that made the layers; by default those that are known.
+        history: the settings that made the layers; by default the recorded ones.
     """
     history = factorizations(model) if history is None else history
     vars(model)["_factorizations"] = history
@@ -226,8 +226,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
 
 
 def save_factorized(model: nn.Module, folder: str | Path) -> None:
-    """Save a model that is not one of Transformers: its weights, which of its layers are factorized, and the settings
-    that they were made with."""
+    """Save a model from outside Transformers: its weights, the list of its factorized layers, and their settings."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / WEIGHTS_FILE))
@@ -239,13 +238,13 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
     """Give a dense model the factorized layers and the weights that :func:`save_factorized` wrote, in place.
 
     Args:
-        model: of the architecture that was factorized; its weights are replaced. It may be on the meta device.
+        model: a dense model of the factorized architecture; its weights are replaced. It may be on the meta device.
 
     Returns:
-        ``model``, or where it is such a layer itself what takes its place.
+        ``model``, or its replacement if ``model`` itself is such a layer.
 
     Raises:
-        UserInputError: a file that is missing or broken, or layers and weights that do not fit the model.
+        UserInputError: a file is missing or broken, or its layers and weights do not fit the model.
     """
     folder = Path(folder)
     try:

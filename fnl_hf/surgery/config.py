@@ -18,34 +18,34 @@ TYPES = ("Linear", "Conv1D", "Conv2d")
 
 @dataclass
 class FactorizationConfig:
-    """What :func:`fnl_hf.factorize` does (one at most of ``rank_scale`` to ``ranks`` is given).
+    """What :func:`fnl_hf.factorize` does. Set at most one of ``rank_scale`` to ``ranks``.
 
-    A layer's weight is an m x n matrix, a convolution's a (c_out·k_h) x (c_in·k_w) one in each of its groups. Its full
-    rank is min(m, n).
+    A layer's weight is an m x n matrix; a convolution has a (c_out·k_h) x (c_in·k_w) matrix in each of its groups. The
+    full rank is min(m, n).
 
     Args:
         mode: "low_rank" (U Vᵀ, smaller than the dense layer), "wide" (U Vᵀ of at least full rank) or "deep" (U M Vᵀ of
             at least full rank).
-        rank_scale: the rank is max(1, round(rank_scale · full rank)). Default: 0.25 for "low_rank", else 1.
-        target_ratio: the parameters of all factorized layers, over those of the dense ones; ranks are in proportion to
-            the full ones.
-        model_ratio: the parameters of the whole model, over those that it had; the factorized layers make up for all
-            that stays as it is.
-        energy: the share of Σσ² that each layer keeps at least, above 0 and at most 1; of the loss, if calibrated.
-        ranks: {type or pattern: rank}; the layers that match, the first match counts, and no others.
+        rank_scale: the rank is max(1, round(rank_scale · full rank)). Default: 0.25 for "low_rank", otherwise 1.
+        target_ratio: parameters of all factorized layers, divided by those of the dense layers; ranks are proportional
+            to the full ranks.
+        model_ratio: parameters of the whole model, divided by those before; the factorized layers compensate for
+            everything that stays dense.
+        energy: the minimum share of Σσ² that each layer keeps, above 0 and at most 1; if calibrated, of the loss.
+        ranks: {type or pattern: rank}; only matching layers are factorized, and the first match counts.
         init: "spectral" (the paper's) or "default" (its baseline); see
             :meth:`fnl_hf.layers.FactorizedLayer.from_dense`.
-        include: types ("Linear", "Conv1D", "Conv2d", "Embedding") or patterns of names, as in a shell. A pattern may
-            leave out the beginning of a name, up to a dot: "query" is every ``….query``.
-        exclude: types or patterns that are left alone.
-        seed: of what is drawn.
+        include: types ("Linear", "Conv1D", "Conv2d", "Embedding") or shell-style patterns of names. A pattern may omit
+            the beginning of a name, up to a dot: "query" matches every ``….query``.
+        exclude: types or patterns of layers to keep dense.
+        seed: seed of the random draws.
 
-    Layers that ``include`` names by type are left alone where they are a head, share their weight with another layer,
-    or are a factor of a product (:func:`fnl_hf.find_products`) already; those that a pattern of ``include`` or
-    ``ranks`` names are taken, but none of a registered product.
+    Layers that ``include`` selects by type stay dense if they are a head, share their weight with another layer, or are
+    already a factor of a product (:func:`fnl_hf.find_products`). A pattern of ``include`` or ``ranks`` selects these
+    layers, too, except factors of a registered product.
 
     Raises:
-        ValueError: a value out of its range, or two sizes.
+        ValueError: a value is out of its range, or two sizes are given.
     """
 
     mode: str = "low_rank"

@@ -40,32 +40,32 @@ def factorize(
         model = fnl_hf.factorize(model, fnl_hf.FactorizationConfig(target_ratio=0.5), calibration=batches)
         optimizer = fnl_hf.FrobeniusAdamW(fnl_hf.frobenius_param_groups(model, weight_decay=0.01), lr=1e-4)
 
-    Call it before an optimizer is made and before the model is wrapped, sharded or compiled. A model on the meta device
-    gets its new structure only; its weights are loaded, or drawn by each layer's ``reset_parameters``. Models of
-    Transformers, also those within ``model``, remember it: ``save_pretrained`` and ``from_pretrained`` work as ever.
-    One that has ``model`` as a part of it, as after ``factorize(model.bert)``, is told by :func:`record_layers`. For
-    others there are :func:`save_factorized` and :func:`load_factorized`.
+    Call it before you make an optimizer and before you wrap, shard or compile the model. A model on the meta device
+    only gets its new structure; load its weights, or draw them with each layer's ``reset_parameters``. Transformers
+    models, including those within ``model``, record the change: ``save_pretrained`` and ``from_pretrained`` work as
+    usual. If ``model`` is part of a larger one, as in ``factorize(model.bert)``, call :func:`record_layers` on the
+    larger one. For other models use :func:`save_factorized` and :func:`load_factorized`.
 
     Args:
         model: any module; its layers of exactly the types ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` and GPT-2's
             ``Conv1D`` can be replaced.
-        config: which, and how; by default each Linear, Conv1D and Conv2d at a quarter of its rank, except heads and
-            tied weights.
-        calibration: what ``model`` is called with, as mappings (a tokenizer's batches), tuples or tensors, of some
-            hundred texts or images. With it a trained model keeps most of what it knows. A weight is truncated where
-            the model's outputs feel it least for such inputs, not where its singular values are small; what an output
-            loses on average goes into its bias; and with ``target_ratio`` layers that count more get higher ranks, or
-            stay dense where a product would be no smaller. The types of ``config`` then mean the weights of attention,
-            too, which are factors of products as they are.
+        config: which layers, and how; by default each Linear, Conv1D and Conv2d at a quarter of its rank, except heads
+            and tied weights.
+        calibration: inputs of ``model`` from a few hundred texts or images, as mappings (a tokenizer's batches), tuples
+            or tensors. With it a trained model keeps most of what it has learned. A weight is truncated where this
+            changes the model's outputs least for such inputs, not where its singular values are small. The mean loss
+            of an output moves into its bias. With ``target_ratio`` more important layers get higher ranks, or stay
+            dense if a product would be no smaller. The types of ``config`` then also select attention weights, which
+            are already factors of products.
 
     Returns:
-        ``model``, or where it is such a layer itself what takes its place.
+        ``model``, or its replacement if ``model`` itself is such a layer.
 
     Raises:
-        ValueError: a model that is wrapped, sharded, offloaded or quantized or has adapters, a pattern or a selection
-            without a layer, a rank that is out of range, a layer with hooks or values that are not finite, or one that
-            is named though its weight is a factor of a registered product; a calibration without a batch, or for
-            anything but a low-rank spectral start; the model is unchanged then.
+        ValueError: the model is wrapped, sharded, offloaded or quantized or has adapters; a pattern or selection
+            matches no layer; a rank is out of range; a layer has hooks or values that are not finite, or is named
+            although its weight is a factor of a registered product; the calibration has no batch, or mode and init are
+            not low-rank and spectral. The model is unchanged then.
     """
     config = FactorizationConfig() if config is None else config
     if not isinstance(config, FactorizationConfig):
@@ -114,13 +114,14 @@ def _factorize_layer(
 def merge(model: nn.Module) -> nn.Module:
     """Replace the factorized layers of ``model`` by dense ones with the same outputs, in place.
 
-    Products are taken in float32. Attention of an FNL-BERT stays what it is; its ``to_bert()`` makes it a BERT's.
+    Products are computed in float32. Attention of an FNL-BERT does not change; ``to_bert()`` converts it to a BERT's.
 
     Returns:
-        ``model``, or where it is such a layer itself the dense one. An optimizer of the factors is of no use to it.
+        ``model``, or the dense layer if ``model`` itself is a factorized layer. An optimizer of the factors does not
+        work for the result.
 
     Raises:
-        ValueError: a model that is wrapped, sharded or offloaded, or a layer with hooks; the model is unchanged then.
+        ValueError: the model is wrapped, sharded or offloaded, or a layer has hooks. The model is unchanged then.
     """
     _refuse_unsupported(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLayer)}
@@ -132,8 +133,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def factorization_table(model: nn.Module) -> str:
-    """One line for each factorized layer: its matrix, rank, parameters of the dense and of this layer, and the share of
-    the weight's norm that it began without, ‖W − U Vᵀ‖_F/‖W‖_F, if it was calibrated in the metric of that."""
+    """One line for each factorized layer: its matrix, its rank, the parameters of the dense and the factorized layer,
+    and its initial relative error, ‖W − U Vᵀ‖_F/‖W‖_F, or after calibration the error in the calibration's metric."""
     lines, dense_total, total = [], 0, 0
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLayer):
