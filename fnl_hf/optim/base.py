@@ -64,7 +64,7 @@ class ProductGroups(CheckedOptimizer):
         try:
             get_lr(group)
             validate_product_group(group, group_name(group, index))
-        except ValueError:
+        except Exception:  # of a malformed group, too
             del self.param_groups[-1]
             raise
 

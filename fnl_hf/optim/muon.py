@@ -115,7 +115,7 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
         del group["adamw_lr"]  # its ``lr`` is
         try:
             _validate(group, where)
-        except ValueError:
+        except Exception:
             del self.param_groups[-1]
             raise
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fnl_hf.layers import FactorizedEmbedding
 from fnl_hf.optim.frobenius import products_of
@@ -31,7 +32,8 @@ def muon_param_groups(
     - vectors (the group ``plain``);
     - embedding tables, including factorized ones;
     - output heads: everything outside the base model of a ``PreTrainedModel``, and its output embeddings, tied or not;
-    - weights of three or more dimensions outside convolutions and products, such as ViT's positions;
+    - every other parameter that is neither a factor nor the weight of ``nn.Linear``, ``Conv1D`` or a convolution, such
+      as positions, tokens, tables of biases and the matrices of recurrent layers;
     - parameters that ``adamw`` names.
 
     A group with parameters of both kinds becomes two. The name of AdamW's group ends in ``_adamw``. A product is never
@@ -47,7 +49,8 @@ def muon_param_groups(
     """
     groups = frobenius_param_groups(model, weight_decay, frobenius_decay, decay_mode, decay_rotary)
     apart = {id(parameter) for parameter in (*_outer_parameters(model), *_named(model, adamw))}
-    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, _ConvNd)}
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | _ConvNd))
+    of_layers = {id(module._parameters.get("weight")) for module in layers}
     muon: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for group in groups:
@@ -56,10 +59,7 @@ def muon_param_groups(
         of_muon: list[list[torch.Tensor]] = []
         of_adamw: list[list[torch.Tensor]] = []
         for unit in units:
-            is_hidden = all(
-                id(p) not in apart and (p.dim() == 2 or p.dim() > 2 and (is_product or id(p) in convolutions))
-                for p in unit
-            )
+            is_hidden = all(id(p) not in apart and (is_product or id(p) in of_layers) for p in unit)
             (of_muon if is_hidden else of_adamw).append(unit)
         suffix = "_adamw" if any(p.dim() >= 2 for unit in of_adamw for p in unit) else ""
         muon += _with_units(group, of_muon, use_muon=True)

@@ -53,8 +53,8 @@ def frobenius_param_groups(
 
     Raises:
         ValueError: a decay is negative or not finite, the mode is unknown, the model has no trainable parameters,
-            ``frobenius_decay`` is above 0 for a model without products, a parameter is in two products, or FSDP1 or
-            DeepSpeed ZeRO-3 flattened the parameters.
+            ``frobenius_decay`` is above 0 for a model without products (frozen products are only a warning), a
+            parameter is in two products, or FSDP1 or DeepSpeed ZeRO-3 flattened the parameters.
     """
     _refuse_flattened(model)
     given, frobenius_decay = frobenius_decay, weight_decay if frobenius_decay is None else frobenius_decay
@@ -64,8 +64,9 @@ def frobenius_param_groups(
     if decay_mode not in DECAY_MODES:
         raise ValueError(f"decay_mode must be one of {DECAY_MODES}, got {decay_mode!r}")
 
-    products = _trainable_products(model, decay_rotary)
-    _report_unknown(model, bool(products), given, frobenius_decay, decay_mode)
+    found = find_products(model)
+    products = _decayed_products(found, decay_rotary)
+    _report_unknown(model, found, products, given, frobenius_decay, decay_mode)
     groups = _whole_groups([p for p in products if not isinstance(p, ViewProduct)], frobenius_decay, decay_mode)
     views = [p for p in products if isinstance(p, ViewProduct)]
     groups += _view_groups(views, frobenius_decay, weight_decay, decay_mode)
@@ -90,8 +91,8 @@ def _refuse_flattened(model: nn.Module) -> None:
         )
 
 
-def _trainable_products(model: nn.Module, decay_rotary: bool) -> list[Product]:
-    products = [p for p in find_products(model) if any(weight.requires_grad for weight in p.weights)]
+def _decayed_products(found: list[Product], decay_rotary: bool) -> list[Product]:
+    products = [product for product in found if any(weight.requires_grad for weight in product.weights)]
     if decay_rotary:
         return products
     rotated = {id(weight) for product in products if product.kind == "rotary" for weight in product.weights}
@@ -172,13 +173,20 @@ def _are_whole(params: list[nn.Parameter], pairs: list[ViewPair]) -> bool:
     return rows == sizes
 
 
-def _report_unknown(model: nn.Module, has_products: bool, given: float | None, decay: float, decay_mode: str) -> None:
+def _report_unknown(
+    model: nn.Module,
+    found: list[Product],
+    decayed: list[Product],
+    given: float | None,
+    decay: float,
+    decay_mode: str,
+) -> None:
     unknown = unknown_attention(model)
     name = type(model).__name__
-    if not has_products and given and decay_mode == "frobenius":
-        found = f"; its attention is of an unknown kind: {', '.join(unknown)}" if unknown else ""
+    if not found and given and decay_mode == "frobenius":
+        kinds = f"; its attention is of an unknown kind: {', '.join(unknown)}" if unknown else ""
         raise ValueError(
-            f"frobenius_decay ({given}) has nothing to decay: {name} has no trainable products{found}. For ordinary "
+            f"frobenius_decay ({given}) has nothing to decay: {name} has no trainable products{kinds}. For ordinary "
             f"weight decay leave it out; otherwise {REMEDY}, or factorize layers (fnl_hf.factorize)"
         )
     if decay == 0.0 or decay_mode == "none":
@@ -188,7 +196,7 @@ def _report_unknown(model: nn.Module, has_products: bool, given: float | None, d
             f"{name}: attention of an unknown kind is left to ordinary weight decay: {', '.join(unknown)}. For "
             f"{decay_mode} decay of its products {REMEDY}"
         )
-    elif not has_products:
+    elif not decayed:
         logger.warning_once(f"{name} has no trainable products: all decay is ordinary weight decay")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fnl_hf.optim.sharding import gather_rows, local, sharding_of
-from fnl_hf.products.views import FactorView, ViewPair, pair_rows
+from fnl_hf.products.views import VIEWS, FactorView, ViewPair, pair_rows
 
 
 class ViewFactor:
@@ -160,6 +160,11 @@ def validate_views(group: dict[str, Any], where: str) -> None:
         ValueError: naming the group, the parameter and the bound.
     """
     params = group["params"]
+    if not group.get("layout"):
+        raise ValueError(
+            f"{where}: product {VIEWS!r} needs a layout, the places of the factors in their parameters: make the group "
+            "with frobenius_param_groups(model, ...), which finds them, or by fnl_hf.register_attention"
+        )
     pairs = [ViewPair.of(pair) for pair in group["layout"]]
     size = unit_size(group)
     if len(params) != size * group.get("num_products", len(params) // size):

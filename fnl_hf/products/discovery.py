@@ -4,11 +4,10 @@ from torch import nn
 
 from fnl_hf.bert.factorization import RANK_DIMS, Product, validate_product
 from fnl_hf.bert.modeling_fnl_bert import factor_pairs
-from fnl_hf.products.layouts import AttentionWeights, FoundPair, find_pairs, matrices_of
-from fnl_hf.products.views import ViewProduct
+from fnl_hf.products.layouts import AttentionWeights, FoundPair, find_pairs, has_projections, matrices_of, without_tied
+from fnl_hf.products.views import REGISTRY, ViewProduct
 
-# On the module: attributes of parameters would not survive FSDP2.
-_REGISTRY, _ATTENTION_REGISTRY = "_registered_products", "_registered_attention"
+_ATTENTION_REGISTRY = "_registered_attention"
 
 
 def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads: int = 1, name: str = "") -> None:
@@ -30,7 +29,7 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
     """
     weights = _get_weights(module, weight_names, f"a product of {type(module).__name__}")
     validate_product(weights, kind, num_heads, f"product ({', '.join(weight_names)})")
-    registered = module.__dict__.setdefault(_REGISTRY, [])
+    registered = module.__dict__.setdefault(REGISTRY, [])
     entry = (kind, tuple(weight_names), num_heads, name)
     if entry in registered:
         return
@@ -51,8 +50,7 @@ def find_products(model: nn.Module) -> list[Product]:
     Raises:
         ValueError: a registered parameter no longer exists, or a parameter is a factor of two products.
     """
-    registered = registered_products(model)
-    of_bert = factor_pairs(model)
+    registered, of_bert = registered_products(model), _products_of_bert(model)
     _refuse_two_products([*of_bert, *registered])
     taken = {id(weight) for product in [*of_bert, *registered] for weight in product.weights}
     return [*of_bert, *_attention_products(model, taken)[0], *registered]
@@ -93,11 +91,11 @@ def register_attention(
         name: needed if ``module`` has several attention layers.
 
     Raises:
-        ValueError: a parameter is missing, or sizes do not fit together; nothing is registered then.
+        ValueError: a parameter is missing, ``rotary_size`` is given without ``rotary``, or sizes do not fit together;
+            nothing is registered then.
     """
-    weights = AttentionWeights(
-        (query, key, value, output), num_heads, num_key_value_heads or num_heads, by_head, rotary, rotary_size
-    )
+    shared = num_heads if num_key_value_heads is None else num_key_value_heads
+    weights = AttentionWeights((query, key, value, output), num_heads, shared, by_head, rotary, rotary_size)
     weights.pairs(module, f"attention {name or type(module).__name__}")
     registered = module.__dict__.setdefault(_ATTENTION_REGISTRY, {})
     if registered.setdefault(name, weights) != weights:
@@ -113,7 +111,7 @@ def registered_products(model: nn.Module) -> list[Product]:
     products: list[Product] = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for kind, weight_names, num_heads, name in module.__dict__.get(_REGISTRY, ()):
+        for kind, weight_names, num_heads, name in module.__dict__.get(REGISTRY, ()):
             full_name = f"{prefix}{name}" if name else path or type(module).__name__
             weights = _get_weights(module, weight_names, f"product {full_name}")
             products.append(Product(full_name, kind, num_heads, weights, tuple(prefix + n for n in weight_names)))
@@ -126,8 +124,20 @@ def registered_products(model: nn.Module) -> list[Product]:
 
 def unknown_attention(model: nn.Module) -> list[str]:
     """Classes of modules that look like attention, have trainable matrices, and whose products are not found."""
-    known = [*factor_pairs(model), *registered_products(model)]
+    known = [*_products_of_bert(model), *registered_products(model)]
     return _attention_products(model, {id(weight) for product in known for weight in product.weights})[1]
+
+
+def _products_of_bert(model: nn.Module) -> list[Product]:
+    """Without those of tied weights: a parameter is a factor once."""
+    products: list[Product] = []
+    taken: set[int] = set()
+    for product in factor_pairs(model):
+        weights = {id(weight) for weight in product.weights}
+        if len(weights) == 2 and not weights & taken:
+            products.append(product)
+            taken |= weights
+    return products
 
 
 def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product], list[str]]:
@@ -138,22 +148,37 @@ def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product
     unknown: dict[str, str] = {}  # path -> class
     for path, module in modules.items():
         parent = path.rpartition(".")[0]
-        pairs, is_open = find_pairs(module, modules.get(parent) if path else None)
+        found, is_open = find_pairs(module, modules.get(parent) if path else None, path)
         # A weight that several modules share counts with the first of them.
-        pairs = [pair for pair in pairs if not {id(pair.left.weight), id(pair.right.weight)} & taken]
+        untied, tied = without_tied(found)
+        pairs = [pair for pair in untied if not {id(pair.left.weight), id(pair.right.weight)} & taken]
         prefix, above = (f"{each}." if each else "" for each in (path, parent))
         stem = above if any(pair.right.in_parent for pair in pairs) else prefix
         products += [_as_product(pair, stem, (prefix, above)) for pair in pairs]
-        taken.update(id(each.weight) for pair in pairs for each in (pair.left, pair.right))
         name = type(module).__name__
-        if is_open and pairs:
+        of_tied = [weight for pair in tied for weight in (pair.left.weight, pair.right.weight)]
+        if any(weight.requires_grad and id(weight) not in taken for weight in of_tied):
             in_part.add(name)
-        elif is_open and "Attention" in name:
-            left = [weight for weight in matrices_of(module) if weight.requires_grad and id(weight) not in taken]
-            unknown |= {prefix: name} if len(left) > 1 else {}
+        elif is_open and (found or "Attention" in name):
+            left = _not_understood(module, pairs, taken)
+            if found or has_projections(module):
+                in_part |= {name} if left else set()
+            elif len(left) > 1:
+                unknown[prefix] = name
+        taken.update(id(each.weight) for pair in pairs for each in (pair.left, pair.right))
     names = [name for product in products for name in product.weight_names]
     unknown = {path: name for path, name in unknown.items() if not any(each.startswith(path) for each in names)}
     return products, sorted({*unknown.values(), *in_part})
+
+
+def _not_understood(module: nn.Module, pairs: list[FoundPair], taken: set[int]) -> list[nn.Parameter]:
+    """Trainable matrices with rows that are neither ``taken`` nor factors of ``pairs``."""
+    rows: dict[int, int] = {}  # how many are left
+    for pair in pairs:
+        for located, view in zip((pair.left, pair.right), pair.pair.views):
+            weight = located.weight
+            rows[id(weight)] = rows.get(id(weight), weight.shape[view.dim]) - view.num_rows
+    return [w for w in matrices_of(module) if w.requires_grad and id(w) not in taken and rows.get(id(w), 1)]
 
 
 def _as_product(pair: FoundPair, stem: str, prefixes: tuple[str, str]) -> Product:
@@ -183,7 +208,7 @@ def _are_apart(product: Product, index: int, other: Product, place: int) -> bool
     if not isinstance(product, ViewProduct) or not isinstance(other, ViewProduct):
         return False
     view, second = product.pair.views[index], other.pair.views[place]
-    return view.dim == second.dim and not view.indices() & second.indices()
+    return not view.meets(second)
 
 
 def _get_weights(module, weight_names, where) -> tuple[nn.Parameter, ...]:

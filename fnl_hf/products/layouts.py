@@ -1,20 +1,17 @@
 """How attention modules keep their four weights: one table, by the names of attributes, for all classes of models.
 
 A layout says which parameters hold the rows of Q, K and V, in which order, and where O is. Sizes follow from shapes and
-the size of a head; whether and how rows are rotated is measured on the function that the module's ``forward`` calls.
+the size of a head; rotated rows are products/rotation.py's.
 """
 
-import functools
-import inspect
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fnl_hf.products.views import HALVES, INTERLEAVED, PAIRINGS, FactorView, ViewPair, pair_rows
+from fnl_hf.products.rotation import number_of, rotation_of
+from fnl_hf.products.views import PAIRINGS, REGISTRY, FactorView, ViewPair
 
 
 class Layout(NamedTuple):
@@ -70,13 +67,18 @@ LAYOUTS = (
     Layout({"qkv_proj": "qkv"}, ("o_proj",)),  # Phi-3
     Layout({"query_key_value": "qkv"}, ("dense",), by_head=True),  # BLOOM, Falcon, GPT-NeoX, Persimmon
     Layout({"in_proj": "qkv"}, ("../output.dense",), by_head=True),  # DeBERTa
-    Layout({"qkv": "qkv"}, ("proj", "projection", "../output.dense")),  # BLIP, Qwen-VL, SAM, TimeSformer; timm
+    Layout({"qkv": "qkv"}, ("proj",), by_head=True, condition=("head_first", True)),  # some of timm
+    Layout({"qkv": "qkv"}, ("proj", "projection", "../output.dense")),  # BLIP, Qwen-VL, SAM, TimeSformer
 )
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 # Attention over channels, or by other means than softmax(Q Kᵀ), under the same names.
-OTHER_KINDS = ("Channel", "Delta", "DiffLlama", "Lightning", "Linear", "Lsh", "LSH")
-ROTARY_SIZES = ("rotary_ndims", "rotary_dim")
+OTHER_KINDS = (
+    *("Channel", "CrossCovariance", "Delta", "DiffLlama", "Lightning", "Linear", "Lsh", "LSH", "XCA", "XCiT"),
+    *("mLSTM", "xLSTM"),
+)
+OTHER_SIZES = ("key_dim", "val_dim")  # of modules whose fused rows are not three equal parts
+BETWEEN = (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)  # children that act on q, k or v before they meet
 
 
 class Located(NamedTuple):
@@ -148,11 +150,16 @@ class AttentionWeights(NamedTuple):
                 "a divisor of it, keys and values"
             )
         sizes = {letter: rows[each] // counts[each] for each in rows for letter in each}
-        size = self.rotary_size or (sizes["q"] if self.rotary else 0)
-        if sizes["q"] != sizes["k"] or size > sizes["q"] or size % 2 or (self.rotary or "") not in PAIRINGS:
+        size = sizes["q"] if self.rotary_size is None else self.rotary_size
+        is_rotated = self.rotary is not None
+        if self.rotary_size is not None and not is_rotated:
+            raise ValueError(f"{where}: rotary_size ({size}) needs rotary, one of {PAIRINGS[1:]}")
+        is_wrong = is_rotated and (self.rotary not in PAIRINGS[1:] or size % 2 or not 0 < size <= sizes["q"])
+        if sizes["q"] != sizes["k"] or is_wrong:
             raise ValueError(
                 f"{where}: queries of {sizes['q']} and keys of {sizes['k']} rows a head must have the same, rotary "
-                f"({self.rotary!r}) be one of {PAIRINGS[1:]} or None, and rotary_size ({size}) even and at most that"
+                f"({self.rotary!r}) be one of {PAIRINGS[1:]} or None, and rotary_size ({size}) even, at least 2 and "
+                "at most that"
             )
         found = arrange(parts, Heads(size=sizes["q"], queries=heads, keys=shared), self.by_head)
         value = value_pair(found["v"], located[self.names[3]], Heads(sizes["v"], heads, shared))
@@ -161,7 +168,7 @@ class AttentionWeights(NamedTuple):
             raise ValueError(
                 f"{where}: {self.names[3]} of shape {shape} must take num_heads ({heads}) times {sizes['v']} inputs"
             )
-        return [*score_pairs(found["q"], found["k"], self.rotary or "", size if self.rotary else 0), value]
+        return [*score_pairs(found["q"], found["k"], self.rotary or "", size if is_rotated else 0), value]
 
 
 def _locate_weight(module: nn.Module, name: str, where: str) -> Located:
@@ -175,40 +182,81 @@ def _locate_weight(module: nn.Module, name: str, where: str) -> Located:
     return Located(name, False, weight, int(isinstance(owner, Conv1D)))
 
 
-def find_pairs(module: nn.Module, parent: nn.Module | None) -> tuple[list[FoundPair], bool]:
+def find_pairs(module: nn.Module, parent: nn.Module | None, path: str = "") -> tuple[list[FoundPair], bool]:
     """The products of one attention module, and whether there may be others that are not understood."""
-    if any(name in type(module).__name__ for name in OTHER_KINDS):
-        return [], True
-    if any(isinstance(child, nn.Conv1d | nn.Conv2d) for child in module.children()):  # between the weights
+    if _is_of_another_kind(module):
         return [], True
     for layout in LAYOUTS:
-        if layout.condition is not None:
-            name, value = layout.condition
-            if getattr(module, name, None) != value:
-                continue
+        if not _meets_condition(module, layout):
+            continue
         parts = {found: letters for name, letters in layout.parts.items() if (found := _locate(module, name))}
-        if len(parts) < len(layout.parts):
-            if layout.parts.keys() <= module._modules.keys():  # known, but products of their own, or with adapters
-                return [], False
+        # In a weight's place there may be a product of its own, a layer with adapters, or anything.
+        others = [_get(module, name) for name in layout.parts if _locate(module, name) is None]
+        if not all(isinstance(layer, nn.Module) for layer in others):
             continue
         output = next(filter(None, (_locate(module, name, parent) for name in layout.outputs)), None)
-        if output is None and len(parts) < 3:  # the name of a fused weight alone does not tell the order of its rows
-            continue
+        if output is None:
+            others.append(next(filter(None, (_get(module, name, parent) for name in layout.outputs)), None))
+            # The name of a fused weight alone does not tell the order of its rows.
+            if others[-1] is None and len(layout.parts) < 3:
+                continue
+        is_open = not all(_is_accounted_for(layer) for layer in others)
+        letters = "".join(parts.values())
+        if not {"q", "k"} <= set(letters) and (output is None or "v" not in letters):
+            return [], is_open
         heads = _count_heads(module, parts, output)
         if heads is None:
             return [], True
-        return _pairs(module, arrange(parts, heads, layout.by_head), output, heads)
+        pairs, is_partly_open = _pairs(module, arrange(parts, heads, layout.by_head), output, heads, _is_cross(path))
+        return pairs, is_open or is_partly_open
     return [], True
+
+
+def has_projections(module: nn.Module) -> bool:
+    """Whether it has layers or parameters of the names that a layout has for q, k and v."""
+    return any(all(_get(module, name) is not None for name in layout.parts) for layout in LAYOUTS)
+
+
+def _is_of_another_kind(module: nn.Module) -> bool:
+    if any(name in type(module).__name__ for name in OTHER_KINDS):
+        return True
+    if any(isinstance(getattr(module, name, None), int) for name in OTHER_SIZES):
+        return True
+    return any(isinstance(child, BETWEEN) for child in module.children())
+
+
+def _meets_condition(module: nn.Module, layout: Layout) -> bool:
+    if layout.condition is None:
+        return True
+    name, value = layout.condition
+    return getattr(module, name, None) == value
+
+
+def _is_accounted_for(layer: Any) -> bool:
+    """Whether what stands in a weight's place is a product itself, has adapters, or has nothing to train."""
+    if not isinstance(layer, nn.Module):
+        return False
+    has_adapters = any(cls.__module__.partition(".")[0] == "peft" for cls in type(layer).__mro__)
+    return has_adapters or REGISTRY in layer.__dict__ or not any(p.requires_grad for p in layer.parameters())
+
+
+def _is_cross(path: str) -> bool:
+    """Whether the name of a module or its parent says that its keys are another sequence's."""
+    return any("cross" in name or name == "encoder_attn" for name in path.lower().split(".")[-2:])
+
+
+def _get(module: nn.Module, path: str, parent: nn.Module | None = None) -> Any:
+    """The layer or parameter at ``path``, or None."""
+    owner: Any = parent if path.startswith("../") else module
+    for name in path.removeprefix("../").split("."):
+        owner = (owner._modules.get(name) or owner._parameters.get(name)) if isinstance(owner, nn.Module) else None
+    return owner
 
 
 def _locate(module: nn.Module, path: str, parent: nn.Module | None = None) -> Located | None:
     """A matrix at ``path``: a parameter, or the weight of a layer that is nothing but a matrix product."""
-    in_parent = path.startswith("../")
-    owner: Any = parent if in_parent else module
+    owner, in_parent = _get(module, path, parent), path.startswith("../")
     path = path.removeprefix("../")
-    for name in path.split("."):
-        if isinstance(owner, nn.Module):
-            owner = owner._modules.get(name) or owner._parameters.get(name)
     if isinstance(owner, nn.Parameter):
         found = Located(path, in_parent, owner, 0)
     elif isinstance(owner, nn.Linear | Conv1D) and isinstance(weight := owner._parameters.get("weight"), nn.Parameter):
@@ -221,8 +269,8 @@ def _locate(module: nn.Module, path: str, parent: nn.Module | None = None) -> Lo
 def _count_heads(module: nn.Module, parts: Mapping[Located, str], output: Located | None) -> Heads | None:
     """From shapes, the size of a head and the number of heads; None if they do not fit together."""
     rows = {letters: part.weight.shape[part.out_dim] for part, letters in parts.items()}
-    count = _number(module, HEAD_COUNTS) or _number(getattr(module, "config", None), HEAD_COUNTS)
-    size = _number(module, HEAD_SIZES)
+    count = number_of(module, HEAD_COUNTS) or number_of(getattr(module, "config", None), HEAD_COUNTS)
+    size = number_of(module, HEAD_SIZES)
     width = rows.get("q") or (output.weight.shape[1 - output.out_dim] if output else None)  # H·r
     if width is None:
         width = size * count if size and count else None
@@ -231,25 +279,26 @@ def _count_heads(module: nn.Module, parts: Mapping[Located, str], output: Locate
     if not size or not width or width % size:
         return None
     queries = width // size
-    if _number(module, HEAD_COUNTS) not in (None, queries):
+    if number_of(module, HEAD_COUNTS) not in (None, queries):
         return None
     fused = rows["kv"] if "kv" in rows else rows.get("qkv", 0) - width  # K and V
-    shared = rows["k"] if "k" in rows else fused // 2
+    separate = rows.get("k") or rows.get("v")
+    shared = separate or fused // 2
     keys, rest = divmod(shared, size)
     is_whole = keys > 0 and not rest and queries % keys == 0 and rows.get("v", 0) % keys == 0
-    return Heads(size, queries, keys) if is_whole and ("k" in rows or fused == 2 * shared) else None
+    return Heads(size, queries, keys) if is_whole and (separate or fused == 2 * shared) else None
 
 
 def matrices_of(module: nn.Module) -> list[nn.Parameter]:
-    """Those of ``module`` itself and of its layers."""
-    own = [weight for weight in module._parameters.values() if weight is not None]
-    layers = [child for child in module.children() if not isinstance(child, nn.Embedding)]
-    weights = [*own, *(w for layer in layers if (w := layer._parameters.get("weight")) is not None)]
-    return [weight for weight in weights if weight.dim() > 1]
-
-
-def _number(owner: Any, names: tuple[str, ...]) -> int | None:
-    return next((value for name in names if isinstance(value := getattr(owner, name, None), int) and value > 0), None)
+    """Those of ``module`` itself, and of each of its layers its weight or, in a wrapper, its only matrix."""
+    found = [weight for weight in module._parameters.values() if weight is not None]
+    for layer in module.children():
+        if isinstance(layer, nn.Embedding):
+            continue
+        matrices = [weight for weight in layer.parameters() if weight.dim() > 1]
+        weight = layer._parameters.get("weight")
+        found += matrices if len(matrices) == 1 else [] if weight is None else [weight]
+    return [weight for weight in found if weight.dim() > 1]
 
 
 def arrange(parts: Mapping[Located, str], heads: Heads, by_head: bool = False) -> dict[str, tuple[Located, FactorView]]:
@@ -271,14 +320,40 @@ def arrange(parts: Mapping[Located, str], heads: Heads, by_head: bool = False) -
 
 
 def _pairs(
-    module: nn.Module, rows: Mapping[str, tuple[Located, FactorView]], output: Located | None, heads: Heads
+    module: nn.Module,
+    rows: Mapping[str, tuple[Located, FactorView]],
+    output: Located | None,
+    heads: Heads,
+    is_cross: bool,
 ) -> tuple[list[FoundPair], bool]:
-    value = None if output is None else value_pair(rows["v"], output, heads)
-    if output is not None and value is None:  # more rows than those of q, k and v
-        return [], True
-    rotation = rotation_of(module, heads.size)
-    pairs = [] if rotation is None else list(score_pairs(rows["q"], rows["k"], *rotation))
-    return pairs + ([value] if value else []), rotation is None
+    pairs: list[FoundPair] = []
+    is_open = False
+    if {"q", "k"} <= rows.keys():
+        rotation = rotation_of(module, heads.size, is_cross)
+        is_open = rotation is None
+        pairs += () if rotation is None else score_pairs(rows["q"], rows["k"], *rotation)
+    if output is not None and "v" in rows:
+        value = value_pair(rows["v"], output, heads)
+        if value is None:  # more rows than those of q, k and v
+            return [], True
+        pairs.append(value)
+    return pairs, is_open
+
+
+def without_tied(pairs: list[FoundPair]) -> tuple[list[FoundPair], list[FoundPair]]:
+    """Those whose factors are not the same rows of a parameter, their own or an earlier pair's, and the other ones."""
+    kept: list[FoundPair] = []
+    tied: list[FoundPair] = []
+    taken: list[tuple[nn.Parameter, FactorView]] = []
+    for pair in pairs:
+        left, right = (pair.left.weight, pair.pair.left), (pair.right.weight, pair.pair.right)
+        meetings = [(left, right), *((own, other) for own in (left, right) for other in taken)]
+        if any(own[0] is other[0] and own[1].meets(other[1]) for own, other in meetings):
+            tied.append(pair)
+            continue
+        kept.append(pair)
+        taken += [left, right]
+    return kept, tied
 
 
 def score_pairs(
@@ -302,76 +377,3 @@ def value_pair(value: tuple[Located, FactorView], output: Located, heads: Heads)
         return None
     right = FactorView(1, 1 - output.out_dim, 0, heads.keys, shared * rank, shared, rank, rank)
     return FoundPair("vo", heads.queries, located, output, ViewPair(view, right, ""))
-
-
-def rotation_of(module: nn.Module, head_size: int) -> tuple[str, int] | None:
-    """The pairing of rows and how many rows of a head are rotated; ("", 0) without rotation, None if it is unknown.
-
-    ``forward`` names the function that rotates. What it does to the unit vectors shows which rows it mixes.
-    """
-    config = getattr(module, "config", None)
-    switches = (getattr(module, "use_rope", None), getattr(module, "rotary_emb", True), not getattr(config, "alibi", 0))
-    cls: Any = type(module)
-    names = [name for name in _names_of(cls) if "rotary" in name or "rope" in name.split("_")]
-    rotating = [name for name in names if name.removeprefix("_").startswith("apply")]
-    kind = getattr(module, "position_embedding_type", None)
-    if not names or False in switches or None in switches[1:] or kind not in (None, "rotary", "rope"):
-        return "", 0
-    if getattr(module, "is_cross_attention", False) is True:
-        return "", 0
-    size = _number(module, ROTARY_SIZES) or int(head_size * _partial_factor(module, config))
-    for name in rotating:
-        function = inspect.unwrap(cls.forward).__globals__.get(name)
-        for pairing in (HALVES, INTERLEAVED) if function is not None and size % 2 == 0 and size else ():
-            expected = sorted(pair_rows(torch.arange(size, device="cpu"), pairing).tolist())
-            if expected in _mixed_rows(function, head_size, size):
-                return pairing, size
-    return None
-
-
-def _partial_factor(module: nn.Module, config: Any) -> float:
-    parameters = getattr(config, "rope_parameters", None)
-    parameters = parameters if isinstance(parameters, dict) else {}
-    nested = parameters.get(getattr(module, "layer_type", None))
-    parameters = nested if isinstance(nested, dict) else parameters
-    return float(parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
-
-
-@functools.cache
-def _names_of(cls: Any) -> set[str]:
-    """All that ``forward`` and the methods it calls mention."""
-    names = _mentioned(cls.forward)
-    return names.union(*(_mentioned(getattr(cls, name, None)) for name in names))
-
-
-def _mentioned(function: Any) -> set[str]:
-    return set(inspect.unwrap(function).__code__.co_names) if inspect.isfunction(function) else set()
-
-
-@functools.cache
-def _mixed_rows(function: Any, head_size: int, rotated: int) -> list[list[list[int]]]:
-    """Pairs of inputs that reach the same output, for each way of calling ``function`` that it takes: with whole heads
-    or the rotated rows alone, of four dimensions or three, with angles for each row or each pair."""
-    found = []
-    for size, width, between in itertools.product((head_size, rotated), (rotated, rotated // 2), (2, 1)):
-        unit = torch.eye(size, device="cpu").view(size, *[1] * between, size)
-        angles = torch.ones(*[1] * between, width, device="cpu")
-        try:
-            result = _call(function, unit, angles)
-        except Exception:  # its own business: other shapes, or other arguments
-            continue
-        if result.shape == unit.shape:
-            columns = result.view(size, size).ne(0).T
-            inputs = [column.nonzero().flatten().tolist() for column in columns]
-            if all(len(each) in (1, 2) for each in inputs):
-                found.append(sorted(map(list, {tuple(each) for each in inputs if len(each) == 2})))
-    return found
-
-
-def _call(function: Any, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    given = {"cos": values, "sin": values, "freqs_cis": torch.complex(values, values)}
-    given |= dict.fromkeys(("q", "k", "x", "xq", "xk", "tensor", "query", "key"), rows)
-    arguments = {name: given[name] for name in inspect.signature(function).parameters if name in given}
-    with torch.device("cpu"), torch.no_grad():
-        result = function(**arguments)
-    return result[0] if isinstance(result, tuple) else result

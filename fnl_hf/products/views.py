@@ -24,6 +24,7 @@ import torch
 from fnl_hf.bert.factorization import Product
 
 VIEWS = "attention"  # ``product`` of a parameter group whose ``layout`` says where the factors lie
+REGISTRY = "_registered_products"  # on a module: attributes of parameters would not survive FSDP2
 HALVES, INTERLEAVED = "halves", "interleaved"  # row i turns with row i + r/2; row 2i with row 2i + 1
 PAIRINGS = ("", HALVES, INTERLEAVED)
 
@@ -59,6 +60,10 @@ class FactorView(NamedTuple):
         """All its rows' places in the parameter."""
         steps = product(range(self.groups), range(self.heads), range(self.rank))
         return {self.start + g * self.group_stride + j * self.head_stride + i for g, j, i in steps}
+
+    def meets(self, other: "FactorView") -> bool:
+        """Whether the two have entries in common, as views of one parameter."""
+        return self.dim != other.dim or not self.indices().isdisjoint(other.indices())
 
     @property
     def num_rows(self) -> int:

@@ -35,8 +35,9 @@ class LossGuard(TrainerCallback):
     """Skips the optimizer's part of a step whose gradient norm, that of all processes, is not finite.
 
     Weights, moments and the optimizer's step counts stay as they are; learning rate and data go on. On an accelerator
-    nothing waits for the norm: the optimizer's kernels skip by themselves, and the count is read where logs are
-    written and checkpoints saved. With fp16, the loss scaler skips steps as it always does and nothing is done here.
+    nothing waits for the norm with fused kernels: they skip by themselves, and the count is read where logs are
+    written and checkpoints saved. Muon and kernels that are not fused cannot: each step waits for its norm.
+    With fp16, the loss scaler skips steps as it always does and nothing is done here.
 
     Raises:
         TrainingDiverged: more than ``args.max_skipped_steps`` steps of the run were skipped.

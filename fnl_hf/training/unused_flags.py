@@ -167,7 +167,8 @@ RULES = (
     Rule(("factorize_target_ratio",), lambda run: run.factorize_mode != "low_rank", "--factorize_mode low_rank"),
     Rule(("sparse_last_layer",), lambda run: not run.sparse_prediction, "--sparse_prediction true"),
 )
-OF_PRODUCTS = ("frobenius_decay", "decay_mode", "product_norms_steps")
+OF_DECAY = ("frobenius_decay", "decay_mode")
+OF_PRODUCTS = (*OF_DECAY, "product_norms_steps")
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -215,12 +216,17 @@ def warn_of_unused_flags(argv: Sequence[str], *arguments: Any) -> None:
 
 
 def warn_of_unused_decay(argv: Sequence[str], args: Any, model: torch.nn.Module) -> None:
-    """The same of the flags that are about products, where ``model`` has none."""
+    """The same of the flags that are about products, where ``model`` has none, or of decay has frozen ones alone."""
     given = given_flags(argv)
     flags = [flag for flag in OF_PRODUCTS if flag in given and given[flag].lower() not in OFF]
-    if flags and args.do_train and args.process_index == 0 and not find_products(model):
-        remedy = "a model with products: attention, factorized layers"
-        for flag in flags:
+    if not flags or not args.do_train or args.process_index != 0:
+        return
+    products = find_products(model)
+    are_frozen = not any(weight.requires_grad for product in products for weight in product.weights)
+    for flag in flags:
+        if not products or are_frozen and flag in OF_DECAY:
+            kind = "trainable products" if products else "products"
+            remedy = f"a model with {kind}: attention, factorized layers"
             logger.warning_once(_sentence(flag, given[flag], remedy))
 
 

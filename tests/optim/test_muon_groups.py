@@ -17,6 +17,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.pytorch_utils import Conv1D
 
 from fnl_hf import (
     FactorizationConfig,
@@ -77,6 +78,25 @@ def test_heads_and_tables_of_other_models():
                                          tie_word_embeddings=tied))  # fmt: skip
         expected = ["transformer.wte.weight", "transformer.wpe.weight", *heads]
         assert names_by_group(gpt)["decay_adamw"] == (False, expected)
+
+
+class Bare(nn.Module):
+    """Matrices that are no layer's, beside those that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.conv, self.fused = nn.Linear(3, 5), nn.Conv1d(5, 2, 3), Conv1D(7, 2)
+        self.relative_position_bias_table = nn.Parameter(torch.ones(7, 2))
+        self.A_log, self.token = nn.Parameter(torch.ones(5, 3)), nn.Parameter(torch.ones(1, 5))
+        self.recurrent = nn.GRU(3, 2)
+
+
+def test_bare_matrices_are_adamws():
+    """Tables of biases, states and tokens are not orthogonalized."""
+    groups = names_by_group(Bare())
+    assert groups["decay"] == (True, ["hidden.weight", "conv.weight", "fused.weight"])
+    bare = ["relative_position_bias_table", "A_log", "token"]
+    assert groups["decay_adamw"] == (False, [*bare, "recurrent.weight_ih_l0", "recurrent.weight_hh_l0"])
 
 
 def test_a_product_goes_where_its_layer_does():
@@ -145,6 +165,8 @@ def test_a_bad_group_is_refused_and_leaves_nothing_behind(name):
     group = {"params": [nn.Parameter(torch.ones(2, 3))], "use_muon": True, "name": "new"}
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(group | {name: value})
+    with pytest.raises(TypeError):  # and so with what is not even a layout
+        optimizer.add_param_group(group | {"product": "attention", "layout": 3})
     assert (optimizer.state_dict(), optimizer.defaults) == before
 
 

@@ -15,6 +15,7 @@ from fnl_hf import (
     Lamb,
     find_products,
     frobenius_param_groups,
+    muon_param_groups,
     register_attention,
     register_product,
 )
@@ -190,6 +191,15 @@ def test_wrong_layouts_are_refused():
     flat = [nn.Parameter(weight.detach().view(-1)) for weight in group["params"]]
     with pytest.raises(ValueError, match=r"parameter 0, of shape \(972,\): a factor's rows end at .*FSDP1"):
         FrobeniusAdamW([group | {"params": flat}])
+    optimizer = FrobeniusAdamW([group])
+    before = [dict(each) for each in optimizer.param_groups]
+    bare = {"product": "attention", "params": [nn.Parameter(torch.ones(6, 3))], "name": "mine", "frobenius_decay": 0.1}
+    for layout in (None, ()):
+        with pytest.raises(ValueError, match="parameter group 'mine': product 'attention' needs a layout, the places"):
+            optimizer.add_param_group(bare | {"layout": layout})
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.add_param_group(bare | {"layout": ((1, 2, 3),)})
+    assert optimizer.param_groups == before
     half = [nn.Parameter(weight.detach().bfloat16()) for weight in group["params"]]
     with pytest.raises(ValueError, match=r"product 0 \(attention\) has dtype torch.bfloat16: .*float32"):
         FrobeniusAdamW([group | {"params": half}])
@@ -252,7 +262,11 @@ def test_registered_attention_is_found_and_decayed(change):
         ({"num_key_value_heads": 3}, r"num_heads \(4\) queries and num_key_value_heads \(3\), a divisor of it"),
         ({"key": "wv.weight", "value": "wk.weight"}, "queries of 6 and keys of 5 rows a head must have the same"),
         ({"rotary": "pairs"}, r"rotary \('pairs'\) be one of \('halves', 'interleaved'\) or None"),
-        ({"rotary": "halves", "rotary_size": 8}, r"rotary_size \(8\) even and at most that"),
+        ({"rotary": ""}, r"rotary \(''\) be one of \('halves', 'interleaved'\) or None"),
+        ({"rotary": "halves", "rotary_size": 8}, r"rotary_size \(8\) even, at least 2 and at most that"),
+        ({"rotary": "halves", "rotary_size": 0}, r"rotary_size \(0\) even, at least 2 and at most that"),
+        ({"rotary_size": 4}, r"attention x: rotary_size \(4\) needs rotary, one of \('halves', 'interleaved'\)"),
+        ({"num_key_value_heads": 0}, r"num_heads \(4\) queries and num_key_value_heads \(0\), a divisor of it"),
         ({"output": "mix.weight"}, r"mix.weight of shape \(7, 12\) must take num_heads \(4\) times 5 inputs"),
         ({"name": "fused"}, "Own has an attention named 'fused' already: give this one another name"),
     ],
@@ -320,3 +334,15 @@ def test_a_decay_that_finds_nothing_is_an_error(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "Sequential has no trainable products: all decay is ordinary weight decay"
     ]
+
+
+def test_frozen_products_are_no_error_and_frozen_attention_is_not_named(caplog):
+    """A decay that was given for a model of which the head is trained."""
+    model = nn.ModuleDict({"base": model_of("roberta"), "head": nn.Linear(3, 2)})
+    model.base.requires_grad_(False)
+    groups = frobenius_param_groups(model, 0.0375, frobenius_decay=0.5)
+    assert [group["name"] for group in groups] == ["decay", "plain"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "ModuleDict has no trainable products: all decay is ordinary weight decay"
+    ]
+    assert len(muon_param_groups(model, 0.0375, frobenius_decay=0.5)) == 2

@@ -15,6 +15,7 @@ from tests.products.attention_by_hand import (
     blocks,
     cross_attended_bert,
     encoder_layers,
+    filled,
     halves,
     interleaved,
     multihead,
@@ -382,14 +383,7 @@ ARCHITECTURES = {
 @functools.cache
 def _built(name):
     torch.manual_seed(0)
-    model = ARCHITECTURES[name].build().double().eval()
-    generator = torch.Generator().manual_seed(0)
-    for each, parameter in model.named_parameters():
-        if each.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.5, generator=generator)
-    return model
+    return filled(ARCHITECTURES[name].build())
 
 
 def model_of(name):

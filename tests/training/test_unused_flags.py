@@ -174,6 +174,12 @@ def test_decay_of_a_model_without_products(tmp_path, dimensions, caplog):
     said = [record.getMessage() for record in caplog.records]
     remedy = "changes nothing here: it counts with a model with products: attention, factorized layers"
     assert said == [f"--frobenius_decay (0.123) {remedy}", f"--decay_mode (weight) {remedy}"]
+    caplog.clear()
+    frozen = FnlBertForMaskedLM(FnlBertConfig(**dimensions)).requires_grad_(False)
+    with caplog.at_level(logging.WARNING):
+        warn_of_unused_decay(["--frobenius_decay", "0.124", "--product_norms_steps", "3"], args, frozen)
+    remedy = remedy.replace("products", "trainable products")
+    assert [record.getMessage() for record in caplog.records] == [f"--frobenius_decay (0.124) {remedy}"]
 
 
 def test_a_run_warns_once(corpus, tmp_path, caplog):
