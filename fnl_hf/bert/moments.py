@@ -23,7 +23,7 @@ from torch import nn
 from .evaluation import evaluation_mode
 
 SEED = 0  # of the directions v
-POSITION_LOGITS = ("start_logits", "end_logits")  # (B, S)
+POSITION_LOGITS = ("start_logits", "end_logits")  # (B, S), over the tokens of a sequence
 
 
 class LayerMoments:

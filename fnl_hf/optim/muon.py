@@ -255,10 +255,7 @@ def _take_step(optimizer: torch.optim.Optimizer) -> None:
 def _part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """What lies here of a tensor that is sharded as ``parameter`` is."""
     sharding = sharding_of(parameter)
-    if sharding is None:
-        return whole
-    start, stop = sharding.rows_of(sharding.process)
-    return whole.narrow(sharding.dim, start, stop - start)
+    return whole if sharding is None else sharding.part_of(whole)
 
 
 def _follows_muon(group: dict[str, Any], where: str) -> bool:

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.utils import logging
 
 from fnl_hf.bert.factorization import Product
-from fnl_hf.products.discovery import find_products, unknown_attention
+from fnl_hf.products.discovery import discover
 from fnl_hf.products.views import VIEWS, ViewPair, ViewProduct
 
 logger = logging.get_logger(__name__)
@@ -64,9 +64,9 @@ def frobenius_param_groups(
     if decay_mode not in DECAY_MODES:
         raise ValueError(f"decay_mode must be one of {DECAY_MODES}, got {decay_mode!r}")
 
-    found = find_products(model)
+    found, unknown = discover(model)
     products = _decayed_products(found, decay_rotary)
-    _report_unknown(model, found, products, given, frobenius_decay, decay_mode)
+    _report_unknown(type(model).__name__, unknown, found, products, given, frobenius_decay, decay_mode)
     groups = _whole_groups([p for p in products if not isinstance(p, ViewProduct)], frobenius_decay, decay_mode)
     views = [p for p in products if isinstance(p, ViewProduct)]
     groups += _view_groups(views, frobenius_decay, weight_decay, decay_mode)
@@ -174,15 +174,14 @@ def _are_whole(params: list[nn.Parameter], pairs: list[ViewPair]) -> bool:
 
 
 def _report_unknown(
-    model: nn.Module,
+    name: str,
+    unknown: list[str],
     found: list[Product],
     decayed: list[Product],
     given: float | None,
     decay: float,
     decay_mode: str,
 ) -> None:
-    unknown = unknown_attention(model)
-    name = type(model).__name__
     if not found and given and decay_mode == "frobenius":
         kinds = f"; its attention is of an unknown kind: {', '.join(unknown)}" if unknown else ""
         raise ValueError(

@@ -35,6 +35,11 @@ class Sharding(NamedTuple):
         """Start and stop of a process's rows."""
         return min(process * self.chunk_size, self.size), min((process + 1) * self.chunk_size, self.size)
 
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a tensor that it has whole."""
+        start, stop = self.rows_of(self.process)
+        return whole.narrow(self.dim, start, stop - start)
+
     def splits_heads(self, rank: int) -> bool:
         """Whether any head, ``rank`` rows in a row, has rows on two processes."""
         return self.chunk_size < self.size and self.chunk_size % rank != 0

@@ -122,8 +122,7 @@ class ViewUnit:
             if target is None or added is None:
                 continue
             if sharding is not None:
-                start, stop = sharding.rows_of(sharding.process)
-                added = added.narrow(sharding.dim, start, stop - start)
+                added = sharding.part_of(added)
             local(target).add_(added)
 
     def _add_whole_(

@@ -4,7 +4,15 @@ from torch import nn
 
 from fnl_hf.bert.factorization import RANK_DIMS, Product, validate_product
 from fnl_hf.bert.modeling_fnl_bert import factor_pairs
-from fnl_hf.products.layouts import AttentionWeights, FoundPair, find_pairs, has_projections, matrices_of, without_tied
+from fnl_hf.products.layouts import (
+    AttentionWeights,
+    FoundPair,
+    find_pairs,
+    has_projections,
+    matrices_of,
+    weight_of,
+    without_tied,
+)
 from fnl_hf.products.views import REGISTRY, ViewProduct
 
 _ATTENTION_REGISTRY = "_registered_attention"
@@ -50,10 +58,17 @@ def find_products(model: nn.Module) -> list[Product]:
     Raises:
         ValueError: a registered parameter no longer exists, or a parameter is a factor of two products.
     """
+    return discover(model)[0]
+
+
+def discover(model: nn.Module) -> tuple[list[Product], list[str]]:
+    """:func:`find_products`, and the classes of modules that look like attention and have trainable matrices, but whose
+    products are not found."""
     registered, of_bert = registered_products(model), _products_of_bert(model)
     _refuse_two_products([*of_bert, *registered])
     taken = {id(weight) for product in [*of_bert, *registered] for weight in product.weights}
-    return [*of_bert, *_attention_products(model, taken)[0], *registered]
+    of_attention, unknown = _attention_products(model, taken)
+    return [*of_bert, *of_attention, *registered], unknown
 
 
 def register_attention(
@@ -120,12 +135,6 @@ def registered_products(model: nn.Module) -> list[Product]:
             pairs = attention.pairs(module, f"attention {stem.removesuffix('.') or type(module).__name__}")
             products += [_as_product(pair, stem, (prefix, "")) for pair in pairs]
     return products
-
-
-def unknown_attention(model: nn.Module) -> list[str]:
-    """Classes of modules that look like attention, have trainable matrices, and whose products are not found."""
-    known = [*_products_of_bert(model), *registered_products(model)]
-    return _attention_products(model, {id(weight) for product in known for weight in product.weights})[1]
 
 
 def _products_of_bert(model: nn.Module) -> list[Product]:
@@ -212,13 +221,7 @@ def _are_apart(product: Product, index: int, other: Product, place: int) -> bool
 
 
 def _get_weights(module, weight_names, where) -> tuple[nn.Parameter, ...]:
-    weights = []
-    for name in weight_names:
-        try:
-            weights.append(module.get_parameter(name))
-        except AttributeError as error:
-            raise ValueError(f"{where}: {type(module).__name__} has no parameter {name!r}") from error
-    return tuple(weights)
+    return tuple(weight_of(module, name, where) for name in weight_names)
 
 
 __all__ = ["RANK_DIMS", "find_products", "register_attention", "register_product"]

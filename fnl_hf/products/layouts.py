@@ -171,11 +171,16 @@ class AttentionWeights(NamedTuple):
         return [*score_pairs(found["q"], found["k"], self.rotary or "", size if is_rotated else 0), value]
 
 
-def _locate_weight(module: nn.Module, name: str, where: str) -> Located:
+def weight_of(module: nn.Module, name: str, where: str) -> nn.Parameter:
+    """A parameter by its name in ``module``; ValueError, beginning with ``where``, if there is none."""
     try:
-        weight = module.get_parameter(name)
+        return module.get_parameter(name)
     except AttributeError as error:
         raise ValueError(f"{where}: {type(module).__name__} has no parameter {name!r}") from error
+
+
+def _locate_weight(module: nn.Module, name: str, where: str) -> Located:
+    weight = weight_of(module, name, where)
     if weight.dim() != 2:
         raise ValueError(f"{where}: {name} must be a matrix, got shape {tuple(weight.shape)}")
     owner = module.get_submodule(name.rpartition(".")[0])

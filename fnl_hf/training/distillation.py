@@ -15,11 +15,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fnl_hf.bert.evaluation import evaluation_mode
+from fnl_hf.bert.moments import POSITION_LOGITS
 from fnl_hf.errors import UserInputError
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.trainer import LABEL_NAMES
 
-POSITION_LOGITS = ("start_logits", "end_logits")  # (B, S), over the tokens of a sequence
 SMALLEST_NORM = 1e-12  # a teacher's hidden state of zeros has no direction to learn
 
 

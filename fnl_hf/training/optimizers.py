@@ -18,7 +18,7 @@ from fnl_hf.optim import (
 )
 from fnl_hf.optim.lamb import DECAYS, FUSED_DEVICES
 from fnl_hf.optim.muon import ADJUSTMENTS
-from fnl_hf.products.discovery import find_products, unknown_attention
+from fnl_hf.products.discovery import discover
 
 # Another optimizer is a line here: flags and --optim_args follow from what its constructor takes.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -79,7 +79,7 @@ def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torc
 
 def _param_groups(args, model: torch.nn.Module) -> list[dict[str, Any]]:
     decay = args.frobenius_decay
-    if decay is None and not find_products(model) and not unknown_attention(model):
+    if decay is None and not any(discover(model)):
         decay = 0.0  # a dense model is meant to be one
     try:
         make_groups = PARAM_GROUPS.get(args.optimizer, frobenius_param_groups)

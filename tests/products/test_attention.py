@@ -15,7 +15,7 @@ from fnl_hf import (
     frobenius_param_groups,
 )
 from fnl_hf.bert.factorization import RANK_DIMS, head_rows
-from fnl_hf.products.discovery import unknown_attention
+from fnl_hf.products.discovery import discover
 from fnl_hf.products.views import ViewProduct, pair_rows
 from fnl_hf.reports.callbacks import logged_diagnostics
 from tests.products.architectures import ARCHITECTURES, BERT, GPT2, GROUPED, model_of, of_transformers
@@ -134,7 +134,7 @@ def test_the_models_own_outputs_know_the_products_alone(name):
 )
 def test_attention_that_is_not_understood_is_named_and_keeps_its_decay(folder, name, sizes, unknown):
     model = of_transformers(folder, name, **sizes)()
-    (found,) = unknown_attention(model)
+    (found,) = discover(model)[1]
     assert found.startswith(name)
     assert {product.kind for product in find_products(model)} == (set() if unknown else {"vo"})
 
@@ -144,7 +144,7 @@ def test_a_weight_that_is_a_product_itself_takes_no_part():
     model = model_of("vit")
     factorize(model, FactorizationConfig(include=["q_proj", "o_proj"]))
     assert {product.kind for product in find_products(model)} == {"linear"}
-    assert unknown_attention(model) == []
+    assert discover(model)[1] == []
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fnl_hf import (
     frobenius_param_groups,
     register_attention,
 )
-from fnl_hf.products.discovery import unknown_attention
+from fnl_hf.products.discovery import discover
 from tests.products.architectures import BERT, model_of, of_transformers
 
 
@@ -33,7 +33,7 @@ class PlainAttention(nn.Module):
 
 
 def found_in(model):
-    return sorted(product.kind for product in find_products(model)), unknown_attention(model)
+    return sorted(product.kind for product in find_products(model)), discover(model)[1]
 
 
 # Weights that are tied
@@ -176,14 +176,14 @@ def test_fused_rows_by_head_and_of_unequal_parts():
     assert qk.pair.left.indices() == {*range(12)}
     for model in (FusedAttention(key_dim=4), FusedAttention(val_dim=8), XCA()):
         assert find_products(model) == []
-    assert unknown_attention(FusedAttention(key_dim=4)) == ["FusedAttention"]
+    assert discover(FusedAttention(key_dim=4))[1] == ["FusedAttention"]
 
 
 def test_projections_before_torchs_attention_are_no_products():
     vision = SimpleNamespace(hidden_size=12, num_attention_heads=2)
     model = AriaCrossAttention(SimpleNamespace(vision_config=vision))
     assert [product.name for product in find_products(model)] == ["multihead_attn.qk", "multihead_attn.vo"]
-    assert unknown_attention(model) == ["AriaCrossAttention"]
+    assert discover(model)[1] == ["AriaCrossAttention"]
 
 
 # What is frozen
@@ -191,8 +191,8 @@ def test_projections_before_torchs_attention_are_no_products():
 
 def test_frozen_attention_is_not_named():
     model = of_transformers("roformer", "RoFormer", **BERT | {"hidden_size": 18, "embedding_size": 5})()
-    assert unknown_attention(model) == ["RoFormerSelfAttention"]
+    assert discover(model)[1] == ["RoFormerSelfAttention"]
     for layer in model.encoder.layer:
         layer.attention.self.query.requires_grad_(False)
         layer.attention.self.key.requires_grad_(False)
-    assert unknown_attention(model) == []
+    assert discover(model)[1] == []

@@ -15,7 +15,7 @@ from transformers.models.zamba2.configuration_zamba2 import Zamba2Config
 from transformers.models.zamba2.modeling_zamba2 import Zamba2Attention
 
 from fnl_hf import find_products
-from fnl_hf.products.discovery import unknown_attention
+from fnl_hf.products.discovery import discover
 from tests.products.architectures import GROUPED, hidden, of_transformers
 from tests.products.attention_by_hand import filled
 from tests.products.test_attention import assert_outputs_know_the_products_alone
@@ -116,7 +116,7 @@ def test_what_is_rotated_is_what_the_forward_rotates(name):
     torch.manual_seed(0)
     model = filled(build())
     assert Counter(product.kind for product in find_products(model)) == expected
-    assert unknown_attention(model) == unknown
+    assert discover(model)[1] == unknown
     if run is not None:
         assert_outputs_know_the_products_alone(model, run, expected)
 
@@ -149,7 +149,7 @@ def test_angles_that_only_the_caller_has_are_unknown_but_in_cross_attention():
     config = LightGlueConfig(descriptor_dim=24, num_attention_heads=4, num_hidden_layers=1)
     attention = LightGlueAttention(config, 0)
     assert kinds_of(self_attention=attention) == {"self_attention": {"vo"}}
-    assert unknown_attention(nn.ModuleDict({"self_attention": attention})) == ["LightGlueAttention"]
+    assert discover(nn.ModuleDict({"self_attention": attention}))[1] == ["LightGlueAttention"]
     assert kinds_of(cross_attention=attention) == {"cross_attention": {"qk", "vo"}}
 
 
