@@ -7,8 +7,9 @@
 A row for each way of making the encoder smaller: products by plain SVD and calibrated (``fnl_hf.factorize``), and what
 one would take instead: every other layer dropped, magnitude pruning of single weights (as many zeros; no faster), int8
 (dynamic). ``--ablations`` adds calibrated products without a part of it: by the moments of the inputs alone, and with
-ranks in proportion. ``--folders`` adds models that were trained since, as by
-``run_pretrain.py --objective distill``. Columns: parameters of the encoder, mean cosine of the last hidden states to
+ranks in proportion. ``--distilled_dir`` adds those calibrated and the one with dropped layers after distillation on
+the calibration files (``run_pretrain.py --objective distill``; what is finished there is kept), ``--folders`` any other
+model. Columns: parameters of the encoder, mean cosine of the last hidden states to
 the original's over the tokens of held-out text, mean reciprocal rank and share of first ranks of the paragraph that a
 SQuAD question was asked about, among all paragraphs, and the latency in milliseconds of 1 and 32 sequences of 128
 tokens, all models in turns, medians. Rows are appended to ``--results`` as JSON. Without --model: all-MiniLM-L6-v2 of
@@ -21,8 +22,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -42,6 +46,10 @@ from fnl_hf.squad.features import read_squad_file
 
 ENCODER = ("encoder.*",)  # patterns of the layers that are made smaller
 LATENCY_SHAPES = ((1, 128), (32, 128))
+ROOT = Path(__file__).parent.parent
+DISTILLATION = "--max_seq_length 96 --per_device_train_batch_size 16 --max_steps 970 --learning_rate 1e-3"
+DISTILLATION += " --lr_scheduler_type cosine --warmup_steps 50 --save_strategy no --seed 1"
+DROPPED = "every other layer dropped"
 
 
 def load(name):
@@ -93,6 +101,7 @@ def with_every_other_layer(model):
     """As DistilBERT begins (Sanh et al. 2019)."""
     model = copy.deepcopy(model)
     model.encoder.layer = nn.ModuleList(list(model.encoder.layer)[::2])
+    model.config.num_hidden_layers = len(model.encoder.layer)
     return model
 
 
@@ -135,7 +144,7 @@ def candidates(name, ratios, calibration, folders, with_ablations):
     """Name -> model."""
     original = load(name)
     models = {"original": original, "original, int8": in_int8(original)}
-    models["every other layer dropped"] = with_every_other_layer(original)
+    models[DROPPED] = with_every_other_layer(original)
     for ratio in ratios:
         config = FactorizationConfig(target_ratio=ratio, include=ENCODER)
         models[f"{ratio}: plain SVD"] = factorize(load(name), config)
@@ -148,6 +157,31 @@ def candidates(name, ratios, calibration, folders, with_ablations):
     return models | {folder: load(folder) for folder in folders}
 
 
+def launch(script, flags, folder):
+    """Run a script of the repository in ``folder``, or go on with it."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags), "--output_dir", str(folder)]
+    subprocess.run([*command, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
+
+
+def distil(start, teacher, files, folder):
+    """Train the model in ``start`` towards its teacher's hidden states, unless that is done."""
+    if not (folder / "all_results.json").exists():
+        flags = ["--objective", "distill", "--model_name_or_path", start, "--teacher_name_or_path", teacher]
+        launch("run_pretrain.py", [*flags, "--train_file", *files, *DISTILLATION.split()], folder)
+
+
+def distilled(models, name, tokenizer, args):
+    """Name -> model, of the calibrated ones and the one with dropped layers."""
+    found = {}
+    for label in [DROPPED, *(label for label in models if label.endswith(": calibrated"))]:
+        folder = Path(args.distilled_dir).resolve() / label
+        for part in (models[label], tokenizer):
+            part.save_pretrained(folder / "start")
+        distil(folder / "start", name, map(os.path.abspath, args.calibration_file), folder / "distilled")
+        found[f"{label}, distilled"] = load(folder / "distilled")
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--model", default=None)
@@ -156,6 +190,7 @@ def main():
     parser.add_argument("--questions_file", required=True, help="in SQuAD's layout")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25])
     parser.add_argument("--folders", nargs="*", default=[], help="of more models, to be measured beside them")
+    parser.add_argument("--distilled_dir", default=None, help="distil models there")
     parser.add_argument("--ablations", action="store_true", help="parts of the calibration left out")
     parser.add_argument("--samples", type=int, default=256, help="documents to calibrate on")
     parser.add_argument("--held_out_samples", type=int, default=128)
@@ -170,6 +205,8 @@ def main():
     held_out = list(calibration_batches(tokenizer, args.held_out_file, args.held_out_samples, 128))
     examples = read_squad_file(args.questions_file)
     models = candidates(name, args.ratios, calibration, args.folders, args.ablations)
+    if args.distilled_dir:
+        models |= distilled(models, name, tokenizer, args)
     dense = {label: model for label, model in models.items() if "pruning" not in label}  # its zeros are multiplied, too
     times = latencies(dense, len(tokenizer), args.repeats)
     machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {transformers.__version__}"

@@ -16,26 +16,24 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
+from compression import distil, launch
 from conversion import default_model
 from decay_modes import spread
-from serving import in_torch, measure
+from optimizer_step import measure
+from serving import in_torch, random_inputs
 
 from fnl_hf import FactorizationConfig
 from fnl_hf.commands.compress import factorize_checkpoint
 from fnl_hf.commands.convert import convert_checkpoint, load_model
 
-ROOT = Path(__file__).parent.parent
 RECIPE = "--num_train_epochs 3 --learning_rate 2e-4 --per_device_train_batch_size 12 --save_strategy no"
 RECIPE += " --pad_to_max_length false"
-DISTILLATION = "--max_seq_length 96 --per_device_train_batch_size 16 --max_steps 970 --learning_rate 1e-3"
-DISTILLATION += " --lr_scheduler_type cosine --warmup_steps 50 --save_strategy no --seed 1"
 LATENCY_REPEATS = 51
 
 
@@ -53,11 +51,6 @@ ARMS = {"stock": Arm(None), "full-E": Arm("full-E")}
 ARMS |= {f"{method}-{step}": Arm(method, *taken) for method in ("half-E", "half") for step, taken in STEPS.items()}
 
 
-def launch(script, flags, folder):
-    command = [sys.executable, str(ROOT / script), *map(str, flags), "--output_dir", str(folder)]
-    subprocess.run([*command, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
-
-
 def start_of(arm, args):
     """The checkpoint that an arm starts from; made if it is not there yet."""
     if arm.method is None:
@@ -72,9 +65,7 @@ def start_of(arm, args):
     if not arm.distilled:
         return str(made)
     distilled = Path(args.output_dir) / f"{arm.method}-distilled" / "start"
-    if not (distilled / "all_results.json").exists():
-        flags = ["--objective", "distill", "--model_name_or_path", made, "--teacher_name_or_path", args.model]
-        launch("run_pretrain.py", [*flags, "--train_file", *args.text_file, *DISTILLATION.split()], distilled)
+    distil(made, args.model, args.text_file, distilled)
     return str(distilled)
 
 
@@ -93,8 +84,8 @@ def fine_tune(name, seed, args):
 def latencies(folders, length):
     """Seconds of one question of ``length`` tokens: a list for each model."""
     models = {arm: in_torch(load_model(str(folder)).eval()) for arm, folder in folders.items()}
-    ids = torch.randint(1000, 2000, (1, length), generator=torch.Generator().manual_seed(0))
-    return measure(models, (ids, torch.ones_like(ids), torch.zeros_like(ids)), LATENCY_REPEATS)
+    inputs = random_inputs(1, length)
+    return measure({arm: partial(run, inputs) for arm, run in models.items()}, LATENCY_REPEATS, "cpu")
 
 
 def main():
