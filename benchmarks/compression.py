@@ -2,7 +2,7 @@
 """What a trained sentence encoder keeps when its layers are made smaller, and how much faster it is.
 
     .venv/bin/python benchmarks/compression.py --calibration_file train.jsonl --held_out_file held_out.jsonl \
-        --questions_file squad.json --results compression.jsonl
+        --questions_file squad.json --results compression.jsonl --distilled_dir output/distilled
 
 A row for each way of making the encoder smaller: products by plain SVD and calibrated (``fnl_hf.factorize``), and what
 one would take instead: every other layer dropped, magnitude pruning of single weights (as many zeros; no faster), int8
