@@ -52,12 +52,12 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 PRETRAINING = (ModelArguments, DataArguments, FnlTrainingArguments)
 # What the commands of a page leave, as the page says.
 LEFT = {
-    "README.md": ["my-bert/spectra.png", "served/model.safetensors"],
+    "README.md": ["encoder/onnx/model.onnx", "served/model.safetensors"],
     "docs/index.md": ["my-bert/spectra.png", "served/model.safetensors"],
     "docs/conversion.md": ["my-bert/spectra.png", "served/model.safetensors", "my-bert-squad.onnx"],
     "docs/squad.md": ["answers.tsv"],
 }
-LAUNCHED = ("docs/compress_and_serve.md",)  # pages whose training is run, for a few steps, and not parsed alone
+TO_THE_END = "docs/compress_and_serve.md"  # has a test of its own
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 KINDS = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 MODULES = [
@@ -155,14 +155,14 @@ def names_of_the_reader():
     }
 
 
-def parse_launch(words, is_run=False):
-    """The launcher's own arguments, then those of the script, which may be run, too."""
+def parse_launch(words):
+    """The launcher's own arguments, then those of the script; a distillation, whose model is used next, is run."""
     launch = launch_command_parser().parse_args(words)
     assert launch.config_file is None or os.path.isfile(launch.config_file)
     words = [*launch.training_script_args, "--use_cpu", "true"]
     if launch.training_script == "run_pretrain.py":
         parse_arguments(PRETRAINING, words)
-        if is_run:
+        if "distill" in words:
             run_pretrain.run([*words, "--max_steps", "2", "--report_to", "none"])
     else:
         assert launch.training_script == "run_squad.py"
@@ -171,12 +171,14 @@ def parse_launch(words, is_run=False):
             parse_arguments(run_squad.ARGUMENTS, command)
 
 
-def run_command(line, page):
+def run_command(line):
     words = list(itertools.dropwhile(lambda word: re.match("[A-Z_]+=", word), shlex.split(line, comments=True)))
     if words[:2] == ["accelerate", "launch"]:
-        parse_launch(words[2:], page in LAUNCHED)
+        parse_launch(words[2:])
     elif words[0] == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+    elif words[0] == "pip":
+        assert words[1:] == ["install", "-e", "."]
     else:
         assert words[0] == "fnl-hf", f"no way to run {line!r}"
         if words[1] == "export":
@@ -194,13 +196,13 @@ def run_block(block, page, names):
             exec(compile("\n" * block.line + block.text, page, "exec"), names)
     elif block.language == "bash":
         for line in block.text.replace("\\\n", " ").splitlines():
-            run_command(line, page)
+            run_command(line)
     else:  # formulas, and directives, which the site's build carries out
         assert block.language == "text" or block.language.startswith("{"), block
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the Hub's client
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in LAUNCHED])
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TO_THE_END])
 def test_every_block_runs(page, desk, hub):
     names = names_of_the_reader()
     for block in blocks_of(page):
@@ -215,7 +217,7 @@ def test_every_block_runs(page, desk, hub):
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_the_end_of_the_road_is_what_sentence_transformers_computes(desk, hub):
     """The page's function on the page's file, by the pooling that its folder names, in torch; and by their class."""
-    page, names = "docs/compress_and_serve.md", {}
+    page, names = TO_THE_END, {}
     for block in blocks_of(page):
         run_block(block, page, names)
     assert {name: json.loads(Path("encoder", name).read_text()) for name in ENCODER_FILES} == ENCODER_FILES
