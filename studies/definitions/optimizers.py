@@ -52,7 +52,7 @@ STUDY = Study(
         ),
     ),
     seeds=(1, 2, 3),
-    tuning_seeds=(101, 102),
+    tuning_seeds=(101,),
     measures={"training": {"seconds": "metrics/train_runtime"}},
     axis="learning_rate",
 )
