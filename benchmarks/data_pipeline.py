@@ -3,6 +3,7 @@
 
     .venv/bin/python benchmarks/data_pipeline.py                          # about five minutes on two cores
     .venv/bin/python benchmarks/data_pipeline.py --megabytes 10 100 1000  # memory up to 1 GB of input
+    .venv/bin/python benchmarks/data_pipeline.py --files a.jsonl.xz --tokenizer_name bert --megabytes  # text of your own
 
 Printed are medians of runs in turns:
 - tokenizing and packing, the Arrow file written, against the bare tokenizer on the same texts, one core each;
@@ -61,6 +62,8 @@ def compare_packing(documents, tokenizer, args, folder):
         },
         args.repeats,
     )
+    rows = len(pack_documents(documents, tokenizer, args.max_seq_length, cache_dir=str(folder / "cache0")))
+    print(f"{tokens:,} tokens, {rows:,} rows of {args.max_seq_length}")
     print("\n| one core | tokens/s | rate / bare tokenizer |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {tokens / value:,.0f} | {seconds['bare tokenizer'] / value:.2f} |", flush=True)
@@ -131,6 +134,8 @@ def main():
     parser.add_argument(
         "--megabytes", nargs="*", type=int, default=[10, 100], help="sizes of input to measure memory of"
     )
+    parser.add_argument("--files", nargs="+", help="text to tokenize; default: the embedded corpus")
+    parser.add_argument("--tokenizer_name", help="folder or Hub name; default: trained on the text")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--max_seq_length", type=int, default=128)
@@ -143,17 +148,23 @@ def main():
     disable_progress_bars()
     logging.set_verbosity_error()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    documents = embedded_corpus()
-    tokenizer = train_tokenizer(documents, args.vocab_size, model_max_length=512)
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {args.repeats} repeats,",
-        end="",
-    )
-    print(f" {sum(map(len, documents['text'][:])):,} characters, vocabulary {len(tokenizer)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
+        documents = load_text_files(args.files, cache_dir=folder) if args.files else embedded_corpus()
+        tokenizer = (
+            load_tokenizer(args.tokenizer_name)
+            if args.tokenizer_name
+            else train_tokenizer(documents, args.vocab_size, model_max_length=512)
+        )
+        print(
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+            f"{args.repeats} repeats, {len(documents):,} documents, {sum(map(len, documents['text'][:])):,} characters, "
+            f"vocabulary {len(tokenizer)}",
+            flush=True,
+        )
         compare_packing(documents, tokenizer, args, Path(folder))
         time_masking(documents, tokenizer, args, Path(folder))
-        measure_memory(documents, tokenizer, args, Path(folder))
+        if args.megabytes:
+            measure_memory(documents, tokenizer, args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ MODULES = [
 ]
 ENCODER_FILES = {
     "modules.json": MODULES,
-    "1_Pooling/config.json": {"word_embedding_dimension": 42, "pooling_mode_mean_tokens": True},
+    "1_Pooling/config.json": {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True},
     "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
     "config_sentence_transformers.json": {"__version__": {"sentence_transformers": "2.0.0"}},
 }
@@ -93,7 +93,7 @@ SLURM = next(block.text for block in blocks_of("docs/training.md") if "#SBATCH" 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Tiny models under the names of the documentation. Sizes are such that E = 384 is half of BERT-Base's width."""
+    """Tiny models under the names of the documentation, as wide as those, so that half of their E is what it is there."""
     folder = tmp_path_factory.mktemp("models")
     texts = ["Paris is the capital of France.", "Who wrote it?", "It was written by Ada Lovelace.", *SENTENCES]
     tokenizer = train_tokenizer(Dataset.from_dict({"text": texts * 3}), 150, 512)
@@ -101,7 +101,7 @@ def models(tmp_path_factory):
     small = FnlBertConfig(**sizes, hidden_size=42, num_attention_heads=3, attention_embedding_size=21)
     made = {"google-bert/bert-base-uncased": BertForMaskedLM(BertConfig(**sizes))}
     made["FacebookAI/roberta-base"] = RobertaForMaskedLM(RobertaConfig(**sizes))
-    made[ENCODER] = BertModel(BertConfig(**sizes, hidden_size=42, num_attention_heads=3))
+    made[ENCODER] = BertModel(BertConfig(**sizes, hidden_size=384, num_attention_heads=12))
     made |= dict.fromkeys(("my-squad", "my-bert-squad"), FnlBertForQuestionAnswering(small))
     for name, model in made.items():
         model.save_pretrained(folder / name)
@@ -120,6 +120,23 @@ def hub(monkeypatch, tmp_path):
         yield hub
 
 
+def write_data_sets():
+    """Small ones under the names of the documentation: a folder is taken before the Hub's data set of the same name."""
+    opinions = [{"text": f"{text}, {word}", "label": label} for text in SENTENCES for label, word in enumerate("no yes".split())]
+    contents = {
+        "stanfordnlp/imdb/train.jsonl": opinions,
+        "stanfordnlp/imdb/test.jsonl": opinions[::7],
+        "sentence-transformers/natural-questions/train.jsonl": [
+            {"query": text.replace("the", "which"), "answer": text} for text in SENTENCES
+        ],
+    }
+    for name, rows in contents.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("\n".join(map(json.dumps, rows)))
+    for split in ("train", "test"):
+        Dataset.from_list(opinions).to_csv(f"{split}.csv")
+
+
 @pytest.fixture
 def desk(models, hub, monkeypatch, tmp_path):
     """The folder that a reader of the pages works in."""
@@ -133,6 +150,7 @@ def desk(models, hub, monkeypatch, tmp_path):
     questions = {"version": "1.1", "data": [{"title": "it", "paragraphs": paragraphs}]}
     (folder / "questions.json").write_text(json.dumps(questions))
     monkeypatch.chdir(folder)
+    write_data_sets()
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     return folder
