@@ -3,7 +3,7 @@
 
     .venv/bin/python benchmarks/data_pipeline.py                          # about five minutes on two cores
     .venv/bin/python benchmarks/data_pipeline.py --megabytes 10 100 1000  # memory up to 1 GB of input
-    .venv/bin/python benchmarks/data_pipeline.py --files a.jsonl.xz --tokenizer_name bert --megabytes  # text of your own
+    .venv/bin/python benchmarks/data_pipeline.py --files a.jsonl.xz --tokenizer_name bert --megabytes  # your own text
 
 Printed are medians of runs in turns:
 - tokenizing and packing, the Arrow file written, against the bare tokenizer on the same texts, one core each;
@@ -155,9 +155,10 @@ def main():
             if args.tokenizer_name
             else train_tokenizer(documents, args.vocab_size, model_max_length=512)
         )
+        characters = sum(map(len, documents["text"][:]))
         print(
             f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-            f"{args.repeats} repeats, {len(documents):,} documents, {sum(map(len, documents['text'][:])):,} characters, "
+            f"{args.repeats} repeats, {len(documents):,} documents, {characters:,} characters, "
             f"vocabulary {len(tokenizer)}",
             flush=True,
         )

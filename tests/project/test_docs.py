@@ -56,9 +56,18 @@ LEFT = {
     "docs/index.md": ["my-bert/spectra.png", "served/model.safetensors"],
     "docs/conversion.md": ["my-bert/spectra.png", "served/model.safetensors", "my-bert-squad.onnx"],
     "docs/squad.md": ["answers.tsv"],
+    "docs/text_classification.md": ["my-classifier/model.safetensors", "served/model.safetensors"],
+    "docs/pretraining_data.md": ["wikipedia-bert/model.safetensors", "wikipedia-books-bert/model.safetensors"],
 }
 TO_THE_END = "docs/compress_and_serve.md"  # has a test of its own
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+# Data that the pages pretrain on and that are here; of each such run two small steps are made.
+HERE = {"wikimedia/wikipedia", "wikipedia.parquet"}
+SMALL = {
+    "preset": "tiny", "attention_embedding_size": 64, "global_train_batch_size": 8, "max_seq_length": 16,
+    "bf16": "false", "preprocessing_num_workers": 2, "dataloader_num_workers": 0, "streaming_validation_documents": 9,
+    "shuffle_buffer_size": 21,
+}  # fmt: skip
 KINDS = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 MODULES = [
     {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -93,7 +102,7 @@ SLURM = next(block.text for block in blocks_of("docs/training.md") if "#SBATCH" 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Tiny models under the names of the documentation, as wide as those, so that half of their E is what it is there."""
+    """Tiny models under the names of the documentation. Encoders are as wide as there, so that half of E is, too."""
     folder = tmp_path_factory.mktemp("models")
     texts = ["Paris is the capital of France.", "Who wrote it?", "It was written by Ada Lovelace.", *SENTENCES]
     tokenizer = train_tokenizer(Dataset.from_dict({"text": texts * 3}), 150, 512)
@@ -121,20 +130,25 @@ def hub(monkeypatch, tmp_path):
 
 
 def write_data_sets():
-    """Small ones under the names of the documentation: a folder is taken before the Hub's data set of the same name."""
-    opinions = [{"text": f"{text}, {word}", "label": label} for text in SENTENCES for label, word in enumerate("no yes".split())]
+    """Tiny ones under the names of the documentation: ``datasets`` prefers a folder to the Hub's data of its name."""
+    answers = zip(("no", "yes"), (0, 1))
+    reviews = [{"text": f"{text}: {word}", "label": label} for word, label in answers for text in SENTENCES]
+    pairs = [{"query": text.replace("the", "which"), "answer": text} for text in SENTENCES]
+    articles = [" ".join(SENTENCES[start : start + 9]) for start in range(len(SENTENCES))]
     contents = {
-        "stanfordnlp/imdb/train.jsonl": opinions,
-        "stanfordnlp/imdb/test.jsonl": opinions[::7],
-        "sentence-transformers/natural-questions/train.jsonl": [
-            {"query": text.replace("the", "which"), "answer": text} for text in SENTENCES
-        ],
+        "stanfordnlp/imdb/train": reviews,
+        "stanfordnlp/imdb/test": reviews[::5],
+        "sentence-transformers/natural-questions/train": pairs,
+        "wikimedia/wikipedia/20231101.en/train": [{"id": "7", "text": text} for text in (*articles, "stub")],
+        "sedthh/gutenberg_english/train": [{"TEXT": text} for text in (*articles, articles[0])],
     }
     for name, rows in contents.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text("\n".join(map(json.dumps, rows)))
+        Path(name).with_suffix(".jsonl").write_text("\n".join(map(json.dumps, rows)))
+    configuration = "- config_name: 20231101.en\n  data_files: 20231101.en/*"
+    Path("wikimedia/wikipedia/README.md").write_text(f"---\nconfigs:\n{configuration}\n---\n")
     for split in ("train", "test"):
-        Dataset.from_list(opinions).to_csv(f"{split}.csv")
+        Dataset.from_list(reviews).to_csv(f"{split}.csv")
 
 
 @pytest.fixture
@@ -174,14 +188,18 @@ def names_of_the_reader():
 
 
 def parse_launch(words):
-    """The launcher's own arguments, then those of the script; a distillation, whose model is used next, is run."""
+    """The launcher's own arguments, then those of the script; a distillation, whose model is used next, is run, and so
+    is what trains on data that are here."""
     launch = launch_command_parser().parse_args(words)
     assert launch.config_file is None or os.path.isfile(launch.config_file)
     words = [*launch.training_script_args, "--use_cpu", "true"]
     if launch.training_script == "run_pretrain.py":
         parse_arguments(PRETRAINING, words)
-        if "distill" in words:
-            run_pretrain.run([*words, "--max_steps", "2", "--report_to", "none"])
+        if "distill" in words or HERE & set(words):
+            small = {} if "distill" in words else SMALL
+            for name, value in ({"max_steps": 2, "report_to": "none"} | small).items():
+                words += [f"--{name}", str(value)]
+            run_pretrain.run(words)
     else:
         assert launch.training_script == "run_squad.py"
         *_, args = parse_arguments(run_squad.ARGUMENTS, words)
@@ -220,6 +238,7 @@ def run_block(block, page, names):
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the Hub's client
+@pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")  # of a stock Trainer without an accelerator
 @pytest.mark.parametrize("page", [page for page in PAGES if page != TO_THE_END])
 def test_every_block_runs(page, desk, hub):
     names = names_of_the_reader()

@@ -14,8 +14,11 @@ PAGES = sorted(
     {"examples/image_classification/README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))}
     - RENDERED
 )
-# Sections whose numbers are not measured: versions, numbers of articles, hyperparameters, counts of parameters.
-NOT_MEASURED = {"# Versions", "## Sources of each part", "## Methods", "## Attention is 2H factorized layers"}
+# Sections whose numbers are not measured: versions, numbers of articles, hyperparameters, counts of parameters, sizes.
+NOT_MEASURED = {
+    "# Versions", "## Sources of each part", "## Methods", "## Attention is 2H factorized layers",
+    "## What there is on the Hub",
+}  # fmt: skip
 SCRIPT = re.compile(r"(?:benchmarks/\w+\.py|python -m [\w.]+|run_\w+\.py|examples/\w+/\w+\.py|make \w+)")
 FIGURE = re.compile(r"\d+\.\d+|\d{1,3}(?:,\d{3})+")
 
