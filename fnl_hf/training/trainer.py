@@ -247,8 +247,8 @@ class FnlTrainer(PushingTrainer):
             logs.update(self.throughput.close_window())
         if "train_loss" in logs:
             logs.update(self.throughput.close_run())
-            if self._initial_global_step > 0:
-                complete_metrics(logs, self.state.log_history, self._initial_global_step, self.state.global_step)
+            if first_step := self.resuming.first_step:
+                complete_metrics(logs, self.state.log_history, first_step, self.state.global_step)
         super().log(logs, start_time)
         if "train_mfu" in logs:  # trackers take only numbers
             logs["train_mfu_peak"] = self.throughput.peak()
