@@ -99,8 +99,8 @@ def choose_model(model_args, data_args, tokenizer):
         for name, model in ((model_args.model_name_or_path, student), (teacher_name, teacher)):
             if not isinstance(model, FnlBertPreTrainedModel):
                 raise UserInputError(
-                    f"--attend_within_documents needs an FNL-BERT, and {name} is a {type(model).__name__}: "
-                    "`fnl-hf convert` makes one of a BERT"
+                    f"--attend_within_documents needs an FNL-BERT, but {name} is a {type(model).__name__}: `fnl-hf "
+                    "convert` can convert a BERT"
                 )
     match_models(student, teacher)
     return lambda: student, teacher
@@ -171,19 +171,23 @@ def describe_data(documents, rows, data_args):
     }
     if data_args.dataset_name or files:
         return name, facts, None
-    return name, facts, "NO DATA NAMED: this is the EMBEDDED CORPUS. --train_file or --dataset_name name yours"
+    return (
+        name,
+        facts,
+        "NO DATA NAMED: this is the EMBEDDED CORPUS. To use your own, give --train_file or --dataset_name",
+    )
 
 
 def parse_command(argv):
     """The arguments of a command line, and the run that they describe."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
-        raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
+        raise UserInputError("--do_predict: pretraining makes no predictions; use --do_eval")
     validate_kernel(model_args, args)
     if data_args.objective == "distill" and model_args.factorize_at_step is not None:
         raise UserInputError(
-            f"--factorize_at_step ({model_args.factorize_at_step:g}) is not for --objective distill: make the model "
-            "smaller before (fnl-hf factorize)"
+            f"--factorize_at_step ({model_args.factorize_at_step:g}) cannot be used with --objective distill: "
+            "factorize the student first (fnl-hf factorize)"
         )
     validate_distillation(model_args, data_args.objective)
     planned = ScriptRun(args, argv, model_args, data_args)

@@ -37,7 +37,7 @@ def calibration_batches(
 def describe_calibration(files: Sequence[str], documents: int, max_seq_length: int) -> str:
     """For a model card."""
     names = ", ".join(name.rpartition("/")[2] for name in files)
-    return f"{documents} documents of {names}, at most {max_seq_length} tokens of each"
+    return f"{documents} documents of {names}, up to {max_seq_length} tokens each"
 
 
 def usable_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_seq_length: int) -> int:

@@ -86,7 +86,7 @@ def convert_checkpoint(
     original = load_model(source)
     fnl_class = _fnl_class(type(original).__name__)
     if calibration_files and attention_embedding_size in (None, embedding_size_of(original.config)):
-        logger.warning("calibration_file changes nothing: only a smaller attention_embedding_size truncates")
+        logger.warning("calibration_file has no effect: only a smaller attention_embedding_size truncates")
         calibration_files = ()
     if calibration_files:
         max_seq_length = usable_length(tokenizer, original, max_seq_length)
@@ -146,7 +146,9 @@ def load_model(source: str) -> PreTrainedModel:
         fnl_class = _fnl_class(saved_class)
         found: Any = fnl_class.load_bert(source, output_loading_info=True, ignore_mismatched_sizes=True)
         if fnl_class is modeling_fnl_bert.FnlBertModel and head_of(saved_class) != "Model":
-            logger.warning(f"{source}: the head of {saved_class} is left out: FNL-BERT has none for its task")
+            logger.warning(
+                f"{source}: the head of {saved_class} is left out, because FNL-BERT has no head for its task"
+            )
     model, info = found
     refuse_misfits(source, model, info)
     return model
@@ -164,7 +166,7 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
     kind = "An FNL-BERT" if is_fnl_bert else "A stock BERT"
     description, section, truncated = f"{kind} that computes what {name} does.", "", "none"
     if truncations:
-        description = f"{kind} of a smaller attention, truncated from {name} and not trained since."
+        description = f"{kind} with smaller attention, truncated from {name} and not trained afterwards."
         section = TRUNCATION.format(table=truncation_table(truncations), plot=SPECTRA_FILE)
         way = f"SVD calibrated on {calibration}" if calibration else "plain SVD"
         truncated = f"each Q_h K_hᵀ and V_h O_hᵀ to rank {truncations[0].rank} by {way}"
@@ -215,8 +217,8 @@ def plot_spectra(truncations: Sequence[Truncation], file: str | Path) -> None:
             axes.plot(index, values.median(dim=0).values, color=color, label=f"layer {layer}")
             axes.fill_between(index, values.amin(dim=0), values.amax(dim=0), color=color, alpha=0.08, linewidth=0)
         axes.axvline(chosen[0].rank + 0.5, color="black", linestyle="--", linewidth=1)
-        axes.set(yscale="log", title=TITLES[kind], xlabel=f"index; the first {chosen[0].rank} are kept (dashed line)")
-    figure.suptitle("lines: the median head of each layer; shades: from its smallest to its largest head", fontsize=10)
+        axes.set(yscale="log", title=TITLES[kind], xlabel=f"index (the first {chosen[0].rank} are kept: dashed line)")
+    figure.suptitle("lines: median head of each layer; shaded: range over its heads", fontsize=10)
     rows[0][0].set_ylabel("singular values of the heads")
     rows[0][0].legend(fontsize=8, ncols=2)
     figure.savefig(file, dpi=120)

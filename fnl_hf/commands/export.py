@@ -83,7 +83,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
 
 def _validate_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise UserInputError(f"a {type(model).__name__} is no model of Transformers: load it first")
+        raise UserInputError(f"a {type(model).__name__} is not a model of Transformers: load the model first")
     if "MultipleChoice" in type(model).__name__:
         raise UserInputError(f"{type(model).__name__} reads (B, choices, S): export its encoder instead")
 
@@ -104,7 +104,9 @@ def _write_checked(model: PreTrainedModel, file: Path) -> float:
             found = [_largest_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8))]
             difference = torch.tensor(found).max().item()  # Python's may lose a NaN
             if not difference <= TOLERANCE:
-                raise UserInputError(f"{file}: ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}")
+                raise UserInputError(
+                    f"{file}: the outputs of ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}"
+                )
             for written in Path(folder).iterdir():  # beside the file, its weights if they are too large for it
                 written.replace(file.parent / written.name)
     except OSError as error:

@@ -100,7 +100,7 @@ def cached_dataset(
         try:
             return read()
         except INFO_ERRORS as error:
-            logger.warning(f"The cache in {folder / name / fingerprint} is damaged and made again: {error!r}")
+            logger.warning(f"The cache in {folder / name / fingerprint} is damaged and is built again: {error!r}")
             for info in (folder / name / fingerprint).rglob(datasets.config.DATASET_INFO_FILENAME):
                 # Without it ``datasets`` takes the folder for one that a killed run has left. Another process may have
                 # found the damage, too.
@@ -122,7 +122,7 @@ def _read_rows(builder: Tables, features: Features) -> Dataset:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(str(error)) from error
     if len(rows) != count:  # the stream is cut between two record batches
-        raise ValueError(f"it has {len(rows)} of {count} rows")
+        raise ValueError(f"it has {len(rows)} rows instead of {count}")
     return rows
 
 
@@ -135,5 +135,5 @@ def _cache_errors(folder: Path) -> Iterator[None]:
     except (OSError, DatasetGenerationError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if isinstance(cause, OSError):
-            raise UserInputError(f"--cache_dir {folder}: cannot be written: {cause}") from error
+            raise UserInputError(f"--cache_dir {folder}: not writable: {cause}") from error
         raise

@@ -158,8 +158,8 @@ def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, 
     )
     message = f"{where}: {broken} of {broken + len(texts) - texts.null_count} {unit}s are broken"
     if strict:
-        raise UserInputError(f"{message}: {listed}; --strict refuses them")
-    logger.warning(f"{message} and left out: {listed}; --strict refuses them")
+        raise UserInputError(f"{message}: {listed}. Correct them, or leave out --strict to skip them")
+    logger.warning(f"{message} and were left out: {listed}. Set --strict true to stop at broken records")
 
 
 def _no_text(file: str, faults: pa.ChunkedArray, piece: Piece | None) -> UserInputError:
@@ -179,7 +179,9 @@ def _check_hub_split(documents: Dataset, text_column: str, where: str, strict: b
         documents = documents.rename_column(text_column, "text")
     dtype = getattr(documents.features["text"], "dtype", None)
     if dtype not in ("string", "large_string"):
-        raise UserInputError(f"{where}: column {text_column!r} holds {dtype or documents.features['text']}, not text")
+        raise UserInputError(
+            f"{where}: column {text_column!r} contains {dtype or documents.features['text']}, not text"
+        )
     texts = documents.data.column("text")
     try:
         for chunk in texts.chunks:  # Arrow's JSON reader takes any bytes for text
@@ -245,7 +247,7 @@ class DocumentStream:
                 raise self._too_few(shard, count, broken)
             place, epoch = None, epoch + 1
             if shard == 0:
-                logger.warning(f"The stream begins again: epoch {epoch}")
+                logger.warning(f"The stream starts again: epoch {epoch}")
 
     def read_held_out(self) -> list[str]:
         """The first ``hold_out`` documents of each shard.
@@ -286,14 +288,14 @@ class DocumentStream:
     def _report_broken(self, shard: int, count: int, fault: str, epoch: int) -> None:
         message = f"{self._name(shard)}: {count} broken records, the last: {fault}"
         if self.strict:
-            raise UserInputError(f"{message}; --strict refuses them")
+            raise UserInputError(f"{message}. Correct them, or leave out --strict to skip them")
         if epoch == 0 and count & (count - 1) == 0:  # at 1, 2, 4, 8: a shard may be too long to wait for its end
-            logger.warning(f"{message}; they are left out, --strict refuses them")
+            logger.warning(f"{message}; they are left out. Set --strict true to stop at broken records")
 
     def _too_few(self, shard: int, documents: int, broken: int) -> UserInputError:
         return UserInputError(
-            f"{self._name(shard)} has {documents} documents and {broken} broken records, and {self.hold_out} documents "
-            "are to be held out: lower --streaming_validation_documents or --streaming_shards"
+            f"{self._name(shard)} has {documents} documents and {broken} broken records, but {self.hold_out} "
+            "documents are to be held out: lower --streaming_validation_documents or --streaming_shards"
         )
 
 
@@ -307,9 +309,9 @@ def _open_stream(
         records, columns = stream_hub(source), (source.text_column, None)
     if records.num_shards % shards:
         logger.warning(
-            f"The stream comes in {records.num_shards} parts, no multiple of its {shards} shards: each shard reads all "
-            "of it and keeps its share. Plain text or JSON lines, which can be cut, or another number of "
-            "--streaming_shards helps"
+            f"The stream comes in {records.num_shards} parts, which is not a multiple of its {shards} shards: each "
+            "shard reads the whole stream and keeps its share. To avoid this, use plain text or JSON lines, which "
+            "can be split, or change --streaming_shards"
         )
     hold_out = 0 if source.validation_file else -(-held_out_documents // shards)
     stream = DocumentStream(records, shards, columns[0], hold_out, strict, columns[1])

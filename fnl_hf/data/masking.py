@@ -241,7 +241,7 @@ def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     if not continues_word.any():
         name = tokenizer.name_or_path or type(tokenizer).__name__
         raise UserInputError(
-            f"--whole_word_mask needs a tokenizer whose pieces show words, by '##', '▁' or 'Ġ': that of {name} has none"
+            f"--whole_word_mask needs a tokenizer that marks word pieces with '##', '▁' or 'Ġ': that of {name} does not"
         )
     return continues_word
 

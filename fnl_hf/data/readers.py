@@ -80,8 +80,7 @@ def check_file(file: str) -> str:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in FORMATS:
         raise UserInputError(
-            f"{file}: unknown file type, must be one of {', '.join(FORMATS)}, "
-            f"plain or compressed ({', '.join(COMPRESSIONS)})"
+            f"{file}: unknown file type: use {', '.join(FORMATS)}, plain or compressed ({', '.join(COMPRESSIONS)})"
         )
     if os.path.getsize(file) == 0:
         raise UserInputError(f"{file}: the file is empty")
@@ -115,7 +114,7 @@ def _split_file(file: str, column: str, index: int, piece_bytes: int) -> list[Pi
         return [Piece(file, kind, column, index, *bound) for bound in bounds]
     beginning = _read_beginning(file, kind)
     if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserInputError(f"{file}: the text is UTF-16, it must be UTF-8")
+        raise UserInputError(f"{file}: the text is UTF-16: convert it to UTF-8")
     if ".json" in [suffix.lower() for suffix in Path(file).suffixes] and beginning.startswith(b"["):
         kind = "array"
     if kind in LINE_FORMATS and not _is_compressed(file):
@@ -312,7 +311,7 @@ def _check_parquet_column(file: str, schema: pa.Schema, column: str) -> None:
     dtype = schema.field(column).type
     dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     if dtype not in (pa.string(), pa.large_string(), pa.null()):
-        raise UserInputError(f"{file}: column {column!r} holds {dtype}, not text")
+        raise UserInputError(f"{file}: column {column!r} contains {dtype}, not text")
 
 
 def _read_parquet(piece: Piece) -> Iterator[Record]:

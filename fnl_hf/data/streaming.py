@@ -105,8 +105,8 @@ class StreamState:
             found = (cursor.buffer * self.buffer_size + cursor.row) // self.batch_size
             if found != self.count_batches(shard):
                 raise UserInputError(
-                    f"the state of the stream is incomplete: shard {shard} of {self.shards} stands at micro-batch "
-                    f"{found}, not {self.count_batches(shard)}; the state of every process is needed"
+                    f"the state of the stream is incomplete: shard {shard} of {self.shards} is at micro-batch "
+                    f"{found} instead of {self.count_batches(shard)}; the states of all processes are needed"
                 )
 
 
@@ -144,7 +144,9 @@ def read_state(checkpoint: str) -> StreamState:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserInputError(f"{file} is not the state of a stream: {error}") from error
     if not states:
-        raise UserInputError(f"checkpoint {checkpoint} has no {STATE_FILE.format(0)}: where its stream stood is lost")
+        raise UserInputError(
+            f"checkpoint {checkpoint} has no {STATE_FILE.format(0)}: the position of its stream is lost"
+        )
     return merge_states(states)
 
 
@@ -191,7 +193,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
             np.empty((order.buffer_size, max_seq_length), token_dtype(tokenizer))  # claims memory without filling it
         except (MemoryError, ValueError) as error:
             raise UserInputError(
-                f"--shuffle_buffer_size ({order.buffer_size}) does not fit into memory: {error}"
+                f"the buffer of --shuffle_buffer_size ({order.buffer_size}) sequences does not fit into memory: {error}"
             ) from error
         self.documents, self.tokenizer, self.max_seq_length, self.order = documents, tokenizer, max_seq_length, order
         batches = -(-order.buffer_size // order.batch_size)
@@ -200,7 +202,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         for name in ("shards", "batch_size", "buffer_size"):
             there, here = getattr(self.state, name), getattr(fresh, name)
             if there != here:
-                raise UserInputError(f"the stream cannot be resumed: {name} is {there} there and {here} here")
+                raise UserInputError(f"the stream cannot be resumed: {name} was {there} and is now {here}")
         self.state.validate()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,7 @@ def train_tokenizer(
             most 1; not reached where the vocabulary is too small. A word with another character is one [UNK].
     """
     if vocab_size < 10:
-        raise UserInputError(f"--vocab_size ({vocab_size}) must be at least 10: five special tokens and some text")
+        raise UserInputError(f"--vocab_size ({vocab_size}) must be at least 10, for five special tokens and some text")
     validate_coverage(alphabet_coverage)
     blank = BertTokenizer()
     backend = Tokenizer(models.WordPiece(unk_token=blank.unk_token))
@@ -98,9 +98,9 @@ def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, 
     if count > UNKNOWN_BOUND * total:
         name = tokenizer.name_or_path or "trained on the corpus"
         logger.warning(
-            f"{where}: {count / total:.1%} of {total:,} tokens are {tokenizer.unk_token}: the tokenizer ({name}) does "
-            "not fit this text. Another --tokenizer_name may; one that is trained on the corpus knows more with a "
-            "larger --vocab_size or --alphabet_coverage"
+            f"{where}: {count / total:.1%} of {total:,} tokens are {tokenizer.unk_token}: the tokenizer ({name}) "
+            "does not fit this text. Choose another --tokenizer_name; if it was trained on the corpus, raise "
+            "--vocab_size or --alphabet_coverage"
         )
 
 
@@ -115,7 +115,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its files are read without checks
         raise UserInputError(f"no tokenizer in {name_or_path}: {error}") from error
     if not tokenizer.is_fast:
-        raise UserInputError(f"the tokenizer of {name_or_path} is a slow one ({type(tokenizer).__name__})")
+        raise UserInputError(
+            f"the tokenizer of {name_or_path} ({type(tokenizer).__name__}) is a slow one: a fast tokenizer is needed"
+        )
     return tokenizer
 
 
@@ -134,7 +136,8 @@ def validate_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> 
     size = vocabulary_size(tokenizer)
     if size > vocab_size:
         raise UserInputError(
-            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({vocab_size})"
+            f"the largest token id of the tokenizer needs a vocabulary of {size}, more than the model's vocab_size "
+            f"({vocab_size})"
         )
 
 
@@ -146,7 +149,7 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase, needed: Sequence[str]
     if missing:
         raise UserInputError(f"the tokenizer of {name} has no {missing}")
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # Transformers makes one where tokenizer.json is missing
-        raise UserInputError(f"the tokenizer of {name} has no vocabulary, only {len(tokenizer)} special tokens")
+        raise UserInputError(f"the tokenizer of {name} has only its {len(tokenizer)} special tokens and no vocabulary")
 
 
 def validate_same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
@@ -156,5 +159,5 @@ def validate_same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrain
         token = min(here.items() ^ there.items(), key=lambda entry: entry[1])[0]
         raise UserInputError(
             f"the teacher ({other.name_or_path}) must have the vocabulary of its student: {token!r} has the id "
-            f"{there.get(token)} there and {here.get(token)} here"
+            f"{there.get(token)} in the teacher's and {here.get(token)} in the student's"
         )

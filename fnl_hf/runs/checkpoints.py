@@ -42,7 +42,7 @@ def newest_complete_checkpoint(folder: Path) -> Path | None:
         fault = find_fault(checkpoint)
         if fault is None:
             return checkpoint
-        logger.warning(f"{checkpoint} is passed over: {fault}")
+        logger.warning(f"skipping {checkpoint}: {fault}")
     return None
 
 
@@ -59,7 +59,7 @@ def find_fault(checkpoint: Path) -> str | None:
         return _wrong_file(checkpoint)
     for path in sorted(checkpoint.glob("*.pt*")):
         if not zipfile.is_zipfile(path):  # what torch.save writes; its directory is at the end
-            return f"{path.name} is torn"
+            return f"{path.name} is truncated"
     if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return None
     try:
@@ -149,7 +149,7 @@ def _abandon(checkpoint: Path) -> None:
         number += 1
         aside = checkpoint.with_name(f"_abandoned-{checkpoint.name}-{number}")
     checkpoint.rename(aside)
-    logger.warning(f"{checkpoint} is set aside as {aside.name}: the run goes on from an earlier step")
+    logger.warning(f"renamed {checkpoint} to {aside.name}: the run resumes from an earlier step")
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -189,7 +189,7 @@ def _wrong_file(checkpoint: Path) -> str | None:
             if not path.is_file():
                 return f"{name} is missing"
             if checksum(path) != expected:
-                return f"{name} is not what was written: its checksum differs"
+                return f"{name} was changed after it was written: its checksum differs"
     except (OSError, ValueError, AttributeError) as error:
         return f"{CHECKSUMS_FILE} cannot be read: {error}"
     return None

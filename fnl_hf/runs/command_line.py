@@ -39,7 +39,7 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
     argv = expand_home(with_config_files(expand_home(argv)))
     for flag, word in zip(["", *argv], argv):
         if "\0" in word:
-            raise UserInputError(f"{flag} ({word!r}) must not hold a null byte")
+            raise UserInputError(f"{flag} ({word!r}) must not contain a null byte")
     argv = join_negative_numbers(argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
     try:
@@ -95,7 +95,7 @@ def _describe_unknown(argv: list[str], unknown: list[str]) -> UserInputError:
         for index, (before, found) in enumerate(zip(argv, argv[1:])):
             if found == word and not before.startswith("-"):
                 flag = next(flag for flag in reversed(argv[: index + 1]) if flag.startswith("-"))
-                return UserInputError(f"{flag} takes one value, {word} is one too many")
+                return UserInputError(f"{flag} takes one value: remove {word}")
     return UserInputError(f"unknown argument: {' '.join(unknown)}")
 
 
@@ -162,4 +162,4 @@ def _end_process_group(together: bool = True) -> None:
 
 def _stop_at_once(signum: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may pass it on once more
-    raise Preempted("stopped by SIGTERM: the same command with --resume_from_checkpoint auto goes on")
+    raise Preempted("stopped by SIGTERM: start the same command with --resume_from_checkpoint auto to continue")

@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 LOCK_FILE = "_lock"  # remains in the folder; it is the lock, not the file, that tells whether a run is alive
 LENGTH = 4096  # bytes of it, at most
-NO_LOCKS = "{} is on a disk without locks: nothing keeps another process from starting a run there, too"
+NO_LOCKS = "{} is on a disk that does not support locks: another process could start a run there at the same time"
 _held: dict[str, int] = {}  # real path of a folder -> descriptor
 
 
@@ -79,7 +79,8 @@ def lock_folder(folder: Path, seen: bytes) -> None:
         _lock(folder, descriptor)
         if (now := os.pread(descriptor, LENGTH, 0)) != seen:
             raise UserInputError(
-                f"--output_dir {folder}: {_describe(now)} has run there since this one was planned: start it again"
+                f"--output_dir {folder}: {_describe(now)} started a run there after this one was planned: start "
+                "this command again"
             )
         owner = {"process": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
         os.ftruncate(descriptor, 0)
@@ -94,7 +95,7 @@ def _open(folder: Path) -> int:
     try:
         return os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UserInputError(f"--output_dir {folder}: {LOCK_FILE} there cannot be written: {error.strerror}") from error
+        raise UserInputError(f"--output_dir {folder}: {LOCK_FILE} in it is not writable: {error.strerror}") from error
 
 
 def _lock(folder: Path, descriptor: int) -> None:
@@ -107,7 +108,7 @@ def _lock(folder: Path, descriptor: int) -> None:
             return
         owner = _describe(os.pread(descriptor, LENGTH, 0))
         raise UserInputError(
-            f"--output_dir {folder} is in use by a run in {owner}: wait for its end, or choose another folder"
+            f"--output_dir {folder} is in use by a run in {owner}: wait until it ends, or choose another folder"
         ) from error
 
 

@@ -89,8 +89,8 @@ def refuse_others_files(folder: Path, output: Output, anew: bool = True) -> None
     """
     if found := others_files(folder, output, anew):
         raise UserInputError(
-            f"--output_dir {folder}: {shortened(found)} there is not as a run has written it, and this run would "
-            "overwrite or delete it: move it away, or choose another folder"
+            f"--output_dir {folder}: {shortened(found)} was not written by a run, or was changed since, and this "
+            "run would overwrite or delete it: move it away, or choose another folder"
         )
 
 

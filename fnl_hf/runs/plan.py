@@ -147,7 +147,9 @@ def plan_run(args, description: dict[str, Any], also: Sequence[str] = ()) -> Run
 def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> RunPlan:
     resume = args.resume_from_checkpoint
     if resume is not None and args.overwrite_output_dir:
-        raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
+        raise UserInputError(
+            f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other: leave one of them out"
+        )
     in_use = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
     if resume not in (None, "auto"):
         plan = _plan_from_checkpoint(Path(resume), folder, in_use, description, args.allow_other_world_size)
@@ -166,12 +168,12 @@ def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> Ru
     if checkpoint is None and (faulty := list_checkpoints(folder)):
         raise UserInputError(
             f"--resume_from_checkpoint auto: {folder} has no complete checkpoint: "
-            f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start anew, "
+            f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start a new run, "
             f"{_remedies(folder, args, output)}"
         )
     if checkpoint is None and not holds_run(folder):
         raise UserInputError(
-            f"--output_dir {folder} is not empty and holds no run to resume: {_remedies(folder, args, output)}"
+            f"--output_dir {folder} is not empty and contains no run to resume: {_remedies(folder, args, output)}"
         )
     refuse_others_files(folder, output, anew=False)
     if checkpoint is None:
@@ -184,15 +186,15 @@ def _remedies(folder: Path, args, output: Output) -> str:
     """What can be done where an output folder is in use; only what would not be refused in its turn."""
     own = [path for path in list_checkpoints(folder) if path.name not in not_of_the_run(path)]
     is_run, others = holds_run(folder) or bool(own), others_files(folder, output)
-    remedies = ["choose another"]
+    remedies = ["choose another folder"]
     if is_run and args.do_train and args.resume_from_checkpoint is None:
-        remedies.append("continue its training with --resume_from_checkpoint auto")
+        remedies.append("resume its run with --resume_from_checkpoint auto")
     if not others:
         instead = " instead of --resume_from_checkpoint" if args.resume_from_checkpoint else ""
-        what = "replace it" if is_run else "keep all that is there beside the new run"
+        what = "replace it" if is_run else "keep its files next to the new run"
         remedies.append(f"{what} with --overwrite_output_dir true{instead}")
     joined = f"{', '.join(remedies[:-1])}, or {remedies[-1]}" if len(remedies) > 1 else remedies[0]
-    return joined + (f" ({shortened(others)} there is not as a run has written it)" if others else "")
+    return joined + (f" ({shortened(others)} in it was not written by a run, or was changed since)" if others else "")
 
 
 def _validate_place(folder: Path) -> None:
@@ -207,7 +209,7 @@ def _validate_place(folder: Path) -> None:
     if not os.path.isdir(place):
         raise UserInputError(f"--output_dir {folder}: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserInputError(f"--output_dir {folder}: {place} cannot be written")
+        raise UserInputError(f"--output_dir {folder}: {place} is not writable")
 
 
 def _plan_from_checkpoint(
@@ -215,12 +217,17 @@ def _plan_from_checkpoint(
 ) -> RunPlan:
     fault = find_fault(checkpoint)
     if fault is not None:
-        raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
+        raise UserInputError(f"--resume_from_checkpoint {checkpoint}: not a complete checkpoint: {fault}")
     parents = (checkpoint.parent.resolve(), checkpoint.resolve().parent)  # it may be a link
     if in_use and folder.resolve() not in parents:
-        raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
+        raise UserInputError(
+            f"--output_dir {folder} is not empty, and is not the folder that contains {checkpoint}: choose another "
+            "folder"
+        )
     run = checkpoint.parent if read_started(checkpoint.parent) else checkpoint
-    _validate_same_run(run, description, allow_other_world_size, lambda: "go on with what it was started with")
+    _validate_same_run(
+        run, description, allow_other_world_size, lambda: "resume with the arguments that the run was started with"
+    )
     _warn_of_another_length(run, description)
     return RunPlan(checkpoint=str(checkpoint), continued=run)
 
@@ -249,10 +256,10 @@ def _validate_same_run(
     if "world_size" in different and different <= {*SPLIT}:
         _validate_split(folder, started, description, allow_other_world_size)
     elif different:
-        differences = [f"{name} is {started[name]} there and {description[name]} here" for name in sorted(different)]
+        differences = [f"{name} was {started[name]} and is now {description[name]}" for name in sorted(different)]
         remedies = find_remedies()
         raise UserInputError(
-            f"{folder} holds another run: {'; '.join(differences)}. {remedies[0].upper()}{remedies[1:]}"
+            f"{folder} contains another run: {'; '.join(differences)}. {remedies[0].upper()}{remedies[1:]}"
         )
 
 
@@ -276,8 +283,8 @@ def _warn_of_another_length(folder: Path, description: dict[str, Any]) -> None:
     there, here = read_started(folder).get(LENGTH), description.get(LENGTH)
     if None not in (there, here) and there != here:
         logger.warning(
-            f"{folder}: the run was started for {there} and goes on for {here} in all. Its learning rate changes at "
-            "this point: it is now that of a schedule for the new length"
+            f"{folder}: the run was started for {there} and now ends after {here} in total. From this step on, the "
+            "learning rate follows the schedule for the new length"
         )
 
 
@@ -289,17 +296,17 @@ def _validate_split(folder: Path, started: dict[str, Any], here: dict[str, Any],
         return
     was = (
         f"the run in {folder} was started on {started['world_size']} process(es) x "
-        f"{started['gradient_accumulation_steps']} accumulation step(s) x {batch} sequences, here are {processes} x "
-        f"{here['gradient_accumulation_steps']} x {batch}"
+        f"{started['gradient_accumulation_steps']} accumulation step(s) x {batch} sequences; now they are "
+        f"{processes} x {here['gradient_accumulation_steps']} x {batch}"
     )
     accumulation, rest = divmod(micro_batches, processes)
     if rest:
         raise UserInputError(
-            f"{was}: {processes} processes cannot share its global batch of {micro_batches * batch} sequences. Their "
-            f"number must divide {micro_batches}"
+            f"{was}: {processes} processes cannot share its global batch of {micro_batches * batch} sequences. The "
+            f"number of processes must divide {micro_batches}"
         )
     raise UserInputError(
-        f"{was}: go on at the same sample position with --allow_other_world_size true "
+        f"{was}: resume at the same sample position with --allow_other_world_size true "
         f"--gradient_accumulation_steps {accumulation}"
     )
 
@@ -316,8 +323,8 @@ def validate_data(plan: RunPlan, description: dict[str, Any]) -> None:
         here, there = description.get(name), started.get(name)
         if None not in (here, there) and here != there:
             raise UserInputError(
-                f"{plan.continued} holds a run on other {kind}: their fingerprint is {there} there and {here} here. "
-                "Bring the old files back to go on, or choose another --output_dir"
+                f"{plan.continued} contains a run on other {kind}: the fingerprint was {there} and is now {here}. "
+                "Restore the old files to resume, or choose another --output_dir"
             )
 
 
@@ -336,14 +343,14 @@ def validate_weights(plan: RunPlan, description: dict[str, Any]) -> None:
     """
     started = {} if plan.continued is None else read_started(plan.continued)
     for name, fault in (
-        (START_WEIGHTS, "was started from other weights"),
+        (START_WEIGHTS, "started from other weights"),
         (TEACHER_WEIGHTS, "has a teacher with other weights"),
     ):
         here, there = description.get(name), started.get(name)
         if None not in (here, there) and here != there:
             raise UserInputError(
-                f"{plan.continued} holds a run that {fault}: their checksum is {there} there and {here} here. Bring "
-                "the old ones back to go on, or choose another --output_dir"
+                f"{plan.continued} contains a run that {fault}: the checksum was {there} and is now {here}. Restore "
+                "the old weights to resume, or choose another --output_dir"
             )
 
 
@@ -393,9 +400,9 @@ def validate_resume(checkpoint: str | Path, model: PreTrainedModel, names: Colle
     there |= {name: saved.get(name) for name in ("model_type", "architectures")}
     ignored = {*ORIGIN_ENTRIES, *SET_BY_TRAINER} - {*ARCHITECTURE}
     differences = [
-        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        f"{name} is {there.get(name)} in the checkpoint and {here.get(name)} in this model"
         for name in names or sorted(here.keys() - ignored)
         if there.get(name) != here.get(name) and not name.startswith("_")
     ]
     if differences:
-        raise UserInputError(f"checkpoint {checkpoint} is of another model: {'; '.join(differences)}")
+        raise UserInputError(f"checkpoint {checkpoint} belongs to another model: {'; '.join(differences)}")

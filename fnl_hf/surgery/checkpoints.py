@@ -278,7 +278,10 @@ def _allocate_meta_tensors(model: nn.Module) -> None:
                 if tensor is None or not tensor.is_meta:
                     continue
                 if name in module._non_persistent_buffers_set:
-                    raise ValueError(f"{type(module).__name__}.{name} is saved nowhere: make the model on a device")
+                    raise ValueError(
+                        f"{type(module).__name__}.{name} is not in the checkpoint: create the model on a device "
+                        "instead of the meta device"
+                    )
                 if id(tensor) not in made:
                     new = torch.empty_like(tensor, device=device)
                     is_parameter = isinstance(tensor, nn.Parameter)

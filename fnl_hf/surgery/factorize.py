@@ -72,11 +72,11 @@ def factorize(
         raise ValueError(f"config must be a FactorizationConfig, not a {type(config).__name__}")
     if calibration is not None and (config.mode, config.init) != ("low_rank", "spectral"):
         raise ValueError(
-            f"calibration is for mode 'low_rank' and init 'spectral', not {config.mode!r}, {config.init!r}"
+            f"calibration needs mode 'low_rank' and init 'spectral', not {config.mode!r} and {config.init!r}"
         )
     _refuse_unsupported(model)
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise ValueError("the model has adapters of PEFT: factorize it first, and add them then")
+        raise ValueError("the model has adapters of PEFT: factorize it first and add the adapters afterwards")
     layers = selected_layers(model, config, is_calibrated=calibration is not None)
     for name, layer in layers.items():
         _refuse_hooks(name, layer)
@@ -168,8 +168,8 @@ def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated
             kinds = sorted({type(m).__name__ for name, m in model.named_modules() if name_matches(name, entry)})
             known = ", ".join(list(candidates)[:8]) + (", ..." if len(candidates) > 8 else "")
             raise ValueError(
-                f"{entry!r} names no layer that can be factorized ({', '.join(kinds) or 'nothing at all'}); "
-                f"those are {known}"
+                f"{entry!r} matches no layer that can be factorized ({', '.join(kinds) or 'no module at all'}); the "
+                f"layers that can be are {known}"
             )
     protected = _find_protected(model, with_attention=not is_calibrated)
     layers = {}
@@ -184,7 +184,7 @@ def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated
     for name in [name for name in tables if name in layers]:
         others = [n for n, m in tables.items() if m is not layers[name] and m.weight is layers[name].weight]
         if others:
-            raise ValueError(f"{name}: its table is also that of {others[0]}, which would keep the dense one")
+            raise ValueError(f"{name}: it shares its table with {others[0]}, which would stay dense: exclude it")
     if not layers:
         chosen = f"include={wanted}, exclude={list(config.exclude)}"
         raise ValueError(f"{type(model).__name__} has no layer to factorize with {chosen}")
@@ -207,8 +207,8 @@ def _refuse_factors(model: nn.Module, layers: dict[str, Any]) -> None:
     for name, layer in layers.items():
         if id(layer.weight) in owners:
             raise ValueError(
-                f"{name}: its weight is a factor of the product {owners[id(layer.weight)]}, which was registered and "
-                "would lose it: exclude the layer"
+                f"{name}: its weight is a factor of the registered product {owners[id(layer.weight)]}, which would "
+                "no longer be found: exclude the layer"
             )
 
 
@@ -230,7 +230,9 @@ def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
 def _refuse_hooks(name: str, layer: nn.Module) -> None:
     """Hooks, those of offloading among them, are about the layer that would go."""
     if any(getattr(layer, hooks) for hooks in HOOKS) or hasattr(layer, "_hf_hook"):
-        raise ValueError(f"{name}: it has hooks, which a new layer would not have: remove them, or add them afterwards")
+        raise ValueError(
+            f"{name}: it has hooks, which the new layer would not have: remove them, and add them again afterwards"
+        )
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
@@ -244,7 +246,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
         is_compiled = hasattr(module, "_orig_mod")
         if isinstance(module, WRAPPERS) or is_compiled or is_sharded:
             what = "sharded" if is_sharded else f"wrapped in {type(module).__name__}"
-            raise ValueError(f"the model is {what}: factorize or merge it first, and wrap, shard or compile it then")
+            raise ValueError(f"the model is {what}: factorize or merge it before you wrap, shard or compile it")
 
 
 def _warn_of_growth(layers: dict[str, nn.Module], ranks: dict[str, int]) -> None:
@@ -253,7 +255,7 @@ def _warn_of_growth(layers: dict[str, nn.Module], ranks: dict[str, int]) -> None
         size = LayerSize(layers[name])
         if size.parameters(ranks[name]) > size.parameters(None):
             limit = size.m * size.n // (size.m + size.n)
-            grown.append(f"{name} (rank {ranks[name]}, at most {limit} saves)")
+            grown.append(f"{name} (rank {ranks[name]}, smaller up to {limit})")
     if grown:
         listed = ", ".join(grown[:5]) + (f" and {len(grown) - 5} more" if len(grown) > 5 else "")
-        warnings.warn(f"{len(grown)} of {len(layers)} layers get more parameters than they had: {listed}", stacklevel=3)
+        warnings.warn(f"{len(grown)} of {len(layers)} layers get more parameters than before: {listed}", stacklevel=3)

@@ -117,7 +117,8 @@ def _ratio_of_layers(sizes: Mapping[str, LayerSize], model_ratio: float, model_p
     if model_ratio * model_parameters < rest + smallest:
         raise ValueError(
             f"model_ratio ({model_ratio}) must be at least {(rest + smallest) / model_parameters:.3g}: {rest:,} of "
-            f"{model_parameters:,} parameters are in layers that are not factorized (include more, as 'Embedding')"
+            f"{model_parameters:,} parameters are in layers that are not factorized (include more layers, for "
+            "example 'Embedding')"
         )
     return (model_ratio * model_parameters - rest) / dense
 
@@ -136,7 +137,10 @@ def _ranks_of_losses(
     budget = ratio * sum(size.parameters(None) for size in sizes.values()) + 1e-6
     used = sum(sizes[name].parameters(rank) for name, rank in (ranks | fixed).items())
     if used > budget:
-        warnings.warn(f"target_ratio ({ratio}) is below what the smallest ranks take", stacklevel=4)
+        warnings.warn(
+            f"target_ratio ({ratio}) is below what the smallest ranks need: the calibrated layers get rank 1",
+            stacklevel=4,
+        )
     steps = sorted(
         (-saved.mean().item() / (sizes[name].m + sizes[name].n) / sizes[name].groups, name)
         for name in ranks
@@ -189,10 +193,12 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
         high *= 2
     least, most = parameters(ranks_at(low)), parameters(ranks_at(high))
     if least > budget:
-        what = f"target_ratio ({ratio}) is below {least / dense:.3g}, what the smallest ranks take"
+        what = (
+            f"target_ratio ({ratio}) is below {least / dense:.3g}, which the smallest ranks need: all layers get these"
+        )
         warnings.warn(what, stacklevel=4)
     if most < budget:
-        what = f"target_ratio ({ratio}) is above {most / dense:.3g}, what the largest ranks take"
+        what = f"target_ratio ({ratio}) is above {most / dense:.3g}, which the largest ranks need: all layers get these"
         warnings.warn(what, stacklevel=4)
     for _ in range(60):  # halvings, down to the precision of a float
         scale = (low + high) / 2
@@ -210,7 +216,7 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
 def _rank_of_energy(name: str, layer: Any, energy: float) -> int:
     """The smallest rank that keeps this share of Σσ² in every group."""
     if layer.weight.is_meta:
-        raise ValueError(f"energy ({energy}): {name} is on the meta device, so its singular values are not known")
+        raise ValueError(f"energy ({energy}): {name} is on the meta device, so its singular values are unknown")
     if not layer.weight.isfinite().all():
         raise ValueError(f"{name}: its weight has values that are not finite")
     layer_class = FACTORIZED[type(layer)]

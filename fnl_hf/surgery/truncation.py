@@ -146,7 +146,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         if not weight.is_meta and weight.isfinite().all():
             continue
         what = "on the meta device" if weight.is_meta else "not finite"
-        raise ValueError(f"{name}: calibration needs its weight, which is {what}")
+        raise ValueError(f"{name}: calibration needs the layer's weight, but it is {what}")
     found, few = {}, {}
     for name, moments in collect_moments(model, layers, batches):
         inputs = moments.inputs.shape[-1] if moments.rows else 0
@@ -158,8 +158,8 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         name = max(few, key=lambda name: few[name])
         inputs, rows = few[name]
         warnings.warn(
-            f"calibration has {rows} rows for {name}, which has {inputs} inputs: with fewer rows than inputs "
-            f"({len(few)} of {len(layers)} layers) it does not tell what counts",
+            f"the calibration data give {rows} rows for {name}, which has {inputs} inputs. {len(few)} of "
+            f"{len(layers)} layers get fewer rows than they have inputs: use more data to calibrate them reliably",
             stacklevel=4,
         )
     return found

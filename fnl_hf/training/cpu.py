@@ -36,6 +36,6 @@ def warn_of_idle_cores() -> None:
     threads = torch.get_num_threads()
     if threads * processes < cores:
         logger.warning(
-            f"{threads * processes} of {cores} cores are used: set OMP_NUM_THREADS={cores // processes}, "
-            f"or accelerate launch --num_cpu_threads_per_process {cores // processes}"
+            f"only {threads * processes} of {cores} cores are used: set OMP_NUM_THREADS={cores // processes}, or "
+            f"accelerate launch --num_cpu_threads_per_process {cores // processes}"
         )

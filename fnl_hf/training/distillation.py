@@ -150,13 +150,14 @@ def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     (layers, size), (teachers_layers, teachers_size) = sizes
     if size != teachers_size or layers == 0 or teachers_layers % layers:
         raise UserInputError(
-            f"each layer of the student is matched with one of its teacher's, or with the last of two, three ...: the "
-            f"student has {layers} of size {size}, its teacher {teachers_layers} of size {teachers_size}"
+            "the teacher must have as many layers as the student, or a multiple, and the same hidden size: the "
+            f"student has {layers} layers of size {size}, the teacher {teachers_layers} of size {teachers_size}"
         )
     for name in shared_logits(own, other):
         if own[name].shape != other[name].shape:
             raise UserInputError(
-                f"the student's {name} have {own[name].shape[-1]} classes, its teacher's {other[name].shape[-1]}"
+                f"the student's {name} have {own[name].shape[-1]} classes, the teacher's {other[name].shape[-1]}: "
+                "they must have the same number"
             )
     compared = [*own.hidden_states, *(own[name] for name in shared_logits(own, other))]
     weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -174,7 +175,9 @@ def _probe(model: PreTrainedModel) -> Any:
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise UserInputError(f"{type(model).__name__} cannot be distilled: {error}") from error
     if outputs.get("hidden_states") is None:
-        raise UserInputError(f"{type(model).__name__} cannot be distilled: it gives no hidden states of one encoder")
+        raise UserInputError(
+            f"{type(model).__name__} cannot be distilled: it does not return the hidden states of one encoder"
+        )
     return outputs
 
 

@@ -48,9 +48,9 @@ class ShardedTrainer(Trainer):
         untied = tied - _tied_names(self._whole_model())
         if untied:
             raise UserInputError(
-                f"FSDP2: {' and '.join(sorted(untied)[0])} are one parameter, but in two groups: let "
-                "fsdp_transformer_layer_cls_to_wrap, in Accelerate's configuration, name the encoder's layer alone, as "
-                "in configs/accelerate/fsdp2.yaml"
+                f"FSDP2: {' and '.join(sorted(untied)[0])} are one tied parameter, but FSDP2 puts them into two "
+                "groups: set fsdp_transformer_layer_cls_to_wrap in Accelerate's configuration to the encoder's "
+                "layer only, as in configs/accelerate/fsdp2.yaml"
             )
         return prepared
 

@@ -94,8 +94,8 @@ class LossGuard(TrainerCallback):
         trainer._globalstep_last_logged += new  # the logged loss is a mean over the other steps
         if trainer.is_world_process_zero():
             logger.warning(
-                f"{new} step(s) up to {state.global_step} skipped: loss or gradient is not finite. That makes "
-                f"{self.skipped}, the bound is {bound}"
+                f"skipped {new} step(s) up to step {state.global_step}: the loss or gradient is not finite. Skipped "
+                f"in all: {self.skipped}, allowed: {bound}"
             )
         should_log = trainer.control.should_log
         trainer.log({SKIPPED: self.skipped})
@@ -103,7 +103,7 @@ class LossGuard(TrainerCallback):
         if self.skipped > bound:
             newest = newest_complete_checkpoint(Path(trainer.args.output_dir))
             raise TrainingDiverged(
-                f"step {state.global_step}: {self.skipped} steps had a loss or gradient that is not finite, more than "
+                f"step {state.global_step}: the loss or gradient was not finite in {self.skipped} steps, more than "
                 f"--max_skipped_steps ({bound}). "
                 + (f"The newest complete checkpoint is {newest}" if newest else "There is no complete checkpoint yet")
             )

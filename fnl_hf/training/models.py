@@ -73,7 +73,7 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
     if not isinstance(config, BertConfig):
         raise UserInputError(
             f"{name_or_path} is a {config.model_type!r} checkpoint: it must be of model type 'bert' or 'fnl_bert'"
-            + "; `fnl-hf convert` makes one of it" * (config.model_type in NAMINGS)
+            + "; `fnl-hf convert` can make one of it" * (config.model_type in NAMINGS)
         )
     if isinstance(config, FnlBertConfig):
         return config
@@ -127,20 +127,24 @@ def _validate_entries(config: FnlBertConfig) -> None:
         if not smallest <= value < bound:
             raise UserInputError(f"configuration: {name} ({value}) must be at least {smallest} and below {bound}")
     if config.hidden_act not in ACT2FN:
-        raise UserInputError(f"configuration: hidden_act ({config.hidden_act}) is no activation of Transformers'")
+        raise UserInputError(
+            f"configuration: hidden_act ({config.hidden_act}) is not an activation function of Transformers"
+        )
 
 
 def _refuse_two_sources(model_args, names):
     given = [f"--{name}" for name in names if getattr(model_args, name) is not None]
     if len(given) > 1:
-        raise UserInputError(f"give one of {', '.join(f'--{name}' for name in names)}, not {' and '.join(given)}")
+        raise UserInputError(f"give only one of {', '.join(f'--{name}' for name in names)}, not {' and '.join(given)}")
 
 
 def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
     if not overrides:
         return config
     if not all(name and equals for name, equals, _ in (entry.partition("=") for entry in overrides.split(","))):
-        raise UserInputError(f"--config_overrides {overrides} must be like hidden_dropout_prob=0.0,type_vocab_size=1")
+        raise UserInputError(
+            f"--config_overrides {overrides} must have the form hidden_dropout_prob=0.0,type_vocab_size=1"
+        )
     try:
         config.update_from_string(overrides)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:  # TypeError: the entry is None
@@ -174,17 +178,19 @@ def build_pretraining_model(model_args, config: FnlBertConfig, objective: str) -
 def _validate_loaded(name_or_path: str, model: PreTrainedModel, loaded: dict) -> None:
     """Refuse weights that are not this model's: of other shapes, none at all, or no numbers."""
     for name, there, here in sorted(loaded["mismatched_keys"]):
-        raise UserInputError(f"{name_or_path}: {name} is {tuple(there)} there and {tuple(here)} here")
+        raise UserInputError(
+            f"{name_or_path}: {name} has shape {tuple(there)} in the checkpoint and {tuple(here)} in this model"
+        )
     names = {name for name, _ in model.named_parameters()}
     if names <= set(loaded["missing_keys"]):
-        raise UserInputError(f"{name_or_path} holds none of the model's weights, {min(names)} and others")
+        raise UserInputError(f"{name_or_path} contains none of the model's weights, such as {min(names)}")
     _validate_finite(name_or_path, model)
 
 
 def _validate_finite(name_or_path: str, model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight).all():
-            raise UserInputError(f"{name_or_path}: {name} is not finite")
+            raise UserInputError(f"{name_or_path}: {name} has values that are not finite")
 
 
 def load_text_model(
@@ -197,7 +203,9 @@ def load_text_model(
     model = load_model(name_or_path, dtype=torch.float32, **kernel)
     _validate_finite(name_or_path, model)
     if not hasattr(model.config, "vocab_size"):
-        raise UserInputError(f"{name_or_path} is a {model.config.model_type!r} checkpoint: it reads no text")
+        raise UserInputError(
+            f"{name_or_path} is a {model.config.model_type!r} checkpoint: its model does not read text"
+        )
     _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
     return model
 
@@ -220,7 +228,7 @@ def build_question_answering_model(
     if model_args.model_name_or_path is not None:
         model = load_question_answering_model(name, config, is_trained, dtype=torch.float32)
     elif not is_trained:
-        raise UserInputError(f"--config_name {name} begins with random weights: train them (--do_train)")
+        raise UserInputError(f"--config_name {name} starts from random weights: train them (--do_train)")
     else:
         with as_user_input(name):
             config = config or AutoConfig.from_pretrained(name)
@@ -256,7 +264,7 @@ def load_question_answering_model(
     if missing and not is_trained and not getattr(model, "_hf_peft_config_loaded", False):  # adapters may bring them
         raise UserInputError(
             f"no question answering model in {name}: it lacks {missing[0]}, which would be random: fine-tune it "
-            "(run_squad.py) first"
+            "with run_squad.py first"
         )
     return model
 
@@ -270,7 +278,7 @@ def load_answer_teacher(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_l
 
 
 @contextmanager
-def as_user_input(name, problem: str = "no model of the wanted kind can be built from"):
+def as_user_input(name, problem: str = "no model of the required kind can be built from"):
     """What Transformers raises for a configuration or checkpoint that it cannot build."""
     try:
         yield

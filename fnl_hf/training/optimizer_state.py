@@ -23,20 +23,26 @@ def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
     if folder is None:
         return None
     if args.overwrite_output_dir and Path(folder).resolve() == Path(args.output_dir).resolve():
-        raise UserInputError(f"--optimizer_state_from {folder} is the --output_dir that is to be overwritten")
+        raise UserInputError(
+            f"--optimizer_state_from {folder} is the --output_dir, which --overwrite_output_dir would delete: choose "
+            "another --output_dir"
+        )
     newest = newest_complete_checkpoint(Path(folder))
     if newest is None:
-        raise UserInputError(f"--optimizer_state_from {folder}: no complete checkpoint there")
+        raise UserInputError(f"--optimizer_state_from {folder}: no complete checkpoint in this folder")
     other = read_started(Path(folder)).get("optimizer", args.optimizer)
     if other != args.optimizer:
-        raise UserInputError(f"--optimizer_state_from {folder}: its optimizer is {other}, this one is {args.optimizer}")
+        raise UserInputError(
+            f"--optimizer_state_from {folder}: that run uses --optimizer {other}, this one {args.optimizer}: use the "
+            "same"
+        )
     validate_resume(newest, model, ARCHITECTURE)
     for checkpoint in list_checkpoints(Path(folder)):
         if has_weights(checkpoint, model) and (checkpoint == newest or find_fault(checkpoint) is None):
             return checkpoint
     raise UserInputError(
-        f"--optimizer_state_from {folder}: no complete checkpoint there has the weights that this run starts from: "
-        f"give one as --model_name_or_path, the newest is {newest}"
+        f"--optimizer_state_from {folder}: no complete checkpoint in it has the weights that this run starts from: "
+        f"set --model_name_or_path to one of its checkpoints, for example the newest, {newest}"
     )
 
 

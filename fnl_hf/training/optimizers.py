@@ -117,14 +117,17 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
     for name, separator, value in (part.partition("=") for part in _split(text or "")):
         if not separator or name not in known:
             raise UserInputError(
-                f"--optim_args {text}: {name!r} is not an argument of {optimizer}: name=value of {sorted(known)}"
+                f"--optim_args {text}: {name!r} is not an argument of {optimizer}. Write name=value, with a name "
+                f"from {sorted(known)}"
             )
         try:
             parsed[name] = ast.literal_eval(WORDS.get(value.lower(), value))
         except (ValueError, SyntaxError) as error:
             raise UserInputError(f"--optim_args {text}: {name} ({value}) must be a number, true or false") from error
         if not _fits(parsed[name], known[name]):
-            raise UserInputError(f"--optim_args {text}: {name} ({value}) must be like its default, {known[name]}")
+            raise UserInputError(
+                f"--optim_args {text}: {name} ({value}) must have the form of its default, {known[name]}"
+            )
     return parsed
 
 

@@ -33,7 +33,9 @@ class PushingTrainer(ShardedTrainer):
         private = self.args.hub_private_repo if private is None else private
 
         def create() -> str:
-            with hub_errors(repository_name(self.args), "Nothing is lost: mend it, or train without --push_to_hub"):
+            with hub_errors(
+                repository_name(self.args), "Nothing is lost: correct this, or train without --push_to_hub"
+            ):
                 return create_repository(repository_name(self.args), private, token or self.args.hub_token)
 
         self.hub_model_id = decide_on_first_process(create)
@@ -65,7 +67,7 @@ class PushingTrainer(ShardedTrainer):
     def _saying_what_is_missing(self) -> AbstractContextManager[None]:
         name = self.hub_model_id or repository_name(self.args)
         command = f"`fnl-hf push {self.args.output_dir} {name}`"
-        return hub_errors(name, f"The model is saved: {command} sends what is missing")
+        return hub_errors(name, f"The model is saved: {command} uploads what is missing")
 
     def is_pushing(self) -> bool:
         """Whether an upload is under way."""
@@ -125,4 +127,6 @@ class PushCallback(TrainerCallback):
 
 def _warn_if_failed(job: Future) -> None:
     if not job.cancelled() and (error := job.exception()) is not None:
-        logger.warning(f"A checkpoint could not be pushed: {explain(error)}. The run goes on; its end pushes again")
+        logger.warning(
+            f"A checkpoint could not be pushed: {explain(error)}. The run continues and pushes again at its end"
+        )

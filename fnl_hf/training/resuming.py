@@ -49,8 +49,8 @@ def find_best_checkpoint(args, state: TrainerState, run: Path) -> None:
     found = next((str(place) for place in places if place is not None and find_fault(Path(place)) is None), None)
     if found is None and args.load_best_model_at_end:
         logger.warning(
-            f"{run / best} had the best {args.metric_for_best_model} ({state.best_metric:.4g}) and is gone or "
-            "not complete: the best model is chosen from those that are evaluated from now on"
+            f"{run / best} had the best {args.metric_for_best_model} ({state.best_metric:.4g}), but is missing or "
+            "incomplete: the best model is chosen among the checkpoints evaluated from now on"
         )
         state.best_metric = state.best_global_step = None
     state.best_model_checkpoint = found

@@ -34,7 +34,8 @@ class EpochSampler(Sampler[int]):
         if length < global_batch:
             raise UserInputError(
                 f"the training data are {length} samples, fewer than one global batch of {global_batch} "
-                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps)"
+                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps): use more data or a "
+                "smaller batch"
             )
         self.length, self.global_batch = length, global_batch
         self.used = length - length % global_batch

@@ -52,13 +52,13 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if trainer.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1):
         raise UserInputError(
-            "DeepSpeed and FSDP1 flatten parameters, so that products cannot be told from them: use FSDP2 "
+            "DeepSpeed and FSDP1 flatten parameters, so the factors of a product cannot be found: use FSDP2 "
             "(fsdp_version: 2 in Accelerate's configuration)"
         )
     if plugin is not None and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
         raise UserInputError(
-            "--bf16_full_eval and --fp16_full_eval cast the model, which FSDP2 does not let them: --bf16 true is for "
-            "evaluations, too"
+            "--bf16_full_eval and --fp16_full_eval cast the model, which does not work with FSDP2: set --bf16 "
+            "true, which also applies to evaluation"
         )
     add_fnl_callbacks(trainer)
     trainer.add_callback(EpochCallback)
@@ -165,8 +165,8 @@ class FnlTrainer(PushingTrainer):
         step = self.state.global_step
         raise Preempted(
             f"stopped by SIGTERM after step {step} of {self.state.max_steps}, saved in "
-            f"{Path(self._get_output_dir(None), f'{PREFIX_CHECKPOINT_DIR}-{step}')}: the same command with "
-            "--resume_from_checkpoint auto goes on"
+            f"{Path(self._get_output_dir(None), f'{PREFIX_CHECKPOINT_DIR}-{step}')}: start the same command with "
+            "--resume_from_checkpoint auto to continue"
         )
 
     @contextmanager
@@ -339,10 +339,10 @@ class FnlTrainer(PushingTrainer):
         full = [text for is_full, text in failures if is_full]
         if full:
             raise UserInputError(
-                f"{folder} could not be written: the disk is full ({full[0]}). The checkpoints written before it "
-                "are as they were: make room and go on with --resume_from_checkpoint auto"
+                f"{folder} could not be written: the disk is full ({full[0]}). Earlier checkpoints are intact: free "
+                "some space and resume with --resume_from_checkpoint auto"
             ) from error
-        raise error or RuntimeError(f"{folder} could not be written by another process: {failures[0][1]}")
+        raise error or RuntimeError(f"another process could not write {folder}: {failures[0][1]}")
 
     @contextmanager
     def _deferring_error(self) -> Iterator[None]:

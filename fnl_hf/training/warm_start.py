@@ -68,7 +68,7 @@ def plan_factorization(model_args, seed: int, model: PreTrainedModel) -> tuple[F
     init = model_args.factorize_init or ("calibrated" if mode == "low_rank" else "spectral")
     is_calibrated = init == "calibrated"
     if mode != "low_rank" and init not in INITS:
-        raise UserInputError(f"--factorize_init {init} is for --factorize_mode low_rank, not {mode}")
+        raise UserInputError(f"--factorize_init {init} needs --factorize_mode low_rank, not {mode}")
     config = FactorizationConfig(
         mode=mode,
         target_ratio=model_args.factorize_target_ratio if mode == "low_rank" else None,
@@ -95,7 +95,7 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
         return None
     if layers := factorized_layers(model):
         raise UserInputError(
-            f"--factorize_at_step ({given:g}) is for a dense model: {len(layers)} layers of "
+            f"--factorize_at_step ({given:g}) needs a dense model: {len(layers)} layers of "
             f"{model_args.model_name_or_path} are factorized already"
         )
     held_by = {
@@ -105,13 +105,13 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
     }
     if holders := [what for what, is_used in held_by.items() if is_used]:
         raise UserInputError(
-            f"--factorize_at_step ({given:g}) is for one process without FSDP and torch.compile, which hold on to the "
-            f"layers that it replaces: here are {' and '.join(holders)}"
+            f"--factorize_at_step ({given:g}) works in one process without FSDP and torch.compile, which keep "
+            f"references to the layers that it replaces; this run uses {' and '.join(holders)}"
         )
     last = count_steps(args, train_dataset)
     step = int(given) if given >= 1 else int(given * last + 1e-6)  # 0.29 * 100 is a little less than 29
     if step >= last:
-        raise UserInputError(f"--factorize_at_step ({given:g}) must be below the {last} steps of the run")
+        raise UserInputError(f"--factorize_at_step ({given:g}) must be below the number of steps of the run ({last})")
     return WarmStart(step, *plan_factorization(model_args, args.seed, model))
 
 
@@ -167,14 +167,14 @@ class WarmStartCallback(TrainerCallback):
         try:
             factorize(model, self.warm_start.config, calibration)
         except ValueError as error:  # all that a run chooses was checked: weights are not finite
-            raise TrainingDiverged(f"--factorize_at_step: {error}, at step {self.trainer.state.global_step}") from error
+            raise TrainingDiverged(f"--factorize_at_step, at step {self.trainer.state.global_step}: {error}") from error
         state = carry_state(optimizer.state, before, model)
         like = replace_parameters(optimizer, build_optimizer(args, model), state)
         if args.process_index == 0:
             layers = len(factorized_layers(model))
             tqdm.write(
-                f"step {self.warm_start.step}: {layers} layers of the encoder are products from here on; the model has "
-                f"{model.num_parameters():,} parameters, before {size:,}"
+                f"step {self.warm_start.step}: factorized {layers} layers of the encoder; the model now has "
+                f"{model.num_parameters():,} parameters instead of {size:,}"
             )
         return like
 

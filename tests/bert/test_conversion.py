@@ -416,7 +416,7 @@ def test_the_command_converts_there_and_back(bert, batch, checkpoint, tmp_path, 
     expected, lost = fnl_hf.FnlBertForPreTraining.from_bert(bert, 21, calibration, output_truncations=True)
     assert truncation_table(lost) in printed
     before, after = bert.num_parameters(), expected.num_parameters()
-    assert f"FnlBertForPreTraining: {after:,} parameters, before {before:,}" in printed
+    assert f"FnlBertForPreTraining: {after:,} parameters instead of {before:,}" in printed
     assert_same_outputs(AutoModel.from_pretrained(small), expected.bert, batch, atol=0)
     # Loaded where fnl_hf cannot be imported.
     code = (
@@ -478,7 +478,10 @@ def test_weights_that_a_checkpoint_lacks_are_named(checkpoint, tmp_path, caplog)
     entries = json.loads((checkpoint / "config.json").read_text()) | {"architectures": ["BertForTokenClassification"]}
     (checkpoint / "config.json").write_text(json.dumps(entries))
     convert_checkpoint(str(checkpoint), tmp_path / "new")
-    assert "lacks weights of FnlBert" not in caplog.text and "which are random now: classifier.bias" in caplog.text
+    assert (
+        "lacks weights of FnlBert" not in caplog.text
+        and "which are initialized at random: classifier.bias" in caplog.text
+    )
 
 
 def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint, tmp_path):
@@ -514,7 +517,7 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
     assert truncation_table(calibrated.truncations) in texts["calibrated"]
     assert f"| attention embedding dimension E | 21 (50% of d) |\n| parameters | {after:,} |" in texts["plain"]
     assert "| converted from | bert, BertForPreTraining |\n| E before | 42 |" in texts["plain"]
-    assert f"| parameters before | {before:,} |" in texts["plain"] and "not trained since." in texts["plain"]
+    assert f"| parameters before | {before:,} |" in texts["plain"] and "not trained afterwards." in texts["plain"]
     assert f'AutoTokenizer.from_pretrained("{tmp_path}/plain", trust_remote_code=True)' in (
         (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
     )
@@ -569,9 +572,9 @@ def test_long_calibration_texts_are_cut_to_what_the_model_reads(checkpoint, tmp_
     (tmp_path / "text.txt").write_text("some text of words " * 99)
     files = {"calibration_files": [str(tmp_path / "text.txt")]}
     small = convert_checkpoint(str(checkpoint), tmp_path / "small", attention_embedding_size=21, **files)
-    assert len(small.truncations) == 4 and "changes nothing" not in caplog.text
+    assert len(small.truncations) == 4 and "has no effect" not in caplog.text
     same = convert_checkpoint(str(checkpoint), tmp_path / "same", **files)
-    assert same.truncations == [] and "calibration_file changes nothing" in caplog.text
+    assert same.truncations == [] and "calibration_file has no effect" in caplog.text
 
 
 def test_arguments_that_are_no_use_are_refused(bert):

@@ -399,7 +399,7 @@ def test_bad_images_and_labels_are_refused(folders, tmp_path):
         ({"method": "wider"}, "invalid choice: 'wider'"),
         ({"method": "low_rank", "rank_scale": 0.5, "target_ratio": 0.5}, "low_rank: rank_scale and target_ratio are"),
         ({"method": "low_rank", "rank_scale": -1.0}, r"rank_scale \(-1.0\) must be"),
-        ({"method": "low_rank", "include": "nowhere"}, "'nowhere' names no layer"),
+        ({"method": "low_rank", "include": "nowhere"}, "'nowhere' matches no layer"),
         ({"lr_milestones": "0.5 1.5"}, r"--lr_milestones \(1.5\) must be above 0 and below 1"),
         ({"crop_padding": -1}, r"--crop_padding \(-1\) must be at least 0"),
         ({"max_train_samples": 700}, "need 100 images of class 0, there are 12"),

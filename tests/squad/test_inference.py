@@ -133,9 +133,7 @@ def test_the_command_answers_one_question_or_a_file_of_them(model, tokenizer, tm
     for words in ([], ["Who?"], ["Who?", CONTEXT, "--questions_file", str(file)]):
         with pytest.raises(SystemExit) as stop:
             cli.main(["ask", folder, *words])
-        assert (
-            stop.value.code == 2 and "give a question and its context, or --questions_file" in capsys.readouterr().err
-        )
+        assert stop.value.code == 2 and "give a question and a context, or --questions_file" in capsys.readouterr().err
 
 
 def test_a_space_that_is_a_token_of_bytes_is_no_answer():
