@@ -106,7 +106,7 @@ def document_mask(
         ValueError: another implementation. FlashAttention takes documents as ``cu_seq_lens``.
     """
     if implementation not in ("sdpa", "eager"):
-        raise ValueError(f"document_ids need attention 'sdpa' or 'eager', not {implementation!r}")
+        raise ValueError(f"document_ids needs attention 'sdpa' or 'eager', not {implementation!r}")
     allowed = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, S, S), True: may attend
     if attention_mask is not None:
         allowed = allowed & attention_mask[:, None, None, :].bool()

@@ -63,12 +63,12 @@ class FnlBertConfig(BertConfig):
                 f"num_attention_heads ({heads})"
             )
         if self.attention_init not in ATTENTION_INITS + STUDIED_INITS:
-            raise ValueError(f"attention_init must be one of {ATTENTION_INITS}, got {self.attention_init!r}")
+            raise ValueError(f"attention_init must be one of {ATTENTION_INITS}, not {self.attention_init!r}")
         if self.attention_init != "normal" and embedding_size > self.hidden_size:
             raise ValueError(
-                f"attention_init={self.attention_init!r} truncates a product of rank hidden_size/heads, so it needs "
-                f"attention_embedding_size ({embedding_size}) <= hidden_size ({self.hidden_size}); "
-                f"use attention_init='normal'"
+                f"attention_init={self.attention_init!r} truncates products of rank hidden_size / "
+                f"num_attention_heads, so attention_embedding_size ({embedding_size}) must be at most hidden_size "
+                f"({self.hidden_size}): reduce it, or use attention_init='normal'"
             )
 
     def validate_encoder_only(self):

@@ -73,16 +73,16 @@ def validate_product(weights: tuple[torch.Tensor, ...], kind: str, num_heads: in
         ValueError: naming the product (``where``), the shapes and what they would have to be.
     """
     if kind not in RANK_DIMS:
-        raise ValueError(f"{where}: kind must be one of {sorted(RANK_DIMS)}, got {kind!r}")
+        raise ValueError(f"{where}: kind must be one of {sorted(RANK_DIMS)}, not {kind!r}")
     dims, shapes = RANK_DIMS[kind], [tuple(weight.shape) for weight in weights]
     if len(weights) != len(dims):
-        raise ValueError(f"{where}: kind {kind!r} has {len(dims)} factors, got {len(weights)}")
+        raise ValueError(f"{where}: products of kind {kind!r} have {len(dims)} factors, but {len(weights)} are given")
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{where}: two factors are the same parameter")
     if any(len(shape) < 2 for shape in shapes):
         raise ValueError(
-            f"{where}: factors must be matrices, got shapes {shapes}. FSDP1 and DeepSpeed ZeRO flatten parameters; "
-            "shard with FSDP2 (fully_shard) instead"
+            f"{where}: factors must be matrices, but have the shapes {shapes}. FSDP1 and DeepSpeed ZeRO flatten "
+            "parameters: use FSDP2 (fully_shard) instead"
         )
     ranks = [shape[dim] for shape, dim in zip(shapes, dims)]
     is_valid = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0
@@ -161,7 +161,7 @@ def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
     """
     largest = min(left.shape[-2], right.shape[-2], left.shape[-1])
     if not 1 <= rank <= largest:
-        raise ValueError(f"rank ({rank}) must be between 1 and {largest}, the largest rank the products can have")
+        raise ValueError(f"rank ({rank}) must be between 1 and {largest}, the largest rank that the products can have")
     with without_autocast((left, right)):
         left_basis, left_core = torch.linalg.qr(left)  # (H, m, min(m, k)), (H, min(m, k), k)
         right_basis, right_core = torch.linalg.qr(right)

@@ -121,7 +121,7 @@ def activation_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, to
         model.set_attn_implementation(implementation)
     for name, moments in queries.items():
         if not moments.rows:
-            raise ValueError(f"calibration of {name}: no tokens")
+            raise ValueError(f"calibration of {name}: the text has no tokens")
     return {
         name: _head_moments(queries[name], outputs[name], attention.self.num_attention_heads)
         for name, attention in attentions.items()

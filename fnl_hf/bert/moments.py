@@ -102,7 +102,7 @@ def measure_moments(model: nn.Module, moments: Mapping[str, LayerMoments], batch
             record.is_token = _mask_of(arguments)
             _project(_call(model, arguments), record.is_token, generator).backward()
     if empty:
-        raise ValueError("calibration has no batch")
+        raise ValueError("the calibration data have no batch")
 
 
 class _Recorder:

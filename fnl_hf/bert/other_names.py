@@ -87,7 +87,8 @@ NAMINGS = {
         },
         constants={"layer_norm_eps": 1e-12, "type_vocab_size": TOKEN_TYPES},
         other_heads=dict.fromkeys(
-            ("ForSequenceClassification", "ForMultipleChoice"), "a ReLU stands between its layers, in BERT a tanh"
+            ("ForSequenceClassification", "ForMultipleChoice"),
+            "its layers have a ReLU in between, those of BERT a tanh",
         ),
     ),
     "electra": Naming(
@@ -100,8 +101,8 @@ NAMINGS = {
         },
         predicts_with_gelu=True,
         other_heads={
-            "ForSequenceClassification": "a GELU stands between its layers, in BERT a tanh",
-            "ForMultipleChoice": "its summary of a sequence (summary_type, summary_activation) is not BERT's pooler",
+            "ForSequenceClassification": "its layers have a GELU in between, those of BERT a tanh",
+            "ForMultipleChoice": "its pooling (summary_type, summary_activation) is not BERT's pooler",
         },
     ),
 }
@@ -120,11 +121,12 @@ def find_naming(config: PreTrainedConfig) -> Naming:
     naming = NAMINGS.get(config.model_type)
     if naming is None:
         taken = ", ".join(("bert", "fnl_bert", *NAMINGS))
-        raise ValueError(f"model type {config.model_type!r}; those that can be converted are {taken}")
+        raise ValueError(f"model type {config.model_type!r} cannot be converted: it must be one of {taken}")
     width = getattr(config, "embedding_size", config.hidden_size)
     if width != config.hidden_size:
         raise ValueError(
-            f"embedding_size ({width}) must be hidden_size ({config.hidden_size}): BERT has no layer between the two"
+            f"embedding_size ({width}) must equal hidden_size ({config.hidden_size}): BERT has no projection "
+            "between the two"
         )
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError("it is a decoder (is_decoder or add_cross_attention): BERT is an encoder")
@@ -150,7 +152,7 @@ def _explain_other_head(head: str | None, config: PreTrainedConfig) -> str | Non
     if head is None:
         return "BERT has no head for its task"
     if head == "ForMaskedLM" and naming.predicts_with_gelu and config.hidden_act != "gelu":
-        return f"a GELU stands between its layers, in BERT hidden_act ({config.hidden_act!r})"
+        return f"its layers have a GELU in between, those of BERT hidden_act ({config.hidden_act!r})"
     return naming.other_heads.get(head)
 
 
@@ -169,7 +171,7 @@ def class_to_load(config: PreTrainedConfig, wanted: str) -> Any:
 
 
 def _refusal(head: str, reason: str | None) -> str:
-    return f"its head ({head}) cannot be converted: {reason}. FnlBertModel.from_bert takes the encoder alone"
+    return f"its head ({head}) cannot be converted: {reason}. FnlBertModel.from_bert converts the encoder only"
 
 
 def head_to_take(model: PreTrainedModel, wanted: str) -> str:

@@ -169,9 +169,9 @@ class FactorizedLayer(nn.Module):
             ValueError: the rank does not suit the mode, or an option of the layer cannot be factorized.
         """
         if init not in INITS + STUDIED_INITS:
-            raise ValueError(f"init must be one of {INITS}, got {init!r}")
+            raise ValueError(f"init must be one of {INITS}, not {init!r}")
         if init in STUDIED_INITS and mode != "low_rank":
-            raise ValueError(f"init {init!r} is for mode 'low_rank', not {mode!r}")
+            raise ValueError(f"init {init!r} needs mode 'low_rank', not {mode!r}")
         dense = layer.weight
         # On the meta device first: a wrong rank is refused, and nothing is drawn that would be thrown away.
         new = cls.like(layer, rank, mode == "deep", device="meta", dtype=dense.dtype)
@@ -238,7 +238,7 @@ def check_rank(rank: int, shape: tuple[int, int], mode: str) -> None:
         ValueError: an unknown mode, or a rank that does not suit it.
     """
     if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     full = min(shape)
     if mode == "low_rank" and not 1 <= rank <= full:
         raise ValueError(f"rank ({rank}) of a low_rank layer must be between 1 and {full}, the smaller size of {shape}")

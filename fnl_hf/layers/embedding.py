@@ -65,7 +65,10 @@ class FactorizedEmbedding(FactorizedLayer):
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedEmbedding":
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(layer, option):
-                raise ValueError(f"an Embedding with {option}={getattr(layer, option)} cannot be factorized")
+                raise ValueError(
+                    f"an Embedding with {option}={getattr(layer, option)} cannot be factorized: {option} is not "
+                    "supported"
+                )
         return cls(layer.num_embeddings, layer.embedding_dim, rank, layer.padding_idx, deep, **factory)
 
     def new_dense(self, **factory: Any) -> nn.Embedding:

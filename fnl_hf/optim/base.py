@@ -75,7 +75,7 @@ class ProductGroups(CheckedOptimizer):
             if id(parameter) in owners:
                 raise ValueError(
                     f"{where}: {name}, of shape {tuple(parameter.shape)}, is already in {owners[id(parameter)]}: a "
-                    "parameter can be a factor of one product only"
+                    "parameter can be a factor of only one product"
                 )
             owners[id(parameter)] = where
 
@@ -106,7 +106,7 @@ class ProductGroups(CheckedOptimizer):
                 group.setdefault(name, own[name])
         for name in ("product", "num_heads", "layout"):
             if own.get(name) != group.get(name):
-                raise ValueError(f"{where} has {name} {own.get(name)!r}, the state to be loaded {group.get(name)!r}")
+                raise ValueError(f"{where} has {name} {own.get(name)!r}, but the state to load has {group.get(name)!r}")
         super()._take_group(own, group, where)
         validate_product_group(group, where)
 
@@ -138,8 +138,8 @@ class ProductGroups(CheckedOptimizer):
                 groups.append(group)
         if self.defaults["frobenius_decay"] and all(group["product"] is None for group in self.param_groups):
             raise ValueError(
-                f"frobenius_decay ({self.defaults['frobenius_decay']}) has nothing to decay: no parameter group holds "
-                "products. Make the groups with frobenius_param_groups(model, ...)"
+                f"frobenius_decay ({self.defaults['frobenius_decay']}) has nothing to decay: no parameter group "
+                "contains products. Make the groups with frobenius_param_groups(model, ...)"
             )
         return groups
 

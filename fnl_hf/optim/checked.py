@@ -31,14 +31,15 @@ class CheckedOptimizer(torch.optim.Optimizer):
         if len(saved) != len(own):
             names = ", ".join(str(group.get("name", index)) for index, group in enumerate(own))
             raise ValueError(
-                f"the state to be loaded has {len(saved)} parameter group(s), this optimizer {len(own)} ({names}): a "
-                "state belongs to parameters by their position. Make both optimizers with the same groups"
+                f"the state to load has {len(saved)} parameter group(s), this optimizer {len(own)} ({names}). "
+                "States are matched with parameters by position: create both optimizers with the same groups"
             )
         for index, (group, other) in enumerate(zip(own, saved)):
             if len(group["params"]) != len(other["params"]):
                 raise ValueError(
-                    f"{group_name(group, index)} has {len(group['params'])} parameters, in the state to be loaded "
-                    f"{len(other['params'])}: a state belongs to parameters by their position"
+                    f"{group_name(group, index)} has {len(group['params'])} parameters, but {len(other['params'])} "
+                    "in the state to load. States are matched with parameters by position: create both optimizers "
+                    "with the same groups"
                 )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,8 +61,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
         missing = sorted(name for name in self.defaults if name in own and name not in group)
         if missing:
             raise ValueError(
-                f"{where} cannot take the state to be loaded, which has no {', '.join(missing)}: it is another "
-                "optimizer's"
+                f"{where}: the state to load has no {', '.join(missing)}: it belongs to another kind of optimizer"
             )
         get_lr(group)
 
@@ -74,15 +74,15 @@ class CheckedOptimizer(torch.optim.Optimizer):
         """Check what is to be loaded for the parameters of one group, in the place of ``own``."""
         for position, parameter in enumerate(parameters):
             entries = states.get(parameter, {})
-            problem = f"{where}, parameter {position}, of shape {tuple(parameter.shape)}: the state to be loaded has"
+            problem = f"{where}, parameter {position}, of shape {tuple(parameter.shape)}: the state to load has"
             missing = [name for name in self._state_entries(own) if name not in entries]
             if entries and missing:
-                raise ValueError(f"{problem} no {', '.join(missing)}: it is another optimizer's")
+                raise ValueError(f"{problem} no {', '.join(missing)}: it belongs to another kind of optimizer")
             for name in MOMENTS:
                 moment = entries.get(name)
                 if moment is not None and moment.shape != parameter.shape:
                     raise ValueError(
-                        f"{problem} {name} of shape {tuple(moment.shape)}: its parameters come in another order"
+                        f"{problem} {name} of shape {tuple(moment.shape)}: its parameters are in another order"
                     )
 
     def _takes_sparse_gradients(self, group: dict[str, Any]) -> bool:
@@ -107,9 +107,9 @@ def validate_number(name: str, value: Any, where: str = "") -> None:
         ValueError: it is something else, negative or not finite.
     """
     if not isinstance(value, Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-        raise ValueError(f"{where}{name} ({value}) must be one number, finite and >= 0")
+        raise ValueError(f"{where}{name} ({value}) must be one number, finite and at least 0")
     if not 0.0 <= value < float("inf"):  # type: ignore[operator]  # a Real is compared as a float is
-        raise ValueError(f"{where}{name} ({value}) must be finite and >= 0")
+        raise ValueError(f"{where}{name} ({value}) must be finite and at least 0")
 
 
 def validate_betas(betas: Any) -> None:

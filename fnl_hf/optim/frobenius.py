@@ -52,27 +52,27 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
     if kind is None:
         if decay != 0.0:
             raise ValueError(
-                f"{where}: frobenius_decay ({decay}) needs products of parameters: set product to one of "
+                f"{where}: frobenius_decay ({decay}) applies to products only: set product to one of "
                 f"{sorted(RANK_DIMS)} in the parameter group, as frobenius_param_groups does, or use weight_decay"
             )
         return
     if decay != 0.0 and group.get("differentiable"):
         raise ValueError(
-            f"{where}: differentiable (True) needs frobenius_decay 0, got {decay}: the decay is done in place, outside "
-            "autograd, and the step's derivative would lack it"
+            f"{where}: differentiable (True) needs frobenius_decay 0, not {decay}: the decay is applied in place, "
+            "outside of autograd, so it would be missing in the derivative of the step"
         )
     if kind == VIEWS:
         validate_views(group, where)
         _validate_dtypes(group, where)
         return
     if kind not in RANK_DIMS:
-        raise ValueError(f"{where}: product must be one of {sorted(RANK_DIMS)} or None, got {kind!r}")
+        raise ValueError(f"{where}: product must be one of {sorted(RANK_DIMS)} or None, not {kind!r}")
     size = len(RANK_DIMS[kind])
     if len(params) != size * group.get("num_products", len(params) // size):
         raise ValueError(
-            f"{where}: products of kind {kind!r} have {size} factors each, so the group must hold a multiple of {size} "
-            f"parameters{_describe_number(group)}, got {len(params)}: a factor is missing, or FSDP1, DeepSpeed ZeRO or "
-            "ZeroRedundancyOptimizer flattened the parameters or dealt them out"
+            f"{where}: products of kind {kind!r} have {size} factors each, so the group must have a multiple of "
+            f"{size} parameters{_describe_number(group)}, but has {len(params)}: a factor is missing, or FSDP1, "
+            "DeepSpeed ZeRO or ZeroRedundancyOptimizer flattened or distributed the parameters"
         )
     for index, weights in enumerate(products_of(group)):
         validate_product(tuple(weights), kind, group["num_heads"], f"{where}, product {index} ({kind})")
@@ -84,7 +84,10 @@ def _validate_dtypes(group: dict[str, Any], where: str) -> None:
     for index, weights in enumerate(products_of(group)):
         dtypes = [f"{weight.dtype} on {weight.device}" for weight in weights]
         if len(set(dtypes)) > 1:
-            raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(dtypes)}")
+            raise ValueError(
+                f"{where}, product {index} ({kind}): its factors must have the same dtype and device, but are "
+                f"{' and '.join(dtypes)}"
+            )
         for weight in weights:
             if group["frobenius_decay"] != 0.0 and weight.dtype not in DECAYED_DTYPES:
                 raise ValueError(f"{where}, product {index} ({kind}) has dtype {weight.dtype}: {_why_not(weight)}")
@@ -92,15 +95,15 @@ def _validate_dtypes(group: dict[str, Any], where: str) -> None:
 
 def _why_not(weight: torch.Tensor) -> str:
     if not weight.is_floating_point():
-        return "Frobenius decay is for real parameters, in float32 or float64"
+        return "Frobenius decay needs real parameters in float32 or float64"
     return (
-        "Frobenius decay changes a weight by about 3e-7 of its value per step, which is lost in half precision. Keep "
-        "the parameters in float32 (or float64) and use autocast"
+        "Frobenius decay changes a weight by about 3e-7 of its value per step, which half precision rounds away. "
+        "Keep the parameters in float32 (or float64) and use autocast"
     )
 
 
 def _describe_number(group: dict[str, Any]) -> str:
-    return f", here of {group['num_products']} products" if "num_products" in group else ""
+    return f" (for {group['num_products']} products)" if "num_products" in group else ""
 
 
 def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:

@@ -117,7 +117,7 @@ class Lamb(CheckedOptimizer):
     def _take_group(self, own: dict[str, Any], group: dict[str, Any], where: str) -> None:
         if "trust_clamp" not in group:
             if group.get("maximize"):
-                raise ValueError(f"{where} cannot take a state to be loaded that has maximize (True): LAMB minimizes")
+                raise ValueError(f"{where}: the state to load has maximize (True), but LAMB only minimizes")
             taken = {name: group[name] for name in TAKEN_FROM_ADAM if name in group}
             group.clear()
             group.update({name: value for name, value in own.items() if name not in TAKEN_FROM_ADAM} | taken)
@@ -164,8 +164,8 @@ class Lamb(CheckedOptimizer):
             get_lr(group)
             if group["has_matrices"] and all(p.dim() < 2 for p in group["params"]):
                 raise ValueError(
-                    "the parameters were reshaped after the optimizer was made, as FSDP1 and DeepSpeed ZeRO do: LAMB "
-                    "needs each parameter's norm. Shard with FSDP2 (fully_shard) instead"
+                    "the parameters were reshaped after the optimizer was created, as FSDP1 and DeepSpeed ZeRO do, "
+                    "but LAMB needs the norm of each parameter: use FSDP2 (fully_shard) instead"
                 )
 
     def _clip_scale(self) -> torch.Tensor | None:
@@ -333,12 +333,12 @@ def _validate(group: dict[str, Any]) -> None:
     for position, parameter in enumerate(group["params"]):
         if not parameter.is_floating_point():
             raise ValueError(
-                f"parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB is for "
+                f"parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB needs "
                 "real floating-point parameters"
             )
     validate_betas(group["betas"])
     if group["decay"] not in DECAYS:
-        raise ValueError(f"decay must be one of {DECAYS}, got {group['decay']!r}")
+        raise ValueError(f"decay must be one of {DECAYS}, not {group['decay']!r}")
     for name in ("weight_norm_clamp", "trust_clamp"):
         clamp = group[name]
         bounds = clamp if isinstance(clamp, tuple | list) else ()
@@ -348,6 +348,6 @@ def _validate(group: dict[str, Any]) -> None:
         raise ValueError("foreach and fused cannot both be True")
     if any(getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id") for p in group["params"]):
         raise ValueError(
-            "the parameters are flattened by FSDP1 or DeepSpeed ZeRO: LAMB needs each parameter's norm. Shard with "
-            "FSDP2 (fully_shard) instead"
+            "the parameters are flattened by FSDP1 or DeepSpeed ZeRO, but LAMB needs the norm of each parameter: "
+            "use FSDP2 (fully_shard) instead"
         )

@@ -57,8 +57,8 @@ class LocalFactor:
             self.local_rows = slice(start - first * self.rank, stop - first * self.rank)
         elif sharding is not None and is_middle:
             raise ValueError(
-                f"the middle factor of shape {tuple(weight.shape)} is sharded along dimension 1: it must be "
-                "sharded along dimension 0, as fully_shard does, or replicated"
+                f"the middle factor of shape {tuple(weight.shape)} is sharded along dimension 1: shard it along "
+                "dimension 0, as fully_shard does, or replicate it"
             )
         self.weight = self._rank_first(weight)
         self.is_in_place = target is weight

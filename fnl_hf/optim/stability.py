@@ -69,8 +69,8 @@ class StabilityCheck:
             for position, weights in enumerate(products_of(group) if group["product"] else ()):
                 if weights[0] is product.weights[0]:
                     logger.warning(
-                        f"{group_name(group, index)}, product {position} ({group['product']}) grows in its Frobenius "
-                        f"decay: ηλσ² is {growth:.3g}, and above {BOUND:g} a step enlarges a factor instead of "
+                        f"{group_name(group, index)}, product {position} ({group['product']}): its Frobenius decay "
+                        f"makes it grow. ηλσ² is {growth:.3g}; above {BOUND:g}, a step enlarges a factor instead of "
                         f"shrinking it. Lower lr ({group['lr']}) or frobenius_decay ({group['frobenius_decay']})"
                     )
 

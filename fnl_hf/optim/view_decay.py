@@ -161,16 +161,17 @@ def validate_views(group: dict[str, Any], where: str) -> None:
     params = group["params"]
     if not group.get("layout"):
         raise ValueError(
-            f"{where}: product {VIEWS!r} needs a layout, the places of the factors in their parameters: make the group "
-            "with frobenius_param_groups(model, ...), which finds them, or by fnl_hf.register_attention"
+            f"{where}: product {VIEWS!r} needs a layout, which says where the factors are in their parameters: make "
+            "the group with frobenius_param_groups(model, ...), which finds them, or describe them with "
+            "fnl_hf.register_attention"
         )
     pairs = [ViewPair.of(pair) for pair in group["layout"]]
     size = unit_size(group)
     if len(params) != size * group.get("num_products", len(params) // size):
         raise ValueError(
-            f"{where}: its attention layers have {size} parameters each, got {len(params)} for "
-            f"{group.get('num_products', 'a whole number')} of them: FSDP1, DeepSpeed ZeRO or ZeroRedundancyOptimizer "
-            "flattened the parameters or dealt them out"
+            f"{where}: its attention layers have {size} parameters each, but {len(params)} are given for "
+            f"{group.get('num_products', 'a whole number')} of them: FSDP1, DeepSpeed ZeRO or "
+            "ZeroRedundancyOptimizer flattened or distributed the parameters"
         )
     for start in range(0, len(params), size):
         for view in (view for pair in pairs for view in pair.views):
@@ -178,9 +179,9 @@ def validate_views(group: dict[str, Any], where: str) -> None:
             rows = weight.shape[view.dim] if weight.dim() == 2 else 0
             if view.end > rows:
                 raise ValueError(
-                    f"{where}, parameter {start + view.parameter}, of shape {tuple(weight.shape)}: a factor's rows end "
-                    f"at {view.end} in dimension {view.dim}, beyond the parameter. FSDP1 and DeepSpeed ZeRO flatten "
-                    "parameters; shard with FSDP2 (fully_shard) instead"
+                    f"{where}, parameter {start + view.parameter}, of shape {tuple(weight.shape)}: the rows of a "
+                    f"factor end at {view.end} in dimension {view.dim}, which is outside of the parameter. FSDP1 "
+                    "and DeepSpeed ZeRO flatten parameters: use FSDP2 (fully_shard) instead"
                 )
 
 

@@ -43,8 +43,8 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
         return
     if any(name == other for *_, other in registered):
         raise ValueError(
-            f"{type(module).__name__} has a product named {name!r} already: give product ({', '.join(weight_names)}) "
-            "another name"
+            f"{type(module).__name__} already has a product named {name!r}: give product "
+            f"({', '.join(weight_names)}) another name"
         )
     registered.append(entry)
 
@@ -114,7 +114,7 @@ def register_attention(
     weights.pairs(module, f"attention {name or type(module).__name__}")
     registered = module.__dict__.setdefault(_ATTENTION_REGISTRY, {})
     if registered.setdefault(name, weights) != weights:
-        raise ValueError(f"{type(module).__name__} has an attention named {name!r} already: give this one another name")
+        raise ValueError(f"{type(module).__name__} already has an attention named {name!r}: give this one another name")
 
 
 def registered_products(model: nn.Module) -> list[Product]:
@@ -206,8 +206,8 @@ def _refuse_two_products(products: list[Product]) -> None:
             for other, place in owners.setdefault(id(weight), []):
                 if not _are_apart(product, index, other, place):
                     raise ValueError(
-                        f"{weight_name} is a factor of product {product.name} and, as {other.weight_names[place]}, of "
-                        f"product {other.name}: a parameter can be a factor of one product only"
+                        f"{weight_name} is a factor of product {product.name} and, as {other.weight_names[place]}, "
+                        f"of product {other.name}: a parameter can be a factor of only one product"
                     )
             owners[id(weight)].append((product, index))
 

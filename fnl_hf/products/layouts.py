@@ -146,8 +146,8 @@ class AttentionWeights(NamedTuple):
         counts = {of_part: sum(in_head[letter] for letter in of_part) for of_part in rows}
         if min(heads, shared) < 1 or heads % shared or any(rows[each] % counts[each] for each in rows):
             raise ValueError(
-                f"{where}: rows {rows} must split into num_heads ({heads}) queries and num_key_value_heads ({shared}), "
-                "a divisor of it, keys and values"
+                f"{where}: rows {rows} must split into queries for num_heads ({heads}) and keys and values for "
+                f"num_key_value_heads ({shared}), which must divide num_heads"
             )
         sizes = {letter: rows[each] // counts[each] for each in rows for letter in each}
         size = sizes["q"] if self.rotary_size is None else self.rotary_size
@@ -157,16 +157,16 @@ class AttentionWeights(NamedTuple):
         is_wrong = is_rotated and (self.rotary not in PAIRINGS[1:] or size % 2 or not 0 < size <= sizes["q"])
         if sizes["q"] != sizes["k"] or is_wrong:
             raise ValueError(
-                f"{where}: queries of {sizes['q']} and keys of {sizes['k']} rows a head must have the same, rotary "
-                f"({self.rotary!r}) be one of {PAIRINGS[1:]} or None, and rotary_size ({size}) even, at least 2 and "
-                "at most that"
+                f"{where}: queries ({sizes['q']} rows per head) and keys ({sizes['k']}) must have the same number "
+                f"of rows; rotary ({self.rotary!r}) must be one of {PAIRINGS[1:]} or None; rotary_size ({size}) "
+                "must be even, at least 2, and at most that number of rows"
             )
         found = arrange(parts, Heads(size=sizes["q"], queries=heads, keys=shared), self.by_head)
         value = value_pair(found["v"], located[self.names[3]], Heads(sizes["v"], heads, shared))
         if value is None:
             shape = tuple(located[self.names[3]].weight.shape)
             raise ValueError(
-                f"{where}: {self.names[3]} of shape {shape} must take num_heads ({heads}) times {sizes['v']} inputs"
+                f"{where}: {self.names[3]} of shape {shape} must have num_heads ({heads}) times {sizes['v']} inputs"
             )
         return [*score_pairs(found["q"], found["k"], self.rotary or "", size if is_rotated else 0), value]
 
@@ -182,7 +182,7 @@ def weight_of(module: nn.Module, name: str, where: str) -> nn.Parameter:
 def _locate_weight(module: nn.Module, name: str, where: str) -> Located:
     weight = weight_of(module, name, where)
     if weight.dim() != 2:
-        raise ValueError(f"{where}: {name} must be a matrix, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{where}: {name} must be a matrix, but has shape {tuple(weight.shape)}")
     owner = module.get_submodule(name.rpartition(".")[0])
     return Located(name, False, weight, int(isinstance(owner, Conv1D)))
 

@@ -128,7 +128,7 @@ class ThroughputMeter:
     def peak(self) -> str:
         """What "mfu" is a share of, in words, as "989 TFLOP/s a device: data sheet of NVIDIA H100, bfloat16"."""
         flops, origin = device_peak_flops(self.device, self.dtype)
-        return f"{1e-12 * flops:.3g} TFLOP/s a device: {origin}"
+        return f"{1e-12 * flops:.3g} TFLOP/s per device: {origin}"
 
     def start(self) -> None:
         """Start the clock, unless it is running."""

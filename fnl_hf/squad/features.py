@@ -59,13 +59,13 @@ def load_squad_hub(name: str, config: str | None, split: str, cache_dir: str | N
         loaded = loaded.add_column("answers", [{"text": [], "answer_start": []}] * len(loaded))
     missing = [column for column in EXAMPLE_FEATURES if column not in loaded.column_names]
     if missing:
-        raise UserInputError(f"--dataset_name {name} has no columns {missing}, only {loaded.column_names}")
+        raise UserInputError(f"--dataset_name {name} lacks the columns {missing}: it has {loaded.column_names}")
     try:
         loaded = loaded.select_columns(list(EXAMPLE_FEATURES)).cast(EXAMPLE_FEATURES)
         for example in loaded:
             validate_answers(example, f"--dataset_name {name}")
     except (pa.ArrowException, UnicodeDecodeError, TypeError) as error:  # Arrow's JSON reader takes any bytes for text
-        raise UserInputError(f"--dataset_name {name} is not like rajpurkar/squad: {error}") from error
+        raise UserInputError(f"--dataset_name {name} does not have the layout of rajpurkar/squad: {error}") from error
     return loaded
 
 
@@ -102,7 +102,7 @@ def read_squad_file(file: str | Path | Any) -> Dataset:
     except (AttributeError, KeyError, TypeError) as error:
         raise UserInputError(f"{file}: not in SQuAD's layout (data, paragraphs, qas): {error!r}") from error
     if not examples:
-        raise UserInputError(f"{file}: no questions")
+        raise UserInputError(f"{file}: contains no questions")
     for example in examples:
         validate_answers(example, str(file))
     return Dataset.from_list(examples, features=EXAMPLE_FEATURES)
@@ -111,15 +111,15 @@ def read_squad_file(file: str | Path | Any) -> Dataset:
 def _flatten(question: dict[str, Any], context: str) -> dict[str, Any]:
     name, impossible = question["id"], question.get("is_impossible", False)
     if type(name) not in (str, int):
-        raise TypeError(f"a question's id must be a text, got {name!r}")
+        raise TypeError(f"the id of a question must be a string, not {name!r}")
     if not isinstance(impossible, bool):
-        raise TypeError(f"question {name!r}: is_impossible must be true or false, got {impossible!r}")
+        raise TypeError(f"question {name!r}: is_impossible must be true or false, not {impossible!r}")
     answers = [] if impossible else question.get("answers", [])
     if not isinstance(answers, list):
-        raise TypeError(f"question {name!r}: answers must be a list, got {answers!r}")
+        raise TypeError(f"question {name!r}: answers must be a list, not {answers!r}")
     texts = [context, question["question"], *(answer["text"] for answer in answers)]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"question {name!r}: context, question and answers must be texts, got {texts}")
+        raise TypeError(f"question {name!r}: context, question and answers must be strings, not {texts}")
     for text in (str(name), *texts):
         validate_unicode(text, f"question {name!r}")
     if not all(type(answer["answer_start"]) is int for answer in answers):
@@ -140,7 +140,7 @@ def validate_unicode(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserInputError(f"{where}: not Unicode at character {error.start}: {text!r}") from error
+        raise UserInputError(f"{where}: the character at position {error.start} is not Unicode: {text!r}") from error
 
 
 def validate_answers(example: dict[str, Any], where: str) -> None:
@@ -150,7 +150,7 @@ def validate_answers(example: dict[str, Any], where: str) -> None:
         if not text or found != text:
             raise UserInputError(
                 f"{where}: question {example['id']}: the answer {text!r} is not at offset {start} of its context, "
-                f"{found!r} is"
+                f"which has {found!r} there"
             )
 
 
@@ -244,8 +244,8 @@ class FeatureMaker:
             window = self.max_seq_length - length - self.tokenizer.num_special_tokens_to_add(pair=True)
             if window < 1:
                 raise UserInputError(
-                    f"--max_seq_length ({self.max_seq_length}) leaves no room for a context beside a question of "
-                    f"{length} tokens and special ones"
+                    f"--max_seq_length ({self.max_seq_length}) leaves no room for the context after a question of "
+                    f"{length} tokens and the special tokens"
                 )
             yield self.tokenizer(
                 [question],

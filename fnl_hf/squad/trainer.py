@@ -21,7 +21,7 @@ TEACHER_SHARE, TEMPERATURE = 0.5, 2.0
 def validate_scoring(args) -> None:
     """Raise UserInputError for evaluation without predictions: answers are made of them."""
     if args is not None and args.prediction_loss_only:
-        raise UserInputError("--prediction_loss_only (True) leaves no predictions to make answers of: leave it out")
+        raise UserInputError("--prediction_loss_only (True) keeps no predictions to compute answers from: leave it out")
 
 
 class SquadTrainer(FnlTrainer):

@@ -232,7 +232,7 @@ def test_a_head_without_a_counterpart_is_refused_by_its_name(bert, dimensions, t
     model = FnlBertForRanking.from_bert(bert)  # the encoder's weights need no counterpart
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
     bert.save_pretrained(tmp_path)
-    message = "^FnlBertForRanking stands for no class of transformers: .* inherit from one"
+    message = "^FnlBertForRanking cannot be converted: it must inherit from a class of transformers"
     for convert_it in (model.to_bert, FnlBertForRanking.bert_class, lambda: FnlBertForRanking.from_bert(tmp_path)):
         with pytest.raises(ValueError, match=message):
             convert_it()
@@ -307,7 +307,7 @@ def test_what_is_no_model_of_transformers_is_refused(bert):
     with pytest.raises(ValueError, match="^PeftModel has adapters of PEFT"):
         fnl_hf.FnlBertModel.from_bert(peft_model)
     for other in (torch.nn.Sequential(bert), {"bert": bert}, None):
-        with pytest.raises(ValueError, match=f"^a {type(other).__name__} is no model of Transformers, nor the name or"):
+        with pytest.raises(ValueError, match=f"^a {type(other).__name__} is neither a model of Transformers nor"):
             fnl_hf.FnlBertModel.from_bert(other)
 
 
@@ -540,7 +540,7 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
         (
             tmp_path / "albert",
             [],
-            "albert: model type 'albert'; those that can be converted are bert, fnl_bert",
+            "albert: model type 'albert' cannot be converted: it must be one of bert, fnl_bert",
         ),
         (checkpoint, ["--attention_embedding_size", "20"], "attention_embedding_size (20) must be a multiple of"),
         (checkpoint, ["--calibration_file", str(text), "--attention_embedding_size", "21"], f"{text}"),
@@ -549,7 +549,7 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
         (tmp_path / "w", ["--to", "bert"], "has products of rank 20"),
         (tmp_path / "missing", [], "missing"),
         (checkpoint, [*smaller, "--max_seq_length", "2"], "max_seq_length (2) must be at least 3"),
-        (spoilt, ["--attention_embedding_size", "21"], "layer.1.attention: its weights, or what it computes for the"),
+        (spoilt, ["--attention_embedding_size", "21"], "layer.1.attention: its weights or its activations on the"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["convert", str(source), str(new), *words])

@@ -124,7 +124,7 @@ def test_what_cannot_be_exported_is_refused_before_it_is_run(tmp_path):
     for model, message in (
         (fnl_hf.FnlBertForMultipleChoice(config), r"reads \(B, choices, S\): export its encoder"),
         ("model", "a str is not a model of Transformers: load the model first"),
-        (torch.nn.Linear(2, 3), "a Linear is no model of Transformers"),
+        (torch.nn.Linear(2, 3), "a Linear is not a model of Transformers"),
     ):
         for export in (export_program, lambda model: export_onnx(model, tmp_path / "model.onnx")):
             with pytest.raises(fnl_hf.UserInputError, match=message):

@@ -308,7 +308,7 @@ def test_bad_streams_are_refused(make, tokenizer, monkeypatch):
     monkeypatch.setattr(corpus.logger, "warning", messages.append)
     run(make, 200)
     assert [message for message in messages if "broken" in message] == [
-        "shard 0 of 4 of the stream: 1 broken records, the last: not JSON; they are left out. Set --strict true to stop "
-        "at broken records"
+        "shard 0 of 4 of the stream: 1 broken records, the last: not JSON; they are left out. Set --strict true to "
+        "stop at broken records"
     ]
     assert messages.count("The stream starts again: epoch 1") == 1

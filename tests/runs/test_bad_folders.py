@@ -140,7 +140,7 @@ FOLDERS = {
         flags(optimizer_state_from="<run>", optimizer="lamb"), "uses --optimizer adamw, this one lamb: use the same$"
     ),
     "optimizer state of other shapes": (
-        flags(optimizer_state_from="<run>", attention_embedding_size=8), "attention_embedding_size is None in the checkpoint and 8"
+        flags(optimizer_state_from="<run>", attention_embedding_size=8), "size is None in the checkpoint and 8"
     ),
     "optimizer state to be deleted": (
         overwriting(optimizer_state_from="<here>/out"),

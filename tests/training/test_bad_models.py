@@ -25,7 +25,7 @@ MODELS = {
         flags(attention_embedding_size=15), r"attention_embedding_size \(15\) must be a positive multiple of .*\(2\)$"
     ),
     "spectral with E above d": (
-        flags(attention_embedding_size=64, attention_init="spectral"), r"\(64\) <= hidden_size \(32\)"
+        flags(attention_embedding_size=64, attention_init="spectral"), r"\(64\) must be at most hidden_size \(32\)"
     ),
     "no configuration": (flags(config_name="/no/such"), "^no usable configuration in /no/such: "),
     "torn configuration": (

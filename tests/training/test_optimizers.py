@@ -48,7 +48,7 @@ def test_muon_takes_its_own_arguments(tmp_path, dimensions):
                      ("decay_adamw", False, 0.5, 0.125), ("plain", False, 0.5, 0.0)]  # fmt: skip
     for bad, message in {
         "adjust_lr_fn=moonshot": r"adjust_lr_fn \(moonshot\) must be a number",
-        "adamw_lr=-1": r"lr \(-1\) must be finite and >= 0",
+        "adamw_lr=-1": r"lr \(-1\) must be finite and at least 0",
         "ns_steps=2.5": r"ns_steps \(2.5\) must be a whole number",
         "foreach=true": "'foreach' is not an argument of muon",
     }.items():
