@@ -52,7 +52,9 @@ def run_apart(name: str, args) -> bool:
 
 def parse(words=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"stages to run, of {', '.join(STAGES)}; default: all")
+    parser.add_argument(
+        "stages", nargs="*", metavar="stage", help=f"stages to run, of {', '.join(STAGES)}; default: all"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the stages themselves in seconds")
     parser.add_argument("--again", action="store_true", help="also run stages that have finished on this device")

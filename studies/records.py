@@ -38,7 +38,7 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
         torn = opened.read().rpartition(b"\n")[2]
         opened.truncate(opened.seek(0, os.SEEK_END) - len(torn))
         if opened.write(data) < len(data):
-            raise OSError(f"{file}: a line could not be written whole")
+            raise OSError(f"{file}: a line was only partly written")
         os.fsync(opened.fileno())
 
 

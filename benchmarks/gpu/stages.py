@@ -18,17 +18,28 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "tests": Stage("Do the tests that need a GPU pass?", correctness.run_tests),
-    "heads": Stage("Do all heads compute the same values as on the CPU, and which of them wait?", correctness.compare_heads),
-    "steps": Stage("Do all optimizers compute the same steps as on the CPU, and which of them wait?", correctness.compare_optimizers),
+    "heads": Stage(
+        "Do all heads compute the same values as on the CPU, and which of them wait?", correctness.compare_heads
+    ),
+    "steps": Stage(
+        "Do all optimizers compute the same steps as on the CPU, and which of them wait?",
+        correctness.compare_optimizers,
+    ),
     "precision": Stage("How much precision do bf16 and TF32 lose?", correctness.measure_precision),
-    "varlen": Stage("Does FlashAttention's varlen compute the same as sdpa with document_ids?", correctness.compare_varlen),
+    "varlen": Stage(
+        "Does FlashAttention's varlen compute the same as sdpa with document_ids?", correctness.compare_varlen
+    ),
     "graphs": Stage("Does torch.compile break the graph, and do CUDA graphs work?", correctness.try_graphs),
     "resume": Stage("Is a resumed run bit-identical, and does FSDP2 train?", resuming.try_resuming),
     "decay": Stage("How much time does the decay take?", optimizers.compare_decay),
     "adamw": Stage(
-        "How long does a step of FrobeniusAdamW take compared with torch's AdamW?", partial(optimizers.compare_steps, kind="AdamW")
+        "How long does a step of FrobeniusAdamW take compared with torch's AdamW?",
+        partial(optimizers.compare_steps, kind="AdamW"),
     ),
-    "lamb": Stage("How long does a step of Lamb take compared with pytorch_optimizer's?", partial(optimizers.compare_steps, kind="LAMB")),
+    "lamb": Stage(
+        "How long does a step of Lamb take compared with pytorch_optimizer's?",
+        partial(optimizers.compare_steps, kind="LAMB"),
+    ),
     **{
         f"throughput-{preset}-{length}": Stage(
             f"How fast does {preset} train at sequence length {length}?",

@@ -12,7 +12,7 @@ for mode in ("weight", "frobenius"):
     arms |= {f"{mode}-{value}": {"decay_mode": mode, "frobenius_decay": value} for value in LAMBDAS}
 
 STUDY = Study(
-    question="Does decay of the attention's products in fine-tuning raise F1?",
+    question="Does decay of the attention products during fine-tuning raise F1?",
     script="run_squad.py",
     base={
         "model_type": "fnl_bert",
@@ -35,10 +35,10 @@ STUDY = Study(
     effect=0.5,
     comparisons=(
         Comparison(
-            "After fine-tuning with Frobenius decay F1 is higher than without", "frobenius-4", "none", article=True
+            "Fine-tuning with Frobenius decay gives a higher F1 than without decay", "frobenius-4", "none", article=True
         ),
-        Comparison("After fine-tuning with weight decay F1 is higher than without", "weight-4", "none"),
-        Comparison("Strong Frobenius decay costs less F1 than strong weight decay", "frobenius-20", "weight-20"),
+        Comparison("Fine-tuning with weight decay gives a higher F1 than without decay", "weight-4", "none"),
+        Comparison("Strong Frobenius decay lowers F1 less than strong weight decay", "frobenius-20", "weight-20"),
     ),
     metric="metrics/eval_f1",
     label="F1 (%)",

@@ -22,7 +22,7 @@ def of_both_kinds(measure):
 
 
 STUDY = Study(
-    question="Does Frobenius decay of BERT's attention products leave a lower held-out loss than weight decay of their "
+    question="Does Frobenius decay of BERT's attention products reach a lower held-out loss than weight decay of their "
     "factors, each at its best λ?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
@@ -31,16 +31,17 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         Comparison(
-            "Frobenius decay leaves a lower loss than weight decay of the factors, each at its best λ",
+            "Frobenius decay reaches a lower loss than weight decay of the factors, each at its best λ",
             "frobenius-*",
             "weight-*",
             article=True,
         ),
         Comparison(
-            "Frobenius decay at its best λ leaves a lower loss than no decay", "frobenius-*", "none", article=True
+            "Frobenius decay at its best λ reaches a lower loss than no decay", "frobenius-*", "none", article=True
         ),
         Comparison(
-            "Frobenius decay needs no new hyperparameter: at the λ of the dense matrices it is as good as at its best",
+            "Frobenius decay needs no new hyperparameter: with the λ of the dense matrices it is as good as with "
+            "its best λ",
             f"frobenius-{DENSE_LAMBDA}",
             "frobenius-*",
             expected="same",

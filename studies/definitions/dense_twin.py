@@ -16,7 +16,7 @@ def wide(init: str) -> dict[str, Any]:
 
 
 STUDY = Study(
-    question="Does a product of full rank train as the dense layer does, with each decay?",
+    question="Does a product of full rank train like the dense layer, for each decay?",
     script="run_pretrain.py",
     base={name: value for name, value in recipe("configs/quickstart.yaml").items() if name != "save_total_limit"}
     | {"save_steps": 500},
@@ -35,24 +35,28 @@ STUDY = Study(
     effect=0.05,
     comparisons=(
         Comparison(
-            "A product's weights are as far from the dense ones as those of a dense run that was disturbed",
+            "The weights of the products are as far from the dense weights as those of a slightly changed dense run",
             "wide-spectral",
             "dense-disturbed",
             expected="same",
         ),
-        Comparison("From the dense weights they stay nearer than from others", "wide-spectral", "wide-default"),
+        Comparison(
+            "Products initialized from the dense weights stay closer to them than other products",
+            "wide-spectral",
+            "wide-default",
+        ),
     ),
     metric="twin/distance",
-    label="distance to the dense weights (over their norm)",
+    label="relative distance from the dense weights",
     seeds=(1, 2, 3),
     measures={
-        "of the dense weights": {"cosine": "twin/cosine", "norm": "twin/norm"},
+        "compared with the dense weights": {"cosine": "twin/cosine", "norm": "twin/norm"},
         "held-out loss": {"nats": "metrics/eval_loss"},
     },
     courses={
         "distance to the dense weights": {"": "curves/twin/distance"},
         "cosine with the dense weights": {"": "curves/twin/cosine"},
-        "norm, over that of the dense weights": {"": "curves/twin/norm"},
+        "norm relative to the dense weights": {"": "curves/twin/norm"},
     },
     spectra=False,
     twin="dense",

@@ -14,7 +14,7 @@ def products(ratio: float, init: str) -> dict[str, Any]:
 
 
 STUDY = Study(
-    question="Do products train better if U has a higher rate than V, each way at its best rate?",
+    question="Do products train better if U has a higher learning rate than V, each variant at its best rate?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={
@@ -28,7 +28,9 @@ STUDY = Study(
     reference="equal-0.002",
     effect=0.05,  # 5% of the perplexity
     comparisons=(
-        Comparison("A rate of U above V's by n/r leaves a lower loss than one for both", "apart-*", "equal-*"),
+        Comparison(
+            "A rate of U that is n/r times that of V reaches a lower loss than one rate for both", "apart-*", "equal-*"
+        ),
     ),
     seeds=(1, 2, 3),
     tuning_seeds=(101, 102),

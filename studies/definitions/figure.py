@@ -26,8 +26,8 @@ def arms_at(size: int) -> dict[str, dict[str, Any]]:
 
 
 STUDY = Study(
-    question="Is the bound that weight decay of the factors penalizes, ½(‖U‖² + ‖V‖²), as small as the nuclear norm in "
-    "training, and under Frobenius decay not?",
+    question="Does weight decay of the factors make the bound that it penalizes, ½(‖U‖² + ‖V‖²), as small as the "
+    "nuclear norm, and does Frobenius decay not?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={f"E{size}": arms_at(size) for size in SIZES},
@@ -35,21 +35,21 @@ STUDY = Study(
     effect=0.02,
     comparisons=(
         Comparison(
-            "Under weight decay the nuclear norm is closer to its bound than under Frobenius decay",
+            "With weight decay, the nuclear norm is closer to its bound than with Frobenius decay",
             "weight-normal",
             "frobenius-normal",
             article=True,
         ),
         Comparison(
-            "Under Frobenius decay it is closer to its bound than without decay", "frobenius-normal", "none-normal"
+            "With Frobenius decay, it is closer to its bound than without decay", "frobenius-normal", "none-normal"
         ),
     ),
     metric="norms/qk/tightness",
-    label="nuclear norm of QKᵀ over its bound",
+    label="nuclear norm of QKᵀ / its bound",
     better="higher",
     seeds=(1, 2, 3),
     measures={
-        "nuclear norm of VOᵀ over its bound": {"": "norms/vo/tightness"},
+        "nuclear norm of VOᵀ / its bound": {"": "norms/vo/tightness"},
         "held-out loss": {"nats": "metrics/eval_loss"},
     },
     courses={

@@ -44,8 +44,8 @@ def arms_at(ratio: float) -> dict[str, dict[str, Any]]:
 
 
 STUDY = Study(
-    question="What does a BERT whose encoder consists of small products lose, by initialization and decay, and does it "
-    "beat a narrower dense one that costs the same?",
+    question="How much does a BERT lose if its encoder consists of small products, for each initialization and decay, "
+    "and does it beat a narrower dense BERT of the same cost?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={"half": arms_at(0.5), "quarter": arms_at(0.25)},
@@ -53,34 +53,36 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         Comparison(
-            "Products beat a narrower dense model of as many parameters", "spectral-frobenius-*", "narrow-parameters-*"
+            "Products beat a narrower dense model with as many parameters",
+            "spectral-frobenius-*",
+            "narrow-parameters-*",
         ),
-        Comparison("Products beat a narrower dense model of as many FLOPs", "spectral-frobenius-*", "narrow-flops-*"),
+        Comparison("Products beat a narrower dense model with as many FLOPs", "spectral-frobenius-*", "narrow-flops-*"),
         Comparison(
-            "Spectral initialization with Frobenius decay beats the default one with weight decay",
+            "Spectral initialization with Frobenius decay beats the default initialization with weight decay",
             "spectral-frobenius-*",
             "default-weight-*",
             article=True,
         ),
         Comparison(
-            "Spectral initialization beats the default one under Frobenius decay",
+            "With Frobenius decay, spectral initialization beats the default",
             "spectral-frobenius-*",
             "default-frobenius-*",
             article=True,
         ),
         Comparison(
-            "Under spectral initialization Frobenius decay beats weight decay",
+            "With spectral initialization, Frobenius decay beats weight decay",
             "spectral-frobenius-*",
             "spectral-weight-*",
             article=True,
         ),
         Comparison(
-            "Without spectral initialization Frobenius decay is worse than weight decay",
+            "Without spectral initialization, Frobenius decay is worse than weight decay",
             "default-weight-*",
             "default-frobenius-*",
             article=True,
         ),
-        Comparison("Singular values of one beat those of the dense matrix", "ones-frobenius-*", "spectral-frobenius-*"),
+        Comparison("Singular values of 1 beat those of the dense matrix", "ones-frobenius-*", "spectral-frobenius-*"),
         Comparison("Products are as good as the dense model", "spectral-frobenius-*", "dense-*", expected="same"),
     ),
     seeds=(1, 2, 3),

@@ -26,8 +26,8 @@ def decay_of(mode: str, value: float) -> dict[str, Any]:
 
 
 STUDY = Study(
-    question="Which optimizer leaves the lowest held-out loss, each at its best rate, and does Frobenius decay of the "
-    "attention's products help each of them?",
+    question="Which optimizer reaches the lowest held-out loss, each at its best rate, and does Frobenius decay of the "
+    "attention products help each of them?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={
@@ -42,11 +42,11 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         *(
-            Comparison(f"With {name} Frobenius decay beats no decay", f"{name}-frobenius-*", f"{name}-none-*")
+            Comparison(f"With {name}, Frobenius decay beats no decay", f"{name}-frobenius-*", f"{name}-none-*")
             for name in OPTIMIZERS
         ),
         *(
-            Comparison(f"{name} leaves a lower loss than AdamW", f"{name}-[nf]*", "adamw-*")
+            Comparison(f"{name} reaches a lower loss than AdamW", f"{name}-[nf]*", "adamw-*")
             for name in OPTIMIZERS
             if name != "adamw"
         ),

@@ -28,8 +28,8 @@ def arms_of(kind: str) -> dict[str, dict[str, Any]]:
 
 
 STUDY = Study(
-    question="Do feed-forward layers that are wide or deep products in training, and dense when they are used, reach a "
-    "lower held-out loss?",
+    question="Do feed-forward layers reach a lower held-out loss if they are wide or deep products in training and are "
+    "merged afterwards?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={kind: arms_of(kind) for kind in DENSE_STEPS},
@@ -39,12 +39,16 @@ STUDY = Study(
         Comparison(*claim, article=True)
         for claim in (
             (
-                "With Frobenius decay overcomplete layers beat dense ones of the same steps",
+                "With Frobenius decay, overcomplete layers beat dense layers trained for as many steps",
                 "product-frobenius-*",
                 "dense-*",
             ),
-            ("With Frobenius decay they beat dense ones of the same time", "product-frobenius-*", "longer-*"),
-            ("With weight decay they are worse than dense ones", "dense-*", "product-weight-*"),
+            (
+                "With Frobenius decay, they beat dense layers trained for the same time",
+                "product-frobenius-*",
+                "longer-*",
+            ),
+            ("With weight decay, they are worse than dense layers", "dense-*", "product-weight-*"),
         )
     ),
     tuning_seeds=(101, 102),

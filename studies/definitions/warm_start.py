@@ -14,8 +14,8 @@ def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
 
 
 STUDY = Study(
-    question="Does a model whose layers become products after some dense steps reach a lower held-out loss than one "
-    "that has them from the beginning?",
+    question="Does a model reach a lower held-out loss if its layers become products after some dense steps instead of "
+    "at the start?",
     script="run_pretrain.py",
     # E = d: what is compared are the products that the switch makes
     base=recipe("configs/quickstart.yaml") | {"attention_embedding_size": 128},
@@ -27,7 +27,7 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         Comparison(
-            "A warm start after a quarter of the steps leaves a lower loss than products from the beginning",
+            "A warm start after a quarter of the steps reaches a lower loss than products from the start",
             "switch-0.25",
             "switch-0",
         ),
@@ -41,7 +41,7 @@ STUDY = Study(
     seeds=(1, 2, 3),
     measures={
         "training": {"seconds": "metrics/train_runtime"},
-        "throughput": {"tokens a second": "metrics/train_tokens_per_second"},
+        "throughput": {"tokens per second": "metrics/train_tokens_per_second"},
     },
     spectra=False,
 )

@@ -120,7 +120,9 @@ def test_the_tests_that_need_a_gpu_are_those_that_are_run_there(on_gpu):
         assert re.search(f"def test_.*{words}", (ROOT / file).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("words, message", [(["nothing"], "unknown stage nothing"), ([], "there is no CUDA device: use")])
+@pytest.mark.parametrize(
+    "words, message", [(["nothing"], "unknown stage nothing"), ([], "there is no CUDA device: use")]
+)
 def test_bad_words_are_one_line(on_gpu, capsys, monkeypatch, words, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:

@@ -96,7 +96,7 @@ FOLDERS = {
     "other world size": (
         resumed(edit("run_arguments.json", world_size=3)), r"on 3 process\(es\) .* --gradient_accumulation_steps 3$"
     ),
-    "other file": (corpus("c.txt", TEXT, resume_from_checkpoint="<run>/checkpoint-2"), "another run: train_file is "),
+    "other file": (corpus("c.txt", TEXT, resume_from_checkpoint="<run>/checkpoint-2"), "another run: train_file was "),
     "other text": (
         resumed(other_text_under_the_same_name, train_file="<here>/corpus.txt"), "on other data: the fingerprint was "
     ),
