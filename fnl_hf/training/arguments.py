@@ -54,7 +54,8 @@ UNSUPPORTED = {
 
 @dataclass
 class FnlTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` with the optimizer, its Frobenius decay, and what happens to an output folder in use."""
+    """``TrainingArguments`` with the optimizer, its Frobenius decay, and the handling of an output folder that is in
+    use."""
 
     optimizer: str = field(
         default="adamw",
@@ -176,10 +177,10 @@ class FnlTrainingArguments(TrainingArguments):
         if self.global_train_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.global_train_batch_size)
         parse_optimizer_arguments(self.optimizer, self.optim_args)
-        self.remove_unused_columns = False  # our datasets have none, and return whole batches
-        if self.device.type == "cpu":  # pinned memory would only bring a warning
+        self.remove_unused_columns = False  # our data sets have no such columns and return whole batches
+        if self.device.type == "cpu":  # pinned memory is useless on a CPU and causes a warning
             self.dataloader_pin_memory = False
-        elif not given:  # else the host waits for each batch to be copied
+        elif not given:  # without this, the host waits for each batch to be copied
             accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def _validate_flags(self) -> None:
@@ -200,7 +201,7 @@ class FnlTrainingArguments(TrainingArguments):
             _validate_json(name, getattr(self, name))
 
     def _use_one_gpu(self) -> None:
-        """Trainer would wrap the model in DataParallel, which neither batch sizes nor packed sequences allow for."""
+        """Prevent DataParallel: neither our batch sizes nor packed sequences work with it."""
         if self.n_gpu > 1:
             logger.warning(
                 f"{self.n_gpu} GPUs are visible, but each process trains on one. To use all of them, start the "
@@ -210,7 +211,8 @@ class FnlTrainingArguments(TrainingArguments):
             self._n_gpu = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the Hub token: what is pickled, ``training_args.bin``, is uploaded. Copies have no token either."""
+        """All fields except the Hub token, because ``training_args.bin`` is a pickle that is uploaded. Copies have no
+        token, either."""
         return vars(self) | {"hub_token": None}
 
     def _accumulation_for(self, global_batch: int) -> int:

@@ -1,4 +1,4 @@
-"""The flags of ``run_pretrain.py`` beside those of ``FnlTrainingArguments``."""
+"""The flags of ``run_pretrain.py`` in addition to those of ``FnlTrainingArguments``."""
 
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ COUNTS = (
 
 @dataclass
 class ModelArguments:
-    """What to train: a preset, a configuration, or a checkpoint to go on from."""
+    """The model to train: a preset, a configuration, or a checkpoint to continue from."""
 
     preset: str | None = field(
         default=None, metadata={"help": "Size of a new BERT. Default: tiny.", "choices": list(PRESETS)}
@@ -140,14 +140,14 @@ class ModelArguments:
 
 
 def validate_kernel(model_args: ModelArguments, args) -> None:
-    """Raise UserInputError for an attention kernel that does not take the run's numbers."""
+    """Raise UserInputError for an attention kernel that does not support the run's precision."""
     if model_args.attn_implementation == "flash_attention_2" and not (args.bf16 or args.fp16):
         raise UserInputError("--attn_implementation flash_attention_2 needs 16-bit precision: set --bf16 true")
 
 
 def validate_distillation(model_args: ModelArguments, objective: str) -> None:
-    """Raise UserInputError for a teacher without student, a student without teacher, or flags that would change what
-    the student is."""
+    """Raise UserInputError for a teacher without a student, a student without a teacher, or flags that would change the
+    student."""
     teacher = model_args.teacher_name_or_path
     if objective != "distill":
         if teacher is not None:

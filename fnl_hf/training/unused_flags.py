@@ -73,7 +73,7 @@ RULES = (
     ),
     Rule(("torch_empty_cache_steps",), lambda run: run.device.type == "cpu", "it needs an accelerator"),
     Rule(("fsdp_config",), lambda run: not run.fsdp, "it needs --fsdp"),
-    # when what is done
+    # when things happen
     Rule(("eval_steps",), lambda run: run.eval_strategy != "steps", "it needs --eval_strategy steps"),
     Rule(("eval_delay",), lambda run: run.eval_strategy == "no", "it needs --eval_strategy steps or epoch"),
     Rule(
@@ -119,7 +119,7 @@ RULES = (
         "it needs --hub_strategy every_save or checkpoint",
     ),
     Rule(("seed",), lambda run: getattr(run, "seeds", None) is not None, "--seeds replaces it"),
-    # how the data come
+    # the data
     Rule(("remove_unused_columns",), lambda run: True, "the data of these scripts have no unused columns"),
     Rule(("dataloader_pin_memory",), lambda run: run.device.type == "cpu", "it needs an accelerator"),
     Rule(

@@ -61,7 +61,7 @@ MODELS = {
     "override of nothing": (
         flags(config_overrides="attention_embedding_size=4"), "^--config_overrides attention_embedding_size=4: "
     ),
-    "two sources": (flags(preset="base", config_name="x"), "^give only one of --preset, .* --preset and --config_name$"),
+    "two sources": (flags(preset="base", config_name="x"), "^give only one of --preset, .* and --config_name$"),
     "another E": (pretrained(attention_embedding_size=8), r"\(8\) differs from that of .* \(32\)$"),
     "other shapes": (
         pretrained(config_overrides="intermediate_size=11"),
