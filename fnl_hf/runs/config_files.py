@@ -16,7 +16,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def with_config_files(argv: Sequence[str]) -> list[str]:
-    """A command line whose config files, the words before its first flag, are replaced by the flags that they name.
+    """A command line in which config files, the words before its first flag, are replaced by their flags.
 
     A later file overrides an earlier one, and its ``null`` unsets a flag.
 
@@ -31,7 +31,7 @@ def with_config_files(argv: Sequence[str]) -> list[str]:
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last."""
+    """Refuses a key that is given twice; YAML would take the last."""
 
     def construct_mapping(self, node, deep=False):
         keys = set()
@@ -69,7 +69,7 @@ def read_config(file: str) -> dict[str, Any]:
 
 
 def _as_flags(file: str, config: Any) -> dict[str, Any]:
-    """The entries of a mapping of flags to values, "max-steps" and "max_steps" alike."""
+    """The entries of a mapping of flags to values; "max-steps" and "max_steps" are the same."""
     if not isinstance(config, dict):
         raise UserInputError(f"{file}: must contain a mapping of flags to values, not a {type(config).__name__}")
     for key in config:

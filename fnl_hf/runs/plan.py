@@ -1,4 +1,4 @@
-"""A run and its output folder: start, resume, or nothing left to do. Never overwrite what is there unasked."""
+"""Decide what a run does with its output folder: start, resume, or nothing. Never overwrite anything unless asked."""
 
 import dataclasses
 import json
@@ -42,10 +42,10 @@ from fnl_hf.runs.provenance import mask_home, read_starts
 
 logger = logging.get_logger(__name__)
 
-# Flags that name a file or folder; other names of the same one make no other run.
+# Flags that name a file or folder; another name of the same file does not make another run.
 PATHS = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir", "idx_dir", "dataset_name",
          "model_name_or_path", "teacher_name_or_path", "tokenizer_name", "config_name")  # fmt: skip
-# What, beside the scripts' own arguments, makes two runs different ones.
+# Arguments that identify a run, in addition to the scripts' own.
 TRAINING_ARGUMENTS = (
     "optimizer",
     "optim_args",
@@ -72,7 +72,7 @@ TRAINING_ARGUMENTS = (
     "fp16",
 )
 WITHOUT_EFFECT = ("cache_dir", "preprocessing_num_workers")
-# How a global batch is split into micro-batches; on the same global batch a run can go on with another split.
+# How a global batch is divided into micro-batches; a run may resume with another division of the same batch.
 SPLIT = ("world_size", "gradient_accumulation_steps")
 LENGTH = "length"  # a run may be made longer or shorter
 DATA_FINGERPRINT = "data_fingerprint"
@@ -80,7 +80,7 @@ VALIDATION_FINGERPRINT = "validation_fingerprint"
 TEST_FINGERPRINT = "test_fingerprint"
 START_WEIGHTS = "start_weights"
 TEACHER_WEIGHTS = "teacher_weights"
-# What an optimizer's state depends on.
+# Arguments on which the optimizer state depends.
 ARCHITECTURE = (
     "model_type",
     "architectures",
@@ -93,17 +93,17 @@ ARCHITECTURE = (
     "max_position_embeddings",
     "attention_embedding_size",
 )
-EPOCH_ROUNDING = 1e-6  # an epoch's steps are whole numbers, their shares of it are not
+EPOCH_ROUNDING = 1e-6  # the steps of an epoch are whole numbers, their share of it is not
 # Entries of a configuration that Trainer sets before it saves a model.
 SET_BY_TRAINER = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to do with the output folder: continue from ``checkpoint``, start (None), or nothing (``finished``).
+    """What to do with the output folder: resume from ``checkpoint``, start (None), or nothing (``finished``).
 
-    ``continued`` is the folder of the run that goes on, also from its beginning; None for a new one. ``lock`` is what
-    :func:`fnl_hf.runs.locks.read_lock` has found there.
+    ``continued`` is the folder of the run that is resumed, possibly from its beginning; None for a new run. ``lock`` is
+    the result of :func:`fnl_hf.runs.locks.read_lock`.
     """
 
     checkpoint: str | None = None
@@ -113,7 +113,7 @@ class RunPlan:
 
 
 def describe_run(args, *script_arguments) -> dict[str, Any]:
-    """What identifies a run: all of the script's own arguments, and those of Trainer's that change its result."""
+    """What identifies a run: all arguments of the script, and those of Trainer that change its result."""
     described = {name: getattr(args, name) for name in TRAINING_ARGUMENTS}
     described[LENGTH] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs} epochs"
     for arguments in script_arguments:
@@ -124,7 +124,7 @@ def describe_run(args, *script_arguments) -> dict[str, Any]:
 def plan_run(args, description: dict[str, Any], also: Sequence[str] = ()) -> RunPlan:
     """Decide from ``--output_dir``, ``--resume_from_checkpoint`` and ``--overwrite_output_dir``; changes no file.
 
-    The first process decides for all: disks do not show the same to every machine at the same time.
+    The first process decides for all, because disks may look different to different machines.
 
     Args:
         description: see :func:`describe_run`.
@@ -183,7 +183,7 @@ def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> Ru
 
 
 def _remedies(folder: Path, args, output: Output) -> str:
-    """What can be done where an output folder is in use; only what would not be refused in its turn."""
+    """What a user can do about an output folder in use; only suggests what would be accepted."""
     own = [path for path in list_checkpoints(folder) if path.name not in not_of_the_run(path)]
     is_run, others = holds_run(folder) or bool(own), others_files(folder, output)
     remedies = ["choose another folder"]
@@ -198,7 +198,7 @@ def _remedies(folder: Path, args, output: Output) -> str:
 
 
 def _validate_place(folder: Path) -> None:
-    """Raise UserInputError unless ``folder`` is one that can be written, or can be made."""
+    """Raise UserInputError unless ``folder`` is writable, or can be created."""
     try:
         folder.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -233,7 +233,7 @@ def _plan_from_checkpoint(
 
 
 def read_started(folder: Path) -> dict[str, Any]:
-    """How the run in a folder was described when it was started or last continued; {} if it was not.
+    """The description of the run in a folder when it was started or last resumed; {} without one.
 
     A checkpoint that was moved out of its run's folder has a record of its own.
     """
@@ -264,8 +264,8 @@ def _validate_same_run(
 
 
 def _is_same(name: str, there: Any, here: Any) -> bool:
-    """Whether an argument was the same, or another name of the same file; the record in a checkpoint does not name the
-    user's home folder."""
+    """Whether an argument is the same, or another name of the same file; the record in a checkpoint has "~" instead of
+    the user's home folder."""
     if there in (here, mask_home(here)):
         return True
     if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
@@ -275,7 +275,7 @@ def _is_same(name: str, there: Any, here: Any) -> bool:
     there = os.path.expanduser(there)
     if os.path.realpath(there) == os.path.realpath(here):
         return True
-    # Moved, or named from another working folder: fingerprints of the data and checksums of the weights decide.
+    # Moved, or relative to another working folder: fingerprints of the data and checksums of the weights decide.
     return Path(there).name == Path(here).name and os.path.lexists(here) and not os.path.lexists(there)
 
 
@@ -312,7 +312,7 @@ def _validate_split(folder: Path, started: dict[str, Any], here: dict[str, Any],
 
 
 def validate_data(plan: RunPlan, description: dict[str, Any]) -> None:
-    """Compare the data that were prepared, by the fingerprints in ``description``, with those of the run's start.
+    """Compare the fingerprints of the prepared data in ``description`` with those at the run's start.
 
     Raises:
         UserInputError: the run that is continued, or finished, has other data.
@@ -329,14 +329,14 @@ def validate_data(plan: RunPlan, description: dict[str, Any]) -> None:
 
 
 def weights_checksum(name: str | None) -> str | None:
-    """Of the weights in a model's folder, SHA-256; None for another's name, and where they are in other files."""
+    """SHA-256 of the weights in a model's folder; None for a Hub name, or if the weights are in other files."""
     file = None if name is None else Path(name, SAFE_WEIGHTS_NAME)
     return checksum(file) if file is not None and os.path.isfile(file) else None
 
 
 def validate_weights(plan: RunPlan, description: dict[str, Any]) -> None:
-    """Compare the weights that a run starts from and those of its teacher, by the :func:`weights_checksum` of each in
-    ``description``, with those of the run's start.
+    """Compare the :func:`weights_checksum` of the initial weights and of the teacher in ``description`` with those at
+    the run's start.
 
     Raises:
         UserInputError: the run that is continued, or finished, has others.
@@ -355,7 +355,7 @@ def validate_weights(plan: RunPlan, description: dict[str, Any]) -> None:
 
 
 def start_run(args, plan: RunPlan, description: dict[str, Any]) -> None:
-    """Make and lock the output folder, drop the checkpoints of a run that is overwritten, and record what this run is.
+    """Make and lock the output folder, delete the checkpoints of a run that is overwritten, and record this run.
 
     Raises:
         UserInputError: another process has begun a run there since this one was planned.
@@ -369,14 +369,14 @@ def start_run(args, plan: RunPlan, description: dict[str, Any]) -> None:
     if args.overwrite_output_dir:
         for old in list_checkpoints(folder):
             if not not_of_the_run(old):
-                remove(old, ignore_errors=False)  # it would pass for one of this run
+                remove(old, ignore_errors=False)  # it would be taken for one of this run
         for name in (RESULTS_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
-    write_json(folder / STARTED_FILE, description)  # a torn one would let any other run go on
+    write_json(folder / STARTED_FILE, description)  # a truncated file would let any other run resume
 
 
 def is_finished(folder: Path, args) -> bool:
-    """Whether the run in ``folder`` ended and reached what ``args`` ask for; the results are written last."""
+    """Whether the run in ``folder`` has ended and is as long as ``args`` request; the results are written last."""
     state = read_state(folder)
     if state is None or not os.path.isfile(folder / RESULTS_FILE) or state.global_step < state.max_steps:
         return False
@@ -394,7 +394,7 @@ def validate_resume(checkpoint: str | Path, model: PreTrainedModel, names: Colle
     here = model.config.to_dict() | {"architectures": [type(model).__name__]}
     try:
         saved = dict(json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8")))
-        there = type(model.config).from_dict(saved).to_dict()  # it was saved without most defaults
+        there = type(model.config).from_dict(saved).to_dict()  # most defaults are not saved
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserInputError(f"checkpoint {checkpoint}: config.json cannot be read: {error}") from error
     there |= {name: saved.get(name) for name in ("model_type", "architectures")}

@@ -1,4 +1,4 @@
-"""One recipe, several seeds: a run for each in a folder of its own, and what their scores have in common."""
+"""One recipe with several seeds: a run per seed, each in its own folder, and the mean of their scores."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from fnl_hf.runs.plan import (
 )
 
 SEEDS_FILE = "seeds.json"
-# Entries of the evaluation that are no scores.
+# Entries of the evaluation that are not scores.
 NO_SCORES = ("_runtime", "_per_second", "_time", "_total", "_thresh")
-# What else than the arguments, which are compared when a run goes on, must be the same in all runs.
+# What must be the same in all runs, in addition to the arguments, which are compared when a run is resumed.
 IN_COMMON = (DATA_FINGERPRINT, VALIDATION_FINGERPRINT, START_WEIGHTS, TEACHER_WEIGHTS, LENGTH)
 
 
@@ -57,7 +57,7 @@ def commands_of_seeds(argv: Sequence[str], args) -> list[list[str]]:
 
 
 def _validate_summary(file: Path) -> None:
-    """Raise UserInputError if what has the summary's name is somebody else's."""
+    """Raise UserInputError if a file has the summary's name but is not a summary."""
     if not os.path.lexists(file):
         return
     try:
