@@ -169,7 +169,7 @@ def test_a_folder_in_use_is_left_alone(checkpoint, capsys):
         ),
         (
             lambda folder: change_config(folder, architectures=None),
-            "BertModel does not have these weights: cls.predictions.bias,  ",
+            "BertModel does not have these weights: cls.predictions.bias, ",
         ),
         (
             lambda folder: change_config(folder, architectures=["MyBertForMaskedLM"]),

@@ -337,7 +337,7 @@ def test_a_push_that_is_cut_off_leaves_the_model_and_goes_on(hub, here, corpus, 
     failed = run_python(hub, tmp_path, IMPATIENT, ROOT / "run_pretrain.py", *words, token=hub.token, check=False)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     (error,) = [line for line in failed.stderr.splitlines() if line.startswith("run_pretrain.py: error: ada/cut on")]
-    assert error.endswith(f"The model is saved: `fnl-hf push {folder} ada/cut` sends what is missing")
+    assert error.endswith(f"The model is saved: `fnl-hf push {folder} ada/cut` uploads what is missing")
     assert "Error while uploading" in error and "isconnected" in error
     assert (folder / "all_results.json").is_file() and hub.messages("ada/cut") == ["initial commit"]
     transformers.AutoModelForMaskedLM.from_pretrained(folder)

@@ -277,7 +277,7 @@ def test_energy_is_kept():
 
 
 def test_growth_is_told():
-    with pytest.warns(UserWarning, match=r"1 of 2 layers get more .*: 0 \(rank 15, at most 12 saves\)"):
+    with pytest.warns(UserWarning, match=r"1 of 2 layers get more .*: 0 \(rank 15, smaller up to 12\)"):
         factorize(
             nn.Sequential(nn.Linear(20, 30), nn.Linear(20, 200), nn.Linear(2, 2)), FactorizationConfig(rank_scale=0.75)
         )
@@ -385,7 +385,7 @@ def test_factors_of_registered_products_are_left_alone():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: FactorizationConfig(rank_scale=0.1, energy=0.9), "rank_scale and energy are given"),
+        (lambda: FactorizationConfig(rank_scale=0.1, energy=0.9), "rank_scale and energy exclude each other"),
         (lambda: FactorizationConfig(rank_scale=0.0), r"rank_scale \(0.0\) must be above 0 and finite"),
         (lambda: FactorizationConfig(target_ratio=float("nan")), r"target_ratio \(nan\)"),
         (lambda: FactorizationConfig(rank_scale="0.1"), r"rank_scale \('0.1'\) must be"),
