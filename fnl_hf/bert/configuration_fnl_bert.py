@@ -5,9 +5,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
 ATTENTION_INITS = ("normal", "spectral")
-# Under study (studies/definitions/head_scale.py): the best of all becomes "spectral", and these go.
+# Under study (studies/definitions/head_scale.py): the best becomes "spectral", the others are removed.
 STUDIED_INITS = ("folded", "rescaled")
-# Entries of a saved configuration that say where it came from, not what it is.
+# Entries of a saved configuration that describe its origin, not the model.
 ORIGIN_ENTRIES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""``from_bert`` and ``to_bert``: every FNL-BERT class from its stock counterpart, or from what is one by another name,
-with a smaller E if wanted, and back.
+"""``from_bert`` and ``to_bert``: every FNL-BERT class from its stock counterpart or from RoBERTa and others, optionally
+with a smaller E, and back.
 
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 """
@@ -33,12 +33,12 @@ from .head_mixing import (
 from .other_names import bert_entries, bert_weights, class_to_load, head_to_take
 
 logger = logging.get_logger(__name__)
-# Entries of a configuration that a converted model does not take over: its own attention, and where it came from.
+# Entries of a configuration that a conversion does not copy: its attention and its origin.
 OWN_ENTRIES = (
     "attention_embedding_size", "attention_init", "sparse_prediction", "sparse_last_layer",
     "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
 )  # fmt: skip
-NAMED_WEIGHTS = 3  # in a message
+NAMED_WEIGHTS = 3  # maximum number in a message
 
 
 class BertConversion(modeling_bert.BertPreTrainedModel):
@@ -63,7 +63,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
 
     @classmethod
     def _stock_base(cls) -> type[PreTrainedModel]:
-        """The stock class that this one inherits its head from; ``BertPreTrainedModel`` where the head is its own."""
+        """The stock class from which this class inherits its head; ``BertPreTrainedModel`` if the head is its own."""
         return next(base for base in cls.__mro__ if base.__module__ == modeling_bert.__name__)
 
     @classmethod
@@ -219,7 +219,7 @@ def _display_name(model: Any) -> str:
 
 @contextmanager
 def _naming(name: str | PathLike) -> Iterator[None]:
-    """An error says which model it is about."""
+    """Add the model's name to an error."""
     try:
         yield
     except ValueError as error:
@@ -275,10 +275,10 @@ def _dense_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _copy_weights(
     given: dict[str, torch.Tensor], source: PreTrainedModel, target: PreTrainedModel, same_head: bool
 ) -> None:
-    """Write the weights of ``source`` into ``target`` by their full names, but those of attention of another E.
+    """Write the weights of ``source`` into ``target`` by their full names, except those of attention with another E.
 
-    Those of the encoder, and of the head if both have the same, must be the same ones. For what else ``target`` has and
-    ``source`` has not, a warning says that it stays as it was initialized.
+    The encoders, and the heads if both are the same class, must have the same weights. A warning names weights that
+    only ``target`` has; they keep their initialization.
 
     Raises:
         ValueError: they are not the same ones: a layer was wrapped, replaced, pruned or added.
@@ -312,7 +312,7 @@ def _copy_weights(
 
 
 def _same_but_e(old: torch.Tensor, new: torch.Tensor, sizes: tuple[int, int]) -> bool:
-    """Whether two shapes differ in the E of each at most."""
+    """Whether two shapes differ at most in E."""
     return old.dim() == new.dim() and all(a == b or (a, b) == sizes for a, b in zip(old.shape, new.shape))
 
 
@@ -321,7 +321,7 @@ def _list_names(names: list[str]) -> str:
 
 
 def _copy_products(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Layers that are products of matrices themselves (``fnl_hf.factorize``) stay so.
+    """Copy layers that are products of matrices (``fnl_hf.factorize``).
 
     Raises:
         ValueError: they are attention's; only dense ones have heads of another rank.
@@ -352,7 +352,7 @@ def _pair_attentions(source: PreTrainedModel, target: PreTrainedModel) -> Iterat
 
 
 def _warn_of_few_tokens(measured: Mapping[str, HeadMoments]) -> None:
-    for moments in list(measured.values())[:1]:  # all have seen the same text
+    for moments in list(measured.values())[:1]:  # all heads have seen the same text
         tokens, rank = moments.tokens or 0, moments.query.shape[-1]
         if tokens < rank:
             logger.warning(

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-# kind -> the dimension of each stored weight that its rank runs along. ``torch.nn.Linear`` stores (out, in), so query,
-# key and value hold their rank E = H·r in dimension 0 and the output projection holds it in dimension 1. The middle
-# factor of a triple has two ranks; its entry names the one that it shares with the left factor.
+# kind -> the dimension of each stored weight along which its rank runs. ``torch.nn.Linear`` stores (out, in), so query,
+# key and value have their rank E = H·r in dimension 0, and the output projection has it in dimension 1. The middle
+# factor of a triple has two ranks; its entry is the one that it shares with the left factor.
 RANK_DIMS = {
     "qk": (0, 0),  # Q (E, m), K (E, n)
     "vo": (0, 1),  # V (E, n), O (m, E)
@@ -111,9 +111,9 @@ def core(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
 
 
 def singular_values(cores: torch.Tensor) -> torch.Tensor:
-    """Of a batch of matrices (..., n, r): (..., min(n, r)), all NaN where an entry of a matrix is not finite.
+    """Singular values of a batch of matrices (..., n, r): (..., min(n, r)), all NaN for a matrix that is not finite.
 
-    LAPACK refuses such matrices, and with them the whole batch. The host is not asked which ones they are.
+    LAPACK refuses such a matrix, and the whole batch with it. They are replaced without synchronizing with the host.
     """
     is_finite = cores.isfinite().all(-1).all(-1)
     values = torch.linalg.svdvals(torch.where(is_finite[..., None, None], cores, 0.0))
@@ -123,7 +123,7 @@ def singular_values(cores: torch.Tensor) -> torch.Tensor:
 def without_autocast(tensors: Iterable[torch.Tensor]) -> ExitStack:
     """A context in which products of these tensors are computed in their own dtype."""
     stack = ExitStack()
-    for device in {tensor.device.type for tensor in tensors} - {"meta"}:  # which autocast does not know
+    for device in {tensor.device.type for tensor in tensors} - {"meta"}:  # autocast does not know this device
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
 

@@ -1,7 +1,7 @@
 """Muon for hidden matrices and AdamW for everything else, with Frobenius decay.
 
-Both rules are torch's own optimizers, made anew for each step: of Muon's, on the matrices as which it is to see the
-parameters; of AdamW's, on the parameters and the state that are kept here.
+Both rules are torch's own optimizers, created for each step: Muon on the matrices that represent the parameters, AdamW
+on the parameters and the state that is kept here.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from fnl_hf.products.views import VIEWS
 ADJUSTMENTS = ("original", "match_rms_adamw")
 OF_MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
 OF_ADAMW = ("lr", "weight_decay", "betas", "eps", "fused")
-TOO_MANY_STEPS = 100  # of Newton and Schulz, for torch's Muon
+TOO_MANY_STEPS = 100  # of Newton-Schulz iterations, for torch's Muon
 
 
 class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
@@ -219,9 +219,9 @@ def _layouts_of(group: dict[str, Any]) -> list[_Layout]:
 def _change(
     gradient: torch.Tensor, buffer: torch.Tensor, layout: _Layout, lr: float, options: dict[str, Any]
 ) -> torch.Tensor:
-    """−η·c·O, whole and in the weight's shape, of one that is sharded or has more than two dimensions.
+    """−η·c·O, unsharded and in the weight's shape, for a sharded weight or one with more than two dimensions.
 
-    Updates ``buffer``. Momentum works entry by entry, so each process has its own part's; O needs the whole direction.
+    Updates ``buffer``. Momentum is elementwise, so each process updates its own part; O needs the whole direction.
     """
     buffer.lerp_(gradient, 1 - options["momentum"])
     direction = gradient.lerp(buffer, options["momentum"]) if options["nesterov"] else buffer
@@ -229,7 +229,7 @@ def _change(
     matrix, split_as = layout.fold(whole)
     change = torch.zeros_like(matrix)
     blocks = split_as.split(change)
-    # Momentum 0 takes the direction as it is given.
+    # With momentum 0, torch's Muon takes the direction as given.
     options = options | {"lr": lr, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
     _step_blocks(blocks, split_as.split(matrix), [torch.zeros_like(block) for block in blocks], **options)
     return layout.unfold(change, whole.shape)
@@ -249,19 +249,19 @@ def _step_blocks(
 
 
 def _take_step(optimizer: torch.optim.Optimizer) -> None:
-    """Without the hooks that torch wraps the ``step`` of every class with: those are called for our own."""
+    """A step without the hooks that torch adds to the ``step`` of every class: those are called for our own step."""
     step: Any = type(optimizer).step
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
 def _part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """What lies here of a tensor that is sharded as ``parameter`` is."""
+    """The local part of a tensor that is sharded like ``parameter``."""
     sharding = sharding_of(parameter)
     return whole if sharding is None else sharding.part_of(whole)
 
 
 def _follows_muon(group: dict[str, Any], where: str) -> bool:
-    """Of a group that does not say."""
+    """The rule for a group without ``use_muon``."""
     if group.get("product") is not None:
         return True
     params = group["params"]

@@ -1,4 +1,4 @@
-"""Which parameter follows Muon, which AdamW."""
+"""Decides which parameters follow Muon and which AdamW."""
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch

@@ -1,4 +1,4 @@
-"""Which weight gets which decay."""
+"""Decides which weight gets which decay."""
 
 from typing import Any
 
@@ -112,7 +112,8 @@ def _whole_groups(products: list[Product], decay: float, decay_mode: str) -> lis
 
 
 def _product_group(name: str, products: list[Product], decay: float, decay_mode: str) -> dict[str, Any]:
-    """Positions, not attributes, say what belongs together: FSDP2 and Accelerate replace parameters in order."""
+    """Positions, not attributes, show what belongs together, because FSDP2 and Accelerate replace parameters in
+    order."""
     return {
         "name": name,
         "params": [weight for product in products for weight in product.weights],
@@ -127,7 +128,7 @@ def _product_group(name: str, products: list[Product], decay: float, decay_mode:
 def _view_groups(
     products: list[ViewProduct], decay: float, weight_decay: float, decay_mode: str
 ) -> list[dict[str, Any]]:
-    """Groups of attention layers with one layout each: parameters that hold factors of one another's products."""
+    """Groups of attention layers with one layout each: parameters that contain factors of the same products."""
     layers: list[tuple[list[nn.Parameter], list[ViewPair], int]] = []
     for product in products:
         params, pairs = next(

@@ -1,4 +1,4 @@
-"""Which products of parameters a model holds: those of its attention, and those that its modules registered."""
+"""The products of parameters in a model: those of its attention, and those registered by its modules."""
 
 from torch import nn
 
@@ -118,7 +118,7 @@ def register_attention(
 
 
 def registered_products(model: nn.Module) -> list[Product]:
-    """What :func:`register_product` and :func:`register_attention` were told of.
+    """The products registered with :func:`register_product` and :func:`register_attention`.
 
     Raises:
         ValueError: a parameter that is gone.
@@ -138,7 +138,7 @@ def registered_products(model: nn.Module) -> list[Product]:
 
 
 def _products_of_bert(model: nn.Module) -> list[Product]:
-    """Without those of tied weights: a parameter is a factor once."""
+    """Products of BERT's attention without tied weights: a parameter is a factor of one product only."""
     products: list[Product] = []
     taken: set[int] = set()
     for product in factor_pairs(model):
@@ -150,7 +150,7 @@ def _products_of_bert(model: nn.Module) -> list[Product]:
 
 
 def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product], list[str]]:
-    """Those of which no weight is ``taken``, and the classes of modules that were not understood."""
+    """Products of attention without weights that are ``taken``, and the classes of modules that were not understood."""
     modules, taken = dict(model.named_modules()), set(taken)
     products: list[Product] = []
     in_part: set[str] = set()
@@ -158,7 +158,7 @@ def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product
     for path, module in modules.items():
         parent = path.rpartition(".")[0]
         found, is_open = find_pairs(module, modules.get(parent) if path else None, path)
-        # A weight that several modules share counts with the first of them.
+        # A weight that several modules share is assigned to the first of them.
         untied, tied = without_tied(found)
         pairs = [pair for pair in untied if not {id(pair.left.weight), id(pair.right.weight)} & taken]
         prefix, above = (f"{each}." if each else "" for each in (path, parent))
@@ -182,7 +182,7 @@ def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product
 
 def _not_understood(module: nn.Module, pairs: list[FoundPair], taken: set[int]) -> list[nn.Parameter]:
     """Trainable matrices with rows that are neither ``taken`` nor factors of ``pairs``."""
-    rows: dict[int, int] = {}  # how many are left
+    rows: dict[int, int] = {}  # number of rows left
     for pair in pairs:
         for located, view in zip((pair.left, pair.right), pair.pair.views):
             weight = located.weight
@@ -191,7 +191,7 @@ def _not_understood(module: nn.Module, pairs: list[FoundPair], taken: set[int]) 
 
 
 def _as_product(pair: FoundPair, stem: str, prefixes: tuple[str, str]) -> Product:
-    """``stem`` begins the product's name, ``prefixes`` those of weights in the module and in its parent."""
+    """``stem`` starts the product's name, ``prefixes`` those of weights in the module and in its parent."""
     located = (pair.left, pair.right)
     weights = (pair.left.weight, pair.right.weight)
     names = (f"{prefixes[each.in_parent]}{each.name}" for each in located)
@@ -213,7 +213,7 @@ def _refuse_two_products(products: list[Product]) -> None:
 
 
 def _are_apart(product: Product, index: int, other: Product, place: int) -> bool:
-    """Whether two factors are different rows of their parameter."""
+    """Whether two factors are disjoint rows of their parameter."""
     if not isinstance(product, ViewProduct) or not isinstance(other, ViewProduct):
         return False
     view, second = product.pair.views[index], other.pair.views[place]

@@ -1,4 +1,4 @@
-"""Which layers are factorized, and how."""
+"""Configuration: which layers are factorized, and how."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from typing import Any
 from fnl_hf.layers.base import INITS, MODES, STUDIED_INITS
 
 SIZES = ("rank_scale", "target_ratio", "model_ratio", "energy", "ranks")
-# Where nothing is said: at a quarter of its rank a square layer has half its parameters; an overcomplete one has twice
-# (deep: three times) as many at full rank.
+# Defaults: at a quarter of its rank, a square layer has half of its parameters; an overcomplete layer at full rank has
+# twice (deep: three times) as many.
 DEFAULT_RANK_SCALES = {"low_rank": 0.25, "wide": 1.0, "deep": 1.0}
 TYPES = ("Linear", "Conv1D", "Conv2d")
 
@@ -91,7 +91,7 @@ class FactorizationConfig:
                 raise ValueError(f"the rank of {pattern!r} ({rank!r}) must be a whole number of at least 1")
 
     def settings(self) -> dict[str, Any]:
-        """All that is given or follows from it, as JSON has it."""
+        """All given and derived settings, as JSON."""
         given: dict[str, Any] = {name: float(size) for name in SIZES[:4] if (size := getattr(self, name)) is not None}
         if self.ranks is not None:
             given["ranks"] = {pattern: int(rank) for pattern, rank in self.ranks.items()}

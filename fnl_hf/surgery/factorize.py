@@ -1,4 +1,4 @@
-"""Layers of any model replaced by products, and back."""
+"""Replaces layers of any model by products, and back."""
 
 import warnings
 import zlib
@@ -99,7 +99,7 @@ def factorize(
 def _factorize_layer(
     name: str, layer: Any, rank: int, config: FactorizationConfig, calibrated: CalibratedLayer | None
 ) -> nn.Module:
-    # Each layer draws its own, whichever others are selected.
+    # Each layer draws its own numbers, whichever others are selected.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
     try:
         if calibrated is None:
@@ -150,7 +150,7 @@ def factorization_table(model: nn.Module) -> str:
 
 
 def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated: bool = False) -> dict[str, nn.Module]:
-    """Name -> layer of all that ``config`` names; see :func:`factorize` for what calibration adds.
+    """Name -> layer for all layers that ``config`` selects; see :func:`factorize` for the effect of calibration.
 
     Raises:
         ValueError: none at all, a pattern or type that is of no use, or a pattern that names a factor of a product that
@@ -175,7 +175,7 @@ def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated
     layers = {}
     for name, layer in candidates.items():
         matching = [entry for entry in wanted if matches_layer(entry, name, layer)]
-        is_named = any(entry not in TYPE_NAMES for entry in matching)  # not by its type alone
+        is_named = any(entry not in TYPE_NAMES for entry in matching)  # not only by its type
         is_excluded = any(matches_layer(entry, name, layer) for entry in config.exclude)
         if matching and (is_named or id(layer.weight) not in protected) and not is_excluded:
             layers[name] = layer
@@ -192,8 +192,8 @@ def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated
 
 
 def _find_protected(model: nn.Module, with_attention: bool) -> set[int]:
-    """ids of the weights that are left alone unless they are named."""
-    # ``modules()`` has each module once, so that two owners of a parameter are two modules.
+    """ids of the weights that are left alone unless named."""
+    # ``modules()`` contains each module once, so two owners of a parameter are two modules.
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     protected = {parameter for parameter, count in owners.items() if count > 1}
     products = registered_products(model) + (factor_pairs(model) if with_attention else [])
@@ -202,7 +202,7 @@ def _find_protected(model: nn.Module, with_attention: bool) -> set[int]:
 
 
 def _refuse_factors(model: nn.Module, layers: dict[str, Any]) -> None:
-    """Layers whose weights somebody registered as a product's: without them it could not be found any more."""
+    """Refuse layers whose weights are registered as factors of a product, which would no longer be found."""
     owners = {id(weight): product.name for product in registered_products(model) for weight in product.weights}
     for name, layer in layers.items():
         if id(layer.weight) in owners:
@@ -213,8 +213,9 @@ def _refuse_factors(model: nn.Module, layers: dict[str, Any]) -> None:
 
 
 def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
-    """What a Transformers model, or one inside of ``model``, has outside its base model; of a model for a task that has
-    none its own layers and output embeddings; of any other model with several layers the last of them."""
+    """For a Transformers model, or one inside of ``model``: its modules outside of the base model. For a task model
+    without a base model: its own layers and output embeddings. For any other model with several layers: the last of
+    them."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.base_model is not part:
             inside = {id(module) for module in part.base_model.modules()}
@@ -228,7 +229,7 @@ def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refuse_hooks(name: str, layer: nn.Module) -> None:
-    """Hooks, those of offloading among them, are about the layer that would go."""
+    """Refuse hooks, including those of offloading: they belong to the layer that would be replaced."""
     if any(getattr(layer, hooks) for hooks in HOOKS) or hasattr(layer, "_hf_hook"):
         raise ValueError(
             f"{name}: it has hooks, which the new layer would not have: remove them, and add them again afterwards"
