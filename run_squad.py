@@ -152,12 +152,12 @@ ARGUMENTS = (ModelArguments, DataArguments, SquadTrainingArguments)
 
 
 def is_sample(data_args):
-    """Whether no data are named, so that the embedded sample takes their place."""
+    """Whether no data are named, so that the embedded sample is used."""
     return not (data_args.dataset_name or data_args.train_file or data_args.validation_file or data_args.test_file)
 
 
 def load_examples(data_args, split):
-    """The questions of one split: its file, the Hub's, or the sample's where no source is named at all."""
+    """The questions of one split: from its file, the Hub, or the sample if no source is named."""
     file = getattr(data_args, f"{split}_file")
     if file is not None:
         examples = read_squad_file(file)
@@ -180,7 +180,7 @@ def load_examples(data_args, split):
 
 
 def load_splits(data_args, args):
-    """{split: questions} of the splits that the flags ask for, and what identifies them in the run's description."""
+    """{split: questions} of the requested splits, and their fingerprints for the run's description."""
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     with args.main_process_first(desc="reading questions"):
         questions = {split: load_examples(data_args, split) for split, do in wanted.items() if do}
@@ -188,7 +188,7 @@ def load_splits(data_args, args):
 
 
 def validate_finished(planned, data_args, args):
-    """Compare the questions of a finished run with those of its start; their files may be gone since."""
+    """Compare the questions of a finished run with those at its start; their files may have been deleted."""
     try:
         _, fingerprints = load_splits(data_args, args)
     except UserInputError as error:
@@ -235,7 +235,7 @@ def make_trainer(model, teacher, tokenizer, data_args, args, questions, features
 
 
 def describe_data(data_args, questions, features):
-    """What a start says of the data, and a notice if none were named."""
+    """Facts about the data for the start of the run, and a notice if no data were named."""
     facts = {}
     for split, examples in questions.items():
         file = getattr(data_args, f"{split}_file")
@@ -258,7 +258,7 @@ def plan_one(arguments, argv):
 
 
 def run_one(model_args, data_args, args, planned):
-    """Train, evaluate and predict, as far as the flags ask for it."""
+    """Train, evaluate and predict, as the flags request."""
     if planned.plan.finished:
         validate_finished(planned, data_args, args)
     if planned.is_finished(model_args.model_name_or_path, model_args.teacher_name_or_path):
@@ -309,7 +309,7 @@ def run(argv):
     if args.seeds is None:
         run_one(*plan_one(arguments, argv))
         return
-    # Every seed's folder is looked at before the first one takes its time.
+    # Check every seed's folder before the first seed is trained.
     commands = commands_of_seeds(argv, args)
     for one in [plan_one(parse_arguments(ARGUMENTS, command), command) for command in commands]:
         run_one(*one)

@@ -1,4 +1,4 @@
-"""A checkpoint on disk or on the Hub whose layers are factorized or merged, and saved."""
+"""Factorize or merge the layers of a checkpoint on disk or on the Hub, and save it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +24,8 @@ TOKENIZER_FILES = (
 
 
 class ModelSize(NamedTuple):
-    """Of a model: parameters, bytes of its weights on the disk, and floating point operations of a forward pass on the
-    first calibration batch, None without one."""
+    """The size of a model: parameters, bytes of its weights on disk, and floating point operations of a forward pass on
+    the first calibration batch; None without calibration."""
 
     parameters: int
     bytes: int
@@ -33,7 +33,7 @@ class ModelSize(NamedTuple):
 
 
 class Compression(NamedTuple):
-    """The model that was made, and how large the original and it are."""
+    """The new model, and the sizes of the original and of the new model."""
 
     model: PreTrainedModel
     original: ModelSize
@@ -135,7 +135,7 @@ def _size_of(model: PreTrainedModel, batches: Any) -> ModelSize:
 
 
 def _load_tokenizer(source: str) -> Any:
-    """None where the checkpoint has no files of one: Transformers would make one without vocabulary.
+    """None if the checkpoint has no tokenizer files: Transformers would create a tokenizer without vocabulary.
 
     Raises:
         UserInputError: its files do not make a tokenizer.

@@ -1,4 +1,4 @@
-"""The places where the commands' results go."""
+"""Checks of the paths for the commands' results."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def _refuse_bad_place(path: Path) -> None:
 
 @contextmanager
 def complete_or_removed(folder: Path) -> Iterator[None]:
-    """Whatever ends the block early, a folder that it made is gone; one that was there before is the user's."""
+    """If the block ends early, delete the folder that it made; a folder that existed before belongs to the user."""
     existed = folder.exists()
     try:
         yield

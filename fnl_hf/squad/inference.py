@@ -1,4 +1,4 @@
-"""Answers to questions, from a model that is fine-tuned for it."""
+"""Answer questions with a fine-tuned model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +108,7 @@ def _load(name: str) -> PreTrainedModel:
 
 
 def _validate_head(model: PreTrainedModel) -> None:
-    """What a model of the caller's, which was not loaded here, may be instead."""
+    """Refuse a model passed by the caller that has no head for question answering."""
     logits = getattr(getattr(model, "qa_outputs", None), "out_features", ANSWER_LOGITS)
     if logits != ANSWER_LOGITS:
         raise UserInputError(
