@@ -1,10 +1,10 @@
-"""Decay in fine-tuning: a pretrained MiniLM on questions of SQuAD v1.1, from the same weights under each decay."""
+"""Decay during fine-tuning: a pretrained MiniLM on questions of SQuAD v1.1, from the same weights with each decay."""
 
 from typing import Any
 
 from studies.study import Comparison, Study
 
-# 147 batches of features an epoch: Σηλ, of a rate that falls linearly, is about 0.2 and 1.
+# 147 batches per epoch: with linear decay of the rate, Σηλ is about 0.2 and 1.
 LAMBDAS = (4, 20)
 
 arms: dict[str, dict[str, Any]] = {"none": {"decay_mode": "none"}}

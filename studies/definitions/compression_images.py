@@ -17,7 +17,7 @@ arms: dict[str, dict[str, Any]] = {
 }
 sparse: dict[str, Any] = {"method": "pruning", "target_ratio": 0.1}
 arms |= {sparsity: sparse | {"sparsity": sparsity} for sparsity in ("fixed", "dynamic")}
-# The rate begins anew for what is left after half of the steps; low rank is compared with them under the same schedule.
+# The rate starts again for what is left after half of the steps; low rank is compared under the same schedule.
 TWICE: dict[str, Any] = {
     "lr_scheduler_type": "cosine_with_restarts",
     "lr_scheduler_kwargs": '{"num_cycles": 2}',

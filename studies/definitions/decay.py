@@ -6,7 +6,7 @@ from studies.study import Comparison, Study, recipe
 
 LAMBDAS = (0.03, 0.1, 0.3, 1, 3, 10)
 SIZES = (128, 64)  # E = d, and half of it
-DENSE_LAMBDA = 0.1  # the recipe's, of all other matrices
+DENSE_LAMBDA = 0.1  # the recipe's, for all other matrices
 KINDS = {"QKᵀ": "qk", "VOᵀ": "vo"}
 
 
@@ -48,9 +48,11 @@ STUDY = Study(
             article=True,
         ),
     ),
-    # λ is chosen on other seeds than those that are reported, not on other documents: the noise to be guarded against
-    # is that of the seeds, which is many times that of the choice of documents, and on the same seeds a λ that was
-    # lucky in the choice would be lucky in the report.
+    # λ is chosen on other seeds than the reported ones, not on other documents: the noise of the seeds is much larger
+    # than
+    # that of the choice of documents. If λ were chosen on the reported seeds, a λ that was lucky in the choice would
+    # also
+    # be lucky in the report.
     tuning_seeds=(101, 102),
     measures={
         "effective rank": of_both_kinds("effective_rank"),

@@ -1,13 +1,14 @@
-"""The dense twin: feed-forward layers dense, and from the same weights on the same batches as products of full rank."""
+"""The dense twin: feed-forward layers as products of full rank, from the same weights and on the same batches as a
+dense run."""
 
 from typing import Any
 
 from studies.study import FEED_FORWARD, Comparison, Study, recipe
 
-# The mode decays the attention's products, too: each has a dense run of its own, whose attention is decayed likewise.
-# Without decay of the products no matrix is decayed, that of the dense layers neither.
+# The mode also decays the attention products: each mode has its own dense run, whose attention is decayed alike.
+# Without decay of the products, no matrix is decayed, including those of the dense layers.
 DECAYS = {"none": 0.0, "weight": 0.1, "frobenius": 0.1}
-DISTURBANCE = 0.001  # of λ: what is left of likeness where a dense run is disturbed by as little
+DISTURBANCE = 0.001  # change of λ: shows how similar a dense run stays after such a small disturbance
 INITS = ("spectral", "default")
 
 

@@ -1,4 +1,5 @@
-"""The rates of the two factors: products of low rank from scratch, U with n/r times the rate of V at an equal mean."""
+"""Learning rates of the two factors: products of low rank from scratch, U with n/r times the rate of V at an equal
+mean."""
 
 from typing import Any
 
@@ -9,7 +10,7 @@ RATES = (1e-3, 2e-3, 4e-3)
 
 
 def products(ratio: float, init: str) -> dict[str, Any]:
-    """Without decay: factors that are scaled apart would have more of it."""
+    """Without decay, because it would be stronger for factors of different scales."""
     return {"decay_mode": "none", **factorized(ratio, init)}
 
 

@@ -1,13 +1,14 @@
-"""The article's second figure, for BERT's attention: nuclear norm and its bound in training, at ranks from 3⁻³ to 3² of
-the full one."""
+"""The article's second figure, for BERT's attention: nuclear norm and its bound during training, at ranks from 3⁻³ to
+3² times the full rank."""
 
 from typing import Any
 
 from studies.study import Comparison, Study, recipe
 
-# E of two heads of at most full rank 64, times 3⁰, 3⁻¹, ..., and above it.
+# E of two heads of full rank 64, times 3⁰, 3⁻¹, ..., and above it.
 SIZES = (128, 42, 14, 4, 384, 1152)
-# Of the products; at 0.1, that of the other matrices, a run as short as the quickstart hardly shows any.
+# Of the products; at 0.1, that of the other matrices, it would have hardly any effect in a run as short as the
+# quickstart.
 LAMBDA = 0.3
 DECAYS: dict[str, dict[str, Any]] = {
     "none": {"decay_mode": "none"},

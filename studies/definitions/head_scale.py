@@ -1,4 +1,4 @@
-"""The scale of a smaller head: at E < d the ways to truncate the attention's products disagree about their size."""
+"""The scale of a smaller head: at E < d, the ways to truncate the attention products give different scales."""
 
 from studies.study import Comparison, Study, recipe
 

@@ -1,19 +1,19 @@
-"""Low rank from scratch: all matrices of the encoder's layers as products with a half or a quarter of their parameters,
-beside narrower dense models that cost the same."""
+"""Low rank from scratch: all matrices of the encoder's layers as products with half or a quarter of their parameters,
+compared with narrower dense models of the same cost."""
 
 from typing import Any
 
 from studies.study import Comparison, Study, recipe
 
 LAMBDAS = (0.03, 0.1, 0.3)
-# Hidden sizes of dense models with as many parameters, or as many FLOPs a step, as the products at each ratio.
+# Hidden sizes of dense models with as many parameters, or FLOPs per step, as the products at each ratio.
 NARROW = {0.5: {"parameters": 110, "flops": 100}, 0.25: {"parameters": 100, "flops": 82}}
 DENSE_LAMBDA = 0.1  # the recipe's
 DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 
 
 def dense(value: float, size: int = 128) -> dict[str, Any]:
-    """BERT as it is: its attention's matrices decay as all others do."""
+    """The unchanged BERT: the matrices of its attention decay like all others."""
     sizes = f",hidden_size={size},intermediate_size={4 * size}" * (size != 128)
     return {
         "decay_mode": "weight",
@@ -28,7 +28,7 @@ def factorized(ratio: float, init: str) -> dict[str, Any]:
 
 
 def products(ratio: float, init: str, mode: str, value: float) -> dict[str, Any]:
-    """All else decays as in a dense arm of the same λ."""
+    """All other matrices decay as in a dense arm with the same λ."""
     return {"decay_mode": mode, "weight_decay": value, "frobenius_decay": value, **factorized(ratio, init)}
 
 

@@ -1,11 +1,11 @@
-"""Overcomplete feed-forward layers of BERT: products of full rank in training, multiplied back afterwards."""
+"""Overcomplete feed-forward layers of BERT: products of full rank during training, merged afterwards."""
 
 from typing import Any
 
 from studies.study import FEED_FORWARD, Comparison, Study, recipe
 
 LAMBDAS = (0.1, 0.3)
-# Steps that a dense run takes in the time of the 4,000 of a wide and of a deep one, as measured on one thread.
+# Steps of a dense run in the time of the 4,000 steps of a wide and of a deep run, measured on one thread.
 DENSE_STEPS = {"wide": 4400, "deep": 4600}
 
 
@@ -15,7 +15,7 @@ def products(kind: str, mode: str, value: float) -> dict[str, Any]:
 
 
 def arms_of(kind: str) -> dict[str, dict[str, Any]]:
-    # The mode decays the attention's products, too: dense runs have both.
+    # The mode also decays the attention products, so there are dense runs with both modes.
     arms = {
         f"dense-{mode}-{value}": {"decay_mode": mode, "frobenius_decay": value, "weight_decay": value}
         for mode in ("weight", "frobenius")

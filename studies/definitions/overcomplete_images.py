@@ -1,4 +1,4 @@
-"""Overcomplete convolutions: ResNet8 on Fashion-MNIST with wide or deep products that are multiplied back."""
+"""Overcomplete convolutions: ResNet8 on Fashion-MNIST with wide or deep products that are merged afterwards."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ RECIPE: dict[str, Any] = {
     "eval_strategy": "epoch",
     "logging_steps": 50,
 }
-LONGER = {"wide": 23, "deep": 26}  # epochs that a dense run has in the time of one with products
+LONGER = {"wide": 23, "deep": 26}  # epochs of a dense run in the time of a run with products
 
 arms: dict[str, dict[str, Any]] = {"dense": {"method": "dense"}}
 arms |= {f"dense-as-long-as-{kind}": {"method": "dense", "num_train_epochs": epochs} for kind, epochs in LONGER.items()}

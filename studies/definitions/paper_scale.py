@@ -1,4 +1,5 @@
-"""At the article's scale, for GPUs: BERT-Base and Large, E full and halved, each decay of the attention's products."""
+"""At the article's scale, for GPUs: BERT-Base and Large with E full and halved, and each decay of the attention
+products."""
 
 from studies.study import Comparison, Study, recipe
 

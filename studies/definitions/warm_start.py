@@ -1,10 +1,11 @@
-"""Warm start: dense for a share of the steps, then the encoder's layers as products with half of their parameters."""
+"""Warm start: dense for a share of the steps, then the encoder's layers become products with half of their
+parameters."""
 
 from typing import Any
 
 from studies.study import Comparison, Study, recipe
 
-SHARES = (0, 0.1, 0.25, 0.5)  # of the steps, dense
+SHARES = (0, 0.1, 0.25, 0.5)  # share of dense steps
 
 
 def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
@@ -17,7 +18,7 @@ STUDY = Study(
     question="Does a model reach a lower held-out loss if its layers become products after some dense steps instead of "
     "at the start?",
     script="run_pretrain.py",
-    # E = d: what is compared are the products that the switch makes
+    # E = d, so that only the products made by the switch are compared
     base=recipe("configs/quickstart.yaml") | {"attention_embedding_size": 128},
     arms={
         "quickstart": arms_of(),
