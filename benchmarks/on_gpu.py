@@ -58,7 +58,7 @@ def parse(words=None):
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the stages themselves in seconds")
     parser.add_argument("--again", action="store_true", help="also run stages that have finished on this device")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of each stage (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of each stage (default: %(default)s)")
     parser.add_argument("--results", default=str(RESULTS))
     parser.add_argument("--text", nargs="+", help="text files to pretrain on; default: the embedded corpus")
     parser.add_argument("--squad", nargs=2, metavar=("TRAIN", "DEV"), help="SQuAD files; default: the embedded sample")

@@ -103,7 +103,12 @@ def add_convert(commands) -> None:
         "google-bert/bert-base-uncased my-bert --attention_embedding_size 384 --calibration_file text.txt",
     )  # fmt: skip
     add_source_and_folder(converting)
-    converting.add_argument("--to", choices=("fnl_bert", "bert"), default="fnl_bert", help="(%(default)s)")
+    converting.add_argument(
+        "--to",
+        choices=("fnl_bert", "bert"),
+        default="fnl_bert",
+        help="kind of the new checkpoint (default: %(default)s)",
+    )
     converting.add_argument(
         "--attention_embedding_size",
         type=int,
@@ -119,8 +124,10 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
         default=[],
         help="text files to calibrate the truncation on, so that a trained model loses little",
     )
-    command.add_argument("--calibration_samples", type=int, help=f"number of documents to calibrate on ({SAMPLES})")
-    command.add_argument("--max_seq_length", type=int, help=f"maximum tokens per document ({LENGTH})")
+    command.add_argument(
+        "--calibration_samples", type=int, help=f"number of documents to calibrate on (default: {SAMPLES})"
+    )
+    command.add_argument("--max_seq_length", type=int, help=f"maximum tokens per document (default: {LENGTH})")
 
 
 def calibration_of(args: argparse.Namespace) -> tuple[list[str], int, int]:
@@ -146,7 +153,7 @@ def add_factorize(commands) -> None:
         choices=MODES,
         default=MODES[0],
         help="low_rank makes layers smaller; wide (two factors) and deep (three) make them larger until they are "
-        "merged (%(default)s)",
+        "merged (default: %(default)s)",
     )
     sizes = factorizing.add_mutually_exclusive_group()
     scales = ", ".join(f"{mode} {scale}" for mode, scale in DEFAULT_RANK_SCALES.items())
@@ -160,7 +167,7 @@ def add_factorize(commands) -> None:
         "--init",
         choices=INITS,
         default=INITS[0],
-        help="compute the factors from the dense weights, or draw them at random (%(default)s)",
+        help="compute the factors from the dense weights, or draw them at random (default: %(default)s)",
     )
     factorizing.add_argument(
         "--include",
@@ -169,7 +176,9 @@ def add_factorize(commands) -> None:
         help=f"layers to factorize: types or name patterns ({' '.join(TYPES)})",
     )
     factorizing.add_argument("--exclude", nargs="+", default=[], help="layers to leave dense: types or name patterns")
-    factorizing.add_argument("--seed", type=int, default=0, help="seed for factors drawn at random (%(default)s)")
+    factorizing.add_argument(
+        "--seed", type=int, default=0, help="seed for factors drawn at random (default: %(default)s)"
+    )
     add_calibration(factorizing)
 
 
@@ -220,17 +229,19 @@ def add_ask(commands) -> None:
         "--questions_file",
         help="answer the questions of this file instead: JSON in the layout of SQuAD, answers optional",
     )
-    asking.add_argument("--max_seq_length", type=int, default=384, help="maximum tokens per window (%(default)s)")
+    asking.add_argument(
+        "--max_seq_length", type=int, default=384, help="maximum tokens per window (default: %(default)s)"
+    )
     asking.add_argument(
         "--doc_stride",
         type=int,
         default=128,
-        help="tokens from the start of one window to the start of the next (%(default)s)",
+        help="tokens from the start of one window to the start of the next (default: %(default)s)",
     )
-    asking.add_argument("--batch_size", type=int, default=32, help="windows per batch (%(default)s)")
+    asking.add_argument("--batch_size", type=int, default=32, help="windows per batch (default: %(default)s)")
     asking.add_argument("--version_2_with_negative", action="store_true", help="allow questions without an answer")
     asking.add_argument(
-        "--null_score_diff_threshold", type=float, help="predict no answer above this score difference (0.0)"
+        "--null_score_diff_threshold", type=float, help="predict no answer above this score difference (default: 0.0)"
     )
 
 
