@@ -581,7 +581,9 @@ def test_arguments_that_are_no_use_are_refused(bert):
     for size in (21.0, "21", [21]):
         with pytest.raises(ValueError, match=r"attention_embedding_size \(.*21.*\) must be a multiple"):
             fnl_hf.FnlBertModel.from_bert(bert, size)
-    with pytest.raises(ValueError, match="^attention_embeding_size: for a model's name or folder, not for a model"):
+    with pytest.raises(
+        ValueError, match="^attention_embeding_size: only for a model's name or folder, not for a model"
+    ):
         fnl_hf.FnlBertModel.from_bert(bert, attention_embeding_size=21)
 
 

@@ -137,7 +137,7 @@ def test_two_processes_write_one_checkpoint_and_resume_to_the_same_weights(corpu
     started = json.loads((out / "run_arguments.json").read_text())
     arguments = pretraining(corpus, out, resume_from_checkpoint="auto", **flags)
     resumed = launch("run_pretrain.py", *arguments, processes=2)
-    assert "skipping .*checkpoint-10: rng_state_1.pth was changed after it was written" in resumed.stderr
+    assert "checkpoint-10: rng_state_1.pth was changed after it was written" in resumed.stderr
     assert json.loads((out / "run_arguments.json").read_text()) == started
     assert_same_weights(tmp_path / "whole", out)
 

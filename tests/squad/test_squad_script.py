@@ -340,7 +340,7 @@ def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
         ({"doc_stride": 0}, r"--doc_stride \(0\) must be at least 1"),
         ({"max_seq_length": 600}, r"--max_seq_length \(600\) exceeds"),
         ({"max_train_samples": -1}, r"--max_train_samples \(-1\) must be at least 1"),
-        ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
+        ({"config_name": "/no/such"}, "give only one of --config_name, --model_name_or_path, not"),
         ({"learning_rate": "-1e-4"}, r"--learning_rate \(-0.0001\) must be at least 0.0"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
         (
