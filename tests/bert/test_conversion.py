@@ -497,8 +497,8 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
     (checkpoint / "README.md").write_text("---\n[broken\n---\n# A BERT\n")
     convert_checkpoint(str(checkpoint), tmp_path / "same")
     products = "each Q_h K_hᵀ and V_h O_hᵀ to rank 7 by"
-    ways = {"calibrated": f"{products} SVD calibrated on 5 documents of text.txt, at most 11 "
-            "tokens of each", "plain": f"{products} plain SVD", "back": "none", "same": "none"}  # fmt: skip
+    ways = {"calibrated": f"{products} SVD calibrated on 5 documents of text.txt, up to 11 "
+            "tokens each", "plain": f"{products} plain SVD", "back": "none", "same": "none"}  # fmt: skip
     texts = {}
     for name, way in ways.items():
         file = tmp_path / name / "README.md"
