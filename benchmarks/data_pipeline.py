@@ -1,15 +1,16 @@
 #!/usr/bin/env python
-"""Rate and memory of the data pipeline: reading, tokenizing and packing, masking.
+"""Measure speed and memory of the data pipeline: reading, tokenizing and packing, masking.
 
     .venv/bin/python benchmarks/data_pipeline.py                          # about five minutes on two cores
     .venv/bin/python benchmarks/data_pipeline.py --megabytes 10 100 1000  # memory up to 1 GB of input
     .venv/bin/python benchmarks/data_pipeline.py --files a.jsonl.xz --tokenizer_name bert --megabytes  # your own text
 
-Printed are medians of runs in turns:
-- tokenizing and packing, the Arrow file written, against the bare tokenizer on the same texts, one core each;
-- masking, tokens a second of ``MaskedLMDataset.__getitems__`` in batches drawn at random from the Arrow file;
-- the most memory that reading, packing and masking hold, by size of the input, each in a process of its own. Pages of
-  mapped files, which the system takes back when it needs them, are counted apart.
+Prints medians of alternating runs:
+- tokenizing and packing, including writing the Arrow file, compared with the bare tokenizer on the same texts, on one
+  core each;
+- masking: tokens per second of ``MaskedLMDataset.__getitems__`` in batches drawn at random from the Arrow file;
+- peak memory of reading, packing and masking by input size, each in a process of its own. Pages of mapped files, which
+  the system can reclaim, are counted separately.
 """
 
 import argparse
@@ -38,7 +39,7 @@ MLM_PROBABILITY = 0.15
 
 
 def median_seconds(functions, repeats):
-    """{name: median seconds}; the functions take turns, after one warm-up round."""
+    """{name: median seconds}; the functions run alternately, after one warm-up round."""
     times = {name: [] for name in functions}
     for round_ in range(repeats + 1):
         for name, function in functions.items():
@@ -88,7 +89,7 @@ def resident():
 
 
 def run_pipeline(file, tokenizer_folder, args, folder):
-    """Read, pack and mask one file; print the most memory held before and during it, in bytes."""
+    """Read, pack and mask one file; print the memory before and the peak during it, in bytes."""
     disable_progress_bars()
     tokenizer = load_tokenizer(tokenizer_folder)
     before, peak, done = resident(), resident(), threading.Event()
@@ -113,7 +114,7 @@ def run_pipeline(file, tokenizer_folder, args, folder):
 def measure_memory(documents, tokenizer, args, folder):
     tokenizer.save_pretrained(folder / "tokenizer")
     lines = "".join(" ".join(text.split()) + "\n" for text in documents["text"][:]).encode()
-    print("\n| input | own memory, MB | beyond that before reading, MB | mapped files, MB |\n|---|---|---|---|")
+    print("\n| input | own memory, MB | increase since before reading, MB | mapped files, MB |\n|---|---|---|---|")
     for megabytes in args.megabytes:
         path = folder / f"{megabytes}.txt"
         with path.open("wb") as file:
@@ -132,7 +133,7 @@ def measure_memory(documents, tokenizer, args, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument(
-        "--megabytes", nargs="*", type=int, default=[10, 100], help="sizes of input to measure memory of"
+        "--megabytes", nargs="*", type=int, default=[10, 100], help="input sizes for the memory measurement"
     )
     parser.add_argument("--files", nargs="+", help="text to tokenize; default: the embedded corpus")
     parser.add_argument("--tokenizer_name", help="folder or Hub name; default: trained on the text")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""The quickstart under each decay of the attention products: held-out loss and norms, over several seeds.
+"""Compare the decays of the attention products on the quickstart: held-out loss and norms, over several seeds.
 
     .venv/bin/python benchmarks/decay_modes.py --frobenius_decay 0.5 --seeds 1 2 3
 
-Every other decay is the same in all arms. Prints a table (mean and spread over the seeds) and writes the norm curves of
+All other decays are the same in all arms. Prints a table (mean and spread over the seeds) and writes the norm curves of
 the first seed to a PNG.
 """
 
@@ -29,7 +29,7 @@ NORMS = ("frobenius", "nuclear", "bound")
 
 
 def run(mode, seed, args):
-    """One launched run; a finished one is kept. Its log history and results."""
+    """Launch a run unless it is finished; returns its log history and results."""
     folder = Path(args.output_dir) / f"{mode}-{seed}"
     command = [sys.executable, str(ROOT / "run_pretrain.py"), "--decay_mode", mode, "--seed", str(seed)]
     command += ["--frobenius_decay", str(args.frobenius_decay), "--output_dir", str(folder)]
@@ -77,7 +77,7 @@ def main():
     rows = {mode: [run(mode, seed, args) for seed in args.seeds] for mode in MODES}
     file = Path(args.output_dir) / "decay_modes.png"
     plot({mode: runs[0][0] for mode, runs in rows.items()}, file, args.frobenius_decay)
-    print(f"\nλ = {args.frobenius_decay} on the attention pairs, seeds {args.seeds}, flags {args.flags}")
+    print(f"\nλ = {args.frobenius_decay} on the attention products, seeds {args.seeds}, flags {args.flags}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; plot in {file}\n")
     entropy = rows["none"][0][1]["unigram_entropy"]
     print(f"| decay_mode | held-out loss (unigram entropy {entropy:.3f}) | Frobenius | nuclear | bound |")

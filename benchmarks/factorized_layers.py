@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Speed of factorized layers against dense ones: whole models at several ratios, and single layers.
+"""Measure the speed of factorized layers compared with dense ones: whole models at several ratios, and single layers.
 
     .venv/bin/python benchmarks/factorized_layers.py
 
-Prints two tables. Models: the ratio that was reached, the largest error of a layer (‖W − U Vᵀ‖_F/‖W‖_F of the random
-initialization, which has no small singular values: a trained model loses less), and forward and backward pass in turns
-with the dense model. Layers: how many times faster than the dense layer each is; below 1 it is slower.
+Prints two tables. For models: the ratio reached, the largest error of a layer (‖W − U Vᵀ‖_F/‖W‖_F of the random
+initialization, which has no small singular values; a trained model loses less), and the time of forward and backward
+pass, alternating with the dense model. For layers: the speedup over the dense layer; below 1 it is slower.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LAYERS = {
 
 
 def models(device):
-    """Name -> model, its input, and what of it is factorized: everything but embeddings and the stem."""
+    """Name -> model, its input, and the factorized layers: all except embeddings and the stem."""
     bert = BertModel(BertConfig(num_hidden_layers=4), add_pooling_layer=False)
     resnet = ResNetModel(ResNetConfig(layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2]))
     return {
@@ -74,7 +74,7 @@ def passes(model, x):
 
 
 def medians(candidates, x, repeats):
-    """Median seconds of each, taken in turns after two rounds that do not count."""
+    """Median seconds of each, measured alternately after two warm-up rounds."""
     seconds = {name: [] for name in candidates}
     for turn in range(repeats + 2):
         for name, model in candidates.items():

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Fashion-MNIST, ResNet20: dense, low rank, wide, deep and pruned, over several seeds.
+"""Compare dense, low-rank, wide, deep and pruned ResNet20 on Fashion-MNIST, over several seeds.
 
     .venv/bin/python benchmarks/image_classification.py --idx_dir fashion-mnist --seeds 1 2 3 --epochs 10
 
-Every arm sees the same images and differs from the others only in the flags below. In training 1,000 held-out images
-of the training data are evaluated, the test images once at the end. Prints a table (mean and standard deviation over
-the seeds), writes the accuracy on the held-out images over the epochs to a PNG. Finished runs are kept.
-Flags that this script does not know are passed on to every run. On a GPU: --max_train_samples 59000 --epochs 200
+All arms see the same images and differ only in the flags below. During training, runs are evaluated on 1,000 held-out
+images of the training data; the test images are used once, at the end. Prints a table (mean and standard deviation over
+the seeds) and writes the accuracy on the held-out images over the epochs to a PNG. Finished runs are kept. Flags that
+this script does not know are passed on to every run. On a GPU: --max_train_samples 59000 --epochs 200
 --weight_decay 1e-4.
 """
 
@@ -51,7 +51,7 @@ def folder_of(args, arm, seed):
 
 
 def run(arm, seed, args):
-    """One launched run; a finished one is kept. Its log history, if it trains, and its results."""
+    """Launch a run unless it is finished; returns its log history, if it trains, and its results."""
     folder, flags = folder_of(args, arm, seed), ARMS[arm].split()
     command = [sys.executable, str(SCRIPT), "--idx_dir", args.idx_dir, "--seed", str(seed), "--output_dir", str(folder)]
     command += ["--max_train_samples", str(args.max_train_samples), "--weight_decay", str(args.weight_decay)]
@@ -73,7 +73,8 @@ def run(arm, seed, args):
         history = state["log_history"]
         if state["num_train_epochs"] != epochs:
             sys.exit(
-                f"{folder} is a run of {state['num_train_epochs']} epochs, not {epochs}: name another --output_dir"
+                f"{folder} contains a run of {state['num_train_epochs']} epochs instead of {epochs}: choose another "
+                "--output_dir"
             )
     return history, json.loads((folder / "all_results.json").read_text())
 
@@ -118,11 +119,13 @@ def plot(histories, file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--idx_dir", required=True, help="the four files of Fashion-MNIST")
+    parser.add_argument("--idx_dir", required=True, help="folder with the four files of Fashion-MNIST")
     parser.add_argument("--max_train_samples", type=int, default=6000)
-    parser.add_argument("--epochs", type=int, default=12, help="12 take about four minutes a run on one thread")
     parser.add_argument(
-        "--weight_decay", type=float, default=5e-4, help="with the authors' 1e-4 no decay shows in so few steps"
+        "--epochs", type=int, default=12, help="12 epochs take about four minutes per run on one thread"
+    )
+    parser.add_argument(
+        "--weight_decay", type=float, default=5e-4, help="the authors' 1e-4 has no visible effect in so few steps"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -133,10 +136,10 @@ def main():
     plot({arm: [history for history, _ in runs] for arm, runs in rows.items()}, file)
     print(f"\n{args.max_train_samples} images, {args.epochs} epochs, λ = {args.weight_decay}, seeds {args.seeds}")
     print(f"flags {args.flags}")
-    print(f"pruning, fine-tuned: {fine_tuning_epochs(args)} epochs at rate 0.01 after those of dense")
+    print(f"pruning, fine-tuned: {fine_tuning_epochs(args)} additional epochs at rate 0.01 after the dense run")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}; plot in {file}\n")
-    print("| method | accuracy (%) | minus dense, seed by seed | merged (%) | parameters not 0 | after merge |")
+    print("| method | accuracy (%) | minus dense, per seed | merged (%) | nonzero parameters | after merge |")
     print("|---|---|---|---|---|---|")
     dense = [results for _, results in rows.get("dense", [])]
     for arm, runs in rows.items():

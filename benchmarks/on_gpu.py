@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Every figure that needs a GPU, in stages of at most eight minutes.
+"""Measure every figure that needs a GPU, in stages of at most eight minutes.
 
-    make gpu                                            # all stages that have not ended on this GPU yet
+    make gpu                                            # all stages that have not finished on this GPU yet
     .venv/bin/python benchmarks/on_gpu.py decay adamw   # some of them
     .venv/bin/python benchmarks/on_gpu.py --render      # docs/gpu.md from what was measured
 
 Each figure is a line of benchmarks/results/gpu.jsonl with the device, the versions and the revision of the code. A
-stage runs in a process of its own: one that fails, or takes longer than --minutes, does not stop the next. What ended
-once on a device is not run again there without --again. ``--device cpu --tiny`` runs everything at sizes that say
-nothing.
+stage runs in a process of its own: if it fails or takes longer than --minutes, the next stage still runs. A stage that
+has finished on a device runs there again only with --again. ``--device cpu --tiny`` runs everything at sizes too small
+for meaningful figures.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "gpu.md"
 
 
 def run_here(name: str, args) -> None:
-    """One stage in this process."""
+    """Run one stage in this process."""
     torch.manual_seed(0)
     recorder = Recorder(name, torch.device(args.device), args.tiny, Path(args.results), args)
     print(f"\n== {name}: {STAGES[name].question}", flush=True)
@@ -38,7 +38,7 @@ def run_here(name: str, args) -> None:
 
 
 def run_apart(name: str, args) -> bool:
-    """One stage in a process of its own; whether it came to its end."""
+    """Run one stage in a process of its own; returns whether it finished."""
     command = [sys.executable, __file__, name, "--here", "--device", args.device, "--results", args.results]
     command += ["--tiny"] * args.tiny
     for flag in ("text", "squad"):
@@ -52,22 +52,24 @@ def run_apart(name: str, args) -> bool:
 
 def parse(words=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)}; by default all")
+    parser.add_argument(
+        "stages", nargs="*", metavar="stage", help=f"stages to run, of {', '.join(STAGES)}; default: all"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="sizes that end in seconds, to try the stages themselves")
-    parser.add_argument("--again", action="store_true", help="also what has ended on this device before")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of each stage, at most")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the stages themselves in seconds")
+    parser.add_argument("--again", action="store_true", help="also run stages that have finished on this device")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of each stage (default: %(default)s)")
     parser.add_argument("--results", default=str(RESULTS))
-    parser.add_argument("--text", nargs="+", help="files to pretrain on; by default the embedded corpus")
-    parser.add_argument("--squad", nargs=2, metavar=("TRAIN", "DEV"), help="by default the embedded sample")
-    parser.add_argument("--render", action="store_true", help="write docs/gpu.md from the results and end")
-    parser.add_argument("--here", action="store_true", help="in this process, without a bound on the time")
+    parser.add_argument("--text", nargs="+", help="text files to pretrain on; default: the embedded corpus")
+    parser.add_argument("--squad", nargs=2, metavar=("TRAIN", "DEV"), help="SQuAD files; default: the embedded sample")
+    parser.add_argument("--render", action="store_true", help="write docs/gpu.md from the results and exit")
+    parser.add_argument("--here", action="store_true", help="run in this process, without a time limit")
     args = parser.parse_args(words)
     unknown = [name for name in args.stages if name not in STAGES]
     if unknown:
-        parser.error(f"no stage {', '.join(unknown)}: they are {', '.join(STAGES)}")
+        parser.error(f"unknown stage {', '.join(unknown)}: choose from {', '.join(STAGES)}")
     if args.device == "cuda" and not args.render and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here: --device cpu --tiny tries the stages themselves")
+        parser.error("there is no CUDA device: use --device cpu --tiny to test the stages themselves")
     return args
 
 
@@ -79,12 +81,12 @@ def main(words=None) -> int:
     failed = []
     for name in args.stages or STAGES:
         if not args.again and not args.here and has_ended(name, Path(args.results), torch.device(args.device)):
-            print(f"{name}: has ended on this device before")
+            print(f"{name}: has already finished on this device")
         elif args.here:
             run_here(name, args)
         elif not run_apart(name, args):
             failed.append(name)
-    print(f"failed: {', '.join(failed)}" if failed else "all ended")
+    print(f"failed: {', '.join(failed)}" if failed else "all finished")
     return 1 if failed else 0
 
 

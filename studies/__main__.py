@@ -1,4 +1,4 @@
-"""``python -m studies NAME``: run what is left of a study."""
+"""``python -m studies NAME``: run the missing runs of a study."""
 
 import argparse
 import os
@@ -21,17 +21,28 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m studies", description="Run what is left of a study; stop and repeat at any moment."
+        prog="python -m studies",
+        description="Run the missing runs of a study. It can be stopped and started again at any time.",
     )
-    parser.add_argument("name", nargs="?", help="the study")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: the study's, tuning seeds among them")
-    parser.add_argument("--arms", default="*", metavar="PATTERN", help="as 'E128/weight-*'; default: all")
+    parser.add_argument("name", nargs="?", help="name of the study")
     parser.add_argument(
-        "--chosen", action="store_true", help="of several arms of which the best is compared only that one"
+        "--seeds", type=int, nargs="+", help="seeds to run; default: all of the study, including tuning seeds"
     )
-    parser.add_argument("--workers", type=int, help="runs side by side, one thread each; default: 2, on one core 1")
-    parser.add_argument("--minutes", type=float, help="stop after so many; the runs at work go on the next time")
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left, and run nothing")
+    parser.add_argument(
+        "--arms", default="*", metavar="PATTERN", help="arms to run, for example 'E128/weight-*'; default: all"
+    )
+    parser.add_argument(
+        "--chosen",
+        action="store_true",
+        help="run only the arms that are compared: of several candidates, the best on the tuning seeds",
+    )
+    parser.add_argument(
+        "--workers", type=int, help="parallel runs, with one thread each; default: 2, or 1 on a single core"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="stop after this many minutes; unfinished runs continue the next time"
+    )
+    parser.add_argument("--list", action="store_true", help="show which runs are done and which are missing, and exit")
     return parser
 
 
@@ -40,33 +51,37 @@ def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None, studies
     args = parser.parse_args(argv)
     args.workers = min(2, os.cpu_count() or 1) if args.workers is None else args.workers
     if args.name is None and not args.list:
-        parser.error(f"name a study, one of {', '.join(studies)}, or give --list")
+        parser.error(f"give the name of a study ({', '.join(studies)}) or --list")
     if args.name is not None and args.name not in studies:
-        parser.error(f"no study {args.name!r}: one of {', '.join(studies)}")
+        parser.error(f"unknown study {args.name!r}: choose from {', '.join(studies)}")
     if args.workers < 1:
         parser.error(f"--workers ({args.workers}) must be at least 1")
     if args.minutes is not None and not args.minutes > 0:
         parser.error(f"--minutes ({args.minutes}) must be above 0")
     if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
-        parser.error(f"--seeds ({' '.join(map(str, args.seeds))}) must be different ones of at least 0")
+        parser.error(f"--seeds ({' '.join(map(str, args.seeds))}) must be different seeds of at least 0")
     lacking = [] if args.name is None or args.list else studies[args.name].lacking_places()
     if lacking:
-        parser.error(f"{args.name} needs the environment variables {', '.join(lacking)}, which name its files")
+        parser.error(
+            f"{args.name} needs the environment variables {', '.join(lacking)}: set them to the paths of its files"
+        )
     if args.name is not None and not studies[args.name].names(args.arms):
-        parser.error(f"--arms {args.arms}: no such arm of {args.name}: {', '.join(studies[args.name].names())}")
+        parser.error(f"--arms {args.arms} matches no arm of {args.name}: {', '.join(studies[args.name].names())}")
     return args
 
 
 def outlook(runs: Sequence[Run], results: Path, workers: int) -> str:
-    """What is done, what is left and how long that takes, by the runs so far."""
+    """How many runs are done and missing, and how long the missing ones take, estimated from the others."""
     lines = read_lines(results)
     done = {identity(line) for line in lines}
     left = sum(run.identity not in done for run in runs)
-    text = f"{len(runs) - left} of {len(runs)} runs recorded, {left} left"
+    text = f"{len(runs) - left} of {len(runs)} runs recorded, {left} missing"
     if not (lines and left):
         return text
     seconds = fmean(line["seconds"] for line in lines)
-    return f"{text}, about {left * seconds / workers / 3600:.1f} h at {seconds:.0f} s a run and {workers} at a time"
+    return (
+        f"{text}, about {left * seconds / workers / 3600:.1f} h at {seconds:.0f} s per run with {workers} in parallel"
+    )
 
 
 def list_arms(runs: Sequence[Run], results: Path) -> None:
@@ -74,7 +89,7 @@ def list_arms(runs: Sequence[Run], results: Path) -> None:
     for arm in dict.fromkeys(run.arm for run in runs):
         seeds = {run.seed: run.identity in done for run in runs if run.arm == arm}
         parts = [" ".join(str(seed) for seed in seeds if seeds[seed] == is_done) or "-" for is_done in (True, False)]
-        print(f"  {arm:<24} done {parts[0]}; left {parts[1]}")
+        print(f"  {arm:<24} done {parts[0]}; missing {parts[1]}")
 
 
 def main(

@@ -1,4 +1,4 @@
-"""What recipes for GPUs cost: hours by the FLOPs of their matrix multiplications."""
+"""The cost of recipes for GPUs: hours, estimated from the FLOPs of their matrix multiplications."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,7 +13,7 @@ GPUS = (1, 8, 64)
 
 
 def recipe_flops(flags: Mapping) -> float:
-    """FLOPs of a whole run with the masked positions alone in the last layer and the head."""
+    """FLOPs of a whole run whose last layer and head compute the masked positions only."""
     overrides = dict(pair.split("=") for pair in flags["config_overrides"].split(","))
     config = FnlBertConfig(
         **preset_config(flags["preset"]),
@@ -27,8 +27,8 @@ def recipe_flops(flags: Mapping) -> float:
 
 
 def cost_rows(recipes: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
-    """Name, FLOPs and hours on so many GPUs of each; a recipe is a row of files, of which a later one overrides an
-    earlier one, for each phase."""
+    """Rows of name, FLOPs and hours on each number of GPUs. A recipe has a file for each phase; a later file overrides
+    the earlier ones."""
     peak = data_sheet_peak(GPU, "bfloat16")
     assert peak is not None
     for name, phases in recipes.items():

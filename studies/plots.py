@@ -1,4 +1,5 @@
-"""The picture of a study: a column for each group; the metric, the other measures and courses below each other."""
+"""The picture of a study: a column for each group, with the metric, the other measures and the courses one below the
+other."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from studies.verdicts import Outcome
 
 STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")  # of the parts of one measure
 MARKERS = ("o", "s", "^")
-WIDTH, COLUMNS, ROW = 10.0, (3.0, 5.0), 2.8  # inches: of all columns together, of one at least and at most, of a row
+# inches: width of all columns, minimum and maximum width of a column, height of a row
+WIDTH, COLUMNS, ROW = 10.0, (3.0, 5.0), 2.8
 COLORS = matplotlib.color_sequences["tab10"] + matplotlib.color_sequences["Dark2"]
 
 
@@ -38,7 +40,7 @@ def plot_study(outcome: Outcome, file: Path) -> None:
             plot_courses(axis, outcome, group, parts, colors)
             axis.set_title(titled(title, parts), fontsize=9)
         column[0].set_title(f"{group}\n{study.label}", fontsize=9)
-    for axis in axes[1 : len(panels), 0]:  # once all columns of the row are drawn, which share it
+    for axis in axes[1 : len(panels), 0]:  # after all columns of the row, which share it, are drawn
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     if len(colors) > 1:
         lines = [Line2D([], [], color=color, marker=".", label=name) for name, color in colors.items()]
@@ -49,18 +51,18 @@ def plot_study(outcome: Outcome, file: Path) -> None:
 
 
 def titled(title: str, parts: Mapping[str, str]) -> str:
-    """With the name of the part, if there is but one and it has one."""
+    """The title with the name of the part, if there is only one and it has a name."""
     return f"{title} ({next(iter(parts))})" if [*parts] != [""] and len(parts) == 1 else title
 
 
 def curve_colors(outcome: Outcome) -> dict[str, tuple[float, float, float]]:
-    """Of the curves of all groups, or of the arms where the study has no axis."""
+    """Colors for the curves of all groups, or for the arms if the study has no axis."""
     names = dict.fromkeys(curve for group in outcome.study.arms for curve in outcome.study.curves(group))
     return {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
 
 
 def plot_panel(axis, outcome: Outcome, group: str, parts: Mapping[str, str], colors: Mapping) -> None:
-    """One measure, a color for each curve; its parts in lines and markers of their own."""
+    """One measure, with a color for each curve; each part has its own line style and marker."""
     study = outcome.study
     for index, (curve, places) in enumerate(study.curves(group).items()):
         for style, marker, path in zip(STYLES, MARKERS, parts.values()):
@@ -87,14 +89,14 @@ def plot_panel(axis, outcome: Outcome, group: str, parts: Mapping[str, str], col
 
 
 def beside(place: float | None, index: int, flag: str | None) -> float | None:
-    """A place on the axis, moved a little for each curve, so that error bars do not hide each other."""
+    """A place on the axis, shifted a little for each curve, so that error bars do not overlap."""
     return place if place is None or flag is None else place * 1.04**index
 
 
 def plot_curve(
     axis, found: Sequence[tuple[float | None, list[float]]], color: tuple[float, ...], style: str, marker: str
 ) -> None:
-    """Means with standard deviations; of an arm without a place on the axis a line across it."""
+    """Means with standard deviations; an arm without a place on the axis is a horizontal line."""
     for _, values in [entry for entry in found if entry[0] is None]:
         mean, deviation = fmean(values), stdev(values) if len(values) > 1 else 0.0
         axis.axhline(mean, color=color, linestyle=style)

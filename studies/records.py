@@ -1,4 +1,4 @@
-"""The recorded lines, one for each finished run: what is in them, how they are read and appended."""
+"""The recorded lines, one for each finished run: their contents, and how they are read and appended."""
 
 import fcntl
 import json
@@ -14,13 +14,14 @@ from typing import Any
 
 from studies.study import ROOT, Run
 
-CURVE_STEPS = 500  # at least so many between two points of a curve
+CURVE_STEPS = 500  # minimum number of steps between two points of a curve
 SCORES = ("eval_loss", "eval_validation_accuracy", "eval_f1")  # whose courses are kept
 NORMS = "norms/"
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a study, none if it has no file. A last one without its end was cut off, and is not there yet."""
+    """The lines of a study, none if it has no file. A last line without its end was only partly written and is
+    ignored."""
     try:
         *whole, _ = file.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -29,7 +30,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def append_line(file: Path, record: dict[str, Any]) -> None:
-    """Append a record as one line, whole or not at all, whoever else appends at the same time."""
+    """Append a record as one line, atomically, even if others append at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with file.open("a+b", buffering=0) as opened:
@@ -38,7 +39,7 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
         torn = opened.read().rpartition(b"\n")[2]
         opened.truncate(opened.seek(0, os.SEEK_END) - len(torn))
         if opened.write(data) < len(data):
-            raise OSError(f"{file}: a line could not be written whole")
+            raise OSError(f"{file}: a line was only partly written")
         os.fsync(opened.fileno())
 
 
@@ -73,7 +74,7 @@ def record_of(run: Run, folder: Path, seconds: float, revision: str | None) -> d
 
 
 def curve(history: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
-    """[step, value] of a logged quantity, no closer than ``CURVE_STEPS``, and the last."""
+    """[step, value] of a logged quantity, at most every ``CURVE_STEPS`` steps, and the last."""
     points = {entry["step"]: [entry["step"], _rounded(entry[key])] for entry in history if key in entry}
     kept: list[list[float]] = []
     for step, point in points.items():
@@ -83,7 +84,7 @@ def curve(history: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
 
 
 def mean_norms(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """{kind: {diagnostic: mean over the products}} of a log; ``tightness`` is that of the norm over its bound."""
+    """{kind: {diagnostic: mean over the products}} of a log; ``tightness`` is the nuclear norm divided by its bound."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for key, value in entry.items():
         if key.startswith(NORMS):
@@ -95,7 +96,7 @@ def mean_norms(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def last_norms(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Those of the last log that has any."""
+    """The norms of the last log that has any."""
     return next(filter(None, map(mean_norms, reversed(history))), {})
 
 
@@ -117,7 +118,7 @@ def _rounded(value: float) -> float:
 
 
 def cpu_name() -> str:
-    """The processor's model; elsewhere than on Linux what Python knows of it."""
+    """The processor's model; outside of Linux, the name that Python gives."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -126,7 +127,7 @@ def cpu_name() -> str:
 
 
 def git_revision() -> str | None:
-    """The commit, with "+changes" if other files differ from it than those that studies write; None outside git."""
+    """The commit, with "+changes" if files other than those that studies write differ from it; None outside of git."""
     git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=30)

@@ -1,4 +1,4 @@
-"""``python -m studies.report``: ``docs/results.md`` and its plots, from the recorded lines alone."""
+"""``python -m studies.report`` renders ``docs/results.md`` and its plots from the recorded lines."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,20 +14,24 @@ from studies.verdicts import UNKNOWN, Outcome
 
 HEAD = """# Results
 
-What the article's claims come to at this scale, in this project's own tasks and runs, and how sure that is.
-`make results` renders this page from the lines in `studies/results`, one for each run; the studies are defined in
-`studies/definitions`, and `make studies` runs what is left of one. All arms of a study have the same data in the same
-order, the same budget and, but for what is compared, the same hyperparameters.
+This page tests the article's claims at a small scale, on tasks and runs of this project, and says how certain each
+result is. `make results` renders it from `studies/results`, which has one line per run. `studies/definitions` defines
+the studies, and `make studies` runs the missing runs of a study. All arms of a study have the same data in the same
+order and the same budget. Except for what is compared, they also have the same hyperparameters.
 
-Differences are paired: of runs with the same seed. In brackets is their 95% interval by Student's t, not corrected for
-the number of comparisons. A fixed rule judges them: one arm is *as good* as the other if the interval lies within ± the
-difference that would count; else it is *better* or *worse* if the interval lies on one side of zero; else that *cannot
-be told at this scale*. What could have been seen is the difference that such a test finds with a probability of 80%.
-Where the best of several arms is compared, it was chosen on seeds that are not reported; `--chosen` runs the reported
-ones for it alone, and arms without any are left out here.
+Differences are paired: each is between runs with the same seed. The brackets contain the 95% interval of the mean, by
+Student's t and not corrected for the number of comparisons. A fixed rule gives the verdict:
+
+1. The arms are *as good* as each other if the whole interval is closer to 0 than the smallest difference that counts.
+2. Otherwise, an arm is *better* or *worse* if the interval does not include 0.
+3. Otherwise, the result is *undecided at this scale*.
+
+The detectable difference is the one that such a test finds with a probability of 80%. If the best of several arms is
+compared, it is chosen on tuning seeds, which are not reported. `--chosen` runs the reported seeds for this arm only;
+the tables leave out arms without reported seeds.
 """
 DASH = "–"
-CLAIM_HEADER = ["verdict", "difference", "mean [95% interval]", "seeds", "could have been seen"]
+CLAIM_HEADER = ["verdict", "difference", "mean [95% interval]", "seeds", "detectable difference"]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -54,7 +58,7 @@ def detectable(difference: Difference | None, digits: int) -> str:
 
 
 def claims_table(outcomes: Sequence[Outcome]) -> str:
-    """What becomes of the article's claims; those that nothing is recorded for are named below it."""
+    """The verdicts on the article's claims, and below them the claims without recorded runs."""
     rows, waiting = [], []
     for outcome in outcomes:
         for comparison in (comparison for comparison in outcome.study.comparisons if comparison.article):
@@ -65,7 +69,7 @@ def claims_table(outcomes: Sequence[Outcome]) -> str:
                 claim = "" if index else comparison.claim
                 study = f"[{outcome.name}](#{outcome.name}), {group}"
                 rows.append([claim, study, *claim_cells(outcome, group, comparison)])
-    parts = [table(["after the article's claim", "study", *CLAIM_HEADER], rows)] if rows else []
+    parts = [table(["claim of the article", "study", *CLAIM_HEADER], rows)] if rows else []
     if waiting:
         parts += ["Not run yet:", "\n".join(waiting)]
     return "\n\n".join(parts)
@@ -104,8 +108,8 @@ def answer(outcome: Outcome) -> str:
             continue
         found = f"a difference of {interval(difference, outcome.study.digits)} on {difference.count} seeds"
         if said == UNKNOWN:
-            verdict = f"whether {arm} is better than {reference} {said}"
-            found += f", where {detectable(difference, outcome.study.digits)} could have been seen"
+            verdict = f"whether {arm} is better than {reference} is {said}"
+            found += f", detectable difference {detectable(difference, outcome.study.digits)}"
         elif said == "same":
             verdict = f"{arm} is as good as {reference} within ± {outcome.study.effect:g}"
         else:
@@ -132,12 +136,12 @@ def arms_table(outcome: Outcome, group: str) -> str:
             found = outcome.values(f"{group}/{name}", path)
             row.append(f"{fmean(found.values()):.3g}" if found else DASH)
         rows.append(row)
-    header = [group, study.label, "seeds", f"minus {study.reference} [95% interval]", "could have been seen"]
+    header = [group, study.label, "seeds", f"minus {study.reference} [95% interval]", "detectable difference"]
     return table([*header, *(title for title, _ in measures)], rows)
 
 
 def valleys_table(outcome: Outcome) -> str:
-    """Along the axis: what was chosen on the tuning seeds, and which values are as good as the best."""
+    """Along the axis: the value chosen on the tuning seeds, and the values that are as good as the best."""
     study, rows = outcome.study, []
     axis = str(study.axis)
     for group in study.arms:
@@ -154,8 +158,8 @@ def valleys_table(outcome: Outcome) -> str:
             loss = DASH if best is None else spread(list(outcome.values(best).values()), study.digits)
             rows.append([group, curve, chosen, loss, f"{lowest:.{study.digits}f}", ", ".join(within)])
     seeds = ", ".join(map(str, study.tuning_seeds))
-    header = ["", "arms", f"{axis} chosen on seeds {seeds}", f"{study.label} there", "best mean",
-              f"{axis} within {study.effect} of it"]  # fmt: skip
+    header = ["", "arms", f"{axis} chosen on seeds {seeds}", f"its {study.label}", "best mean",
+              f"{axis} within {study.effect} of the best mean"]  # fmt: skip
     return table(header, rows)
 
 
@@ -164,7 +168,7 @@ def origins(outcome: Outcome) -> str:
     lines = [line for line in outcome.lines if "copy_of" not in line]
     reported = sorted({line["seed"] for line in lines} - {*outcome.study.tuning_seeds})
     tuning = sorted({line["seed"] for line in lines} & {*outcome.study.tuning_seeds})
-    machines = sorted({f"{line['machine']['cpu']}, {line['machine']['threads']} thread a run" for line in lines})
+    machines = sorted({f"{line['machine']['cpu']}, {line['machine']['threads']} thread per run" for line in lines})
     versions = sorted(
         {f"torch {line['versions']['torch']}, transformers {line['versions']['transformers']}" for line in lines}
     )
@@ -172,7 +176,7 @@ def origins(outcome: Outcome) -> str:
     hours = sum(line["seconds"] for line in lines) / 3600
     seeds = f"Seeds {', '.join(map(str, reported))}"
     if tuning:
-        seeds += f"; for the choice {', '.join(map(str, tuning))}"
+        seeds += f"; tuning seeds {', '.join(map(str, tuning))}"
     of = f"{'; '.join(machines)}; {'; '.join(versions)}; revision {', '.join(revisions)}"
     return f"{seeds}. {len(lines)} runs, {hours:.1f} hours. {of}."
 
@@ -188,7 +192,7 @@ def section(outcome: Outcome, docs: Path) -> str:
         return "\n\n".join([*parts, "Not run yet.", command(outcome)]) + "\n"
     picture = Path("results") / f"{outcome.name}.png"
     plot_study(outcome, docs / picture)
-    parts += [f"**Answer.** {answer(outcome)}", f"What would count: {study.effect:g} in {study.label}."]
+    parts += [f"**Answer.** {answer(outcome)}", f"Smallest difference that counts: {study.effect:g} in {study.label}."]
     parts += [f"![{outcome.name}]({picture.as_posix()})", comparisons_table(outcome)]
     parts += [arms_table(outcome, group) for group in study.arms]
     if study.axis is not None:

@@ -1,8 +1,8 @@
-"""Launches what is left of a study, a process with one thread for each run, and records what comes of it.
+"""Launch the missing runs of a study, each in a process with one thread, and record their results.
 
-A run works in a folder of its own under ``output/studies``, which goes when its line is written. Whoever works on a run
-holds the lock beside that folder. The launched process holds it, too, so that a run whose runner was killed is not
-started a second time while it is still at work.
+A run has a folder of its own under ``output/studies``, which is deleted when its line is written. The runner holds a
+lock beside that folder. The launched process holds it, too: if the runner is killed, the run is not started a second
+time while it still works.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ from studies.records import append_line, git_revision, read_lines, record_of
 from studies.study import ROOT, Run, Study, identity, twin_of
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 120.0  # for a process that was asked to end: it saves a checkpoint
+GRACE_SECONDS = 120.0  # after SIGTERM, a process saves a checkpoint
 TAIL_LINES = 6
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -51,7 +51,7 @@ def done_of(results: Path) -> set[str]:
 
 
 def claim(file: Path) -> BinaryIO | None:
-    """The lock of a run, to be closed when done with it; None if another has it."""
+    """The lock of a run, to be closed afterwards; None if another process has it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     opened = file.open("ab")
     try:
@@ -64,7 +64,7 @@ def claim(file: Path) -> BinaryIO | None:
 
 @dataclass
 class Child:
-    """A run at work."""
+    """A run in progress."""
 
     run: Run
     folder: Path
@@ -75,7 +75,7 @@ class Child:
 
     @property
     def seconds_before(self) -> float:
-        """Of earlier starts of the same run."""
+        """The duration of earlier starts of the same run."""
         try:
             return float((self.folder / "seconds").read_text())
         except (OSError, ValueError):
@@ -97,7 +97,7 @@ class Runner:
     Args:
         results: the file of lines.
         work: where the runs have their folders.
-        minutes: after so many the runs at work are stopped; they go on from their checkpoints the next time.
+        minutes: after this time, runs in progress are stopped; they resume from their checkpoints the next time.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Runner:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Signals are noted, not raised: a line that is being written is written to its end."""
+        """Record signals instead of raising them, so that a line is never written partly."""
 
         def note(signum, frame):
             self.signal = signum
@@ -155,11 +155,11 @@ class Runner:
         return folder, folder.with_name(f"{folder.name}.lock")
 
     def _twin(self, run: Run) -> Path:
-        """Where the weights of a run are kept for those that are measured against them."""
+        """The folder in which a run's weights are kept, for runs that are compared with them."""
         return self.work / run.study / "twins" / run.folder
 
     def _next(self, waiting: deque[Run]) -> Run | None:
-        """Take the first run that can be started: its twin, if it has one, has left its weights."""
+        """Take the first run that can be started: if it has a twin, the twin's weights must exist."""
         for run in waiting:
             twin = twin_of(self.study, run)
             if twin is None or self._twin(twin).exists():
@@ -168,7 +168,7 @@ class Runner:
         return None
 
     def _clear(self, run: Run) -> None:
-        """Remove what a recorded run has left, if its runner was killed before it could."""
+        """Remove the folder of a recorded run, if its runner was killed before it removed the folder."""
         folder, lock_file = self._place(run)
         lock = claim(lock_file) if folder.exists() else None
         if lock is not None:
@@ -185,7 +185,7 @@ class Runner:
         if lock is None:
             self.elsewhere += 1
             return
-        if run.identity in done_of(self.results) or self._copy(run):  # by another runner, since this one began
+        if run.identity in done_of(self.results) or self._copy(run):  # by another runner in the meantime
             self._release(folder, lock_file, lock)
             self.bar.update()
             return
@@ -199,13 +199,13 @@ class Runner:
                 stdout=stdout,
                 stderr=stderr,
                 pass_fds=(lock.fileno(),),
-                start_new_session=True,  # Ctrl-C reaches the runner alone, which asks its children to save
+                start_new_session=True,  # Ctrl-C only reaches the runner, which asks its children to save
             )
         self.children.append(Child(run, folder, lock, process, time.monotonic(), git_revision()))
         self._show()
 
     def _copy(self, run: Run) -> bool:
-        """Record a run by the line of one with the same flags and seed, an arm of another group, if there is one."""
+        """If an arm of another group with the same flags and seed is recorded, record a copy of its line."""
         for line in read_lines(self.results):
             if identity({**line, "arm": run.arm}) == run.identity:
                 append_line(self.results, {**line, "arm": run.arm, "copy_of": line["arm"]})
@@ -228,7 +228,7 @@ class Runner:
                 self._record(child, seconds)
                 return
             except (OSError, ValueError, KeyError) as error:
-                self._fail(child, f"left no results: {error!r}")
+                self._fail(child, f"wrote no results: {error!r}")
         elif not self._is_over():
             self._fail(child, f"failed with exit status {status}")
         child.lock.close()
@@ -236,7 +236,7 @@ class Runner:
     def _record(self, child: Child, seconds: float) -> None:
         record = record_of(child.run, child.folder / "run", seconds, child.revision)
         if self.study.spectra:
-            from studies.spectra import spectra_of  # imports torch, which nothing else here needs
+            from studies.spectra import spectra_of  # imports torch, which is only needed here
 
             record["spectra"] = spectra_of(child.folder / "run")
         if self.study.twin is not None:
@@ -262,7 +262,7 @@ class Runner:
         self.bar.write(f"{child.run.arm}, seed {child.run.seed}: {how}\n{child.last_words()}", file=sys.stderr)
 
     def _stop_children(self) -> None:
-        """Ask all to end, and end those that do not."""
+        """Ask all children to end, and kill those that do not."""
         for child in self.children:
             child.process.terminate()
         patience = time.monotonic() + GRACE_SECONDS
@@ -277,14 +277,14 @@ class Runner:
     def _say_what_is_left(self) -> int:
         done = done_of(self.results)
         left = sum(run.identity not in done for run in self.runs)
-        others = f", {self.elsewhere} of them with another runner when their turn came" if self.elsewhere else ""
+        others = f", {self.elsewhere} of them in progress in another runner" if self.elsewhere else ""
         failed = f"; {self.failed} failed" if self.failed else ""
         twins = {run.identity: twin_of(self.study, run) for run in self.runs if run.identity not in done}
         lost = {twin.arm for twin in twins.values() if twin and twin.identity in done and not self._twin(twin).exists()}
         names = ", ".join(sorted(lost))
-        gone = f"; the weights of {names} are gone: delete their lines to run them again" if lost else ""
+        gone = f"; the weights of {names} were deleted: delete their lines to run them again" if lost else ""
         print(
-            f"{len(self.runs) - left} of {len(self.runs)} runs are recorded, {left} left{others}{failed}{gone}",
+            f"{len(self.runs) - left} of {len(self.runs)} runs recorded, {left} missing{others}{failed}{gone}",
             file=sys.stderr,
         )
         return 128 + self.signal if self.signal is not None else int(self.failed > 0)

@@ -1,4 +1,4 @@
-"""What a study is: arms as flags of an existing script, the metric, and what would count as an effect."""
+"""Studies: arms as flags of an existing script, the metric, and the smallest effect that counts."""
 
 import fnmatch
 import hashlib
@@ -21,13 +21,13 @@ FEED_FORWARD = ("layer.[0-9].intermediate.dense", "layer.[0-9].output.dense")  #
 
 @dataclass(frozen=True)
 class Comparison:
-    """A claim that a study puts to the test, in each of its groups.
+    """A claim that a study tests, in each of its groups.
 
     Args:
         claim: one sentence.
-        arm, reference: patterns of names within a group; of several that match, the best on the tuning seeds counts.
-        expected: whether by the claim ``arm`` is "better" than ``reference`` or the "same".
-        article: whether the article claims it.
+        arm, reference: name patterns within a group; if several arms match, the best on the tuning seeds is compared.
+        expected: whether the claim says that ``arm`` is "better" than ``reference`` or the "same".
+        article: whether it is a claim of the article.
     """
 
     claim: str
@@ -39,27 +39,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Study:
-    """Arms over a common base, with what is measured.
+    """Arms over common flags, and what is measured.
 
     Args:
         question: one sentence.
-        script: a script of the repository, which is launched for each run.
-        base: flags that all arms have in common, with those of the recipe (:func:`recipe`).
-        arms: group -> name -> flags. Groups are run and reported one after the other, "group/name" is an arm.
-        reference: the name of the arm, in each group, that all others are compared with.
-        effect: the smallest difference of the metric that would count.
-        metric: where in a recorded line it is found, its parts separated by "/".
-        label: what the metric is, with its unit; ``digits`` behind the point are reported.
-        better: whether the "lower" or the "higher" value of the metric is.
-        seeds: reported. One seed gives all arms the same batches.
-        tuning_seeds: never reported: on them the best of several arms is chosen.
-        measures: what else is reported, title -> {name: where in a line}.
-        courses: what is drawn over the steps, of the arms that are compared, title -> {name: where in a line}.
-        axis: the flag that plots have on their axis; arms "curve-value" are a curve. None for one place an arm.
-        spectra: whether a run leaves a model whose products are to be measured.
-        twin: the name of the arm, in each group, whose weights those of the others are measured against on their way.
-        costs: name -> recipes in ``configs/`` for the phases of a run on GPUs, whose cost is reported.
-        places: flag -> environment variable, for files and folders that are elsewhere on each machine.
+        script: the script of the repository that each run launches.
+        base: flags that all arms share, including those of the recipe (:func:`recipe`).
+        arms: group -> name -> flags. Groups are run and reported one after the other; an arm is called "group/name".
+        reference: the name of the arm in each group with which all others are compared.
+        effect: the smallest difference of the metric that counts.
+        metric: its path in a recorded line, separated by "/".
+        label: the metric and its unit, reported with ``digits`` decimal places.
+        better: whether a "lower" or a "higher" value of the metric is better.
+        seeds: the reported seeds. All arms with one seed have the same batches.
+        tuning_seeds: seeds on which the best of several arms is chosen; never reported.
+        measures: what else is reported, title -> {name: path in a line}.
+        courses: what is drawn over the steps for the compared arms, title -> {name: path in a line}.
+        axis: the flag on the axis of plots; arms named "curve-value" form a curve. None: each arm has one place.
+        spectra: whether the products of a run's model are measured.
+        twin: the name of the arm in each group with whose weights those of the other arms are compared during training.
+        costs: name -> recipes in ``configs/`` for the phases of a run on GPUs; their cost is reported.
+        places: flag -> environment variable, for files and folders whose paths depend on the machine.
     """
 
     question: str
@@ -86,7 +86,7 @@ class Study:
     places: Mapping[str, str] = field(default_factory=dict)
 
     def flags(self, arm: str) -> dict[str, Any]:
-        """All flags of "group/name" but the seed."""
+        """All flags of "group/name" except the seed."""
         group, _, name = arm.partition("/")
         return {**self.base, **self.arms[group][name]}
 
@@ -100,9 +100,9 @@ class Study:
         return [variable for variable in self.places.values() if not os.environ.get(variable)]
 
     def curves(self, group: str) -> dict[str, list[tuple[float | None, str]]]:
-        """Curve -> the arms of a group with their places on the axis, None for those without the flag.
+        """Curve -> the arms of a group with their places on the axis, None for arms without the flag.
 
-        Without an axis each arm is a curve, and its place a number.
+        Without an axis, each arm is a curve and its place is its index.
         """
         curves: dict[str, list[tuple[float | None, str]]] = {}
         for index, name in enumerate(self.arms[group]):
@@ -114,14 +114,14 @@ class Study:
         return curves
 
     def ordered_seeds(self) -> list[int]:
-        """Reported and tuning seeds in turns: neither tells anything without the other."""
+        """Reported and tuning seeds, alternating: results need both."""
         pairs = itertools.zip_longest(self.seeds, self.tuning_seeds)
         return [seed for pair in pairs for seed in pair if seed is not None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study; two are the same if all of this is."""
+    """One run of a study; two runs are the same if all fields are equal."""
 
     study: str
     arm: str
@@ -134,13 +134,13 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """A name for its work folder, another one when a flag changes."""
+        """The name of its work folder, which changes with the flags."""
         digest = hashlib.sha256(self.identity.encode()).hexdigest()[:8]
         return f"{self.arm.replace('/', '-')}-seed-{self.seed}-{digest}"
 
 
 def twin_of(study: Study, run: Run) -> Run | None:
-    """The run that this one is measured against."""
+    """The run with which this one is compared."""
     group, _, name = run.arm.partition("/")
     if study.twin in (None, name):
         return None
@@ -149,18 +149,18 @@ def twin_of(study: Study, run: Run) -> Run | None:
 
 
 def identity(line: Mapping[str, Any]) -> str:
-    """What tells a run, or its recorded line, from others."""
+    """Identifies a run, or its recorded line."""
     return json.dumps([line[name] for name in ("study", "arm", "seed", "flags")], sort_keys=True)
 
 
 def recipe(file: str) -> dict[str, Any]:
-    """The flags of a file in ``configs/`` by value, so that a run is not taken for done when the recipe has changed."""
+    """The flags of a file in ``configs/`` by value, so that a changed recipe makes new runs."""
     flags = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
     return {name: value for name, value in flags.items() if name != "output_dir"}
 
 
 def runs_of(name: str, study: Study, seeds: Sequence[int] | None = None, pattern: str = "*") -> list[Run]:
-    """The runs in the order of what they can tell: group by group, seed by seed, all arms."""
+    """The runs in an order that soon gives results: group by group, seed by seed, all arms."""
     seeds = study.ordered_seeds() if seeds is None else seeds
     chosen = study.names(pattern)
     groups = [[arm for arm in chosen if arm.partition("/")[0] == group] for group in study.arms]

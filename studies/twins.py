@@ -39,7 +39,7 @@ def distances_of(run: Path, twin: Path) -> dict[str, list[list[float]]]:
             for name, value in compare_weights(own, other).items():
                 curves.setdefault(name, []).append([step_of(checkpoint), float(f"{value:.6g}")])
     if not curves:
-        raise ValueError(f"{run} and {twin} have no checkpoint of the same step")
+        raise ValueError(f"{run} and {twin} have no checkpoints of the same step")
     return curves
 
 

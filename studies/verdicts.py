@@ -1,4 +1,4 @@
-"""What recorded lines say: values by arm and seed, the best arm of several, and the fixed rule of an answer."""
+"""Recorded lines evaluated: values by arm and seed, the best of several arms, and the fixed rule for a verdict."""
 
 import functools
 import operator
@@ -9,25 +9,25 @@ from typing import Any
 from studies.intervals import Difference, paired_difference
 from studies.study import Comparison, Study, identity, runs_of
 
-UNKNOWN = "cannot be told at this scale"
-TOO_FEW = "too few runs yet"
-# What the rule says of an arm -> of a claim that expects it to be better, or the same.
+UNKNOWN = "undecided at this scale"
+TOO_FEW = "too few runs so far"
+# Expectation of a claim -> verdict on the arm -> verdict on the claim.
 CLAIMS = {
     "better": {
-        "better": "holds here",
-        "worse": "does not hold here: it is worse",
-        "same": "does not hold here: it is as good",
+        "better": "confirmed here",
+        "worse": "not confirmed here: worse",
+        "same": "not confirmed here: as good",
     },
     "same": {
-        "same": "holds here",
-        "better": "does not hold here: it is better",
-        "worse": "does not hold here: it is worse",
+        "same": "confirmed here",
+        "better": "not confirmed here: better",
+        "worse": "not confirmed here: worse",
     },
 }
 
 
 class Outcome:
-    """The lines of one study, those of its present definition alone."""
+    """The lines of one study that belong to its current definition."""
 
     def __init__(self, name: str, study: Study, lines: Sequence[dict[str, Any]]):
         self.name, self.study = name, study
@@ -44,7 +44,7 @@ class Outcome:
         }
 
     def best(self, arms: Sequence[str]) -> str | None:
-        """Of several arms the one whose mean on the tuning seeds is best, of those that have run on all of these."""
+        """The arm with the best mean on the tuning seeds, among the arms that have run on all of them."""
         if len(arms) < 2:
             return arms[0] if arms else None
         found = {arm: self.values(arm, tuning=True) for arm in arms}
@@ -57,7 +57,7 @@ class Outcome:
         return min if self.study.better == "lower" else max
 
     def compare(self, group: str, comparison: Comparison) -> tuple[str | None, str | None, Difference | None]:
-        """The names of the two arms and their difference, each None where there are too few runs yet."""
+        """The names of the two arms and their difference, each None if there are too few runs so far."""
         arm, reference = (
             self.best(self.study.names(f"{group}/{side}")) for side in (comparison.arm, comparison.reference)
         )
@@ -67,7 +67,7 @@ class Outcome:
         return arm.partition("/")[2], reference.partition("/")[2], difference
 
     def compared_arms(self) -> set[str]:
-        """The arms that comparisons are made of, and the references; of several the best, once it is known."""
+        """The arms in comparisons, and the references; if a pattern matches several, the best, once it is known."""
         sides = {side for comparison in self.study.comparisons for side in (comparison.arm, comparison.reference)}
         best = {
             self.best(self.study.names(f"{group}/{side}"))
@@ -77,10 +77,10 @@ class Outcome:
         return {arm for arm in best if arm is not None}
 
     def rule(self, difference: Difference | None) -> str:
-        """What the numbers say, by a fixed rule.
+        """The verdict on a difference, by a fixed rule.
 
-        "same" if the 95% interval lies within ± the effect that would count; else "better" or "worse" if it lies on one
-        side of zero; else it cannot be told.
+        "same" if the 95% interval lies within ± the smallest effect that counts; else "better" or "worse" if it does
+        not include zero; else undecided.
         """
         if difference is None:
             return TOO_FEW
@@ -91,6 +91,6 @@ class Outcome:
         return "better" if (difference.mean < 0) == (self.study.better == "lower") else "worse"
 
     def claim(self, comparison: Comparison, difference: Difference | None) -> str:
-        """What the rule makes of a claim."""
+        """The verdict on a claim."""
         said = self.rule(difference)
         return CLAIMS[comparison.expected].get(said, said)

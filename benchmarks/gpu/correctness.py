@@ -1,4 +1,4 @@
-"""Whether a GPU computes what the CPU does, who waits for it, and what only a GPU has: varlen and graphs."""
+"""Check that a GPU computes the same as the CPU and what waits for it, and test varlen and CUDA graphs."""
 
 import copy
 import re
@@ -81,8 +81,8 @@ def compare_heads(run: Recorder) -> None:
                 loss, gradients = cases.loss_and_gradients(model, there)
             worst = max(worst, largest_difference([loss, *gradients.values()], [expected_loss, *expected.values()]))
             waited += found
-        run.record(f"{head}, largest difference to the CPU", worst, goal="<= 1e-3")
-        run.record(f"{head}, waits of a step", len(waited), spread=waited or None, goal="0")
+        run.record(f"{head}, largest difference from the CPU", worst, goal="<= 1e-3")
+        run.record(f"{head}, waits per step", len(waited), spread=waited or None, goal="0")
 
 
 def compare_optimizers(run: Recorder) -> None:
@@ -99,8 +99,8 @@ def compare_optimizers(run: Recorder) -> None:
                     optimizer.step()
                 waited += found if step and each is model else []
         worst = largest_difference(model.parameters(), expected.parameters())
-        run.record(f"{case}, largest difference to the CPU", worst, goal="<= 1e-3")
-        run.record(f"{case}, waits of a step", len(waited), spread=waited or None, goal="0")
+        run.record(f"{case}, largest difference from the CPU", worst, goal="<= 1e-3")
+        run.record(f"{case}, waits per step", len(waited), spread=waited or None, goal="0")
 
 
 def measure_precision(run: Recorder) -> None:
@@ -128,7 +128,7 @@ def measure_precision(run: Recorder) -> None:
 def compare_varlen(run: Recorder) -> None:
     """Hidden states of packed documents: FlashAttention with cu_seq_lens, sdpa with document_ids, both in bfloat16."""
     if not run.is_gpu or not throughput.has_flash():
-        run.skip("varlen", "FlashAttention and a GPU are needed")
+        run.skip("varlen", "needs FlashAttention and a GPU")
         return
     model = throughput.make_side("ours", "small", "sdpa").to(run.device, torch.bfloat16).eval()
     flash = copy.deepcopy(model)
@@ -156,7 +156,7 @@ def try_graphs(run: Recorder) -> None:
     run.record("torch.compile, graph breaks of forward", explained.graph_break_count, goal="0")
     torch._dynamo.reset()
     if not run.is_gpu:
-        run.skip("CUDA graphs", "there are none on a CPU")
+        run.skip("CUDA graphs", "not available on a CPU")
         return
     expected = copy.deepcopy(model)
     optimizers = [

@@ -1,4 +1,4 @@
-"""Decay and optimizers beside what else there is: the comparisons of benchmarks/optimizer_step.py."""
+"""Decay and optimizers compared with alternatives, as in benchmarks/optimizer_step.py."""
 
 import gc
 import statistics
@@ -21,7 +21,7 @@ def compare_decay(run: Recorder) -> None:
         title = f"{name}, E = {model.config.mha_embedding_size}: "
         candidates = optimizer_step.decay_candidates(model)
         times = run.measure(candidates, 2 if run.tiny else 50)
-        run.record_times(title, times, {"published way": "<= 0.2"})
+        run.record_times(title, times, {"published method": "<= 0.2"})
         run.record(f"{title}kernels of one decay", run.kernels(candidates["Frobenius decay, ours"]))
         step = _training_step(model, run)
         seconds = statistics.median(run.measure({"step": step}, 1 if run.tiny else 10)["step"])

@@ -1,4 +1,4 @@
-"""What a stage measures, as lines of JSON, and how it times."""
+"""Record the measurements of a stage as lines of JSON, and time functions."""
 
 import json
 import platform
@@ -36,9 +36,9 @@ def has_ended(stage: str, file: Path, device: torch.device) -> bool:
 
 
 class Recorder:
-    """A stage that runs: what it runs on, and its lines. Leaving its context records that it ended, or how it failed.
+    """A running stage: its device and its lines. Leaving the context records that it ended, or how it failed.
 
-    ``tiny`` stands for sizes that only try the code.
+    ``tiny``: use sizes that only test the code.
     """
 
     def __init__(self, stage: str, device: torch.device, tiny: bool, file: Path, options: Any = None):
@@ -68,7 +68,7 @@ class Recorder:
             self.record(FAILED, f"{kind.__name__}: {error}".splitlines()[0][:300])
 
     def record(self, figure: str, value: Any, spread: Any = None, unit: str = "", goal: str = "") -> None:
-        """One line; ``goal`` is what the figure should be, as "<= 0.2"."""
+        """Record one line; ``goal`` is the expected figure, for example "<= 0.2"."""
         line = {"stage": self.stage, "figure": figure, "value": _rounded(value), "spread": _rounded(spread),
                 "unit": unit, "goal": goal, **self.common}  # fmt: skip
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,11 +77,11 @@ class Recorder:
         print(f"   {figure}: {line['value']} {unit}" + (f" (goal {goal})" if goal else ""), flush=True)
 
     def skip(self, what: str, reason: str) -> None:
-        """Say that a figure, or all of the stage, cannot be had here."""
+        """Record that a figure, or the whole stage, cannot be measured here."""
         self.record(SKIPPED, f"{what}: {reason}")
 
     def needs(self, *packages: str) -> bool:
-        """Whether these can be imported; says so if not."""
+        """Whether these packages can be imported; if not, records that."""
         missing = [name for name in packages if not _is_importable(name)]
         if missing:
             self.skip(self.stage, f"{', '.join(missing)} not installed")
@@ -92,13 +92,13 @@ class Recorder:
             torch.cuda.synchronize()
 
     def measure(self, functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-        """Seconds of each, taken in turns, in another order each time, after two rounds that do not count."""
+        """Seconds of each, measured alternately in a new order each time, after two warm-up rounds."""
         return optimizer_step.measure(functions, repeats, self.device.type)
 
     def record_times(
         self, prefix: str, times: Mapping[str, list[float]], goals: Mapping[str, str] | None = None
     ) -> None:
-        """Milliseconds of each; and of the first its ratio to each other, run by run."""
+        """Record the milliseconds of each, and the ratios of the first to the others, run by run."""
         ours, *others = times
         for name, seconds in times.items():
             self.record(

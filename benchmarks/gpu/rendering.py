@@ -1,4 +1,4 @@
-"""docs/gpu.md: what was measured on a GPU, and what is known without one."""
+"""Render docs/gpu.md: what was measured on a GPU, and what is known without one."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ NEEDS = {"tests": "pytest, datasets, evaluate", "lamb": "pytorch_optimizer", "st
 
 
 def render(results: Path) -> str:
-    from gpu.stages import STAGES  # which import the models
+    from gpu.stages import STAGES  # imports the models
 
     lines = [line for line in read_lines(results) if not line.get("tiny")]
     rows = [f"| `{name}` | {stage.question} | {NEEDS.get(name.split('-')[0], '')} |" for name, stage in STAGES.items()]
-    state = "Nothing here was measured on a GPU yet: none could be had."
+    state = "Nothing has been measured on a GPU yet, because none was available."
     if lines:
         state = "\n\n".join(_table(device, lines) for device in dict.fromkeys(line["device"] for line in lines))
     return TEMPLATE.read_text(encoding="utf-8").format(state=state, stages="\n".join(rows))

@@ -1,6 +1,6 @@
-"""FnlTrainer on random tokens, without any library for data: to its end, in two parts, and under FSDP2.
+"""Train with FnlTrainer on random tokens: in one part, in two parts, and under FSDP2; needs no library for data sets.
 
-As a script it is the training that ``accelerate launch`` starts: resuming.py FOLDER DEVICE
+As a script, it is the training that ``accelerate launch`` starts: resuming.py FOLDER DEVICE
 """
 
 import os
@@ -72,9 +72,9 @@ def try_resuming(run) -> None:
             torch.use_deterministic_algorithms(False)
         first, second = weights(alone), weights(resumed)
         equal = sum(torch.equal(first[key], second[key]) for key in first)
-        run.record("weights equal to the last bit after a resume", f"{equal} of {len(first)}", goal=f"{len(first)}")
+        run.record("weights bit-identical after a resume", f"{equal} of {len(first)}", goal=f"{len(first)}")
         if not run.is_gpu:
-            run.skip("FSDP2", "on a CPU Accelerate makes it DistributedDataParallel")
+            run.skip("FSDP2", "on a CPU, Accelerate uses DistributedDataParallel instead")
             return
         config = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "1"]

@@ -1,4 +1,4 @@
-"""A small BERT pretrained and fine-tuned with one decay and one E: what a GPU does in minutes and a CPU in days."""
+"""Pretrain and fine-tune a small BERT with one decay and one E, which takes minutes on a GPU and days on a CPU."""
 
 import json
 import tempfile

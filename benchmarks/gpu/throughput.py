@@ -1,4 +1,4 @@
-"""Tokens a second of a training step: ours, E halved, and stock BERT, in turns."""
+"""Measure tokens per second of a training step: ours, ours with E halved, and stock BERT, alternately."""
 
 import gc
 import statistics
@@ -50,7 +50,7 @@ def make_step(side: str, model, run: Recorder, batch: int, length: int):
 
 
 def measure_throughput(run: Recorder, preset: str, length: int) -> None:
-    """Sides in turns, each freed before the next is made where memory is short."""
+    """Measure the sides alternately; if memory is short, each is freed before the next is created."""
     torch.backends.cuda.matmul.allow_tf32 = run.is_gpu
     preset_here, length_here = ("tiny", 16) if run.tiny else (preset, length)
     batch = 2 if run.tiny else TOKENS[preset] // length

@@ -22,7 +22,7 @@ def refuse_unused(arguments: Any, names: tuple[str, ...], why: str) -> None:
     """
     for name in names:
         if getattr(arguments, name) is not None:
-            raise UserInputError(f"--{name} ({getattr(arguments, name)}) would change nothing: {why}")
+            raise UserInputError(f"--{name} ({getattr(arguments, name)}) has no effect: {why}")
 
 
 @dataclass
@@ -30,48 +30,55 @@ class ModelArguments:
     """What to train, and as what products."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "An image classifier: folder or Hub name. Default: a new ResNet."}
+        default=None, metadata={"help": "Image classifier: folder or Hub name. Default: a new ResNet."}
     )
     resnet_depth: int | None = field(
-        default=None, metadata={"help": "Layers of a new ResNet: 20, the default, 32, 56, 110, ... (6n + 2)."}
+        default=None, metadata={"help": "Depth of a new ResNet: 20, 32, 56, 110, ... (6n + 2). Default: 20."}
     )
     width_multiplier: int | None = field(
-        default=None, metadata={"help": "Its channels, times 16, 32 and 64. Default: 1."}
+        default=None,
+        metadata={"help": "Width of a new ResNet: its 16, 32 and 64 channels times this factor. Default: 1."},
     )
     method: str = field(
         default="dense",
         metadata={
-            "help": "dense; low_rank, wide or deep factorization; or pruning: of the layers that low_rank would "
+            "help": "dense; factorization: low_rank, wide or deep; or pruning: in the layers that low_rank would "
             "factorize, keep the largest weights, as many as the factors would have.",
             "choices": ["dense", "low_rank", "wide", "deep", "pruning"],
         },
     )
-    rank_scale: float | None = field(default=None, metadata={"help": "Rank, as a share of the full one."})
+    rank_scale: float | None = field(default=None, metadata={"help": "Rank as a share of the full rank."})
     target_ratio: float | None = field(
-        default=None, metadata={"help": "Parameters of the factorized layers, as a share of what they had."}
+        default=None, metadata={"help": "Parameters of the factorized layers as a share of those of the dense layers."}
     )
-    energy: float | None = field(default=None, metadata={"help": "Share of each weight's squared norm to keep."})
+    energy: float | None = field(default=None, metadata={"help": "Share of the squared norm of each weight to keep."})
     factor_init: str | None = field(
         default=None,
         metadata={
-            "help": "Factors of the dense weights (spectral, the default), or drawn at random (default).",
+            "help": "Initialize the factors from the SVD of the dense weights (spectral) or at random (default). "
+            "Default: spectral.",
             "choices": list(INITS),
         },
     )
     sparsity: str | None = field(
         default=None,
         metadata={
-            "help": "With --method pruning, of a model that is trained from the beginning: a random pattern that stays "
-            "(fixed) or changes (dynamic), or the largest weights after half of the steps (magnitude), which then go "
-            "back to their early values (lottery).",
+            "help": "With --method pruning, for a model trained from scratch: a random mask that is fixed (fixed) or "
+            "changes during training (dynamic), or the largest weights after half of the steps (magnitude), reset to "
+            "their early values (lottery).",
             "choices": list(SPARSITIES),
         },
     )
     include: list[str] | None = field(
-        default=None, metadata={"help": "Only layers of these types or names. Default: Linear Conv2d, but no heads."}
+        default=None,
+        metadata={"help": "Types or names of the layers to factorize or prune. Default: Linear Conv2d, except heads."},
     )
     exclude: list[str] | None = field(
-        default=None, metadata={"help": "No layers of these. Default: a ResNet's first, as in the authors' code."}
+        default=None,
+        metadata={
+            "help": "Types or names of layers to leave dense. Default: the first layer of a ResNet, as in the "
+            "authors' code."
+        },
     )
 
     def __post_init__(self):
@@ -81,9 +88,9 @@ class ModelArguments:
         elif self.method == "pruning":
             refuse_unused(self, ("factor_init",), "--method pruning factorizes nothing")
         if self.model_name_or_path is not None:
-            refuse_unused(self, ("resnet_depth", "width_multiplier"), "--model_name_or_path names a model")
+            refuse_unused(self, ("resnet_depth", "width_multiplier"), "--model_name_or_path determines the model")
         elif self.method == "pruning" and self.sparsity is None:
-            raise UserInputError("--method pruning needs --model_name_or_path, a trained model to prune, or --sparsity")
+            raise UserInputError("--method pruning needs --model_name_or_path (a trained model to prune) or --sparsity")
         if self.method != "pruning":
             refuse_unused(self, ("sparsity",), f"--method {self.method} prunes nothing")
         self.factorization()
@@ -117,36 +124,48 @@ class ModelArguments:
 class DataArguments:
     """One source of images, and how they are changed in training."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, as uoft-cs/cifar10."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    image_column_name: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
-    label_column_name: str | None = field(default=None, metadata={"help": "Default: the only column of classes."})
-    train_dir: str | None = field(default=None, metadata={"help": "A folder with a folder of images for each class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on."})
-    idx_dir: str | None = field(
-        default=None, metadata={"help": "A folder with the four files of MNIST or Fashion-MNIST, gzipped or not."}
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, for example uoft-cs/cifar10."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where data sets are kept and found again."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the images. Default: the only image column."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the classes. Default: the only class column."}
+    )
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder with one subfolder of training images per class."}
+    )
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "Folder with one subfolder of test images per class."}
+    )
+    idx_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the four files of MNIST or Fashion-MNIST, gzipped or not."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder for data sets."})
     image_size: int | None = field(
-        default=None, metadata={"help": "Bring all images to this size. Default: that of the model, or their own."}
+        default=None,
+        metadata={"help": "Resize all images to this size. Default: that of the model, else the size of the images."},
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many images, of all classes alike, the same for every --seed."}
+        default=None,
+        metadata={"help": "Train on this number of images, the same for every --seed, balanced over the classes."},
     )
     validation_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Hold out so many images of the training data, for --eval_strategy; the final evaluation is on the "
-            "test images all the same. Default: the data set's own split to validate, or else the test images."
+            "help": "Hold out this number of training images for --eval_strategy; the final evaluation uses the test "
+            "images in any case. Default: the validation split of the data set, else the test images."
         },
     )
-    crop_padding: int = field(default=4, metadata={"help": "Pixels of black around an image that is cropped anew."})
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror every other image."})
+    crop_padding: int = field(default=4, metadata={"help": "Random crops: pixels of black padding around each image."})
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror images at random, half of them."})
     lr_milestones: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Shares of the training after which the rate is divided by 10, with --lr_scheduler_type "
-            f"{STEPPED}. Default: {' '.join(map(str, MILESTONES))}."
+            "help": f"With --lr_scheduler_type {STEPPED}: points of the training, as shares of its length, after "
+            f"which the learning rate is divided by 10. Default: {' '.join(map(str, MILESTONES))}."
         },
     )
 
@@ -155,10 +174,10 @@ class DataArguments:
         if len(given) != 1:
             raise UserInputError(f"give one of --dataset_name, --train_dir and --idx_dir, not {given or 'none'}")
         if (self.train_dir is None) != (self.validation_dir is None):
-            raise UserInputError("--train_dir and --validation_dir go together")
+            raise UserInputError("--train_dir and --validation_dir must be given together")
         if self.dataset_name is None:
             columns = ("dataset_config_name", "image_column_name", "label_column_name")
-            refuse_unused(self, columns, "there is no --dataset_name")
+            refuse_unused(self, columns, "it needs --dataset_name")
         for name in ("image_size", "max_train_samples", "validation_samples"):
             validate_bounds(name, getattr(self, name), 1)
         validate_bounds("crop_padding", self.crop_padding, 0)
@@ -171,17 +190,21 @@ class ImageTrainingArguments(FnlTrainingArguments):
     """FnlTrainingArguments with the recipe of the authors' ResNets."""
 
     optimizer: str = field(
-        default="sgd", metadata={"help": "The optimizer; SGD's momentum is 0.9.", "choices": list(OPTIMIZERS)}
+        default="sgd", metadata={"help": "The optimizer. SGD uses momentum 0.9.", "choices": list(OPTIMIZERS)}
     )
-    learning_rate: float = field(default=0.1, metadata={"help": "The initial learning rate."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of all weights but the factors."})
-    num_train_epochs: float = field(default=200.0, metadata={"help": "Epochs to train."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images of a process in a micro-batch."})
-    per_device_eval_batch_size: int = field(default=500, metadata={"help": "Images of a process to evaluate at once."})
-    lr_scheduler_type: str = field(default=STEPPED, metadata={"help": "The schedule of the learning rate."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 does not."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Weight decay of all weights except the factors of products."}
+    )
+    num_train_epochs: float = field(default=200.0, metadata={"help": "Number of epochs."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per process and micro-batch."})
+    per_device_eval_batch_size: int = field(default=500, metadata={"help": "Images per process and evaluation batch."})
+    lr_scheduler_type: str = field(default=STEPPED, metadata={"help": "Learning rate schedule."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Clip the gradient to this norm; 0 turns clipping off."}
+    )
     save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Number of checkpoints to keep."})
     ddp_find_unused_parameters: bool | None = field(
-        default=None, metadata={"help": "Whether processes look for parameters without a gradient. Default: Trainer's."}
+        default=None, metadata={"help": "Whether DDP looks for parameters without a gradient. Default: Trainer's."}
     )

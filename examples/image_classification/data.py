@@ -75,12 +75,14 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     header = 4 + 4 * dimensions
     if content[:4] != magic or len(content) < header:
         raise UserInputError(
-            f"{file}: no IDX file of bytes in {dimensions} dimension(s): it begins with 0x{content[:4].hex()}, not "
-            f"0x{magic.hex()}"
+            f"{file}: not an IDX file of bytes in {dimensions} dimension(s): it starts with 0x{content[:4].hex()} "
+            f"instead of 0x{magic.hex()}"
         )
     shape = tuple(np.frombuffer(content[4:header], dtype=">u4").tolist())
     if len(content) - header != np.prod(shape, dtype=np.int64):
-        raise UserInputError(f"{file}: its header says {shape}, but {len(content) - header} bytes follow")
+        raise UserInputError(
+            f"{file}: does not have the size in its header, {shape}: it contains {len(content) - header} bytes"
+        )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 
 
@@ -96,12 +98,16 @@ def load_idx(folder: str, prepare: Preparation) -> dict[str, Images]:
         pixels = read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), 3)
         labels = read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), 1)
         if len(pixels) != len(labels) or not len(pixels):
-            raise UserInputError(f"--idx_dir {folder}: {len(pixels)} images and {len(labels)} labels to {split}")
+            raise UserInputError(
+                f"--idx_dir {folder}: the {split} split has {len(pixels)} images and {len(labels)} labels"
+            )
         arrays[split] = (pixels, labels)
     classes = int(arrays["train"][1].max()) + 1
     largest = int(arrays["test"][1].max())
     if largest >= classes:
-        raise UserInputError(f"--idx_dir {folder}: label {largest} to test, but those to train are 0 to {classes - 1}")
+        raise UserInputError(
+            f"--idx_dir {folder}: the test images have label {largest}, but the training images only 0 to {classes - 1}"
+        )
     names = [str(label) for label in range(classes)]
     return {
         split: to_images(map(Image.fromarray, pixels), labels.tolist(), names, prepare, f"--idx_dir {folder}")
@@ -113,7 +119,7 @@ def _idx_file(folder: str, name: str) -> Path:
     for file in (Path(folder, name), Path(folder, f"{name}.gz")):
         if os.path.isfile(file):
             return file
-    raise UserInputError(f"--idx_dir {folder}: no file {name} or {name}.gz there")
+    raise UserInputError(f"--idx_dir {folder}: it contains neither {name} nor {name}.gz")
 
 
 def load_folders(train_dir: str, validation_dir: str, prepare: Preparation, cache_dir: str | None) -> dict[str, Images]:
@@ -133,7 +139,8 @@ def load_folders(train_dir: str, validation_dir: str, prepare: Preparation, cach
     train, test = (set(splits[split].names) for split in ("train", "test"))
     if train != test:
         raise UserInputError(
-            f"--validation_dir {validation_dir}: its classes are {sorted(test)}, those of --train_dir {sorted(train)}"
+            f"--validation_dir {validation_dir}: it must have the classes of --train_dir, {sorted(train)}, but has "
+            f"{sorted(test)}"
         )
     return splits
 
@@ -157,7 +164,7 @@ def load_hub(
         sources = {"train": "train", "test": "validation"}
     sources = {split: source for split, source in sources.items() if source in loaded}
     if not {"train", "test"} <= set(sources):
-        raise UserInputError(f"{where} needs splits train and test or validation, it has {sorted(loaded)}")
+        raise UserInputError(f"{where} needs a train split and a test or validation split: it has {sorted(loaded)}")
     features = loaded["train"].features
     image = image or _only_column(features, datasets.Image, "image_column_name", where)
     label = label or _only_column(features, ClassLabel, "label_column_name", where)
@@ -177,7 +184,7 @@ def _load(where: str, *args, **kwargs) -> Any:
 def _only_column(features, kind: type, flag: str, where: str) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(found) != 1:
-        raise UserInputError(f"{where}: name one of its columns with --{flag}: {found or sorted(features)}")
+        raise UserInputError(f"{where}: choose one of its columns with --{flag}: {found or sorted(features)}")
     return found[0]
 
 
@@ -185,7 +192,9 @@ def from_columns(dataset: Dataset, image: str, label: str, prepare: Preparation,
     """A split of ``datasets`` in memory."""
     feature = dataset.features.get(label)
     if image not in dataset.features or not isinstance(feature, ClassLabel):
-        raise UserInputError(f"{where}: no images and classes in columns {image} and {label}: {dataset.features}")
+        raise UserInputError(
+            f"{where}: {image} must be a column of images and {label} a column of classes: {dataset.features}"
+        )
     pictures = (row[image] for row in dataset.select_columns([image]))
     return to_images(pictures, dataset[label], list(feature.names), prepare, where)
 
@@ -200,7 +209,7 @@ def to_images(
     """
     wrong = [label for label in labels if label is None or not 0 <= label < len(names)]
     if wrong:
-        raise UserInputError(f"{where}: label {wrong[0]} is out of range: there are {len(names)} classes")
+        raise UserInputError(f"{where}: label {wrong[0]} is not one of the {len(names)} classes")
     try:
         arrays = [prepare(picture) for picture in pictures]
     except (OSError, ValueError, AttributeError, Image.DecompressionBombError) as error:
@@ -209,7 +218,9 @@ def to_images(
         arrays = [np.broadcast_to(array, (*array.shape[:2], 3)) for array in arrays]
     sizes = sorted({array.shape[:2] for array in arrays})
     if len(sizes) > 1:
-        raise UserInputError(f"{where}: images of {len(sizes)} sizes, as {sizes[0]} and {sizes[1]}: give --image_size")
+        raise UserInputError(
+            f"{where}: images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[1]}: give --image_size"
+        )
     return Images(torch.from_numpy(np.stack(arrays)), torch.tensor(labels), names)
 
 
@@ -227,8 +238,8 @@ def class_balanced(labels: torch.Tensor, counts: list[int], names: list[str]) ->
         sizes = [count // len(names) + (label < count % len(names)) for count in counts]
         if sum(sizes) > len(members):
             raise UserInputError(
-                f"--max_train_samples and --validation_samples need {sum(sizes)} images of class {name}, there are "
-                f"{len(members)}"
+                f"--max_train_samples and --validation_samples need {sum(sizes)} images of class {name}, but there "
+                f"are {len(members)}"
             )
         for piece, part in zip(pieces, np.split(members, np.cumsum(sizes))):
             piece.append(part)

@@ -65,7 +65,7 @@ class Preparation:
             processor.crop_size = square
         found = _prepared_blank("--image_size", processor, self.channels).shape[2:]
         if found != (size, size):
-            raise UserInputError(f"--image_size {size}: {type(processor).__name__} makes {found} of it")
+            raise UserInputError(f"--image_size {size}: {type(processor).__name__} changes it to {found}")
         return Preparation(processor, self.channels, self.mean, self.std)
 
     def completed(self, train: Any) -> "Preparation":
@@ -90,7 +90,7 @@ class Preparation:
             ValueError: pixels of more than 16 bits.
         """
         if image.mode in ("I", "F"):
-            raise ValueError(f"its pixels have 32 bits (mode {image.mode}), of what range is not known")
+            raise ValueError(f"it has 32-bit pixels (mode {image.mode}) of unknown range")
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         grey = image.mode in ("1", "L") if self.channels is None else self.channels == 1
@@ -119,7 +119,7 @@ def _processor_of(name: str, entries: dict[str, Any]) -> Any:
     kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     processor_class = getattr(transformers, f"{kind}Pil", None) if kind else None
     if processor_class is None:
-        raise UserInputError(f"{name}: its image processor ({kind or 'of no known type'}) has no version for Pillow")
+        raise UserInputError(f"{name}: its image processor ({kind or 'of unknown type'}) has no version for Pillow")
     return processor_class.from_dict(entries)
 
 
@@ -137,5 +137,7 @@ def _prepared_blank(name: str, processor: Any, channels: int) -> np.ndarray:
         raise UserInputError(f"{name}: {type(processor).__name__} cannot be used: {error}") from error
     is_plain = made.ndim == 4 and made.shape[1] == channels and np.ptp(made, axis=(2, 3)).max() < 1e-5
     if not is_plain or not (made[1] > made[0]).all():
-        raise UserInputError(f"{name}: {type(processor).__name__} does more than scale, crop and normalise images")
+        raise UserInputError(
+            f"{name}: {type(processor).__name__} must only scale, crop and normalise images, but does more"
+        )
     return made

@@ -40,10 +40,10 @@ from resnet import CifarResNetConfig, CifarResNetForImageClassification
 MERGED_FOLDER = "merged"  # in the output folder
 DESCRIPTIONS = {  # of the methods, for the model's card
     "dense": "An image classifier.",
-    "low_rank": "An image classifier with factorized layers of low rank.",
+    "low_rank": "An image classifier with low-rank factorized layers.",
     "wide": "An image classifier, trained with factorized layers of full rank.",
     "deep": "An image classifier, trained with layers that are products of three matrices.",
-    "pruning": "An image classifier without its smallest weights.",
+    "pruning": "An image classifier whose smallest weights were pruned.",
 }
 ARGUMENTS = (ModelArguments, DataArguments, ImageTrainingArguments)
 
@@ -110,7 +110,7 @@ def load_images(
     train = splits["train"]
     shapes = {split: tuple(images.pixels.shape[1:]) for split, images in splits.items()}
     if len(set(shapes.values())) > 1:
-        raise UserInputError(f"the splits' images have different shapes (H, W, C), {shapes}: give --image_size")
+        raise UserInputError(f"the splits have images of different shapes (H, W, C), {shapes}: give --image_size")
     used, held_out = data_args.max_train_samples, data_args.validation_samples
     if used is not None or held_out is not None:  # else no image is copied
         splits["train"], validation = hold_out(train, used, held_out or 0)
@@ -209,7 +209,8 @@ def choose_by_validation(args: ImageTrainingArguments, splits: dict[str, Images]
         return
     if "validation" not in splits:
         raise UserInputError(
-            "--load_best_model_at_end needs held-out images (--validation_samples): test images choose no model"
+            "--load_best_model_at_end needs held-out images: set --validation_samples, because test images must "
+            "not select the model"
         )
     metric = str(args.metric_for_best_model).removeprefix("eval_")
     args.metric_for_best_model = metric if metric.startswith("validation_") else f"validation_{metric}"
@@ -264,7 +265,7 @@ def save_merged(
         facts=model_facts(merged, args, source) | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
         metrics={name.replace("merged_", "eval_"): value for name, value in metrics["merged"].items()},
         license=args.hub_license,
-        **card | {"description": f"{card['description']} They are multiplied out here: its layers are dense."},
+        **card | {"description": f"{card['description']} This version is multiplied out: its layers are dense."},
     )
 
 
@@ -277,7 +278,11 @@ def run(argv):
     if args.lr_scheduler_type != STEPPED:
         refuse_unused(data_args, ("lr_milestones",), f"--lr_scheduler_type is {args.lr_scheduler_type.value}")
     if args.do_train and args.eval_strategy == "no":
-        refuse_unused(data_args, ("validation_samples",), "without --eval_strategy nobody looks at held-out images")
+        refuse_unused(
+            data_args,
+            ("validation_samples",),
+            "it needs --eval_strategy, to evaluate on held-out images during training",
+        )
     planned = ScriptRun(args, argv, model_args, data_args, also=[MERGED_FOLDER])
     warn_of_unused_flags(argv, model_args, data_args, args)
     if planned.is_finished(name):

@@ -1,5 +1,5 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""The layers of FNL-BERT: factorized attention, within documents if asked, for the wanted positions alone if asked.
+"""The layers of FNL-BERT: factorized attention, optionally within documents and for selected positions only.
 
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 
@@ -48,7 +48,7 @@ class FnlBertSelfAttention(BertSelfAttention):
 
 
 class FnlBertLayer(BertLayer):
-    """A layer of BERT with factorized attention; the last one can leave out positions that nothing is read from."""
+    """A layer of BERT with factorized attention; the last layer can compute selected positions only."""
 
     def __init__(self, config: FnlBertConfig, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
@@ -57,12 +57,12 @@ class FnlBertLayer(BertLayer):
         self.is_last_layer = layer_idx == config.num_hidden_layers - 1
 
     def forward(self, hidden_states, attention_mask=None, *args, output_positions=None, **kwargs):
-        """As in transformers. The last layer returns (B, K, d) for ``output_positions`` (B, K): the same values as at
-        these positions of its (B, S, d), of which keys and values are still computed everywhere."""
+        """As in transformers. The last layer returns (B, K, d) for ``output_positions`` (B, K): the same values as its
+        (B, S, d) at these positions. Keys and values are still computed for all positions."""
         if output_positions is None or not self.is_last_layer:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        # Only a mask (B, 1, S or 1, S) has rows to take. FlashAttention's ways to say what belongs together, lengths
-        # and a mask (B, S), and flex_attention's, blocks, want a query for each key.
+        # Only a mask (B, 1, S or 1, S) has rows to select. FlashAttention (lengths, or a mask (B, S)) and
+        # flex_attention (blocks) need a query for each key.
         is_dense = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
         if kwargs.get("cu_seq_lens_q") is not None or not (attention_mask is None or is_dense):
             return take_positions(super().forward(hidden_states, attention_mask, *args, **kwargs), output_positions)
@@ -71,9 +71,9 @@ class FnlBertLayer(BertLayer):
             attention_mask = take_mask_rows(attention_mask, output_positions)  # (B, 1, K or 1, S)
         for name in ("encoder_attention_mask", "past_key_values"):  # an encoder has none
             kwargs.pop(name, None)
-        # Called as a module, so that hooks on it, transformers' capture of attentions among them, see every layer.
+        # Called as a module, so that hooks, including transformers' capture of attentions, see every layer.
         context, _ = self.attention.self(hidden_states, attention_mask, rows=rows, **kwargs)  # (B, K, E)
-        # From here on each position is on its own: residuals, feed-forward and LayerNorm need these rows alone.
+        # From here on, positions are independent: residuals, feed-forward and LayerNorm only need these rows.
         return self.feed_forward_chunk(self.attention.output(context, rows))
 
 
@@ -85,7 +85,8 @@ def take_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tenso
 
 
 def take_mask_rows(attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(B, 1, K, S): the rows of a mask (B, 1, S, S) that ``positions`` (B, K) see; one row for all stays as it is."""
+    """(B, 1, K, S): the rows for ``positions`` (B, K) of a mask (B, 1, S, S); a mask with one row for all is
+    unchanged."""
     if attention_mask.shape[2] == 1:
         return attention_mask
     index = positions[:, None, :, None].expand(-1, -1, -1, attention_mask.shape[3])  # (B, 1, K, S)
@@ -106,7 +107,7 @@ def document_mask(
         ValueError: another implementation. FlashAttention takes documents as ``cu_seq_lens``.
     """
     if implementation not in ("sdpa", "eager"):
-        raise ValueError(f"document_ids need attention 'sdpa' or 'eager', not {implementation!r}")
+        raise ValueError(f"document_ids needs attention 'sdpa' or 'eager', not {implementation!r}")
     allowed = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, S, S), True: may attend
     if attention_mask is not None:
         allowed = allowed & attention_mask[:, None, None, :].bool()
@@ -114,9 +115,9 @@ def document_mask(
 
 
 def padding_mask(attention_mask: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, 1, S) of a padding mask (B, S) on an accelerator; elsewhere, and for other implementations, as it is.
+    """A padding mask (B, S) as (B, 1, 1, S) on an accelerator; unchanged on a CPU and for other implementations.
 
-    Of a mask (B, S) Transformers asks the device whether anything is masked at all, and so waits in each forward pass.
+    With a mask (B, S), Transformers asks the device whether anything is masked, and so waits in each forward pass.
     """
     if attention_mask.dim() != 2 or attention_mask.device.type == "cpu" or implementation not in ("sdpa", "eager"):
         return attention_mask
@@ -124,10 +125,10 @@ def padding_mask(attention_mask: torch.Tensor, implementation: str, dtype: torch
 
 
 def _mask_of(allowed: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
-    """What "sdpa" or "eager" take for ``allowed`` (B, 1, S or 1, S), True where a token may attend."""
+    """The mask of "sdpa" or "eager" for ``allowed`` (B, 1, S or 1, S), which is True where a token may attend."""
     if implementation == "sdpa":
         return allowed
-    # Not -inf: a row without any allowed entry, of a padding token, would be NaN after the softmax.
+    # Not -inf: a row without allowed entries, of a padding token, would be NaN after the softmax.
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 

@@ -5,9 +5,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
 ATTENTION_INITS = ("normal", "spectral")
-# Under study (studies/definitions/head_scale.py): the best of all becomes "spectral", and these go.
+# Under study (studies/definitions/head_scale.py): the best becomes "spectral", the others are removed.
 STUDIED_INITS = ("folded", "rescaled")
-# Entries of a saved configuration that say where it came from, not what it is.
+# Entries of a saved configuration that describe its origin, not the model.
 ORIGIN_ENTRIES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype")
 
 
@@ -63,12 +63,12 @@ class FnlBertConfig(BertConfig):
                 f"num_attention_heads ({heads})"
             )
         if self.attention_init not in ATTENTION_INITS + STUDIED_INITS:
-            raise ValueError(f"attention_init must be one of {ATTENTION_INITS}, got {self.attention_init!r}")
+            raise ValueError(f"attention_init must be one of {ATTENTION_INITS}, not {self.attention_init!r}")
         if self.attention_init != "normal" and embedding_size > self.hidden_size:
             raise ValueError(
-                f"attention_init={self.attention_init!r} truncates a product of rank hidden_size/heads, so it needs "
-                f"attention_embedding_size ({embedding_size}) <= hidden_size ({self.hidden_size}); "
-                f"use attention_init='normal'"
+                f"attention_init={self.attention_init!r} truncates products of rank hidden_size / "
+                f"num_attention_heads, so attention_embedding_size ({embedding_size}) must be at most hidden_size "
+                f"({self.hidden_size}): reduce it, or use attention_init='normal'"
             )
 
     def validate_encoder_only(self):

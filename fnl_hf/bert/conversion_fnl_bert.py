@@ -1,6 +1,6 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""``from_bert`` and ``to_bert``: every FNL-BERT class from its stock counterpart, or from what is one by another name,
-with a smaller E if wanted, and back.
+"""``from_bert`` and ``to_bert``: every FNL-BERT class from its stock counterpart or from RoBERTa and others, optionally
+with a smaller E, and back.
 
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 """
@@ -33,12 +33,12 @@ from .head_mixing import (
 from .other_names import bert_entries, bert_weights, class_to_load, head_to_take
 
 logger = logging.get_logger(__name__)
-# Entries of a configuration that a converted model does not take over: its own attention, and where it came from.
+# Entries of a configuration that a conversion does not copy: its attention and its origin.
 OWN_ENTRIES = (
     "attention_embedding_size", "attention_init", "sparse_prediction", "sparse_last_layer",
     "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
 )  # fmt: skip
-NAMED_WEIGHTS = 3  # in a message
+NAMED_WEIGHTS = 3  # maximum number in a message
 
 
 class BertConversion(modeling_bert.BertPreTrainedModel):
@@ -56,14 +56,14 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         found = cls._stock_base()
         if found is modeling_bert.BertPreTrainedModel:  # of which all are
             raise ValueError(
-                f"{cls.__name__} stands for no class of transformers: to be converted it must inherit from one, as "
+                f"{cls.__name__} cannot be converted: it must inherit from a class of transformers, as "
                 "FnlBertForMaskedLM does from BertForMaskedLM"
             )
         return found
 
     @classmethod
     def _stock_base(cls) -> type[PreTrainedModel]:
-        """The stock class that this one inherits its head from; ``BertPreTrainedModel`` where the head is its own."""
+        """The stock class from which this class inherits its head; ``BertPreTrainedModel`` if the head is its own."""
         return next(base for base in cls.__mro__ if base.__module__ == modeling_bert.__name__)
 
     @classmethod
@@ -104,7 +104,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         """
         source: Any = cls.load_bert(bert, **kwargs) if isinstance(bert, str | PathLike) else bert
         if kwargs and source is bert:
-            raise ValueError(f"{', '.join(sorted(kwargs))}: for a model's name or folder, not for a model")
+            raise ValueError(f"{', '.join(sorted(kwargs))}: only for a model's name or folder, not for a model")
         _refuse_changed(source)
         stock: Any = cls._stock_base()
         if not isinstance(source, modeling_bert.BertPreTrainedModel):
@@ -219,7 +219,7 @@ def _display_name(model: Any) -> str:
 
 @contextmanager
 def _naming(name: str | PathLike) -> Iterator[None]:
-    """An error says which model it is about."""
+    """Add the model's name to an error."""
     try:
         yield
     except ValueError as error:
@@ -227,7 +227,7 @@ def _naming(name: str | PathLike) -> Iterator[None]:
 
 
 def _must_be_dense(name: str, layer: str) -> str:
-    return f"{name}: {layer} is a product of matrices: make it dense first, fnl_hf.merge(model)"
+    return f"{name}: {layer} is a product of matrices: make it dense first with fnl_hf.merge(model)"
 
 
 def _validate_embedding_size(embedding_size: int, config: BertConfig) -> None:
@@ -235,8 +235,8 @@ def _validate_embedding_size(embedding_size: int, config: BertConfig) -> None:
     is_whole = isinstance(embedding_size, int)
     if not is_whole or not 1 <= embedding_size <= largest or embedding_size % heads:
         raise ValueError(
-            f"attention_embedding_size ({embedding_size!r}) must be a multiple of num_attention_heads ({heads}) and at "
-            f"most {largest}, that of the model to convert"
+            f"attention_embedding_size ({embedding_size!r}) must be a multiple of num_attention_heads ({heads}) and "
+            f"at most {largest}, the size in the model to convert"
         )
 
 
@@ -248,13 +248,13 @@ def _refuse_changed(model: Any) -> None:
     if isinstance(model, nn.Module):
         if any(type(module).__module__.startswith("peft.") for module in model.modules()):
             raise ValueError(
-                f"{_display_name(model)} has adapters of PEFT, which a conversion would lose: merge them first "
-                "(merge_and_unload), or remove them"
+                f"{_display_name(model)} has adapters of PEFT, which a conversion would lose: merge "
+                "(merge_and_unload) or remove them first"
             )
         if getattr(model, "hf_quantizer", None) is not None:
-            raise ValueError(f"{_display_name(model)} is quantized: convert the original, and quantize it then")
+            raise ValueError(f"{_display_name(model)} is quantized: convert the original model and quantize the result")
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"a {type(model).__name__} is no model of Transformers, nor the name or folder of one")
+        raise ValueError(f"a {type(model).__name__} is neither a model of Transformers nor the name or folder of one")
     positions = getattr(model.config, "position_embedding_type", "absolute")
     if positions != "absolute":  # which this Transformers would read as absolute ones
         raise ValueError(f"{_display_name(model)}: position_embedding_type ({positions!r}) must be 'absolute'")
@@ -275,10 +275,10 @@ def _dense_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _copy_weights(
     given: dict[str, torch.Tensor], source: PreTrainedModel, target: PreTrainedModel, same_head: bool
 ) -> None:
-    """Write the weights of ``source`` into ``target`` by their full names, but those of attention of another E.
+    """Write the weights of ``source`` into ``target`` by their full names, except those of attention with another E.
 
-    Those of the encoder, and of the head if both have the same, must be the same ones. For what else ``target`` has and
-    ``source`` has not, a warning says that it stays as it was initialized.
+    The encoders, and the heads if both are the same class, must have the same weights. A warning names weights that
+    only ``target`` has; they keep their initialization.
 
     Raises:
         ValueError: they are not the same ones: a layer was wrapped, replaced, pruned or added.
@@ -304,15 +304,15 @@ def _copy_weights(
     if lacking or unknown:
         parts = [f"{what} {_list_names(names)}" for what, names in (("lacks", lacking), ("has", unknown)) if names]
         raise ValueError(
-            f"{_display_name(source)} is not the {type(source).__name__} that its configuration describes: in names "
-            f"and shapes it {' and '.join(parts)}. Undo what was done to these layers first"
+            f"{_display_name(source)} is not the {type(source).__name__} that its configuration describes: by names "
+            f"and shapes, it {' and '.join(parts)}. Undo the changes to these layers first"
         )
     if missing := sorted(wanted.keys() - found):
         logger.warning(f"newly initialized, because {_display_name(source)} does not have them: {', '.join(missing)}")
 
 
 def _same_but_e(old: torch.Tensor, new: torch.Tensor, sizes: tuple[int, int]) -> bool:
-    """Whether two shapes differ in the E of each at most."""
+    """Whether two shapes differ at most in E."""
     return old.dim() == new.dim() and all(a == b or (a, b) == sizes for a, b in zip(old.shape, new.shape))
 
 
@@ -321,7 +321,7 @@ def _list_names(names: list[str]) -> str:
 
 
 def _copy_products(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Layers that are products of matrices themselves (``fnl_hf.factorize``) stay so.
+    """Copy layers that are products of matrices (``fnl_hf.factorize``).
 
     Raises:
         ValueError: they are attention's; only dense ones have heads of another rank.
@@ -352,18 +352,19 @@ def _pair_attentions(source: PreTrainedModel, target: PreTrainedModel) -> Iterat
 
 
 def _warn_of_few_tokens(measured: Mapping[str, HeadMoments]) -> None:
-    for moments in list(measured.values())[:1]:  # all have seen the same text
+    for moments in list(measured.values())[:1]:  # all heads have seen the same text
         tokens, rank = moments.tokens or 0, moments.query.shape[-1]
         if tokens < rank:
             logger.warning(
-                f"the calibration has {tokens} tokens, fewer than the {rank} dimensions of a head: the weights alone "
-                "decide about those that it does not show. Some thousand tokens are enough"
+                f"the calibration text has {tokens} tokens, fewer than the {rank} dimensions of a head: in the "
+                "dimensions that it does not cover, the weights alone determine the truncation. A few thousand "
+                "tokens are enough"
             )
 
 
 def _truncate_attention(name: str, source, target, moments: HeadMoments, weights: HeadMoments) -> list[Truncation]:
     if not all(part.isfinite().all() for part in (*moments.matrices(), moments.context_mean)):
-        raise ValueError(f"{name}: its weights, or what it computes for the calibration, are not finite")
+        raise ValueError(f"{name}: its weights or its activations on the calibration text are not finite")
     rank = target.self.attention_head_size
     mixing, qk_sigma, vo_sigma = find_truncation(moments, rank)
     mix_heads(source, target, balance_heads(mixing, weights), moments.context_mean)
@@ -377,8 +378,9 @@ def _validate_rank(name: str, moments: HeadMoments, largest: int) -> None:
         rank = int((sigma > smallest).sum(dim=1).max())
         if rank > largest:
             raise ValueError(
-                f"{name}.{kind} has products of rank {rank}; a BERT of this hidden size holds at most {largest}, "
-                "hidden_size / num_attention_heads. Truncate it first: from_bert(model, attention_embedding_size=...)"
+                f"{name}.{kind} has products of rank {rank}; a BERT of this hidden size can represent at most "
+                f"{largest}, hidden_size / num_attention_heads. Truncate it first: from_bert(model, "
+                "attention_embedding_size=...)"
             )
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Evaluation mode for a while. This file travels with checkpoints: it imports only torch."""
+"""A context for evaluation mode. This file travels with checkpoints: it imports only torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()``; afterwards each of its modules is in the mode that it was in, which need not be the same."""
+    """``model.eval()`` within the context; afterwards each module is in its previous mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

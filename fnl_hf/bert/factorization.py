@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-# kind -> the dimension of each stored weight that its rank runs along. ``torch.nn.Linear`` stores (out, in), so query,
-# key and value hold their rank E = H·r in dimension 0 and the output projection holds it in dimension 1. The middle
-# factor of a triple has two ranks; its entry names the one that it shares with the left factor.
+# kind -> the dimension of each stored weight along which its rank runs. ``torch.nn.Linear`` stores (out, in), so query,
+# key and value have their rank E = H·r in dimension 0, and the output projection has it in dimension 1. The middle
+# factor of a triple has two ranks; its entry is the one that it shares with the left factor.
 RANK_DIMS = {
     "qk": (0, 0),  # Q (E, m), K (E, n)
     "vo": (0, 1),  # V (E, n), O (m, E)
@@ -73,16 +73,16 @@ def validate_product(weights: tuple[torch.Tensor, ...], kind: str, num_heads: in
         ValueError: naming the product (``where``), the shapes and what they would have to be.
     """
     if kind not in RANK_DIMS:
-        raise ValueError(f"{where}: kind must be one of {sorted(RANK_DIMS)}, got {kind!r}")
+        raise ValueError(f"{where}: kind must be one of {sorted(RANK_DIMS)}, not {kind!r}")
     dims, shapes = RANK_DIMS[kind], [tuple(weight.shape) for weight in weights]
     if len(weights) != len(dims):
-        raise ValueError(f"{where}: kind {kind!r} has {len(dims)} factors, got {len(weights)}")
+        raise ValueError(f"{where}: products of kind {kind!r} have {len(dims)} factors, but {len(weights)} are given")
     if len({id(weight) for weight in weights}) < len(weights):
         raise ValueError(f"{where}: two factors are the same parameter")
     if any(len(shape) < 2 for shape in shapes):
         raise ValueError(
-            f"{where}: factors must be matrices, got shapes {shapes}. FSDP1 and DeepSpeed ZeRO flatten parameters; "
-            "shard with FSDP2 (fully_shard) instead"
+            f"{where}: factors must be matrices, but have the shapes {shapes}. FSDP1 and DeepSpeed ZeRO flatten "
+            "parameters: use FSDP2 (fully_shard) instead"
         )
     ranks = [shape[dim] for shape, dim in zip(shapes, dims)]
     is_valid = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0
@@ -111,9 +111,9 @@ def core(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
 
 
 def singular_values(cores: torch.Tensor) -> torch.Tensor:
-    """Of a batch of matrices (..., n, r): (..., min(n, r)), all NaN where an entry of a matrix is not finite.
+    """Singular values of a batch of matrices (..., n, r): (..., min(n, r)), all NaN for a matrix that is not finite.
 
-    LAPACK refuses such matrices, and with them the whole batch. The host is not asked which ones they are.
+    LAPACK refuses such a matrix, and the whole batch with it. They are replaced without synchronizing with the host.
     """
     is_finite = cores.isfinite().all(-1).all(-1)
     values = torch.linalg.svdvals(torch.where(is_finite[..., None, None], cores, 0.0))
@@ -123,7 +123,7 @@ def singular_values(cores: torch.Tensor) -> torch.Tensor:
 def without_autocast(tensors: Iterable[torch.Tensor]) -> ExitStack:
     """A context in which products of these tensors are computed in their own dtype."""
     stack = ExitStack()
-    for device in {tensor.device.type for tensor in tensors} - {"meta"}:  # which autocast does not know
+    for device in {tensor.device.type for tensor in tensors} - {"meta"}:  # autocast does not know this device
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
 
@@ -161,7 +161,7 @@ def spectral_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
     """
     largest = min(left.shape[-2], right.shape[-2], left.shape[-1])
     if not 1 <= rank <= largest:
-        raise ValueError(f"rank ({rank}) must be between 1 and {largest}, the largest rank the products can have")
+        raise ValueError(f"rank ({rank}) must be between 1 and {largest}, the largest rank that the products can have")
     with without_autocast((left, right)):
         left_basis, left_core = torch.linalg.qr(left)  # (H, m, min(m, k)), (H, min(m, k), k)
         right_basis, right_core = torch.linalg.qr(right)

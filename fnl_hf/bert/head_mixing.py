@@ -1,14 +1,14 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""BERT to FNL-BERT of another attention embedding size, and back, by changing the basis of each head.
+"""BERT to FNL-BERT with another attention embedding size, and back, by changing the basis of each head.
 
-A head's scores are q kᵀ/√r with q = x Q + b_q and k = x K + b_k; it adds c Oᵀ to the output, where c = A(x V + b_v) is
-its context and A its attention. Whatever is done to a head is done by small matrices on its own r dimensions: q T_q,
-k T_k, c T_v, O T_o. Truncation to rank r' takes those that minimize ‖L (T_q T_kᵀ - I) Rᵀ‖_F. From the weights alone
-LᵀL and RᵀR are the second moments of their rows, with the biases of query and key as one more (truncated SVD of the
-product). On a text (calibrated) T_q T_kᵀ - I changes each q by q (T_q T_kᵀ - I), and the model's outputs by that times
-J, their derivative by q: LᵀL = E[q qᵀ] and RᵀR = E[Jᵀ J], which has in it how much a key is attended to, and not what
-all keys of a query share, which a softmax does not see. Likewise of the context, LᵀL its covariance, RᵀR = E[O Jᵀ J Oᵀ]
-with J the derivative by the output. No matrix that is decomposed is larger than r×r.
+A head's scores are q kᵀ/√r with q = x Q + b_q and k = x K + b_k. It adds c Oᵀ to the output, where c = A(x V + b_v) is
+its context and A its attention. All changes of a head are small matrices on its r dimensions: q T_q, k T_k, c T_v, O
+T_o. Truncation to rank r' takes those that minimize ‖L (T_q T_kᵀ - I) Rᵀ‖_F. With the weights alone, LᵀL and RᵀR are
+the second moments of their rows, with the biases of query and key as an additional row (truncated SVD of the product).
+With a calibration text, T_q T_kᵀ - I changes each q by q (T_q T_kᵀ - I), and the model's outputs by this times J, their
+derivative with respect to q: LᵀL = E[q qᵀ] and RᵀR = E[Jᵀ J]. RᵀR reflects how much attention a key gets, and excludes
+what all keys of a query share, which does not affect a softmax. For the context, LᵀL is its covariance and RᵀR = E[O Jᵀ
+J Oᵀ], with J the derivative with respect to the output. No decomposed matrix is larger than r×r.
 
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 
@@ -25,7 +25,7 @@ from transformers.models.bert.modeling_bert import BertAttention
 from .factorization import gram, head_rows
 from .moments import LayerMoments, measure_moments
 
-NOISE = 1e-6  # relative, of moments about a mean, whose sums are in float32
+NOISE = 1e-6  # relative, for moments about a mean, whose sums are in float32
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class HeadMoments:
 
 @dataclass(frozen=True)
 class HeadMixing:
-    """What the dimensions of H heads are multiplied by, (H, r, r') each, float64."""
+    """The factors by which the dimensions of H heads are multiplied, (H, r, r') each, float64."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -121,7 +121,7 @@ def activation_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, to
         model.set_attn_implementation(implementation)
     for name, moments in queries.items():
         if not moments.rows:
-            raise ValueError(f"calibration of {name}: no tokens")
+            raise ValueError(f"calibration of {name}: the text has no tokens")
     return {
         name: _head_moments(queries[name], outputs[name], attention.self.num_attention_heads)
         for name, attention in attentions.items()
@@ -130,7 +130,7 @@ def activation_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, to
 
 @torch.no_grad()
 def _head_moments(query: LayerMoments, output: LayerMoments, heads: int) -> HeadMoments:
-    """By the inputs of the query and of the output, and by the model's derivatives by their outputs."""
+    """From the inputs of query and output, and the model's derivatives with respect to their outputs."""
     weight = head_rows(query.layer.weight.double(), heads, 0)  # (H, r, d)
     mean = (query.mean_output(query.layer.weight) + query.layer.bias.double()).view(heads, -1, 1)  # (H, r, 1)
     rows = head_rows(output.layer.weight.double(), heads, 1)  # (H, r, d)
@@ -152,16 +152,16 @@ def _head_blocks(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 def regularize_moments(measured: HeadMoments, weights: HeadMoments) -> HeadMoments:
     """``measured`` on N tokens, with a share r/(N + r) of the moments of the ``weights``.
 
-    A text of fewer than r tokens leaves directions of a head unseen. A truncation that leaves them out makes a row of
-    both factors zero, which has no gradient and stays so for ever; as shares, all that the weights have is there, and a
-    long text decides alone.
+    A text of fewer than r tokens does not cover all directions of a head. Truncation would set both factors to zero in
+    them, and zero rows have no gradient and never change. With the shares, no direction of the weights is lost, and a
+    long text still dominates.
     """
     rank = measured.query.shape[-1]
     share = rank / (int(measured.tokens or 0) + rank)
 
     def mix(seen: torch.Tensor, known: torch.Tensor, noise: float = NOISE**2) -> torch.Tensor:  # (H, r, r) both
         sizes, known_sizes = (moment.diagonal(dim1=1, dim2=2).sum(dim=1) for moment in (seen, known))  # traces (H,)
-        # Where nothing varies in the text, as the context of a single token does not, there is no size to take over.
+        # If nothing varies in the text, as for the context of a single token, there is no scale to match.
         scale = torch.where(sizes > noise * known_sizes, sizes / known_sizes, 1.0)
         return (1 - share) * seen + share * scale[:, None, None] * known
 
@@ -184,7 +184,7 @@ def truncate_product(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
     """
     left_root, right_root = _root(left), _root(right)  # L and R (H, r, r)
     p, sigma, qh = torch.linalg.svd(left_root @ right_root.transpose(-2, -1))
-    # Directions that the head does not use have σ = 0 but for rounding: left out, as in a pseudoinverse.
+    # Directions that the head does not use have σ = 0 up to rounding and are left out, as in a pseudoinverse.
     smallest = torch.finfo(sigma.dtype).eps * sigma.shape[-1] * sigma[..., :1]  # (H, 1)
     inverse_root = torch.where(sigma > smallest, sigma.rsqrt(), 0.0)[..., None, :rank]  # (H, 1, r')
     mixed_left = right_root.transpose(-2, -1) @ qh.transpose(-2, -1)[..., :rank] * inverse_root  # T (H, r, r')
@@ -193,7 +193,7 @@ def truncate_product(left: torch.Tensor, right: torch.Tensor, rank: int) -> tupl
 
 
 def _root(moment: torch.Tensor) -> torch.Tensor:
-    """A matrix whose Gram matrix is ``moment`` (H, r, r), which may be singular, so that Cholesky's would fail."""
+    """A matrix whose Gram matrix is ``moment`` (H, r, r), which may be singular, so that Cholesky would fail."""
     values, vectors = torch.linalg.eigh(moment)
     return values.clamp(min=0).sqrt()[..., None] * vectors.transpose(-2, -1)
 
@@ -205,12 +205,12 @@ def find_truncation(moments: HeadMoments, rank: int) -> tuple[HeadMixing, torch.
     """
     query, key, qk_sigma = truncate_product(moments.query, moments.key, rank)
     value, output, vo_sigma = truncate_product(moments.value, moments.output, rank)
-    scale = (rank / qk_sigma.shape[-1]) ** 0.25  # of each factor, half of the product's exponent
+    scale = (rank / qk_sigma.shape[-1]) ** 0.25  # for each factor, half of the product's exponent
     return HeadMixing(scale * query, scale * key, value, output), qk_sigma, vo_sigma
 
 
 def balance_heads(mixing: HeadMixing, weights: HeadMoments) -> HeadMixing:
-    """The same products, of factors whose rows have the same norms: moments of a text leave one large, one small.
+    """The same products, from factors whose rows have equal norms: moments of a text make one large and one small.
 
     Args:
         weights: the moments of the weights that are mixed.
@@ -227,7 +227,7 @@ def balance_heads(mixing: HeadMixing, weights: HeadMoments) -> HeadMixing:
 
 
 def make_padding(heads: int, rank: int, padded: int, device: torch.device) -> HeadMixing:
-    """Mixing to a larger rank by dimensions that are zero; exact, but these have no gradient."""
+    """Mixing to a larger rank with zero dimensions; exact, but these have no gradient."""
     eye = torch.eye(rank, padded, dtype=torch.float64, device=device).expand(heads, -1, -1)  # (H, r, r')
     scale = (padded / rank) ** 0.25
     return HeadMixing(scale * eye, scale * eye, eye, eye)
@@ -235,8 +235,8 @@ def make_padding(heads: int, rank: int, padded: int, device: torch.device) -> He
 
 @torch.no_grad()
 def mix_heads(source: BertAttention, target: BertAttention, mixing: HeadMixing, context_mean: torch.Tensor) -> None:
-    """Write the heads of ``source`` into ``target`` in their new basis; what the context loses on average, c̄ (H, r)
-    times I - T_v T_oᵀ, goes into the output bias."""
+    """Write the heads of ``source`` into ``target`` in their new basis. The mean loss of the context, c̄ (H, r) times I
+    - T_v T_oᵀ, moves into the output bias."""
     heads = source.self.num_attention_heads
     for name in ("query", "key", "value"):
         mix = getattr(mixing, name).transpose(1, 2)  # (H, r', r)

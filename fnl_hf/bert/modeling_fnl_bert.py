@@ -38,7 +38,7 @@ from .configuration_fnl_bert import FnlBertConfig
 from .conversion_fnl_bert import BertConversion
 from .factorization import Product, gram, spectral_factors
 
-# Every head's checkpoint names every class, so that it loads into any Auto class with ``trust_remote_code=True``.
+# The checkpoint of every head names all classes, so that it loads into any Auto class with ``trust_remote_code=True``.
 AUTO_CLASSES = {
     "AutoModel": "FnlBertModel",
     "AutoModelForPreTraining": "FnlBertForPreTraining",
@@ -72,7 +72,7 @@ class FnlBertPreTrainedModel(BertConversion):
         encoder = getattr(self, "bert", None)
         if isinstance(encoder, BertModel) and not isinstance(encoder, FnlBertModel):
             self.bert = FnlBertModel(self.config, add_pooling_layer=encoder.pooler is not None)
-            if encoder.is_gradient_checkpointing:  # it has taken the flag out of the configuration
+            if encoder.is_gradient_checkpointing:  # which has removed the flag from the configuration
                 self.bert.gradient_checkpointing_enable()
         super().post_init()
 
@@ -84,7 +84,7 @@ class FnlBertPreTrainedModel(BertConversion):
         """As in transformers. Also saves the code beside the weights, for use without fnl_hf."""
         self.config.auto_map = dict(AUTO_MAP)
         own = type(self)
-        # FSDP2 puts a class of torch's in front, whose code would be saved.
+        # FSDP2 inserts a class of torch, whose code would be saved.
         self.__class__ = next(c for c in own.__mro__ if not c.__name__.startswith("FSDP"))
         try:
             return super().save_pretrained(*args, **kwargs)
@@ -162,7 +162,7 @@ class FnlBertModel(FnlBertPreTrainedModel, BertModel):
             factor.copy_(scale * value)
 
     def _product_scale(self, kind: str, full, truncated) -> torch.Tensor:
-        """What the truncated products of H heads are multiplied by, (H, 1, 1), for those that ``full`` are factors of.
+        """The scale of the truncated products of H heads, (H, 1, 1), whose factors are ``full``.
 
         Scores are divided by √r instead of √r' at full head size r'.
         """
@@ -273,15 +273,15 @@ class FnlBertForSequenceClassification(_LabelledHead, FnlBertPreTrainedModel, Be
 
 
 class _MaskedLanguageModel:
-    """What the two heads that predict masked tokens share: which positions they are run on."""
+    """Shared by the two heads that predict masked tokens: the positions at which they run."""
 
     bert: FnlBertModel
     config: FnlBertConfig
 
     def _encode(self, masked_positions, has_pooler: bool, **inputs):
-        """The encoder's outputs and the hidden states to predict from: (B, S, d), or (B, K, d) at
-        ``masked_positions`` (B, K). With ``config.sparse_last_layer`` the last layer is run there and, for the pooler,
-        on the first token."""
+        """The encoder's outputs and the hidden states for predictions: (B, S, d), or (B, K, d) at ``masked_positions``
+        (B, K). With ``config.sparse_last_layer`` the last layer only runs at these positions and, for the pooler, at
+        the first token."""
         if masked_positions is None or not self.config.sparse_last_layer:
             outputs = self.bert(return_dict=True, **inputs)
             hidden = outputs.last_hidden_state  # (B, S, d)
@@ -293,7 +293,8 @@ class _MaskedLanguageModel:
         return outputs, outputs.last_hidden_state[:, 1:] if has_pooler else outputs.last_hidden_state
 
     def _predict(self, head, hidden, labels, masked_positions):
-        """Logits and labels; without ``masked_positions`` ``config.sparse_prediction`` picks the labelled ones."""
+        """Logits and labels; without ``masked_positions``, ``config.sparse_prediction`` selects the labelled
+        positions."""
         if labels is not None and masked_positions is None and self.config.sparse_prediction:
             is_labelled = labels != -100  # (B, S)
             hidden, labels = hidden[is_labelled], labels[is_labelled]  # (labelled, d), (labelled,)

@@ -1,11 +1,11 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""What calibration data tell of the layers of a model: which inputs they get, and how much their outputs count.
+"""Measure on calibration data which inputs a model's layers get, and how much their outputs matter.
 
-Where the weight of a layer y = W x + b changes by Δ, the outputs of the model change by J Δ x to first order, J their
-derivative by y. With C = E[x xᵀ] and G = Σ Jᵀ J the squared change is ⟨G, Δ C Δᵀ⟩, x and J taken for independent: the
-Gauss-Newton approximation with Kronecker factors (Martens and Grosse 2015, arXiv 1503.05671). All layers have it in the
-same unit, that of the model's outputs, so that they can share one budget. It takes no labels: Jᵀ J is the second moment
-of Jᵀ v for random directions v of the outputs with E[v vᵀ] = I.
+If the weight of a layer y = W x + b changes by Δ, the outputs of the model change by J Δ x to first order, where J is
+their derivative with respect to y. With C = E[x xᵀ] and G = Σ Jᵀ J the squared change is ⟨G, Δ C Δᵀ⟩ if x and J are
+independent: the Gauss-Newton approximation with Kronecker factors (Martens and Grosse 2015, arXiv 1503.05671). It has
+the unit of the model's outputs for all layers, so they can share a budget. No labels are needed: Jᵀ J is the second
+moment of Jᵀ v for random directions v of the outputs with E[v vᵀ] = I.
 
 This file travels with checkpoints: it imports only torch, and its neighbours by relative name.
 
@@ -27,7 +27,7 @@ POSITION_LOGITS = ("start_logits", "end_logits")  # (B, S), over the tokens of a
 
 
 class LayerMoments:
-    """Sums over what a Linear layer got and gave, in float32.
+    """Sums over the inputs and output gradients of a Linear layer, in float32.
 
     Attributes:
         rows: N.
@@ -44,14 +44,14 @@ class LayerMoments:
         self.outputs: Any = 0.0
 
     def add_inputs(self, x: torch.Tensor, is_token: torch.Tensor | None) -> None:
-        """The layer's input; rows of padding are left out where ``is_token`` (B, S) tells them."""
+        """Add the layer's input, without rows of padding if ``is_token`` (B, S) marks them."""
         rows = self._input_rows(x, is_token)  # (K, N, n)
         self.inputs = self.inputs + rows.mT @ rows
         self.total = self.total + rows.sum(dim=1)
         self.rows += rows.shape[1]
 
     def add_gradients(self, gradient: torch.Tensor) -> None:
-        """Jᵀ v of the layer's output; 0 at padding, on which nothing depends."""
+        """Add Jᵀ v of the layer's output; it is 0 at padding, on which nothing depends."""
         rows = self._gradient_rows(gradient.float())  # (K, N, c)
         self.outputs = self.outputs + rows.mT @ rows
 
@@ -75,13 +75,13 @@ class LayerMoments:
 
     @staticmethod
     def bytes_of(layer: Any) -> int:
-        """What the sums of a layer take."""
+        """Memory for the sums of a layer."""
         rows, columns = layer.weight.shape
         return 4 * (rows**2 + columns**2)
 
 
 def measure_moments(model: nn.Module, moments: Mapping[str, LayerMoments], batches: Iterable[Any]) -> None:
-    """Add calibration data to the moments of layers of ``model``, by whatever name.
+    """Add calibration data to the moments of layers of ``model``, given by name.
 
     ``model`` is run in evaluation mode, on its device, forward and backward, and left as it was.
 
@@ -102,7 +102,7 @@ def measure_moments(model: nn.Module, moments: Mapping[str, LayerMoments], batch
             record.is_token = _mask_of(arguments)
             _project(_call(model, arguments), record.is_token, generator).backward()
     if empty:
-        raise ValueError("calibration has no batch")
+        raise ValueError("the calibration data have no batch")
 
 
 class _Recorder:
@@ -115,7 +115,7 @@ class _Recorder:
             x = args[0] if args else kwargs["input"]
             with torch.no_grad():
                 moments.add_inputs(x.detach(), self.is_token)
-            if not output.requires_grad:  # parameters are frozen: gradients begin at the first of the layers
+            if not output.requires_grad:  # parameters are frozen: gradients start at the first of the layers
                 output = output.detach().requires_grad_()
             output.register_hook(moments.add_gradients)
             return output.clone()  # which may be changed in place
@@ -175,9 +175,10 @@ def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Genera
     for name, output in named:
         if name == "loss" or not isinstance(output, torch.Tensor) or not output.requires_grad:
             continue
-        # On the CPU, so that the same seed draws the same directions for every device.
+        # On the CPU, so that the same seed draws the same directions on every device.
         v = torch.randn(output.shape, generator=generator).to(output.device)
-        is_of_tokens = output.dim() > 2 or name in POSITION_LOGITS  # a pooled (B, d) may have the shape of a mask
+        # a pooled output (B, d) may have the shape of a mask
+        is_of_tokens = output.dim() > 2 or name in POSITION_LOGITS
         if is_token is not None and is_of_tokens and output.shape[:2] == is_token.shape:
             v *= is_token.view(*is_token.shape, *[1] * (output.dim() - 2))
         added = (v * output.float()).sum()
@@ -188,7 +189,7 @@ def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Genera
 
 
 def _tokens(x: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
-    """The rows (N, n) of an input (B, S, n), (B·S, n) or any other shape that are no padding."""
+    """The rows (N, n) of an input (B, S, n), (B·S, n) or any other shape, without padding."""
     if is_token is not None:
         if x.dim() > 2 and x.shape[:2] == is_token.shape:
             return x[is_token].flatten(0, -2)

@@ -1,8 +1,8 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
-"""BERTs by another name: what other models of Transformers call the parts of a BERT.
+"""BERTs by another name: the names that other models of Transformers use for the parts of a BERT.
 
 RoBERTa (Liu et al. 2019), XLM-R (Conneau et al. 2020), CamemBERT (Martin et al. 2020), DistilBERT (Sanh et al. 2019)
-and ELECTRA (Clark et al. 2020) compute what a BERT does, apart from what :data:`NAMINGS` lists.
+and ELECTRA (Clark et al. 2020) compute the same as a BERT, except for what :data:`NAMINGS` lists.
 
 This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
 """
@@ -87,7 +87,8 @@ NAMINGS = {
         },
         constants={"layer_norm_eps": 1e-12, "type_vocab_size": TOKEN_TYPES},
         other_heads=dict.fromkeys(
-            ("ForSequenceClassification", "ForMultipleChoice"), "a ReLU stands between its layers, in BERT a tanh"
+            ("ForSequenceClassification", "ForMultipleChoice"),
+            "its layers have a ReLU in between, those of BERT a tanh",
         ),
     ),
     "electra": Naming(
@@ -100,19 +101,19 @@ NAMINGS = {
         },
         predicts_with_gelu=True,
         other_heads={
-            "ForSequenceClassification": "a GELU stands between its layers, in BERT a tanh",
-            "ForMultipleChoice": "its summary of a sequence (summary_type, summary_activation) is not BERT's pooler",
+            "ForSequenceClassification": "its layers have a GELU in between, those of BERT a tanh",
+            "ForMultipleChoice": "its pooling (summary_type, summary_activation) is not BERT's pooler",
         },
     ),
 }
-# The heads that BERT and all of these have; "Model" is the encoder alone.
+# The heads that BERT and all of these models have; "Model" is the encoder.
 HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice",
          "ForQuestionAnswering")  # fmt: skip
-PARTS_OF_HEADS = {"ForPreTraining": "ForMaskedLM"}  # a head of BERT's -> that of these which is a part of it
+PARTS_OF_HEADS = {"ForPreTraining": "ForMaskedLM"}  # a head of BERT -> the part of it that these models have
 
 
 def find_naming(config: PreTrainedConfig) -> Naming:
-    """What an architecture calls the parts of a BERT.
+    """The names that an architecture uses for the parts of a BERT.
 
     Raises:
         ValueError: it is none of :data:`NAMINGS`, or of a form that BERT has not.
@@ -120,11 +121,12 @@ def find_naming(config: PreTrainedConfig) -> Naming:
     naming = NAMINGS.get(config.model_type)
     if naming is None:
         taken = ", ".join(("bert", "fnl_bert", *NAMINGS))
-        raise ValueError(f"model type {config.model_type!r}; those that can be converted are {taken}")
+        raise ValueError(f"model type {config.model_type!r} cannot be converted: it must be one of {taken}")
     width = getattr(config, "embedding_size", config.hidden_size)
     if width != config.hidden_size:
         raise ValueError(
-            f"embedding_size ({width}) must be hidden_size ({config.hidden_size}): BERT has no layer between the two"
+            f"embedding_size ({width}) must equal hidden_size ({config.hidden_size}): BERT has no projection "
+            "between the two"
         )
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError("it is a decoder (is_decoder or add_cross_attention): BERT is an encoder")
@@ -132,8 +134,8 @@ def find_naming(config: PreTrainedConfig) -> Naming:
 
 
 def head_of(class_name: str) -> str | None:
-    """The head of a class under BERT's name for it, "ForMaskedLM" of ``RobertaForMaskedLM``; None where BERT has no
-    head for the same task, as for ``ElectraForPreTraining``, which finds replaced tokens."""
+    """The head of a class under BERT's name, "ForMaskedLM" for ``RobertaForMaskedLM``; None if BERT has no head for the
+    same task, as for ``ElectraForPreTraining``, which detects replaced tokens."""
     for beginning in ("FnlBert", "Bert"):
         if class_name.startswith(beginning):
             return class_name.removeprefix(beginning)
@@ -145,18 +147,18 @@ def head_of(class_name: str) -> str | None:
 
 
 def _explain_other_head(head: str | None, config: PreTrainedConfig) -> str | None:
-    """Why no head of BERT's computes what this one does; None if one does."""
+    """Why no head of BERT computes the same as this one; None if one does."""
     naming = find_naming(config)
     if head is None:
         return "BERT has no head for its task"
     if head == "ForMaskedLM" and naming.predicts_with_gelu and config.hidden_act != "gelu":
-        return f"a GELU stands between its layers, in BERT hidden_act ({config.hidden_act!r})"
+        return f"its layers have a GELU in between, those of BERT hidden_act ({config.hidden_act!r})"
     return naming.other_heads.get(head)
 
 
 def class_to_load(config: PreTrainedConfig, wanted: str) -> Any:
-    """The class of Transformers that reads a checkpoint for BERT's head ``wanted``: the one with that head, or the
-    encoder alone if the head is to be a new one.
+    """The class of Transformers that reads a checkpoint for BERT's head ``wanted``: the class with that head, or the
+    encoder if the head is to be new.
 
     Raises:
         ValueError: see :func:`find_naming`; or the checkpoint has that head, and it computes something else.
@@ -169,12 +171,12 @@ def class_to_load(config: PreTrainedConfig, wanted: str) -> Any:
 
 
 def _refusal(head: str, reason: str | None) -> str:
-    return f"its head ({head}) cannot be converted: {reason}. FnlBertModel.from_bert takes the encoder alone"
+    return f"its head ({head}) cannot be converted: {reason}. FnlBertModel.from_bert converts the encoder only"
 
 
 def head_to_take(model: PreTrainedModel, wanted: str) -> str:
-    """The head of a model under BERT's name for it, "ForMaskedLM"; "Model", the encoder alone, with a warning, where no
-    head of BERT's computes the same.
+    """The head of a model under BERT's name, "ForMaskedLM"; "Model", the encoder, with a warning, if no head of BERT
+    computes the same.
 
     Args:
         wanted: the head of BERT's that the weights are for.
@@ -195,7 +197,8 @@ def head_to_take(model: PreTrainedModel, wanted: str) -> str:
 
 
 def bert_entries(entries: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """Entries of a configuration under BERT's names, without those that BERT has not; the user's own are kept."""
+    """Entries of a configuration under BERT's names, without entries that BERT does not have; user-defined ones are
+    kept."""
     naming = find_naming(config)
     renamed = {**entries, **{ours: entries[theirs] for theirs, ours in naming.entries.items()}, **naming.constants}
     unknown = type(config)().to_dict().keys() - BertConfig().to_dict().keys()
@@ -206,8 +209,8 @@ def bert_entries(entries: Mapping[str, Any], config: PreTrainedConfig) -> dict[s
 def bert_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights of a model, or of an encoder alone, under BERT's names.
 
-    Positions that only padding has are left out. Where there are no token types, there are two of zeros, so that
-    whatever a tokenizer says of them changes nothing.
+    Positions that only padding uses are left out. If there are no token types, there are two rows of zeros, so that the
+    token types from a tokenizer have no effect.
     """
     config, weights = model.config, {}
     naming = find_naming(config)
@@ -225,5 +228,5 @@ def bert_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _padding_positions(config: PreTrainedConfig) -> int:
-    """Positions of the table that no token has."""
+    """Positions of the table that no token uses."""
     return config.pad_token_id + 1 if find_naming(config).counts_from_padding else 0

@@ -1,4 +1,4 @@
-"""The command ``fnl-hf``: what is done to a checkpoint once it is trained."""
+"""The command ``fnl-hf``: operations on trained checkpoints."""
 
 from fnl_hf.commands.compress import Compression, ModelSize, factorize_checkpoint, merge_checkpoint
 from fnl_hf.commands.export import export_onnx, export_program

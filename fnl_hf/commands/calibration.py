@@ -11,7 +11,7 @@ from fnl_hf.errors import validate_bounds
 from fnl_hf.training.models import usable_positions
 
 BATCH_SIZE = 16
-SAMPLES, LENGTH = 256, 128  # unless the user says otherwise
+SAMPLES, LENGTH = 256, 128  # unless the user sets them
 
 
 def calibration_batches(
@@ -35,13 +35,13 @@ def calibration_batches(
 
 
 def describe_calibration(files: Sequence[str], documents: int, max_seq_length: int) -> str:
-    """For a model card."""
+    """The calibration data in a model card."""
     names = ", ".join(name.rpartition("/")[2] for name in files)
-    return f"{documents} documents of {names}, at most {max_seq_length} tokens of each"
+    return f"{documents} documents of {names}, up to {max_seq_length} tokens each"
 
 
 def usable_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_seq_length: int) -> int:
-    """``max_seq_length``, or what the model has positions for.
+    """``max_seq_length``, limited by the model's positions.
 
     Raises:
         UserInputError: no room for a token beside the special ones, or a tokenizer with ids that the model has not.

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def take_places(args: argparse.Namespace) -> None:
-    """Put the home folder in the place of "~", which no shell expands in ``--flag=~/x`` or quotes.
+    """Replace "~" by the home folder: shells do not expand it in ``--flag=~/x`` or in quotes.
 
     Raises:
         UserInputError: a name that is empty, or longer than a file system takes.
@@ -48,7 +48,7 @@ def take_places(args: argparse.Namespace) -> None:
         places = value if isinstance(value, list) else [] if value is None else [value]
         for place in places:
             if place == "":
-                raise UserInputError(f"{name} is empty: name one")
+                raise UserInputError(f"{name} is empty: give a name")
             try:
                 Path(place).exists()
             except OSError as error:
@@ -59,14 +59,15 @@ def take_places(args: argparse.Namespace) -> None:
 
 
 def warn_of_unused(args: argparse.Namespace, flag: str, remedy: str) -> None:
-    """One line for a flag that was given and changes nothing."""
+    """One line for a flag that was given and has no effect."""
     if getattr(args, flag) is not None:
-        print(f"fnl-hf: warning: --{flag} changes nothing: it counts with {remedy}", file=sys.stderr)
+        print(f"fnl-hf: warning: --{flag} has no effect: it needs {remedy}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fnl-hf", description="Convert, factorize, export, upload and ask models whose layers are products."
+        prog="fnl-hf",
+        description="Convert, factorize, export, upload and query models whose layers are products of matrices.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -88,32 +89,45 @@ def add_command(
 
 
 def add_source_and_folder(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", help="a checkpoint: folder or Hub name")
-    command.add_argument("folder", help="where the new one goes; empty or new")
+    command.add_argument("source", help="checkpoint to read: folder or Hub name")
+    command.add_argument("folder", help="folder for the new checkpoint; must be empty or not exist")
 
 
 def add_convert(commands) -> None:
     converting = add_command(
-        commands, "convert", run_convert, "BERT to FNL-BERT of a smaller attention, or FNL-BERT to BERT",
-        "Convert a BERT, or a RoBERTa, XLM-R, CamemBERT, DistilBERT or ELECTRA, to an FNL-BERT: the same at the same "
-        "E, truncated by SVD at a smaller one. Or back to a stock BERT with dense layers that computes the same and "
-        "loads without fnl_hf. Tokenizer, the files of sentence-transformers and a model card go with it.",
+        commands, "convert", run_convert, "convert a BERT to an FNL-BERT, or an FNL-BERT to a BERT",
+        "Convert a BERT, RoBERTa, XLM-R, CamemBERT, DistilBERT or ELECTRA to an FNL-BERT. It computes the same "
+        "function if E is unchanged; a smaller E truncates the attention products by SVD. With --to bert, convert "
+        "back to a stock BERT with dense layers, which computes the same function and loads without fnl_hf. Copies "
+        "the tokenizer and the files of sentence-transformers, and writes a model card.",
         "google-bert/bert-base-uncased my-bert --attention_embedding_size 384 --calibration_file text.txt",
     )  # fmt: skip
     add_source_and_folder(converting)
-    converting.add_argument("--to", choices=("fnl_bert", "bert"), default="fnl_bert", help="(%(default)s)")
     converting.add_argument(
-        "--attention_embedding_size", type=int, help="E, a multiple of the number of heads; default: unchanged"
+        "--to",
+        choices=("fnl_bert", "bert"),
+        default="fnl_bert",
+        help="kind of the new checkpoint (default: %(default)s)",
+    )
+    converting.add_argument(
+        "--attention_embedding_size",
+        type=int,
+        help="the attention embedding size E, a multiple of the number of heads (default: unchanged)",
     )
     add_calibration(converting)
 
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--calibration_file", nargs="+", default=[], help="text that says what counts in a trained model"
+        "--calibration_file",
+        nargs="+",
+        default=[],
+        help="text files to calibrate the truncation on, so that a trained model loses little",
     )
-    command.add_argument("--calibration_samples", type=int, help=f"documents of it ({SAMPLES})")
-    command.add_argument("--max_seq_length", type=int, help=f"tokens of each, at most ({LENGTH})")
+    command.add_argument(
+        "--calibration_samples", type=int, help=f"number of documents to calibrate on (default: {SAMPLES})"
+    )
+    command.add_argument("--max_seq_length", type=int, help=f"maximum tokens per document (default: {LENGTH})")
 
 
 def calibration_of(args: argparse.Namespace) -> tuple[list[str], int, int]:
@@ -127,37 +141,52 @@ def calibration_of(args: argparse.Namespace) -> tuple[list[str], int, int]:
 
 def add_factorize(commands) -> None:
     factorizing = add_command(
-        commands, "factorize", run_factorize, "layers of a checkpoint of any architecture as products of matrices",
-        "Replace layers of a checkpoint by products of two or three matrices, which begin as its weights or are drawn "
-        "anew. With a calibration text a trained model keeps most of what it knows: weights are truncated where its "
-        "outputs feel it least, and ranks go where they count. A table says what each layer lost.",
+        commands, "factorize", run_factorize, "factorize layers of a checkpoint of any architecture",
+        "Replace layers of a checkpoint by products of two or three matrices, computed from its weights or drawn "
+        "at random. With a calibration file, a trained model keeps most of its quality: the truncation and the "
+        "ranks of the layers then minimize the change of the model's outputs. Prints what each layer lost.",
         "google-bert/bert-base-uncased my-small-bert --target_ratio 0.5 --calibration_file text.txt",
     )  # fmt: skip
     add_source_and_folder(factorizing)
     factorizing.add_argument(
-        "--mode", choices=MODES, default=MODES[0], help="smaller, or larger until merged (%(default)s)"
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="low_rank makes layers smaller; wide (two factors) and deep (three) make them larger until they are "
+        "merged (default: %(default)s)",
     )
     sizes = factorizing.add_mutually_exclusive_group()
     scales = ", ".join(f"{mode} {scale}" for mode, scale in DEFAULT_RANK_SCALES.items())
-    sizes.add_argument("--rank_scale", type=float, help=f"rank over the full rank; the default: {scales}")
-    sizes.add_argument("--target_ratio", type=float, help="parameters of these layers over those of the dense ones")
-    sizes.add_argument("--model_ratio", type=float, help="parameters of the whole model over those that it had")
+    sizes.add_argument("--rank_scale", type=float, help=f"rank as a share of the full rank (default: {scales})")
+    sizes.add_argument(
+        "--target_ratio", type=float, help="parameters of the factorized layers as a share of those of the dense layers"
+    )
+    sizes.add_argument("--model_ratio", type=float, help="parameters of the whole model as a share of the original")
     sizes.add_argument("--energy", type=float, help="share of the squared singular values that each layer keeps")
     factorizing.add_argument(
-        "--init", choices=INITS, default=INITS[0], help="from the weights, or drawn anew (%(default)s)"
+        "--init",
+        choices=INITS,
+        default=INITS[0],
+        help="compute the factors from the dense weights, or draw them at random (default: %(default)s)",
     )
     factorizing.add_argument(
-        "--include", nargs="+", default=list(TYPES), help=f"types or patterns of names ({' '.join(TYPES)})"
+        "--include",
+        nargs="+",
+        default=list(TYPES),
+        help=f"layers to factorize: types or name patterns ({' '.join(TYPES)})",
     )
-    factorizing.add_argument("--exclude", nargs="+", default=[], help="types or patterns of names")
-    factorizing.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    factorizing.add_argument("--exclude", nargs="+", default=[], help="layers to leave dense: types or name patterns")
+    factorizing.add_argument(
+        "--seed", type=int, default=0, help="seed for factors drawn at random (default: %(default)s)"
+    )
     add_calibration(factorizing)
 
 
 def add_merge(commands) -> None:
     merging = add_command(
-        commands, "merge", run_merge, "a checkpoint's factorized layers back to dense ones",
-        "Multiply out the factorized layers of a checkpoint: the result computes the same and loads without fnl_hf.",
+        commands, "merge", run_merge, "turn the factorized layers of a checkpoint back into dense ones",
+        "Multiply out the factorized layers of a checkpoint. The result computes the same function and loads "
+        "without fnl_hf.",
         "my-small-bert my-dense-bert",
     )  # fmt: skip
     add_source_and_folder(merging)
@@ -165,45 +194,55 @@ def add_merge(commands) -> None:
 
 def add_export(commands) -> None:
     exporting = add_command(
-        commands, "export", run_export, "write a model as ONNX, checked against PyTorch in onnxruntime",
-        "Write the forward pass of a BERT or FNL-BERT in float32 as ONNX, for any batch size and length, and run it "
-        "beside PyTorch. Needs pip install 'fnl-hf[onnx]'.",
+        commands, "export", run_export, "export a model to ONNX and check it against PyTorch with ONNX Runtime",
+        "Export the forward pass of a BERT or FNL-BERT to ONNX, in float32 and for any batch size and length, and "
+        "compare its outputs with those of PyTorch. Needs pip install 'fnl-hf[onnx]'.",
         "my-bert-squad my-bert-squad.onnx",
     )  # fmt: skip
-    exporting.add_argument("model", help="a checkpoint with its head: folder or Hub name")
-    exporting.add_argument("file", help="the .onnx file to write; new")
+    exporting.add_argument("model", help="checkpoint to export, with its head: folder or Hub name")
+    exporting.add_argument("file", help=".onnx file to write; must not exist")
 
 
 def add_push(commands) -> None:
     pushing = add_command(
-        commands, "push", run_push, "upload a saved model to the Hub, with the token of `hf auth login`",
-        "Upload a saved model with tokenizer, code, card and report. What the Hub has is not sent again.",
+        commands, "push", run_push, "upload a saved model to the Hub with the token of `hf auth login`",
+        "Upload a saved model with its tokenizer, code, model card and report. Files that the Hub already has are "
+        "not uploaded again.",
         "my-bert-squad me/my-bert-squad --private",
     )  # fmt: skip
-    pushing.add_argument("folder", help="of the model; its checkpoints stay where they are")
-    pushing.add_argument("name", help="of the repository: name or owner/name")
-    pushing.add_argument("--private", action="store_true", help="make it a private one")
+    pushing.add_argument("folder", help="folder of the saved model; its checkpoints are not uploaded")
+    pushing.add_argument("name", help="repository to upload to: name or owner/name")
+    pushing.add_argument("--private", action="store_true", help="make the repository private")
 
 
 def add_ask(commands) -> None:
     asking = add_command(
-        commands, "ask", run_ask, "answer questions with spans of their contexts",
-        "Answer one question or a file of them with a model that was fine-tuned for it, by run_squad.py for example. A "
-        "line for each: its id if it is from a file, answer and score, separated by tabs.",
+        commands, "ask", run_ask, "answer questions with spans of a context",
+        "Answer one question, or those of a file, with a fine-tuned question answering model (see run_squad.py). "
+        "Prints one line per question: its id if it comes from a file, the answer and the score, separated by tabs.",
         'my-bert-squad "Who wrote it?" "It was written by Ada Lovelace."',
     )  # fmt: skip
-    asking.add_argument("model", help="a question answering model: folder or Hub name")
-    asking.add_argument("question", nargs="?", help="one question")
-    asking.add_argument("context", nargs="?", help="the text to answer it from")
+    asking.add_argument("model", help="question answering model: folder or Hub name")
+    asking.add_argument("question", nargs="?", help="the question")
+    asking.add_argument("context", nargs="?", help="text to find the answer in")
     asking.add_argument(
         "--questions_file",
-        help="instead of one: questions in SQuAD's JSON layout, answers may be missing; a line each with its id",
+        help="answer the questions of this file instead: JSON in the layout of SQuAD, answers optional",
     )
-    asking.add_argument("--max_seq_length", type=int, default=384, help="tokens in a window (%(default)s)")
-    asking.add_argument("--doc_stride", type=int, default=128, help="tokens from window to window (%(default)s)")
-    asking.add_argument("--batch_size", type=int, default=32, help="windows at once (%(default)s)")
-    asking.add_argument("--version_2_with_negative", action="store_true", help="a question may have no answer")
-    asking.add_argument("--null_score_diff_threshold", type=float, help="none above this score difference (0.0)")
+    asking.add_argument(
+        "--max_seq_length", type=int, default=384, help="maximum tokens per window (default: %(default)s)"
+    )
+    asking.add_argument(
+        "--doc_stride",
+        type=int,
+        default=128,
+        help="tokens from the start of one window to the start of the next (default: %(default)s)",
+    )
+    asking.add_argument("--batch_size", type=int, default=32, help="windows per batch (default: %(default)s)")
+    asking.add_argument("--version_2_with_negative", action="store_true", help="allow questions without an answer")
+    asking.add_argument(
+        "--null_score_diff_threshold", type=float, help="predict no answer above this score difference (default: 0.0)"
+    )
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -216,9 +255,9 @@ def run_convert(args: argparse.Namespace) -> None:
     )
     if truncations:
         print(truncation_table(truncations))
-        print(f"spectra: {args.folder}/{SPECTRA_FILE}")
+        print(f"singular values: {args.folder}/{SPECTRA_FILE}")
     before, after = original.num_parameters(), model.num_parameters()
-    print(f"{type(model).__name__}: {after:,} parameters, before {before:,}; in {args.folder}")
+    print(f"{type(model).__name__}: {after:,} parameters instead of {before:,}; saved in {args.folder}")
 
 
 def run_factorize(args: argparse.Namespace) -> None:
@@ -239,12 +278,12 @@ def run_merge(args: argparse.Namespace) -> None:
 def print_sizes(result: Compression, folder: str) -> None:
     new, old = result.size, result.original
     lines = [
-        f"{new.parameters:,} parameters, before {old.parameters:,}",
-        f"{new.bytes / 1e6:.1f} MB, before {old.bytes / 1e6:.1f}",
+        f"{new.parameters:,} parameters instead of {old.parameters:,}",
+        f"{new.bytes / 1e6:.1f} MB instead of {old.bytes / 1e6:.1f}",
     ]
     if new.flops is not None and old.flops is not None:
-        lines.append(f"{new.flops / 1e9:.3g} GFLOP for the first calibration batch, before {old.flops / 1e9:.3g}")
-    print(f"{type(result.model).__name__}: {'; '.join(lines)}; in {folder}")
+        lines.append(f"{new.flops / 1e9:.3g} GFLOP for the first calibration batch instead of {old.flops / 1e9:.3g}")
+    print(f"{type(result.model).__name__}: {'; '.join(lines)}; saved in {folder}")
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -253,7 +292,7 @@ def run_export(args: argparse.Namespace) -> None:
     with reading(args.model):
         model = as_bert(model)
     difference = export.export_onnx(model, args.file)
-    print(f"{args.file}: differs from PyTorch by {difference:.1e} at most")
+    print(f"{args.file}: differs from PyTorch by at most {difference:.1e}")
 
 
 def run_push(args: argparse.Namespace) -> None:
@@ -263,7 +302,7 @@ def run_push(args: argparse.Namespace) -> None:
 def run_ask(args: argparse.Namespace) -> None:
     alone = args.questions_file is None
     if alone != (args.context is not None) or alone != (args.question is not None):
-        raise UserInputError("ask: give a question and its context, or --questions_file")
+        raise UserInputError("ask: give a question and a context, or --questions_file")
     if alone:
         ids, questions, contexts = [None], [args.question], [args.context]
     else:

@@ -1,4 +1,4 @@
-"""A checkpoint on disk or on the Hub whose layers are factorized or merged, and saved."""
+"""Factorize or merge the layers of a checkpoint on disk or on the Hub, and save it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +24,8 @@ TOKENIZER_FILES = (
 
 
 class ModelSize(NamedTuple):
-    """Of a model: parameters, bytes of its weights on the disk, and floating point operations of a forward pass on the
-    first calibration batch, None without one."""
+    """The size of a model: parameters, bytes of its weights on disk, and floating point operations of a forward pass on
+    the first calibration batch; None without calibration."""
 
     parameters: int
     bytes: int
@@ -33,7 +33,7 @@ class ModelSize(NamedTuple):
 
 
 class Compression(NamedTuple):
-    """The model that was made, and how large the original and it are."""
+    """The new model, and the sizes of the original and of the new model."""
 
     model: PreTrainedModel
     original: ModelSize
@@ -65,14 +65,17 @@ def factorize_checkpoint(
         if not calibration_files:
             return None
         if tokenizer is None:
-            raise ValueError(f"{source} has no tokenizer for --calibration_file: calibrate it in Python, on its inputs")
+            raise ValueError(
+                f"{source} has no tokenizer, so --calibration_file cannot be used: calibrate it in Python, on its own "
+                "inputs"
+            )
         length = usable_length(tokenizer, model, max_seq_length)
         return list(calibration_batches(tokenizer, calibration_files, calibration_samples, length))
 
-    what = "with factorized layers; not trained since"
+    what = "with factorized layers; not trained afterwards"
     if calibration_files:
         text = describe_calibration(calibration_files, calibration_samples, max_seq_length)
-        what = f"with factorized layers, calibrated on at most {text}; not trained since"
+        what = f"with factorized layers, calibrated on at most {text}; not trained afterwards"
     return _save_changed(source, folder, lambda model, data: factorize(model, config, data), what, batches)
 
 
@@ -85,10 +88,10 @@ def merge_checkpoint(source: str, folder: str | Path) -> Compression:
 
     def merged(model, data):
         if not factorized_layers(model):
-            raise ValueError(f"{source} has no factorized layers")
+            raise ValueError(f"{source} has no factorized layers to merge")
         return merge(model)
 
-    return _save_changed(source, folder, merged, "its factorized layers multiplied out")
+    return _save_changed(source, folder, merged, "with its factorized layers multiplied out")
 
 
 def _save_changed(
@@ -132,7 +135,7 @@ def _size_of(model: PreTrainedModel, batches: Any) -> ModelSize:
 
 
 def _load_tokenizer(source: str) -> Any:
-    """None where the checkpoint has no files of one: Transformers would make one without vocabulary.
+    """None if the checkpoint has no tokenizer files: Transformers would create a tokenizer without vocabulary.
 
     Raises:
         UserInputError: its files do not make a tokenizer.
@@ -144,7 +147,7 @@ def _load_tokenizer(source: str) -> Any:
     except Exception as error:  # tokenizers raises no other
         raise UserInputError(f"{source}: its tokenizer cannot be read: {error}") from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise UserInputError(f"{source}: its tokenizer has no vocabulary, only {len(tokenizer)} special tokens")
+        raise UserInputError(f"{source}: its tokenizer has only its {len(tokenizer)} special tokens and no vocabulary")
     return tokenizer
 
 
@@ -152,7 +155,7 @@ def _write_card(folder: Path, source: str, result: Compression, what: str) -> No
     name, metadata = describe_source(source)
     model = result.model
     layers = factorized_layers(model)
-    parameters = f"{result.size.parameters:,}, before {result.original.parameters:,}"
+    parameters = f"{result.size.parameters:,} instead of {result.original.parameters:,}"
     facts = {"architecture": type(model).__name__, "parameters": parameters}
     write_card(
         folder,

@@ -1,4 +1,4 @@
-"""A checkpoint on disk or on the Hub, converted and saved: BERT, also by another name, to FNL-BERT of another size, and
+"""Convert a checkpoint on disk or on the Hub: BERT, RoBERTa and others to FNL-BERT with another attention size, and
 back to BERT."""
 
 import copy
@@ -58,8 +58,8 @@ def convert_checkpoint(
     calibration_samples: int = SAMPLES,
     max_seq_length: int = LENGTH,
 ) -> Conversion:
-    """Convert the checkpoint ``source``, with its head, and save it in ``folder``, with its tokenizer and what else it
-    has beside its weights, as the files of sentence-transformers.
+    """Convert the checkpoint ``source``, with its head, and save it in ``folder``, with its tokenizer and other files
+    such as those of sentence-transformers.
 
     Args:
         to: "fnl_bert" or "bert", whose layers are dense: factorized ones are multiplied out.
@@ -86,7 +86,7 @@ def convert_checkpoint(
     original = load_model(source)
     fnl_class = _fnl_class(type(original).__name__)
     if calibration_files and attention_embedding_size in (None, embedding_size_of(original.config)):
-        logger.warning("calibration_file changes nothing: only a smaller attention_embedding_size truncates")
+        logger.warning("calibration_file has no effect: only a smaller attention_embedding_size truncates")
         calibration_files = ()
     if calibration_files:
         max_seq_length = usable_length(tokenizer, original, max_seq_length)
@@ -114,7 +114,7 @@ def convert_checkpoint(
 
 
 def _to_bert(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock BERT, with dense layers, that computes what ``model`` does, which stays as it is."""
+    """The stock BERT, with dense layers, that computes the same as ``model``, which does not change."""
     if isinstance(model, modeling_fnl_bert.FnlBertPreTrainedModel):
         return model.to_bert()
     merged: Any = merge(copy.deepcopy(model)) if factorized_layers(model) else model
@@ -122,20 +122,20 @@ def _to_bert(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def as_bert(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock BERT that a model by another name is; any other model as it is."""
+    """A RoBERTa or another BERT by another name as the stock BERT that it is; any other model unchanged."""
     if model.config.model_type not in NAMINGS:
         return model
     return read_as_bert(model, head_of(type(model).__name__) or "Model")
 
 
 def _fnl_class(name: str) -> type[modeling_fnl_bert.FnlBertPreTrainedModel]:
-    """Our class for the head of a class, stock or ours; the encoder's for a head that we have not."""
+    """Our class for the head of a class, stock or ours; our encoder if we have no such head."""
     return getattr(modeling_fnl_bert, f"FnlBert{head_of(name)}", modeling_fnl_bert.FnlBertModel)
 
 
 def load_model(source: str) -> PreTrainedModel:
-    """The BERT, BERT by another name or FNL-BERT of a checkpoint, with its head; without it, and with a warning, if we
-    have none for the same task.
+    """The BERT, BERT by another name or FNL-BERT of a checkpoint, with its head; without the head, and with a warning,
+    if we have none for its task.
 
     Raises:
         UserInputError: no such checkpoint, one that cannot be read, another architecture, a head that computes
@@ -146,14 +146,16 @@ def load_model(source: str) -> PreTrainedModel:
         fnl_class = _fnl_class(saved_class)
         found: Any = fnl_class.load_bert(source, output_loading_info=True, ignore_mismatched_sizes=True)
         if fnl_class is modeling_fnl_bert.FnlBertModel and head_of(saved_class) != "Model":
-            logger.warning(f"{source}: the head of {saved_class} is left out: FNL-BERT has none for its task")
+            logger.warning(
+                f"{source}: the head of {saved_class} is left out, because FNL-BERT has no head for its task"
+            )
     model, info = found
     refuse_misfits(source, model, info)
     return model
 
 
 def _write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:
-    """Write ``folder/README.md``; licence, language and base model are those that the original's card names.
+    """Write ``folder/README.md``; licence, language and base model are those of the original's card.
 
     Args:
         calibration: the text whose activations weighed the truncation; None for a truncation by the weights alone.
@@ -164,7 +166,7 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
     kind = "An FNL-BERT" if is_fnl_bert else "A stock BERT"
     description, section, truncated = f"{kind} that computes what {name} does.", "", "none"
     if truncations:
-        description = f"{kind} of a smaller attention, truncated from {name} and not trained since."
+        description = f"{kind} with smaller attention, truncated from {name} and not trained afterwards."
         section = TRUNCATION.format(table=truncation_table(truncations), plot=SPECTRA_FILE)
         way = f"SVD calibrated on {calibration}" if calibration else "plain SVD"
         truncated = f"each Q_h K_hᵀ and V_h O_hᵀ to rank {truncations[0].rank} by {way}"
@@ -191,7 +193,7 @@ def _write_conversion_card(folder: Path, source: str, result: Conversion, calibr
 
 
 def truncation_table(truncations: Sequence[Truncation]) -> str:
-    """One line a product: its norm, what was kept and what was lost of it."""
+    """One line per product: its norm, and the kept and the lost part of it."""
     lines = [f"{'product':<44}{'rank':>6}{'norm':>10}{'kept':>10}{'lost':>10}{'lost²':>9}"]
     for product in truncations:
         norm = (product.kept**2 + product.lost**2) ** 0.5
@@ -215,8 +217,8 @@ def plot_spectra(truncations: Sequence[Truncation], file: str | Path) -> None:
             axes.plot(index, values.median(dim=0).values, color=color, label=f"layer {layer}")
             axes.fill_between(index, values.amin(dim=0), values.amax(dim=0), color=color, alpha=0.08, linewidth=0)
         axes.axvline(chosen[0].rank + 0.5, color="black", linestyle="--", linewidth=1)
-        axes.set(yscale="log", title=TITLES[kind], xlabel=f"index; the first {chosen[0].rank} are kept (dashed line)")
-    figure.suptitle("lines: the median head of each layer; shades: from its smallest to its largest head", fontsize=10)
+        axes.set(yscale="log", title=TITLES[kind], xlabel=f"index (the first {chosen[0].rank} are kept: dashed line)")
+    figure.suptitle("lines: median head of each layer; shaded: range over its heads", fontsize=10)
     rows[0][0].set_ylabel("singular values of the heads")
     rows[0][0].legend(fontsize=8, ncols=2)
     figure.savefig(file, dpi=120)

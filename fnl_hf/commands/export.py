@@ -20,11 +20,11 @@ from fnl_hf.errors import UserInputError
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SUFFIX = ".onnx"
-TOLERANCE = 1e-4  # absolute, between onnxruntime and PyTorch
+TOLERANCE = 1e-4  # maximum absolute difference between ONNX Runtime and PyTorch
 
 
 class _PositionalModel(nn.Module):
-    """A model with the three inputs in order and a tuple of tensors, as exporters want it."""
+    """A model with the three inputs in order and a tuple of tensors as outputs, as exporters require."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -37,7 +37,7 @@ class _PositionalModel(nn.Module):
 
 def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     """The forward pass as a program of (input_ids, attention_mask, token_type_ids), (B, S) each; B and S are free. The
-    model stays in the mode that it is in; the program is of its evaluation mode.
+    program is of evaluation mode; the mode of the model does not change.
 
     It returns the model's outputs as a tuple, logits first.
 
@@ -49,7 +49,7 @@ def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     with (
         evaluation_mode(model),
         without_autocast(model.parameters()),
-        warnings.catch_warnings(action="ignore"),  # exporters warn of their own insides
+        warnings.catch_warnings(action="ignore"),  # exporters warn about their own internals
     ):
         return torch.export.export(
             _PositionalModel(model), _example_inputs(model, 3, 7), dynamic_shapes=dict.fromkeys(INPUTS, dimensions)
@@ -57,9 +57,9 @@ def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
 
 
 def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
-    """Write the forward pass as ONNX and run it in onnxruntime beside PyTorch, at other sizes than it was traced with.
+    """Write the forward pass as ONNX and compare it with PyTorch in ONNX Runtime, at other sizes than those of tracing.
 
-    Both are of a copy of the model, in float32 on the CPU.
+    Both use a copy of the model, in float32 on the CPU.
 
     Returns:
         The largest difference of any output, in absolute terms.
@@ -83,7 +83,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
 
 def _validate_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise UserInputError(f"a {type(model).__name__} is no model of Transformers: load it first")
+        raise UserInputError(f"a {type(model).__name__} is not a model of Transformers: load the model first")
     if "MultipleChoice" in type(model).__name__:
         raise UserInputError(f"{type(model).__name__} reads (B, choices, S): export its encoder instead")
 
@@ -102,10 +102,12 @@ def _write_checked(model: PreTrainedModel, file: Path) -> float:
             program.save(f"{folder}/{file.name}")
             session = onnxruntime.InferenceSession(f"{folder}/{file.name}", providers=["CPUExecutionProvider"])
             found = [_largest_difference(session, model, *sizes) for sizes in ((1, 1), (2, 13), (5, 8))]
-            difference = torch.tensor(found).max().item()  # Python's may lose a NaN
+            difference = torch.tensor(found).max().item()  # Python's max may lose a NaN
             if not difference <= TOLERANCE:
-                raise UserInputError(f"{file}: ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}")
-            for written in Path(folder).iterdir():  # beside the file, its weights if they are too large for it
+                raise UserInputError(
+                    f"{file}: the outputs of ONNX and PyTorch differ by {difference:.2g}, more than {TOLERANCE}"
+                )
+            for written in Path(folder).iterdir():  # next to the file, its weights if they are too large for it
                 written.replace(file.parent / written.name)
     except OSError as error:
         raise UserInputError(f"{file}: {error}") from error

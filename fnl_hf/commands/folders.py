@@ -1,4 +1,4 @@
-"""The places where the commands' results go."""
+"""Checks of the paths for the commands' results."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ def refuse_bad_folder(folder: Path) -> None:
     """
     _refuse_bad_place(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserInputError(f"{folder} is in use: name a folder that is empty or does not exist")
+        raise UserInputError(f"{folder} is in use: choose a folder that is empty or does not exist")
 
 
 def refuse_bad_file(file: Path, suffix: str) -> None:
@@ -27,10 +27,10 @@ def refuse_bad_file(file: Path, suffix: str) -> None:
         UserInputError: it has another suffix, exists, or cannot be made.
     """
     if file.suffix != suffix:
-        raise UserInputError(f"{file}: the name of the file must end in {suffix}")
+        raise UserInputError(f"{file}: the file name must end in {suffix}")
     _refuse_bad_place(file)
     if file.exists():
-        raise UserInputError(f"{file} exists: name another file")
+        raise UserInputError(f"{file} exists: choose another file name")
 
 
 def _refuse_bad_place(path: Path) -> None:
@@ -42,12 +42,12 @@ def _refuse_bad_place(path: Path) -> None:
     if place != path and not place.is_dir():
         raise UserInputError(f"{path}: {place} is not a folder")
     if not os.access(place, os.W_OK):
-        raise UserInputError(f"{path}: {place} cannot be written")
+        raise UserInputError(f"{path}: {place} is not writable")
 
 
 @contextmanager
 def complete_or_removed(folder: Path) -> Iterator[None]:
-    """Whatever ends the block early, a folder that it made is gone; one that was there before is the user's."""
+    """If the block ends early, delete the folder that it made; a folder that existed before belongs to the user."""
     existed = folder.exists()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Data sets that are made once, in parallel, as memory-mapped Arrow, and reused by later runs."""
+"""Data sets that are built once, in parallel, as memory-mapped Arrow files, and reused by later runs."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +16,13 @@ from fnl_hf.errors import UserInputError
 
 logger = logging.get_logger(__name__)
 
-# What reading a damaged ``dataset_info.json`` raises; what goes wrong in making a data set comes as other errors.
+# Errors from reading a damaged ``dataset_info.json``; building a data set raises others.
 INFO_ERRORS = (ValueError, TypeError, LookupError, AttributeError)
 
 
 class _Refused(DatasetGenerationError):
-    """A UserInputError on its way through ``datasets``, which wraps every other error and, between processes, loses
-    what it wraps."""
+    """Carries a UserInputError through ``datasets``, which wraps every other error and, between processes, loses the
+    cause."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Tables(datasets.ArrowBasedBuilder):
         return datasets.DatasetInfo()
 
     def _split_generators(self, dl_manager):
-        # ``datasets`` shares the one list among the processes, in contiguous parts, and keeps their order.
+        # ``datasets`` divides this one list among the processes in contiguous parts and keeps its order.
         return [SplitGenerator(name=str(datasets.Split.TRAIN), gen_kwargs={"pieces": self.config.pieces})]
 
     def _generate_tables(self, pieces):
@@ -67,10 +67,10 @@ def cached_dataset(
     num_proc: int | None = None,
     rows_per_batch: int = 1000,
 ) -> Dataset:
-    """The rows of ``make_tables(pieces, **arguments)``, from the cache if it holds them.
+    """The rows of ``make_tables(pieces, **arguments)``, from the cache if it has them.
 
-    The cache is ``datasets``' own: two runs started at once wait for each other, and what a killed run has written is
-    written anew. So is what a full disk has cut or a cleaner of scratch disks removed in part, with a warning.
+    The cache is that of ``datasets``: two runs started at once wait for each other, and files of a killed run are
+    written again. Files damaged by a full disk or by a cleaner of scratch disks are built again, with a warning.
 
     Args:
         pieces: the work, shared among ``num_proc`` processes; the rows must not depend on how it is shared.
@@ -100,10 +100,10 @@ def cached_dataset(
         try:
             return read()
         except INFO_ERRORS as error:
-            logger.warning(f"The cache in {folder / name / fingerprint} is damaged and made again: {error!r}")
+            logger.warning(f"The cache in {folder / name / fingerprint} is damaged and is built again: {error!r}")
             for info in (folder / name / fingerprint).rglob(datasets.config.DATASET_INFO_FILENAME):
-                # Without it ``datasets`` takes the folder for one that a killed run has left. Another process may have
-                # found the damage, too.
+                # Without it, ``datasets`` treats the folder as left by a killed run. Another process may have found the
+                # damage, too.
                 info.unlink(missing_ok=True)
             return read()
 
@@ -115,14 +115,14 @@ def _read_rows(builder: Tables, features: Features) -> Dataset:
         ValueError: some of them cannot be read.
     """
     count = builder.info.splits["train"].num_examples
-    if count == 0:  # ``datasets`` cannot read what has no rows
+    if count == 0:  # ``datasets`` cannot read a file without rows
         return Dataset.from_dict({column: [] for column in features}, features=features)
     try:
         rows = builder.as_dataset(split="train")
     except (OSError, pa.ArrowException) as error:
         raise ValueError(str(error)) from error
-    if len(rows) != count:  # the stream is cut between two record batches
-        raise ValueError(f"it has {len(rows)} of {count} rows")
+    if len(rows) != count:  # the stream is truncated between two record batches
+        raise ValueError(f"it has {len(rows)} rows instead of {count}")
     return rows
 
 
@@ -135,5 +135,5 @@ def _cache_errors(folder: Path) -> Iterator[None]:
     except (OSError, DatasetGenerationError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if isinstance(cause, OSError):
-            raise UserInputError(f"--cache_dir {folder}: cannot be written: {cause}") from error
+            raise UserInputError(f"--cache_dir {folder}: not writable: {cause}") from error
         raise

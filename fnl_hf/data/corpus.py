@@ -1,7 +1,7 @@
-"""Documents: the records of a source without the broken and blank ones, to train on and to hold out.
+"""Documents: the records of a source, without broken and blank ones, for training and held out.
 
-What is read whole becomes a data set with one column "text", kept by ``datasets``. A stream is read in shards, each
-from its beginning or from where an earlier reading stood.
+Sources that are read completely become a data set with one column "text", cached by ``datasets``. Streams are read in
+shards, from the beginning or from the position of an earlier reading.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ from fnl_hf.errors import UserInputError
 
 logger = logging.get_logger(__name__)
 
-RECORDS_VERSION = 2  # raise it when the same files give other records, so that what an older version cached is not used
+RECORDS_VERSION = 2  # raise it when the same files give other records, so that older caches are not used
 # The held-out documents do not depend on the training seed, so that runs with different seeds can be compared.
 SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts to train on and to hold out: data sets with one column "text", or a stream to train on."""
+    """Texts for training and held-out texts: data sets with one column "text", or a stream for training."""
 
     source: Source
     train: "Dataset | DocumentStream"
@@ -59,7 +59,8 @@ def read_documents(
     cache_dir: str | None = None,
     num_proc: int | None = None,
 ) -> Documents:
-    """The documents of a source. Held out are those of its validation split or files; without, some of the others.
+    """The documents of a source. The held-out ones are its validation split or files, otherwise a part of the
+    documents.
 
     Args:
         held_out_percentage: of the documents, drawn at random, where they are read whole.
@@ -95,7 +96,7 @@ def read_documents(
 
 
 def _hold_out(documents: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
-    """The others, and the held-out documents."""
+    """Documents for training, and held-out documents."""
     if not 0.0 < percentage < 100.0:
         raise UserInputError(f"--validation_split_percentage ({percentage}) must be above 0 and below 100")
     held_out = max(1, round(len(documents) * percentage / 100))
@@ -105,7 +106,7 @@ def _hold_out(documents: Dataset, percentage: float) -> tuple[Dataset, Dataset]:
         )
     chosen = np.zeros(len(documents), dtype=bool)
     chosen[np.random.default_rng(SPLIT_SEED).permutation(len(documents))[:held_out]] = True
-    # In the order of the corpus, so that it is read from end to end.
+    # In the order of the corpus, so that it is read sequentially.
     return documents.select(np.flatnonzero(~chosen)), documents.select(np.flatnonzero(chosen))
 
 
@@ -121,8 +122,8 @@ def load_text_files(
 ) -> Dataset:
     """Text, JSON, CSV and Parquet files, compressed or not, as documents with a column "text", in order.
 
-    A line of a text file is a document; blank records are dropped. What has been read once is read from the cache as
-    long as the contents of the files are the same.
+    A line of a text file is a document; blank records are left out. The result is cached until the contents of the
+    files change.
 
     Raises:
         UserInputError: see :func:`read_documents`.
@@ -147,7 +148,7 @@ def load_text_files(
 
 
 def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, unit: str, strict: bool) -> None:
-    """Count the broken records in one warning, or refuse them."""
+    """Count the broken records in one warning, or raise an error."""
     broken = len(faults) - faults.null_count
     if broken == 0:
         return
@@ -158,8 +159,8 @@ def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, 
     )
     message = f"{where}: {broken} of {broken + len(texts) - texts.null_count} {unit}s are broken"
     if strict:
-        raise UserInputError(f"{message}: {listed}; --strict refuses them")
-    logger.warning(f"{message} and left out: {listed}; --strict refuses them")
+        raise UserInputError(f"{message}: {listed}. Correct them, or leave out --strict to skip them")
+    logger.warning(f"{message} and were left out: {listed}. Set --strict true to stop at broken records")
 
 
 def _no_text(file: str, faults: pa.ChunkedArray, piece: Piece | None) -> UserInputError:
@@ -179,10 +180,12 @@ def _check_hub_split(documents: Dataset, text_column: str, where: str, strict: b
         documents = documents.rename_column(text_column, "text")
     dtype = getattr(documents.features["text"], "dtype", None)
     if dtype not in ("string", "large_string"):
-        raise UserInputError(f"{where}: column {text_column!r} holds {dtype or documents.features['text']}, not text")
+        raise UserInputError(
+            f"{where}: column {text_column!r} contains {dtype or documents.features['text']}, not text"
+        )
     texts = documents.data.column("text")
     try:
-        for chunk in texts.chunks:  # Arrow's JSON reader takes any bytes for text
+        for chunk in texts.chunks:  # Arrow's JSON reader accepts any bytes as text
             chunk.validate(full=True)
     except pa.ArrowInvalid as error:
         raise UserInputError(f"{where}: not UTF-8 text: {error}") from error
@@ -194,7 +197,7 @@ def _check_hub_split(documents: Dataset, text_column: str, where: str, strict: b
     return documents
 
 
-def _has_text(batch):  # by whose name in this file ``datasets`` finds the filtered documents in its cache
+def _has_text(batch):  # ``datasets`` finds the filtered documents in its cache by the name of this function and file
     return [text is not None and bool(text.strip()) for text in batch["text"]]
 
 
@@ -203,7 +206,7 @@ def _has_text(batch):  # by whose name in this file ``datasets`` finds the filte
 
 @dataclass(frozen=True)
 class DocumentStream:
-    """Documents that are read as they are used, in V shards.
+    """Documents that are read during training, in V shards.
 
     Attributes:
         records: with the text in ``text_column``, and in ``fault_column``, if there is one, what readers found wrong.
@@ -222,7 +225,7 @@ class DocumentStream:
     def read_shard(
         self, shard: int, place: dict | None = None, epoch: int = 0
     ) -> Iterator[tuple[str, dict | None, int]]:
-        """A shard's documents over and over, each with the place before it and the epoch.
+        """A shard's documents in an endless loop, each with the position before it and the epoch.
 
         Args:
             place: where to begin, as an earlier reading gave it: ``datasets``' own state; None: at the beginning.
@@ -245,7 +248,7 @@ class DocumentStream:
                 raise self._too_few(shard, count, broken)
             place, epoch = None, epoch + 1
             if shard == 0:
-                logger.warning(f"The stream begins again: epoch {epoch}")
+                logger.warning(f"The stream starts again: epoch {epoch}")
 
     def read_held_out(self) -> list[str]:
         """The first ``hold_out`` documents of each shard.
@@ -268,7 +271,7 @@ class DocumentStream:
         return held_out
 
     def _read_once(self, shard: int, place: dict | None = None) -> Iterator[tuple[str | None, str | None, dict | None]]:
-        """A shard's records from a place to their end: text, fault, and the place before it."""
+        """A shard's records from a position to its end: text, fault, and the position before the record."""
         stream = split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
         if place is not None:
             stream.load_state_dict(place)
@@ -286,30 +289,30 @@ class DocumentStream:
     def _report_broken(self, shard: int, count: int, fault: str, epoch: int) -> None:
         message = f"{self._name(shard)}: {count} broken records, the last: {fault}"
         if self.strict:
-            raise UserInputError(f"{message}; --strict refuses them")
-        if epoch == 0 and count & (count - 1) == 0:  # at 1, 2, 4, 8: a shard may be too long to wait for its end
-            logger.warning(f"{message}; they are left out, --strict refuses them")
+            raise UserInputError(f"{message}. Correct them, or leave out --strict to skip them")
+        if epoch == 0 and count & (count - 1) == 0:  # at 1, 2, 4, 8, ...: the end of a shard may be far away
+            logger.warning(f"{message}; they are left out. Set --strict true to stop at broken records")
 
     def _too_few(self, shard: int, documents: int, broken: int) -> UserInputError:
         return UserInputError(
-            f"{self._name(shard)} has {documents} documents and {broken} broken records, and {self.hold_out} documents "
-            "are to be held out: lower --streaming_validation_documents or --streaming_shards"
+            f"{self._name(shard)} has {documents} documents and {broken} broken records, but {self.hold_out} "
+            "documents are to be held out: lower --streaming_validation_documents or --streaming_shards"
         )
 
 
 def _open_stream(
     source: Source, shards: int, held_out_documents: int, strict: bool, cache_dir: str | None, num_proc: int | None
 ) -> Documents:
-    columns: tuple[str, str | None]  # of texts and of faults
+    columns: tuple[str, str | None]  # names of the text column and the fault column
     if source.train_file is not None:
         records, columns = stream_files(source.train_file, source.text_column, shards), ("text", "fault")
     else:
         records, columns = stream_hub(source), (source.text_column, None)
     if records.num_shards % shards:
         logger.warning(
-            f"The stream comes in {records.num_shards} parts, no multiple of its {shards} shards: each shard reads all "
-            "of it and keeps its share. Plain text or JSON lines, which can be cut, or another number of "
-            "--streaming_shards helps"
+            f"The stream comes in {records.num_shards} parts, which is not a multiple of its {shards} shards: each "
+            "shard reads the whole stream and keeps its share. To avoid this, use plain text or JSON lines, which "
+            "can be split, or change --streaming_shards"
         )
     hold_out = 0 if source.validation_file else -(-held_out_documents // shards)
     stream = DocumentStream(records, shards, columns[0], hold_out, strict, columns[1])
@@ -321,11 +324,11 @@ def _open_stream(
 
 
 def _iterate_in_any_process(stream: IterableDataset) -> Iterator[dict[str, Any]]:
-    """All records of a stream, also in a worker of a DataLoader, where ``datasets`` would give a part of them."""
+    """All records of a stream, even in a DataLoader worker, to which ``datasets`` would give only a part."""
     if get_worker_info() is not None:
-        fsspec.asyn.reset_lock()  # held by threads of the parent process, which are not here to release it
+        fsspec.asyn.reset_lock()  # held by threads of the parent process, which do not exist here to release it
     iterator = iter(stream)
-    with _hidden_worker():  # ``datasets`` asks when the first record is fetched
+    with _hidden_worker():  # ``datasets`` looks for a worker when the first record is read
         first = next(iterator, None)
     if first is not None:
         yield first

@@ -1,8 +1,8 @@
-"""Documents as tokens, and rows of tokens that are made once and kept as memory-mapped Arrow.
+"""Documents as tokens, and rows of tokens that are built once and cached as memory-mapped Arrow files.
 
-Work is shared among processes in *chunks*, ranges of documents; text goes to the tokenizer in *batches* of *parts*, of
-which a long document has several. No token depends on any of these bounds; of each chunk less than one row is left
-over.
+Processes share the work in *chunks*, ranges of documents. Text goes to the tokenizer in *batches* of *parts*; a long
+document has several parts. Tokens do not depend on these bounds. The last tokens of each chunk, less than one row, are
+left out.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from fnl_hf.data.arrow_cache import cached_dataset
 from fnl_hf.data.tokenizer import vocabulary_size
 from fnl_hf.errors import UserInputError
 
-PACKING_VERSION = 3  # raise it when the same input gives other rows, so that what an older version cached is not used
-CHUNK_BYTES = 2**22  # at length 512, about 0.03% of the tokens are left over
+PACKING_VERSION = 3  # raise it when the same input gives other rows, so that older caches are not used
+CHUNK_BYTES = 2**22  # at length 512, about 0.03% of the tokens are left out
 BATCH_BYTES = 2**21
 PART_BYTES = 2**16
-# Where to split text, the best place first. Byte-level vocabularies have tokens of several spaces, and some put a space
-# before text that begins with none (``add_prefix_space``).
+# Where to split text, best place first. Byte-level vocabularies have tokens of several spaces, and some add a space to
+# text that does not start with one (``add_prefix_space``).
 CUTS = [re.compile(pattern) for pattern in (rb"(?<=[^ \n\t\r]) ", rb"(?<=[^ \n\t\r])[\n\t\r]", rb"[ \n\t\r]")]
 
 Part = tuple[str, bool]  # text, whether its document ends there
@@ -40,7 +40,7 @@ Part = tuple[str, bool]  # text, whether its document ends there
 
 @dataclass(frozen=True)
 class RowKind:
-    """A way to make rows of token ids from documents.
+    """A way to build rows of token ids from documents.
 
     Attributes:
         name: of its folder in the cache.
@@ -69,7 +69,7 @@ def tokenize_documents(
     num_proc: int | None = None,
     cache_dir: str | None = None,
 ) -> Dataset:
-    """The rows of some documents, from the cache if it holds them.
+    """The rows of some documents, from the cache if it has them.
 
     Args:
         documents: a dataset with a column "text".
@@ -108,7 +108,8 @@ def tokenize_documents(
 
 @contextlib.contextmanager
 def threads_for(num_proc: int | None) -> Iterator[None]:
-    """Within the context the tokenizer of each of several processes has one thread; that of one has all cores."""
+    """Within the context, the tokenizer has one thread in each of several processes, or all cores in a single
+    process."""
     if (num_proc or 1) == 1:
         yield
         return
@@ -124,7 +125,7 @@ def threads_for(num_proc: int | None) -> Iterator[None]:
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The smallest of the types that hold every token id."""
+    """The smallest integer type that fits every token id."""
     return "uint16" if vocabulary_size(tokenizer) <= 2**16 else "int32"
 
 
@@ -136,7 +137,7 @@ def to_fixed_size_lists(rows: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def table_indices(dataset: Dataset) -> np.ndarray | None:
-    """Where the rows of a dataset stand in its Arrow table; None where they stand in their own order."""
+    """Positions of the rows of a dataset in its Arrow table; None if they are in order."""
     return None if dataset._indices is None else dataset._indices.column(0).to_numpy().view(np.int64)
 
 
@@ -162,8 +163,8 @@ def read_chunk(documents: Dataset, start: int, stop: int) -> Iterator[memoryview
 def split_text(text: memoryview, limit: int = PART_BYTES) -> Iterator[Part]:
     """UTF-8 text in parts of at most ``limit`` bytes.
 
-    Split before white space, so that the parts' tokens are those of the whole; only a word that is longer than the
-    limit is split within.
+    Splits before white space, so that the tokens of the parts are those of the whole; only a word longer than the limit
+    is split inside.
     """
     start = 0
     while len(text) - start > limit:
@@ -179,7 +180,7 @@ def split_text(text: memoryview, limit: int = PART_BYTES) -> Iterator[Part]:
 
 
 def split_into_batches(documents: Iterable[memoryview]) -> Iterator[list[Part]]:
-    """The parts of UTF-8 documents, about ``BATCH_BYTES`` of text at a time, however long the documents are."""
+    """The parts of UTF-8 documents, about ``BATCH_BYTES`` of text at a time, regardless of the documents' lengths."""
     batch: list[Part] = []
     size = 0
     for document in documents:
@@ -197,7 +198,7 @@ def split_into_batches(documents: Iterable[memoryview]) -> Iterator[list[Part]]:
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the Rust tokenizer that takes all text for text, "[SEP]" too, and neither cuts nor pads."""
+    """A copy of the Rust tokenizer that treats everything as text, even "[SEP]", and neither truncates nor pads."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     backend.no_truncation()
@@ -208,7 +209,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 def encode_documents(
     backend: Tokenizer, documents: Iterable[memoryview], separator: int, dtype: str
 ) -> Iterator[np.ndarray]:
-    """The tokens of UTF-8 documents one after the other, each followed by ``separator``, in arrays of any length."""
+    """The tokens of consecutive UTF-8 documents, each followed by ``separator``, in arrays of any length."""
     for batch in split_into_batches(documents):
         tokens: list[int] = []
         encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)

@@ -1,10 +1,10 @@
 """Dynamic masking for masked language modelling, as a pure function of (seed, epoch, sample).
 
-Masks drawn from a global generator depend on workers, processes and the moment of a resume. Here each token's draw is
-a hash of (seed, epoch, sample, position), so that a mask is the same wherever and whenever it is made.
+Masks drawn from a global generator depend on workers, processes and the time of a resume. Here, each token's draw is a
+hash of (seed, epoch, sample, position), so a mask is the same wherever and whenever it is computed.
 
-Every sequence has the same number of masked positions, its share of the tokens rounded (Devlin et al. 2019 do so, too):
-the heads then have one shape in every step, as compiled models need it.
+All sequences have the same number of masked positions, a rounded share of the tokens (as in Devlin et al. 2019). So the
+heads have the same shape in every step, which compiled models need.
 
 Shapes: B sequences, S tokens, K masked positions, T token ids, V the largest of them + 1, D documents
 of a batch.
@@ -25,12 +25,12 @@ from fnl_hf.data.streaming import StreamedRows, StreamState
 from fnl_hf.data.tokenizer import vocabulary_ids, vocabulary_size
 from fnl_hf.errors import UserInputError
 
-MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest stay as they are (Devlin et al. 2019)
-IGNORED = -100  # what cross-entropy leaves out
-HELD_OUT_SEED = 0  # of the masks of held-out rows, so that runs with different seeds can be compared
-# The attention kernels, and how each is told which tokens belong to one document.
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # shares of the masked tokens; the rest is unchanged (Devlin et al. 2019)
+IGNORED = -100  # the label that cross-entropy ignores
+HELD_OUT_SEED = 0  # seed for the masks of held-out rows, so that runs with different seeds can be compared
+# The attention kernels, and how they are given the documents of the tokens.
 ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varlen"}
-# What tells a space before a word -> what tells any white space: SentencePiece has one kind, bytes have four.
+# Mark of a space before a word -> marks of all white space: SentencePiece has one, byte-level BPE four.
 SPACE_MARKS = {"▁": ("▁",), "Ġ": ("Ġ", "Ċ", "ĉ", "č")}
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _POSITION_BITS = np.uint64(0xFFFF)  # of a key
@@ -41,14 +41,14 @@ _LARGEST_KEY = np.uint64(2**64 - 1)
 
 
 def _scatter(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that scatters them."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a bijection that scatters 64-bit words."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def draw_bits(seed: int, epoch: int, samples: np.ndarray, length: int) -> np.ndarray:
-    """64 random bits (B, S) a token, a function of seed, epoch, sample index (B,) and position."""
+    """64 random bits (B, S) per token, a function of seed, epoch, sample index (B,) and position."""
     with np.errstate(over="ignore"):
         key = _scatter(np.asarray([seed], dtype=np.int64).view(np.uint64) * _GOLDEN + np.uint64(epoch))
         of_samples = _scatter(key + np.asarray(samples).astype(np.uint64) * _GOLDEN)  # (B,)
@@ -63,7 +63,7 @@ def masked_count(length: int, mlm_probability: float) -> int:
 def choose_positions(
     bits: np.ndarray, is_maskable: np.ndarray, mlm_probability: float, word_starts: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The positions to mask: of each row's maskable tokens the share ``mlm_probability``, rounded, drawn at random.
+    """The positions to mask: the share ``mlm_probability`` of each row's maskable tokens, rounded, drawn at random.
 
     Args:
         bits: (B, S) 64 random bits a token.
@@ -76,10 +76,10 @@ def choose_positions(
     """
     length, most = bits.shape[1], masked_count(bits.shape[1], mlm_probability)  # S, K
     draws = bits if word_starts is None else np.take_along_axis(bits, word_starts, axis=1)  # (B, S)
-    # The position in the low bits: no two keys are equal, the tokens of a word stay together, and the keys in order
-    # are the positions in order.
+    # The position is in the low bits: all keys differ, the tokens of a word stay together, and sorted keys are
+    # sorted positions.
     keys = np.where(is_maskable, (draws & ~_POSITION_BITS) | np.arange(length, dtype=np.uint64), _LARGEST_KEY)  # (B, S)
-    if most + 1 < length:  # one more than K tells whether a word ends with the K-th
+    if most + 1 < length:  # one more than K, which shows whether a word ends with the K-th
         keys = np.partition(keys, most, axis=1)[:, : most + 1]  # (B, K + 1)
     order = (np.sort(keys, axis=1) & _POSITION_BITS).astype(np.int64)  # (B, K + 1), or (B, S) if that is less
     available = is_maskable.sum(axis=1)  # (B,)
@@ -89,13 +89,13 @@ def choose_positions(
         starts = np.pad(starts, ((0, 0), (0, most + 1 - starts.shape[1])), constant_values=-1)  # (B, K + 1)
         counts = _count_whole_words(starts, counts, available)
     is_chosen = np.arange(most) < counts[:, None]  # (B, K)
-    positions = np.sort(np.where(is_chosen, order[:, :most], length), axis=1)  # (B, K): what fills a row comes last
+    positions = np.sort(np.where(is_chosen, order[:, :most], length), axis=1)  # (B, K): padding comes last
     is_chosen = positions < length
     return np.where(is_chosen, positions, 0), is_chosen
 
 
 def _count_whole_words(starts: np.ndarray, counts: np.ndarray, available: np.ndarray) -> np.ndarray:
-    """How many of the tokens in random order (their words' starts: (B, K + 1)) make whole words within ``counts``."""
+    """How many of the tokens in random order (their words' starts: (B, K + 1)) form whole words within ``counts``."""
     tokens = np.arange(1, starts.shape[1])  # (K,)
     ends_word = (starts[:, 1:] != starts[:, :-1]) | (tokens == available[:, None])  # (B, K)
     whole = np.where(ends_word & (tokens <= counts[:, None]), tokens, 0).max(axis=1)  # (B,)
@@ -110,7 +110,7 @@ def corrupt(
     vocabulary: np.ndarray,
     mask_id: int,
 ) -> np.ndarray:
-    """A copy of ``input_ids`` (B, S) with [MASK] at 80% of the positions, a random token at 10%; 10% stay.
+    """A copy of ``input_ids`` (B, S) with [MASK] at 80% of the positions and a random token at 10%; 10% are unchanged.
 
     Args:
         vocabulary: (T,) the token ids to draw from.
@@ -142,7 +142,7 @@ class UnmaskedTransform:
         self.sep_token_id, self.documents = tokenizer.sep_token_id, documents
 
     def with_seed(self, seed: int) -> Self:
-        """The same: nothing is drawn."""
+        """Returns itself: nothing is random."""
         return self
 
     def __call__(self, input_ids: np.ndarray, samples: np.ndarray, epoch: int = 0) -> dict[str, torch.Tensor | int]:
@@ -196,7 +196,7 @@ class MaskingTransform(UnmaskedTransform):
         self.continues_word = find_continuations(tokenizer) if whole_word_mask else None  # (V,)
 
     def with_seed(self, seed: int) -> Self:
-        """The same, with other masks."""
+        """A copy with other masks."""
         other = copy.copy(self)
         other.seed = seed
         return other
@@ -221,11 +221,11 @@ class MaskingTransform(UnmaskedTransform):
 
 
 def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """(V,) which ids go on with a word.
+    """(V,) which ids continue a word.
 
-    In WordPiece those that begin with "##". SentencePiece and byte-level BPE mark the white space before a word
-    instead, as "▁" and "Ġ": what does not begin with it, and is no special or added token, goes on. A word is then
-    what stands between white space, punctuation included, as in fairseq (Ott et al. 2019) and CamemBERT (Martin et al.
+    In WordPiece, these start with "##". SentencePiece and byte-level BPE mark the white space before a word instead, as
+    "▁" and "Ġ": tokens without this mark that are not special or added tokens continue a word. A word is then
+    everything between white space, including punctuation, as in fairseq (Ott et al. 2019) and CamemBERT (Martin et al.
     2020).
 
     Raises:
@@ -241,13 +241,13 @@ def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     if not continues_word.any():
         name = tokenizer.name_or_path or type(tokenizer).__name__
         raise UserInputError(
-            f"--whole_word_mask needs a tokenizer whose pieces show words, by '##', '▁' or 'Ġ': that of {name} has none"
+            f"--whole_word_mask needs a tokenizer that marks word pieces with '##', '▁' or 'Ġ': that of {name} does not"
         )
     return continues_word
 
 
 def _space_mark(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a tokenizer makes of a space between words, before it cuts them into pieces."""
+    """What a tokenizer turns a space between words into, before it splits them into pieces."""
     backend, text = tokenizer.backend_tokenizer, "a a"
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
@@ -263,7 +263,7 @@ def _find_word_starts(continues_word: np.ndarray) -> np.ndarray:
 
 
 def document_inputs(is_last: np.ndarray, varlen: bool) -> dict[str, np.ndarray | int]:
-    """What keeps attention within documents, from which tokens are a document's last (B, S): see
+    """The inputs that keep attention within documents, from the last tokens of documents (B, S): see
     :class:`MaskingTransform`."""
     is_first = np.ones_like(is_last)  # (B, S)
     is_first[:, 1:] = is_last[:, :-1]
@@ -271,7 +271,7 @@ def document_inputs(is_last: np.ndarray, varlen: bool) -> dict[str, np.ndarray |
     position_ids = positions - np.maximum.accumulate(np.where(is_first, positions, 0), axis=1)  # (B, S)
     if not varlen:
         return {"position_ids": position_ids, "document_ids": np.cumsum(is_first, axis=1)}
-    bounds = np.append(np.flatnonzero(is_first), is_last.size).astype(np.int32)  # (D + 1,), in the rows laid end to end
+    bounds = np.append(np.flatnonzero(is_first), is_last.size).astype(np.int32)  # (D + 1,), in the concatenated rows
     longest = int(np.diff(bounds).max())
     lengths: dict[str, np.ndarray | int] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     return {"position_ids": position_ids, **lengths, "max_length_q": longest, "max_length_k": longest}
@@ -280,8 +280,8 @@ def document_inputs(is_last: np.ndarray, varlen: bool) -> dict[str, np.ndarray |
 def pair_inputs(
     input_ids: np.ndarray, first_length: np.ndarray, length: np.ndarray, next_sentence_label: np.ndarray
 ) -> dict[str, torch.Tensor]:
-    """What BERT reads beside the tokens (B, S) of segment pairs [CLS] A [SEP] B [SEP] and padding, from the lengths
-    (B,) of [CLS] A [SEP] and of all, and the labels (B,)."""
+    """BERT's inputs in addition to the tokens (B, S) of segment pairs [CLS] A [SEP] B [SEP] and padding, from the
+    lengths (B,) of [CLS] A [SEP] and of the pair, and the labels (B,)."""
     positions = np.arange(input_ids.shape[1])
     is_token = positions < length[:, None]  # (B, S)
     inputs = {
@@ -296,7 +296,7 @@ def pair_inputs(
 
 
 class MaskedLMDataset(torch.utils.data.Dataset):
-    """Rows, masked anew in each epoch; a batch is fetched and masked at once.
+    """Rows with new masks in each epoch; a batch is fetched and masked at once.
 
     Use it with :func:`collate_batch` and ``EpochCallback``.
 
@@ -311,7 +311,7 @@ class MaskedLMDataset(torch.utils.data.Dataset):
         self.columns = {name: Column(sequences, name) for name in sequences.column_names}
         self.transform = transform
         self.dynamic = dynamic
-        # In shared memory, so that workers that outlive an epoch see it change.
+        # In shared memory, so that persistent workers see it change.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -331,14 +331,14 @@ class MaskedLMDataset(torch.utils.data.Dataset):
 
 
 class MaskedStream(torch.utils.data.IterableDataset):
-    """The micro-batches of streamed rows, masked; each has its "cursor", for :meth:`StreamState.advance`."""
+    """The micro-batches of streamed rows, masked; each contains its "cursor" for :meth:`StreamState.advance`."""
 
     def __init__(self, rows: StreamedRows, transform: UnmaskedTransform):
         self.rows, self.transform = rows, transform
 
     @property
     def state(self) -> StreamState:
-        """Where the run stands in its stream."""
+        """The position of the run in its stream."""
         return self.rows.state
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -348,14 +348,14 @@ class MaskedStream(torch.utils.data.IterableDataset):
 
 @dataclass(frozen=True)
 class MaskedBatches:
-    """Training data with masks that change in each epoch, held-out data with fixed ones."""
+    """Training data whose masks change in each epoch, and held-out data with fixed masks."""
 
     train: MaskedLMDataset | MaskedStream
     held_out: MaskedLMDataset
 
 
 def mask_rows(rows: Rows, transform: UnmaskedTransform) -> MaskedBatches:
-    """The rows' batches, with the masks of ``transform`` for the training data."""
+    """The rows' batches; ``transform`` masks the training data."""
     held_out = MaskedLMDataset(rows.held_out, transform.with_seed(HELD_OUT_SEED), dynamic=False)
     if isinstance(rows.train, StreamedRows):
         return MaskedBatches(MaskedStream(rows.train, transform), held_out)
@@ -363,5 +363,5 @@ def mask_rows(rows: Rows, transform: UnmaskedTransform) -> MaskedBatches:
 
 
 def collate_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The collator of datasets that return whole batches."""
+    """The collator for data sets that return whole batches."""
     return batch

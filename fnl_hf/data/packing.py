@@ -30,14 +30,14 @@ def pack_documents(
 ) -> Dataset:
     """Sequences of exactly ``max_seq_length`` tokens, without padding: [CLS] text [SEP] text ... [SEP].
 
-    Documents follow each other, a [SEP] between them, and are cut wherever a sequence is full. Special tokens that are
-    spelled out in the text stay text. For arguments, result and errors see :func:`tokenize_documents`.
+    Documents follow each other, separated by [SEP], and are cut where a sequence is full. Special tokens spelled out in
+    the text stay text. For arguments, result and errors see :func:`tokenize_documents`.
     """
     return tokenize_documents(PACKED, documents, tokenizer, max_seq_length, num_proc, cache_dir)
 
 
 def frame_rows(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> np.ndarray:
-    """Rows [CLS] tokens [SEP] (N, S), as many as the tokens fill; the tokens beyond are left out."""
+    """Rows [CLS] tokens [SEP] (N, S), as many as the tokens fill; the remaining tokens are left out."""
     content = max_seq_length - 2
     count = len(tokens) // content
     rows = np.empty((count, max_seq_length), tokens.dtype)

@@ -1,12 +1,12 @@
-"""Pairs of segments for next sentence prediction, as the original BERT's (Devlin et al. 2019).
+"""Pairs of segments for next sentence prediction, as in the original BERT (Devlin et al. 2019).
 
-A pair is [CLS] A [SEP] B [SEP]. A is one or more sentences of a document; B is what follows in half of the pairs, and
-in the other half a segment from elsewhere, after which the document goes on with what B would have been. Three things
-differ from the published script: the length is drawn for each pair, not for each document, so that one pair in ten is
-short; a sentence that fills a pair by itself is cut into A and B instead of always getting a random B, so that half of
-the pairs are random; and a random B is as long as what it stands for, and begins and ends within a sentence or with one
-as that does. There it is filled to the target, where a true B ends with its document, so that of short documents the
-length alone tells most labels.
+A pair is [CLS] A [SEP] B [SEP]. A is one or more sentences of a document. In half of the pairs B is what follows; in
+the other half it is a segment from elsewhere, and the document continues with what B would have been. Three things
+differ from the published script. The length is drawn for each pair, not for each document, so one pair in ten is short.
+A sentence that fills a pair by itself is cut into A and B instead of always getting a random B, so half of the pairs
+are random. A random B is as long as the text that it replaces, and starts and ends within a sentence or with one in the
+same way. In the published script it is filled to the target length, while a true B ends with its document, so for short
+documents the length alone reveals most labels.
 
 Shapes: N pairs of S tokens.
 """
@@ -34,7 +34,7 @@ from fnl_hf.data.encoding import (
 from fnl_hf.errors import UserInputError
 
 SHORT_PROBABILITY, RANDOM_PROBABILITY = 0.1, 0.5
-DRAWS = 16  # of random segments, for one as long as what it stands for
+DRAWS = 16  # number of random segments to draw, for one as long as the replaced text
 SEED = 0  # pairs are made once, whatever the training seed
 SENTENCE_MARKS = (".", "!", "?")
 NEXT, RANDOM = 0, 1  # labels of Transformers' BertForNextSentencePrediction
@@ -59,7 +59,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a true B a random one has, too, so that nothing but its meaning tells them apart.
+    """Properties that a random B shares with the true B, so that only its meaning reveals it.
 
     Attributes:
         length: tokens.
@@ -74,7 +74,7 @@ class Shape:
     ends_document: bool
 
     def distance(self, document: Document, start: int, stop: int) -> tuple[int, ...]:
-        """How far tokens of a document are from it, what matters most first; zeros are equal."""
+        """How far tokens of a document are from this shape, most important property first; zeros are equal."""
         stops, size = document.sentence_stops, stop - start
         begins_within = start > 0 and stops[bisect_left(stops, start)] != start
         return (
@@ -95,8 +95,8 @@ def pair_documents(
     """Segment pairs [CLS] A [SEP] B [SEP] of at most ``max_seq_length`` tokens, made once like packed sequences.
 
     A sentence ends with ".", "!" or "?", or with a line. The random B is from another document among those that are
-    read together (about four million bytes of text), or from elsewhere in the document if that is the only one. A
-    document that is nothing but one pair and has no others beside it yields that pair with its own continuation.
+    read together (about four million bytes of text), or from another place of the document if there is no other. A
+    single document that consists of one pair only yields that pair with its own continuation.
 
     Returns:
         "input_ids" padded to ``max_seq_length``, "first_length" (tokens of [CLS] A [SEP]), "length" (tokens that are no
@@ -116,7 +116,8 @@ def _make_pair_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[
     mark_ids = np.array([vocabulary[mark] for mark in SENTENCE_MARKS if mark in vocabulary])
     for start, stop in chunks:
         for number, group in enumerate(split_sentences(backend, read_chunk(documents, start, stop), mark_ids, dtype)):
-            rng = random.Random(f"{SEED} {start} {number}")  # a chunk's pairs are its own, whichever process makes them
+            # the pairs of a chunk do not depend on the process that makes them
+            rng = random.Random(f"{SEED} {start} {number}")
             pairs = [pair for i in range(len(group)) for pair in make_pairs(group, i, max_seq_length - 3, rng)]
             if pairs:
                 yield _make_table(pairs, tokenizer, max_seq_length)
@@ -128,7 +129,7 @@ def _make_pair_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[
 def split_sentences(
     backend: Tokenizer, documents: Iterator[memoryview], mark_ids: np.ndarray, dtype: str
 ) -> Iterator[list[Document]]:
-    """Documents as sentences, in groups of about ``BATCH_BYTES`` of text; one that is longer becomes several.
+    """Documents as sentences, in groups of about ``BATCH_BYTES`` of text; a longer document becomes several.
 
     Args:
         mark_ids: the tokens that end a sentence.
@@ -169,9 +170,9 @@ def _find_sentences(tokens: np.ndarray, line_stops: list[int], mark_ids: np.ndar
 
 
 def make_pairs(group: list[Document], index: int, limit: int, rng: random.Random) -> Iterator[Pair]:
-    """The pairs whose A is from ``group[index]``, of at most ``limit`` tokens together.
+    """The pairs whose A is from ``group[index]``, with at most ``limit`` tokens together.
 
-    A and the B that follows are the sentences from ``start`` on that reach the pair's length; where B is random, what
+    A and the B that follows are the sentences from ``start`` on up to the pair's length; if B is random, the text that
     would have followed stays for the next pair.
     """
     tokens, stops = group[index].tokens, group[index].sentence_stops
@@ -183,7 +184,7 @@ def make_pairs(group: list[Document], index: int, limit: int, rng: random.Random
         stop = stops[last_sentence]
         middle = _draw_middle(stops, first_sentence, last_sentence, start, rng)
         if middle == stop:
-            return  # a last token, which is no pair
+            return  # a single last token, which is not a pair
         second = None
         if rng.random() < RANDOM_PROBABILITY:
             sentences = range(first_sentence, last_sentence + 1)
@@ -198,7 +199,7 @@ def make_pairs(group: list[Document], index: int, limit: int, rng: random.Random
 
 
 def _draw_middle(stops: list[int], first: int, last: int, start: int, rng: random.Random) -> int:
-    """Where A stops: after any but the last of some sentences, or within the one there is."""
+    """Where A ends: after any sentence except the last, or within the only sentence."""
     if last > first:
         return stops[first + int(rng.random() * (last - first))]
     return min(start + 1 + int(rng.random() * (stops[last] - start - 1)), stops[last])
@@ -207,8 +208,8 @@ def _draw_middle(stops: list[int], first: int, last: int, start: int, rng: rando
 def _draw_segment(
     group: list[Document], index: int, taken: range, like: Shape, following: np.ndarray, rng: random.Random
 ) -> np.ndarray | None:
-    """Of some draws the segment that is most like the true B, ``following``, and, if any is, not the same: from another
-    document, or from this one outside the sentences ``taken``; None if it has no others."""
+    """Of several random segments, the one that is most similar to the true B, ``following``, but if possible not the
+    same: from another document, or from this one outside of the sentences ``taken``; None if there is no other."""
     best: tuple[int, ...] | None = None
     found = None
     for _ in range(DRAWS):
@@ -217,7 +218,7 @@ def _draw_segment(
             return None
         for start, stop in _cut_segments(document.sentence_stops, sentences, like, rng):
             segment = document.tokens[start:stop]
-            # Of documents that stand twice in the corpus the true B would be the most like itself.
+            # If a document occurs twice in the corpus, the true B would be most similar to itself.
             distance = (np.array_equal(segment, following), *like.distance(document, start, stop))
             if best is None or distance < best:
                 best, found = distance, segment
@@ -227,8 +228,8 @@ def _draw_segment(
 
 
 def _draw_place(group: list[Document], index: int, taken: range, rng: random.Random) -> tuple[Document, range]:
-    """A document and the sentences of it that may be drawn: of another document all, of this one those before or after
-    the ones ``taken``."""
+    """A document and the range of its sentences to draw from: all of another document, or those before or after the
+    sentences ``taken`` of this one."""
     if len(group) > 1:
         other = int(rng.random() * (len(group) - 1))
         document = group[other + (other >= index)]
@@ -239,8 +240,8 @@ def _draw_place(group: list[Document], index: int, taken: range, rng: random.Ran
 
 
 def _cut_segments(stops: list[int], sentences: range, like: Shape, rng: random.Random) -> Iterator[tuple[int, int]]:
-    """Where segments of about ``like.length`` tokens start and stop: those that end with the sentences, or some that
-    begin with one of them drawn at random."""
+    """Starts and ends of segments of about ``like.length`` tokens: those that end with the sentences, or some that
+    start with a random one of them."""
     begin, end = stops[sentences[0] - 1] if sentences[0] else 0, stops[sentences[-1]]
     if like.ends_document:
         if like.begins_within:
@@ -265,7 +266,7 @@ def _cut_segments(stops: list[int], sentences: range, like: Shape, rng: random.R
 def _truncate_pair(
     first: np.ndarray, second: np.ndarray, limit: int, rng: random.Random
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Truncate the longer one, then both alike, each lost token from the front or the back at random."""
+    """Truncate the longer segment, then both equally; each token is removed from the front or the back at random."""
     if len(first) + len(second) <= limit:
         return first, second
     shorter = min(len(first), len(second), limit // 2)
@@ -274,7 +275,7 @@ def _truncate_pair(
 
 
 def _truncate(tokens: np.ndarray, length: int, rng: random.Random) -> np.ndarray:
-    # One random bit for each token that is lost: 1 takes it from the front.
+    # One random bit for each removed token: 1 removes it from the front.
     front = rng.getrandbits(max(len(tokens) - length, 1)).bit_count() if len(tokens) > length else 0
     return tokens[front : front + length]
 

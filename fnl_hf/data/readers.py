@@ -1,7 +1,7 @@
-"""Local files as records, read tolerantly: a broken record is a fault to be counted, not the end of the run.
+"""Read local files as records, tolerantly: a broken record is a fault to count, not the end of the run.
 
-``datasets``' own readers refuse a file for one torn line of JSON, take any bytes for text, and leave out or change
-broken cells of CSV without a word.
+The readers of ``datasets`` refuse a file for one broken line of JSON, accept any bytes as text, and silently leave out
+or change broken cells of CSV.
 """
 
 import codecs
@@ -31,8 +31,8 @@ COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd", ".lz4
 LINE_FORMATS = ("text", "json")
 PIECE_BYTES = 2**26
 TABLE_ROWS, TABLE_CHARACTERS = 2**14, 2**22
-# ``text`` is None in a blank record and in a broken one; only the latter has a fault. Rows are the file's records or
-# lines, all of them, so that a row's position tells the user where to look.
+# ``text`` is None in blank and in broken records; only broken records have a fault. The rows are all records or lines
+# of the file, so the position of a row tells the user where to look.
 RECORD_FEATURES = Features({"text": Value("large_string"), "fault": Value("string"), "file": Value("int32")})
 
 Record = tuple[str | None, str | None]  # text, fault
@@ -40,7 +40,7 @@ Record = tuple[str | None, str | None]  # text, fault
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a file that is read on its own.
+    """A part of a file that is read separately.
 
     Attributes:
         format: "text", "json" (objects a line), "array" (one JSON array), "csv" or "parquet".
@@ -58,7 +58,7 @@ class Piece:
 
     @property
     def splittable_bytes(self) -> int:
-        """Bytes between which the piece can be split: those of plain lines; 0 for other formats."""
+        """Number of bytes within which the piece can be split: those of plain lines; 0 for other formats."""
         return self.stop - self.start if self.format in LINE_FORMATS and self.stop is not None else 0
 
 
@@ -66,7 +66,7 @@ class Piece:
 
 
 def check_file(file: str) -> str:
-    """The format of a file with something in it.
+    """The format of a file that is not empty.
 
     Raises:
         UserInputError: it is missing, no file, of unknown type, or empty.
@@ -80,8 +80,7 @@ def check_file(file: str) -> str:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in FORMATS:
         raise UserInputError(
-            f"{file}: unknown file type, must be one of {', '.join(FORMATS)}, "
-            f"plain or compressed ({', '.join(COMPRESSIONS)})"
+            f"{file}: unknown file type: use {', '.join(FORMATS)}, plain or compressed ({', '.join(COMPRESSIONS)})"
         )
     if os.path.getsize(file) == 0:
         raise UserInputError(f"{file}: the file is empty")
@@ -97,7 +96,7 @@ def split_files(files: Sequence[str], column: str = "text", piece_bytes: int = P
     seen: set[str] = set()
     pieces: list[Piece] = []
     for index, file in enumerate(files):
-        path = os.path.realpath(file)  # which bears links that go in a circle
+        path = os.path.realpath(file)  # which tolerates circular links
         if path in seen:
             raise UserInputError(f"{file}: the file is given twice")
         seen.add(path)
@@ -115,7 +114,7 @@ def _split_file(file: str, column: str, index: int, piece_bytes: int) -> list[Pi
         return [Piece(file, kind, column, index, *bound) for bound in bounds]
     beginning = _read_beginning(file, kind)
     if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserInputError(f"{file}: the text is UTF-16, it must be UTF-8")
+        raise UserInputError(f"{file}: the text is UTF-16: convert it to UTF-8")
     if ".json" in [suffix.lower() for suffix in Path(file).suffixes] and beginning.startswith(b"["):
         kind = "array"
     if kind in LINE_FORMATS and not _is_compressed(file):
@@ -126,8 +125,8 @@ def _split_file(file: str, column: str, index: int, piece_bytes: int) -> list[Pi
 
 
 def split_for_shards(pieces: Sequence[Piece], shards: int) -> list[Piece]:
-    """The same records in a multiple of ``shards`` pieces, the largest ones halved, the first of them first; the pieces
-    as they are where they cannot be split."""
+    """The same records in a multiple of ``shards`` pieces: the largest pieces are halved, the first of them first. If
+    they cannot be split, the pieces unchanged."""
     if len(pieces) + sum(piece.splittable_bytes for piece in pieces) < shards:
         return list(pieces)
     split = list(pieces)
@@ -142,7 +141,7 @@ def split_for_shards(pieces: Sequence[Piece], shards: int) -> list[Piece]:
 
 
 def find_columns(piece: Piece, records: int = 100) -> list[str]:
-    """The columns that the first lines of a file of JSON objects, or of an array of them, have."""
+    """The columns in the first lines of a file of JSON objects, or in an array of objects."""
     columns: dict[str, None] = {}
     with _naming_file(piece.path, piece.format):
         values: Iterator[Any] = iter(_load_array(piece)) if piece.format == "array" else _parse_whole_lines(piece)
@@ -206,7 +205,7 @@ def _make_table(rows: list[Record], file: int) -> pa.Table:
 
 
 def generate_records(pieces: Sequence[Piece]) -> Iterator[dict[str, str | None]]:
-    """The records of some pieces as ``datasets`` takes them from a generator; blank ones are left out."""
+    """The records of some pieces for a generator of ``datasets``; blank ones are left out."""
     for piece in pieces:
         for text, fault in read_records(piece):
             if text is not None or fault is not None:
@@ -214,7 +213,7 @@ def generate_records(pieces: Sequence[Piece]) -> Iterator[dict[str, str | None]]
 
 
 def check_text(value: Any, column: str) -> Record:
-    """The text of a record's value, or its fault; neither where it is blank."""
+    """The text of a record's value, or its fault; neither if it is blank."""
     if value is None:
         return None, f"no {column!r}"
     if not isinstance(value, str):
@@ -223,7 +222,7 @@ def check_text(value: Any, column: str) -> Record:
         return None, None
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a pair, "\ud800"
+    except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, "\ud800"
         return None, "not Unicode"
     return value, None
 
@@ -233,11 +232,11 @@ def _check_object(value: Any, column: str) -> Record:
 
 
 def _read_lines(piece: Piece) -> Iterator[bytes]:
-    """The lines that begin within the piece."""
+    """The lines that start within the piece."""
     with _open_decompressed(piece.path) as stream:
         position = 0
         if piece.start:
-            stream.seek(piece.start - 1)  # a line that begins right at ``start`` is ours
+            stream.seek(piece.start - 1)  # a line that starts exactly at ``start`` belongs to this piece
             position = piece.start - 1 + len(stream.readline())
         while (piece.stop is None or position < piece.stop) and (line := stream.readline()):
             yield line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
@@ -276,7 +275,7 @@ def _read_csv(piece: Piece) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the longest cell; the default is 128 KB
     with (
         _open_decompressed(piece.path) as stream,
-        # What is not UTF-8 becomes lone surrogates, which mark the cell without losing the place in the file.
+        # Bytes that are not UTF-8 become lone surrogates, which mark the cell without losing the position in the file.
         io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
         rows = csv.reader(text, strict=True)
@@ -312,14 +311,14 @@ def _check_parquet_column(file: str, schema: pa.Schema, column: str) -> None:
     dtype = schema.field(column).type
     dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     if dtype not in (pa.string(), pa.large_string(), pa.null()):
-        raise UserInputError(f"{file}: column {column!r} holds {dtype}, not text")
+        raise UserInputError(f"{file}: column {column!r} contains {dtype}, not text")
 
 
 def _read_parquet(piece: Piece) -> Iterator[Record]:
     with _open_parquet(piece.path) as table:
         groups = list(range(piece.start, table.num_row_groups if piece.stop is None else piece.stop))
         for batch in table.iter_batches(batch_size=2**10, row_groups=groups, columns=[piece.column]):
-            # As bytes: one string that is not UTF-8 would keep Arrow from giving the others.
+            # As bytes: otherwise one string that is not UTF-8 would keep Arrow from returning the others.
             for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
                 try:
                     yield check_text(None if value is None else value.decode(), piece.column)
@@ -332,7 +331,7 @@ def _read_parquet(piece: Piece) -> Iterator[Record]:
 
 @contextlib.contextmanager
 def _naming_file(file: str, kind: str) -> Iterator[None]:
-    """Whatever goes wrong within is the file's fault: each codec has its own classes of errors."""
+    """Attribute all errors within to the file: each codec has its own classes of errors."""
     try:
         yield
     except UserInputError:
@@ -360,7 +359,7 @@ def _open_decompressed(file: str) -> Iterator[BinaryIO]:
 
 
 def _read_beginning(file: str, kind: str) -> bytes:
-    """Some bytes from the first one that is neither blank nor UTF-8's mark."""
+    """Some bytes, from the first one that is neither white space nor a byte order mark."""
     with _naming_file(file, kind), _open_decompressed(file) as stream:
         while (block := stream.read(2**12)) and not (text := block.removeprefix(codecs.BOM_UTF8).lstrip()):
             pass

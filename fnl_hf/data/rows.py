@@ -24,12 +24,12 @@ from fnl_hf.errors import UserInputError
 
 OBJECTIVES = {"mlm": pack_documents, "mlm_nsp": pair_documents, "distill": pack_documents}
 LIMITS = {"max_train_samples": "training data", "max_eval_samples": "held-out data"}
-HEAD_BYTES = 2**20  # of a streamed file, what is read to tell it from another
+HEAD_BYTES = 2**20  # bytes of a streamed file that are read to identify it
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Which rows are made: the objective, a key of :data:`OBJECTIVES`, tokens in a row, and at most how many rows."""
+    """The rows to make: the objective, a key of :data:`OBJECTIVES`, tokens per row, and the maximum number of rows."""
 
     max_seq_length: int
     objective: str = "mlm"
@@ -39,9 +39,9 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to train on and held-out ones, see :func:`pack_documents`, :func:`pair_documents` and :class:`StreamedRows`.
+    """Training and held-out rows, see :func:`pack_documents`, :func:`pair_documents` and :class:`StreamedRows`.
 
-    ``unigram_entropy``: of the held-out tokens, in nats. ``fingerprint``: of what is trained and evaluated on.
+    ``unigram_entropy``: of the held-out tokens, in nats. ``fingerprint``: of the training and evaluation data.
     """
 
     train: Dataset | StreamedRows
@@ -58,7 +58,7 @@ def make_rows(
     cache_dir: str | None = None,
     num_proc: int | None = None,
 ) -> Rows:
-    """Tokenize documents, or take from the cache what was; a stream is tokenized as it is used, in ``order``.
+    """Tokenize documents, or load them from the cache; a stream is tokenized during training, in ``order``.
 
     Raises:
         UserInputError: documents that do not fill one row, a length that is too small, a state of another stream.
@@ -101,10 +101,10 @@ def first_rows(dataset: Dataset, flag: str, count: int | None) -> Dataset:
 
 
 class Column:
-    """A column of numbers, or of lists of one length, as NumPy arrays straight from the memory-mapped table.
+    """A column of numbers, or of lists of one length, as NumPy arrays directly from the memory-mapped table.
 
-    ``column[indices]`` is (B,) or (B, S) in the column's own dtype, three to eighteen times as fast as by the dataset's
-    own formats. Travels to other processes with the dataset, which is mapped anew there.
+    ``column[indices]`` is (B,) or (B, S) in the column's own dtype, three to eighteen times as fast as with the
+    dataset's own formats. If it is sent to another process with its dataset, the file is mapped again there.
     """
 
     def __init__(self, dataset: Dataset, column: str = "input_ids"):
@@ -150,7 +150,7 @@ class Column:
 def _as_numpy(chunk: pa.Array) -> np.ndarray:
     if not pa.types.is_nested(chunk.type):
         return chunk.to_numpy()
-    return chunk.flatten().to_numpy().reshape(len(chunk), -1)  # flatten() minds the offset of a sliced table
+    return chunk.flatten().to_numpy().reshape(len(chunk), -1)  # flatten() respects the offset of a sliced table
 
 
 def sample_rows(rows: Dataset, count: int = 2**12) -> np.ndarray:
@@ -159,9 +159,9 @@ def sample_rows(rows: Dataset, count: int = 2**12) -> np.ndarray:
 
 
 def unigram_entropy(sequences: Dataset, special_ids: list[int]) -> float:
-    """Entropy in nats of the distribution of single tokens, special ones aside, in packed sequences.
+    """Entropy in nats of the distribution of single tokens, except special ones, in packed sequences.
 
-    The loss of a masked language model that knows the frequencies of the held-out tokens and nothing else.
+    This is the loss of a masked language model that only knows the frequencies of the held-out tokens.
     """
     counts = np.zeros(0, dtype=np.int64)
     for block in Column(sequences).blocks():
@@ -185,7 +185,7 @@ def data_fingerprint(*datasets: Dataset) -> str:
 
 
 def _stream_fingerprint(source: Source, held_out: Dataset) -> str:
-    """Of files their names, sizes and beginnings: reading them whole is what streaming avoids."""
+    """From the names, sizes and beginnings of files: streaming avoids reading them completely."""
     name = (source.dataset_name, source.dataset_config_name)
     digest = xxhash.xxh3_128(repr((name, data_fingerprint(held_out))).encode())
     for file in map(Path, source.train_file or ()):

@@ -1,4 +1,4 @@
-"""Where the text lies: a data set on the Hub, files, or the prose that every Python installation carries."""
+"""Sources of text: a data set on the Hub, files, or the prose in every Python installation."""
 
 import ast
 import sysconfig
@@ -17,7 +17,7 @@ from fnl_hf.errors import UserInputError
 
 @dataclass(frozen=True)
 class Source:
-    """Where the text lies to train on and to hold out; without a data set and files it is the embedded corpus.
+    """The source of training and held-out text; the embedded corpus without a data set and files.
 
     Attributes:
         dataset_name, dataset_config_name: on the Hub, or a folder that ``datasets.load_dataset`` takes.
@@ -74,7 +74,7 @@ def stream_hub(source: Source) -> IterableDataset:
     name = source.dataset_name
     try:
         stream = datasets.load_dataset(name, source.dataset_config_name, split="train", streaming=True)
-        columns = stream.column_names or list(next(iter(stream), {}))  # not every builder knows them beforehand
+        columns = stream.column_names or list(next(iter(stream), {}))  # not every builder knows the columns in advance
     except (OSError, ValueError, DatasetGenerationError) as error:  # not found, offline, no such configuration or split
         raise UserInputError(f"--dataset_name {name}: {_root_cause(error)}") from error
     if source.text_column not in columns:
@@ -100,7 +100,7 @@ def stream_files(files: Sequence[str], text_column: str, shards: int) -> Iterabl
     pieces = split_files(files, text_column)
     if not pieces:
         raise UserInputError(f"{', '.join(files)}: no text")
-    for piece in pieces:  # a column that is nowhere would be looked for to the stream's end
+    for piece in pieces:  # a missing column would be searched to the end of the stream
         columns = find_columns(piece) if piece.format == "json" and piece.start == 0 else []
         if columns and piece.column not in columns:
             raise missing_column(piece.path, piece.column, columns)
@@ -110,8 +110,8 @@ def stream_files(files: Sequence[str], text_column: str, shards: int) -> Iterabl
 def embedded_corpus() -> Dataset:
     """The Python Language Reference and the docstrings of the standard library, about 2 million characters.
 
-    A topic of the reference or the docstrings of one module are one document. Every Python installation has them;
-    their text differs a little between versions.
+    Each topic of the reference, and the docstrings of each module, are one document. Every Python installation has
+    them; the text differs a little between versions.
     """
     from pydoc_data.topics import topics
 
@@ -128,12 +128,12 @@ def embedded_corpus() -> Dataset:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Parsed, not imported: importing every module would open a browser, and worse."""
+    """Parsed, not imported: importing every module would even open a browser."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SyntaxWarning about old escapes
             tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError):  # the standard library ships a few broken examples
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # the standard library contains a few broken examples
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

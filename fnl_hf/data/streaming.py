@@ -1,13 +1,13 @@
-"""Packed sequences from a stream of documents that need not fit on the disk, exact to resume.
+"""Packed sequences from a stream of documents that need not fit on the disk, resumed exactly.
 
-The stream is cut into V shards, each read on its own, in buffers of rows that are shuffled. Micro-batch m of a run
-comes wholly from shard m % V, and rank r of W reads the micro-batches n W + r, so that the order of the micro-batches
-depends on V and their size alone: not on W, and not on the number of DataLoader workers, each of which reads its own
-shards.
+The stream is divided into V shards. Each is read separately, in buffers of rows that are shuffled. All rows of
+micro-batch m of a run come from shard m % V, and rank r of W reads the micro-batches n W + r. So the order of the
+micro-batches only depends on V and their size: not on W, and not on the number of DataLoader workers, each of which
+reads its own shards.
 
-A shard's place is that of the buffer it is in: the state of ``datasets``' own cursor before the document in which the
-buffer begins, and how many of that document's tokens came before. Resuming reads that buffer again, and nothing else;
-``datasets``' own shuffling loses on resume what its buffer held.
+The position in a shard is that of the current buffer: the state of ``datasets``' cursor before the document in which
+the buffer starts, and the number of that document's tokens in earlier buffers. Resuming only reads that buffer again;
+the shuffling of ``datasets`` would lose the contents of its buffer.
 
 Shapes: B rows in a micro-batch, N rows in a buffer, S tokens in a row.
 """
@@ -30,7 +30,7 @@ from fnl_hf.data.encoding import encode_documents, plain_backend, token_dtype
 from fnl_hf.data.packing import PACKED, frame_rows
 from fnl_hf.errors import UserInputError
 
-STATE_FILE = "stream_state_{}.json"  # one for each process, in a checkpoint
+STATE_FILE = "stream_state_{}.json"  # one per process, in a checkpoint
 
 
 def validate_shards(shards: int, world_size: int, workers: int) -> None:
@@ -45,7 +45,7 @@ def validate_shards(shards: int, world_size: int, workers: int) -> None:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a shard: what is left of one buffer, and all that follows.
+    """A position in a shard: the rest of one buffer, and everything after it.
 
     Attributes:
         source: ``datasets``' state before the document in which the buffer begins; None at the shard's beginning.
@@ -65,7 +65,7 @@ class Cursor:
 
 @dataclass
 class StreamState:
-    """Where a run stands in its stream.
+    """The position of a run in its stream.
 
     Attributes:
         shards, batch_size, buffer_size: V, B, N; they decide the order of the rows.
@@ -80,7 +80,8 @@ class StreamState:
     cursors: dict[int, Cursor] = field(default_factory=dict)
 
     def advance(self, cursor: str, world_size: int) -> None:
-        """Note that this process has used the micro-batch that came with ``cursor``, and each other process its own."""
+        """Record that this process has used the micro-batch that came with ``cursor``, and every other process its
+        own."""
         place = Cursor(**json.loads(cursor))
         self.cursors[place.shard] = place
         self.consumed += world_size
@@ -95,23 +96,23 @@ class StreamState:
         return cls(**values)
 
     def count_batches(self, shard: int) -> int:
-        """How many micro-batches of a shard are among those consumed."""
+        """The number of micro-batches of a shard among those consumed."""
         return len(range(shard, self.consumed, self.shards))
 
     def validate(self) -> None:
-        """Raise UserInputError unless the cursors are where ``consumed`` says."""
+        """Raise UserInputError unless the cursors agree with ``consumed``."""
         for shard in range(self.shards):
             cursor = self.cursors.get(shard, Cursor(shard))
             found = (cursor.buffer * self.buffer_size + cursor.row) // self.batch_size
             if found != self.count_batches(shard):
                 raise UserInputError(
-                    f"the state of the stream is incomplete: shard {shard} of {self.shards} stands at micro-batch "
-                    f"{found}, not {self.count_batches(shard)}; the state of every process is needed"
+                    f"the state of the stream is incomplete: shard {shard} of {self.shards} is at micro-batch "
+                    f"{found} instead of {self.count_batches(shard)}; the states of all processes are needed"
                 )
 
 
 def merge_states(states: Sequence[StreamState]) -> StreamState:
-    """The state of a run from those of its processes, for any number of processes to go on from.
+    """The state of a run, merged from those of its processes, from which any number of processes can resume.
 
     Raises:
         UserInputError: they are not of one moment of one run, or one is missing.
@@ -132,7 +133,7 @@ def merge_states(states: Sequence[StreamState]) -> StreamState:
 
 
 def read_state(checkpoint: str) -> StreamState:
-    """Where a checkpoint's run stood in its stream, put together from the states of all its processes.
+    """The position of a checkpoint's run in its stream, merged from the states of all its processes.
 
     Raises:
         UserInputError: a state is missing or cannot be read.
@@ -144,13 +145,15 @@ def read_state(checkpoint: str) -> StreamState:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserInputError(f"{file} is not the state of a stream: {error}") from error
     if not states:
-        raise UserInputError(f"checkpoint {checkpoint} has no {STATE_FILE.format(0)}: where its stream stood is lost")
+        raise UserInputError(
+            f"checkpoint {checkpoint} has no {STATE_FILE.format(0)}: the position of its stream is lost"
+        )
     return merge_states(states)
 
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """What decides the order of a stream's rows beside its shards, and which of them a process reads.
+    """What determines the order of a stream's rows, in addition to its shards, and which rows a process reads.
 
     Attributes:
         batch_size: B, all of one process's rows of one forward pass.
@@ -168,7 +171,7 @@ class StreamOrder:
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
-    """Micro-batches of packed rows [CLS] text [SEP] text ... [SEP], without end.
+    """Endless micro-batches of packed rows [CLS] text [SEP] text ... [SEP].
 
     Each is {"input_ids": (B, S) token ids, "sample_ids": (B,) a number that no other row of the run has, "cursor": JSON
     for :meth:`StreamState.advance`}. Use it with ``DataLoader(batch_size=None)``. When a shard's documents end, it
@@ -188,10 +191,10 @@ class StreamedRows(torch.utils.data.IterableDataset):
         PACKED.validate_length(max_seq_length)
         validate_shards(documents.shards, order.world_size, 1)
         try:
-            np.empty((order.buffer_size, max_seq_length), token_dtype(tokenizer))  # claims memory without filling it
+            np.empty((order.buffer_size, max_seq_length), token_dtype(tokenizer))  # reserves memory without filling it
         except (MemoryError, ValueError) as error:
             raise UserInputError(
-                f"--shuffle_buffer_size ({order.buffer_size}) does not fit into memory: {error}"
+                f"the buffer of --shuffle_buffer_size ({order.buffer_size}) sequences does not fit into memory: {error}"
             ) from error
         self.documents, self.tokenizer, self.max_seq_length, self.order = documents, tokenizer, max_seq_length, order
         batches = -(-order.buffer_size // order.batch_size)
@@ -200,11 +203,11 @@ class StreamedRows(torch.utils.data.IterableDataset):
         for name in ("shards", "batch_size", "buffer_size"):
             there, here = getattr(self.state, name), getattr(fresh, name)
             if there != here:
-                raise UserInputError(f"the stream cannot be resumed: {name} is {there} there and {here} here")
+                raise UserInputError(f"the stream cannot be resumed: {name} was {there} and is now {here}")
         self.state.validate()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # A copy: the state itself moves on while the micro-batches are used.
+        # A copy, because the state itself advances while the micro-batches are used.
         return self._micro_batches(copy.deepcopy(self.state))
 
     def _micro_batches(self, state: StreamState) -> Iterator[dict[str, Any]]:
@@ -236,7 +239,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 yield {"input_ids": rows[chosen], "sample_ids": sample_ids, "cursor": cursor_json}
 
     def _fill_buffers(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor, Cursor]]:
-        """Buffers (N, S), each with its own place and that of the next."""
+        """Buffers (N, S), each with its own position and that of the next."""
         dtype, capacity = token_dtype(self.tokenizer), self.state.buffer_size * (self.max_seq_length - 2)
         buffer, filled = np.empty(capacity, dtype), 0  # (N (S - 2),)
         for tokens, place in self._encode_shard(cursor):
@@ -252,13 +255,14 @@ class StreamedRows(torch.utils.data.IterableDataset):
                     cursor, filled = following, 0
 
     def _encode_shard(self, cursor: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """Tokens, each array with its place: the state before its document, and the document's tokens before it."""
+        """Arrays of tokens, each with its position: the state before its document, and the number of the document's
+        earlier tokens."""
         backend, dtype, skip = plain_backend(self.tokenizer), token_dtype(self.tokenizer), cursor.skip
         for text, source, epoch in self.documents.read_shard(cursor.shard, cursor.source, cursor.epoch):
             position = 0
             document = memoryview(text.encode())
             for tokens in encode_documents(backend, [document], self.tokenizer.sep_token_id, dtype):
-                known = min(max(skip - position, 0), len(tokens))  # in buffers that were used before the cursor
+                known = min(max(skip - position, 0), len(tokens))  # in buffers before the cursor
                 place = Cursor(cursor.shard, source, position + known, epoch)
                 position += len(tokens)
                 yield tokens[known:], place

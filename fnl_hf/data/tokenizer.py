@@ -1,4 +1,4 @@
-"""Tokenizers: any fast one, and WordPiece that is trained on a corpus."""
+"""Tokenizers: loading fast ones, and training WordPiece on a corpus."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers.utils import logging
 
 from fnl_hf.errors import UserInputError
 
-if TYPE_CHECKING:  # models are built where no library for data sets is installed
+if TYPE_CHECKING:  # models are built even if no library for data sets is installed
     from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
-ALPHABET_FLOOR = 1000  # characters that are kept even if fewer cover the text; the library's own limit
+ALPHABET_FLOOR = 1000  # minimum number of characters to keep; the library's own limit
 ALPHABET_COVERAGE = 0.9995  # SentencePiece's default for languages with many characters
-UNKNOWN_BOUND = 0.005  # share of unknown tokens above which a tokenizer does not fit a text
+UNKNOWN_BOUND = 0.005  # maximum share of unknown tokens in a text that a tokenizer fits
 
 
 def validate_coverage(alphabet_coverage: float) -> None:
@@ -32,17 +32,18 @@ def validate_coverage(alphabet_coverage: float) -> None:
 def train_tokenizer(
     documents: Dataset, vocab_size: int, model_max_length: int, alphabet_coverage: float = ALPHABET_COVERAGE
 ) -> PreTrainedTokenizerBase:
-    """A lower-casing WordPiece tokenizer as BERT's, trained on the column "text"; the same each time.
+    """A lower-casing WordPiece tokenizer like BERT's, trained on the column "text"; deterministic.
 
     ``tokenizers`` numbers the pieces "##c" in the order of a randomly seeded hash map and breaks ties between merges by
-    number, so that two trainings on one text differ. Numbered beforehand, as if they were special tokens, they do not.
+    number, so two trainings on one text differ. Numbering the pieces beforehand, as if they were special tokens,
+    prevents this.
 
     Args:
         alphabet_coverage: share of the text's characters that have an entry of their own, the most frequent first, at
             most 1; not reached where the vocabulary is too small. A word with another character is one [UNK].
     """
     if vocab_size < 10:
-        raise UserInputError(f"--vocab_size ({vocab_size}) must be at least 10: five special tokens and some text")
+        raise UserInputError(f"--vocab_size ({vocab_size}) must be at least 10, for five special tokens and some text")
     validate_coverage(alphabet_coverage)
     blank = BertTokenizer()
     backend = Tokenizer(models.WordPiece(unk_token=blank.unk_token))
@@ -68,10 +69,10 @@ def train_tokenizer(
 def _choose_alphabet(
     letters: Counter[str], normalizer: normalizers.Normalizer, entries: int, coverage: float
 ) -> tuple[list[str], list[str]]:
-    """The most frequent characters that cover their share of a text, and those of them that may stand inside a word.
+    """The most frequent characters that cover their share of a text, and those that may occur inside a word.
 
-    Each takes one entry of the vocabulary to begin a word and one to go on with it. A Chinese character, which the
-    normalizer makes a word of its own, takes one.
+    Such a character takes one entry of the vocabulary for the start of a word and one for its continuation. A Chinese
+    character, which the normalizer makes a word of its own, takes one.
     """
     alphabet: list[str] = []
     inside: list[str] = []
@@ -89,18 +90,19 @@ def _choose_alphabet(
 
 
 def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, where: str) -> None:
-    """Warn if too many of some token ids, special ones aside, are [UNK]: the tokenizer does not fit the text."""
+    """Warn if too many of the token ids, except special ones, are [UNK], because the tokenizer does not fit the
+    text."""
     unknown = tokenizer.unk_token_id
     others = [i for i in tokenizer.all_special_ids if i != unknown]
     if unknown is None or unknown in (tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id):
-        return  # of bytes, which are all known
+        return  # byte-level tokenizers know all text
     count, total = int((ids == unknown).sum()), int((~np.isin(ids, others)).sum())
     if count > UNKNOWN_BOUND * total:
         name = tokenizer.name_or_path or "trained on the corpus"
         logger.warning(
-            f"{where}: {count / total:.1%} of {total:,} tokens are {tokenizer.unk_token}: the tokenizer ({name}) does "
-            "not fit this text. Another --tokenizer_name may; one that is trained on the corpus knows more with a "
-            "larger --vocab_size or --alphabet_coverage"
+            f"{where}: {count / total:.1%} of {total:,} tokens are {tokenizer.unk_token}: the tokenizer ({name}) "
+            "does not fit this text. Choose another --tokenizer_name; if it was trained on the corpus, raise "
+            "--vocab_size or --alphabet_coverage"
         )
 
 
@@ -115,46 +117,50 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its files are read without checks
         raise UserInputError(f"no tokenizer in {name_or_path}: {error}") from error
     if not tokenizer.is_fast:
-        raise UserInputError(f"the tokenizer of {name_or_path} is a slow one ({type(tokenizer).__name__})")
+        raise UserInputError(
+            f"the tokenizer of {name_or_path} ({type(tokenizer).__name__}) is a slow one: a fast tokenizer is needed"
+        )
     return tokenizer
 
 
 def vocabulary_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """All token ids, ascending. They may have holes: ``len(tokenizer)`` counts them and bounds none."""
+    """All token ids, ascending. They may have gaps: ``len(tokenizer)`` counts them but does not bound them."""
     return np.unique(np.fromiter(tokenizer.get_vocab().values(), dtype=np.int64))
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest token id + 1: what a table indexed by ids must hold."""
+    """The largest token id + 1: the size of a table indexed by ids."""
     return int(vocabulary_ids(tokenizer)[-1]) + 1
 
 
 def validate_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise UserInputError for a tokenizer with ids that a model of this vocabulary has not."""
+    """Raise UserInputError for a tokenizer with ids outside of the model's vocabulary."""
     size = vocabulary_size(tokenizer)
     if size > vocab_size:
         raise UserInputError(
-            f"by its largest id the tokenizer has {size} tokens, more than the model's vocab_size ({vocab_size})"
+            f"the largest token id of the tokenizer needs a vocabulary of {size}, more than the model's vocab_size "
+            f"({vocab_size})"
         )
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase, needed: Sequence[str]) -> None:
-    """Raise UserInputError unless the tokenizer has others than special tokens, and those that are ``needed``, as
-    "mask_token"."""
+    """Raise UserInputError unless the tokenizer has tokens in addition to special ones, and the special tokens
+    ``needed``, for example "mask_token"."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     missing = [token for token in needed if getattr(tokenizer, token) is None]
     if missing:
         raise UserInputError(f"the tokenizer of {name} has no {missing}")
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # Transformers makes one where tokenizer.json is missing
-        raise UserInputError(f"the tokenizer of {name} has no vocabulary, only {len(tokenizer)} special tokens")
+    # Transformers creates an empty one if tokenizer.json is missing
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserInputError(f"the tokenizer of {name} has only its {len(tokenizer)} special tokens and no vocabulary")
 
 
 def validate_same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
-    """Raise UserInputError unless each token has the same id in both, that of the teacher and that of its student."""
+    """Raise UserInputError unless each token has the same id for the teacher and the student."""
     here, there = tokenizer.get_vocab(), other.get_vocab()
     if here != there:
         token = min(here.items() ^ there.items(), key=lambda entry: entry[1])[0]
         raise UserInputError(
             f"the teacher ({other.name_or_path}) must have the vocabulary of its student: {token!r} has the id "
-            f"{there.get(token)} there and {here.get(token)} here"
+            f"{there.get(token)} in the teacher's and {here.get(token)} in the student's"
         )

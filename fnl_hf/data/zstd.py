@@ -1,4 +1,4 @@
-"""Files compressed with zstd, by whichever package there is that decompresses them."""
+"""Files compressed with zstd, read with whichever package is available."""
 
 import io
 from typing import Any, BinaryIO
@@ -10,12 +10,12 @@ try:
 except ImportError:
     zstandard = None  # type: ignore[assignment]
 
-BLOCK_BYTES = 2**17  # read at a time
+BLOCK_BYTES = 2**17  # bytes read at a time
 LARGEST_WINDOW = 2**31  # of ``zstd --long=31``, as archives have it; the library's own limit is 2**27
 
 
 def open_zstd(compressed: BinaryIO) -> BinaryIO:
-    """The text of a compressed file of any number of frames.
+    """The decompressed content of a file with any number of frames.
 
     Raises:
         EOFError: in reading, the file is cut.
@@ -26,13 +26,13 @@ def open_zstd(compressed: BinaryIO) -> BinaryIO:
 
 
 class ZstandardFile(io.RawIOBase):
-    """What ``zstandard`` decompresses. Its own reader ends with the first frame, takes a cut file for a whole one and
-    has no lines."""
+    """A file decompressed by ``zstandard``, whose own reader ends with the first frame, accepts truncated files and has
+    no lines."""
 
     def __init__(self, compressed: BinaryIO):
         self._compressed = compressed
         self._frame: Any = None  # being read
-        self._text = memoryview(b"")  # decompressed, and not yet given out
+        self._text = memoryview(b"")  # decompressed, but not returned yet
 
     def readable(self) -> bool:
         return True
@@ -47,7 +47,7 @@ class ZstandardFile(io.RawIOBase):
         return size
 
     def _next_block(self) -> bytes:
-        """Compressed bytes of one frame; none at the end of the last."""
+        """Compressed bytes of one frame; empty after the last."""
         rest = b""
         if self._frame is not None and self._frame.eof:
             rest, self._frame = self._frame.unused_data, None

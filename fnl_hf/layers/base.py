@@ -1,4 +1,4 @@
-"""What the factorized layers have in common: their factors, their product, and the way from and to a dense layer.
+"""The common base of the factorized layers: factors, product, and conversion from and to a dense layer.
 
 Shapes: G matrices m x n, one for each group of a convolution, else one; r rank; U (G, m, r), M (G, r, r) of a deep
 layer, V (G, n, r).
@@ -17,7 +17,7 @@ from fnl_hf.layers.initialization import spectral_initialization, studied_initia
 from fnl_hf.products.discovery import register_product
 
 INITS = ("spectral", "default")
-# Under study (studies/definitions/low_rank.py): what is not better there goes.
+# Under study (studies/definitions/low_rank.py): variants that are not better will be removed.
 STUDIED_INITS = ("ones", "rates")
 MODES = ("low_rank", "wide", "deep")
 
@@ -89,7 +89,7 @@ class FactorizedLayer(nn.Module):
         return self.to_weight(left @ middle[0] @ right.mT if middle else left @ right.mT)
 
     def to_weight(self, matrices: torch.Tensor) -> torch.Tensor:
-        """(G, m, n) as the dense layer stores its weight: here (m, n), with G = 1."""
+        """(G, m, n) in the shape of the dense layer's weight: here (m, n), with G = 1."""
         return matrices[0]
 
     def to_matrices(self, weight: torch.Tensor) -> torch.Tensor:
@@ -97,13 +97,14 @@ class FactorizedLayer(nn.Module):
         return weight[None]
 
     def default_stds(self, std: float) -> tuple[float, float]:
-        """Standard deviations of U and V where a dense weight has ``std``: the gain of each is the dense one's."""
+        """Standard deviations of U and V that correspond to ``std`` of a dense weight: each factor has the dense
+        weight's gain."""
         gain = std * math.sqrt(self.fan_in)
         return gain / math.sqrt(self.rank), gain / math.sqrt(self.matrix_shape()[1])
 
     @property
     def fan_in(self) -> int:
-        """How many inputs an output of the dense layer has."""
+        """The number of inputs of each output of the dense layer."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -124,7 +125,7 @@ class FactorizedLayer(nn.Module):
             std: standard deviation of the dense weight; √fan_in times it is the gain of U and V.
         """
         left, *middle, right = self.factors()
-        # On the CPU, so that the same seed draws the same layer for every device.
+        # On the CPU, so that the same seed draws the same layer on every device.
         u, v = (
             factor_std * torch.randn(factor.shape, generator=generator, device="cpu")
             for factor, factor_std in zip((left, right), self.default_stds(std), strict=True)
@@ -136,13 +137,13 @@ class FactorizedLayer(nn.Module):
         """Write U (G, m, r), M (G, r, r) if deep, and V (G, n, r) into the parameters, however these are stored."""
         parameters = [parameter for parameter in (self.left, self.middle, self.right) if parameter is not None]
         for parameter, factor, rank_dim in zip(parameters, factors, RANK_DIMS[self.kinds[self.deep]], strict=True):
-            # Of M (G, r, r) the entry names one of two ranks; it is stored as it is.
+            # For M (G, r, r), the entry is one of two ranks; M is stored as it is.
             is_rank_first = rank_dim == 0 and parameter is not self.middle
             parameter.copy_((factor.mT if is_rank_first else factor).reshape(parameter.shape))
 
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedLayer":
-        """A factorized layer of the sizes and options of a dense one.
+        """A factorized layer with the sizes and options of a dense one.
 
         Raises:
             ValueError: an option that a factorized layer has not.
@@ -169,11 +170,11 @@ class FactorizedLayer(nn.Module):
             ValueError: the rank does not suit the mode, or an option of the layer cannot be factorized.
         """
         if init not in INITS + STUDIED_INITS:
-            raise ValueError(f"init must be one of {INITS}, got {init!r}")
+            raise ValueError(f"init must be one of {INITS}, not {init!r}")
         if init in STUDIED_INITS and mode != "low_rank":
-            raise ValueError(f"init {init!r} is for mode 'low_rank', not {mode!r}")
+            raise ValueError(f"init {init!r} needs mode 'low_rank', not {mode!r}")
         dense = layer.weight
-        # On the meta device first: a wrong rank is refused, and nothing is drawn that would be thrown away.
+        # On the meta device first, so that a wrong rank is refused before anything is drawn.
         new = cls.like(layer, rank, mode == "deep", device="meta", dtype=dense.dtype)
         check_rank(rank, new.matrix_shape(), mode)
         new.to_empty(device=dense.device)
@@ -198,7 +199,7 @@ class FactorizedLayer(nn.Module):
         else:
             std = weight.square().mean().sqrt().item()
             self.draw_factors(std or (3 * self.fan_in) ** -0.5, torch.Generator().manual_seed(seed))
-            if not std:  # a layer that begins with zeros does so, but one of its factors has a gradient
+            if not std:  # a layer of zeros stays one, but one of its factors has a gradient
                 self.left.zero_()
         norm = weight.norm()
         self.error = ((weight - self.multiply_out(weight.dtype)).norm() / norm).item() if norm else 0.0
@@ -206,7 +207,7 @@ class FactorizedLayer(nn.Module):
     @torch.no_grad()
     def multiply_out(self, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight, computed in ``dtype``."""
-        device = "cpu" if self.left.is_meta else self.left.device.type  # autocast does not know meta
+        device = "cpu" if self.left.is_meta else self.left.device.type  # autocast does not know the meta device
         with torch.autocast(device, enabled=False):
             return self._product(tuple(factor.to(dtype) for factor in self.factors()))
 
@@ -228,7 +229,7 @@ class FactorizedLayer(nn.Module):
         return Dense(layer, (layer.weight.double() - self.multiply_out(torch.float64)).abs().max().item())
 
     def new_dense(self, **factory: Any) -> Any:
-        """A dense layer of this one's sizes and options."""
+        """A dense layer with the sizes and options of this one."""
         raise NotImplementedError
 
 
@@ -238,7 +239,7 @@ def check_rank(rank: int, shape: tuple[int, int], mode: str) -> None:
         ValueError: an unknown mode, or a rank that does not suit it.
     """
     if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     full = min(shape)
     if mode == "low_rank" and not 1 <= rank <= full:
         raise ValueError(f"rank ({rank}) of a low_rank layer must be between 1 and {full}, the smaller size of {shape}")
@@ -247,12 +248,12 @@ def check_rank(rank: int, shape: tuple[int, int], mode: str) -> None:
 
 
 def to_default_strides(weight: torch.Tensor) -> torch.Tensor:
-    """In torch's default layout, also where a size of 1 leaves a stride open: its convolutions on the CPU take some of
-    those strides for another layout and give wrong results, or crash."""
+    """Restore torch's default layout, including strides that are arbitrary because a size is 1: torch's convolutions on
+    the CPU misread some of those strides and give wrong results, or crash."""
     return weight.reshape(-1).view(weight.shape)
 
 
 def rows_to_expect(rows: int) -> int:
-    """How many rows to choose the order of multiplication for: ``rows``, but a large number in an export, whose program
-    is for any number of them."""
+    """The number of rows for choosing the order of multiplication: ``rows``, or a large number in an export, whose
+    program must work for any number."""
     return 2**30 if torch.compiler.is_exporting() else rows

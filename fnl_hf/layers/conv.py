@@ -56,13 +56,13 @@ class FactorizedConv2d(FactorizedLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x, padding = input, self.padding  # (B, c_in, h, w)
-        if self.padding_mode != "zeros":  # as torch does, which convolves with zeros around only
+        if self.padding_mode != "zeros":  # as torch does, whose own convolution only pads with zeros
             x, padding = F.pad(x, self._padding_around, self.padding_mode), (0, 0)
         way = self._choose_way(x, padding)
         if way == "one convolution":
             kernel = to_default_strides(self._product(self.factors()))  # (c_out, c_in/G, k_h, k_w)
             return F.conv2d(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
-        # Padding, stride and dilation along w are for the 1×k_w kernel, those along h for the k_h×1 one.
+        # Padding, stride and dilation along w belong to the 1×k_w kernel, those along h to the k_h×1 kernel.
         along_h, along_w = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
         (stride_h, stride_w), (dilation_h, dilation_w) = self.stride, self.dilation
         x = F.conv2d(x, self.right, None, (1, stride_w), along_w, (1, dilation_w), self.groups)  # (B, G·r, h, w')
@@ -76,8 +76,8 @@ class FactorizedConv2d(FactorizedLayer):
         return F.conv2d(x, vertical, self.bias, (stride_h, 1), along_h, (dilation_h, 1), self.groups)
 
     def _choose_way(self, x: torch.Tensor, padding: str | tuple[int, ...]) -> str:
-        """By the number of multiplications for each group: "factor by factor", "with the middle" one applied to the
-        input, too, instead of multiplied into the left one, or "one convolution" with the product."""
+        """Choose by the number of multiplications per group: "factor by factor", "with the middle" factor applied to
+        the input, too, instead of multiplied into the left one, or "one convolution" with the product."""
         batch, height = math.prod(x.shape[:-3]), x.shape[-2]
         new_height, new_width = (self._output_size(x.shape[axis - 2], padding, axis) for axis in (0, 1))
         m, n = self.matrix_shape()

@@ -43,7 +43,7 @@ class FactorizedEmbedding(FactorizedLayer):
             found = rows @ self.middle @ self.right
         else:
             found = rows @ (self.middle @ self.right)
-        return found.to(self.left.dtype)  # under autocast, as a dense table's
+        return found.to(self.left.dtype)  # under autocast, like a dense table
 
     @torch.no_grad()
     def initialize_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
@@ -58,14 +58,18 @@ class FactorizedEmbedding(FactorizedLayer):
             self.left[self.padding_idx] = 0.0
 
     def default_stds(self, std: float) -> tuple[float, float]:
-        """A table has no inputs to sum over: U and V of equal size, so that the entries of the product have ``std``."""
+        """A table has no inputs to sum over: U and V have equal size, so that the entries of the product have
+        ``std``."""
         return ((std / self.rank**0.5) ** 0.5,) * 2
 
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedEmbedding":
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(layer, option):
-                raise ValueError(f"an Embedding with {option}={getattr(layer, option)} cannot be factorized")
+                raise ValueError(
+                    f"an Embedding with {option}={getattr(layer, option)} cannot be factorized: {option} is not "
+                    "supported"
+                )
         return cls(layer.num_embeddings, layer.embedding_dim, rank, layer.padding_idx, deep, **factory)
 
     def new_dense(self, **factory: Any) -> nn.Embedding:

@@ -9,11 +9,11 @@ import math
 import torch
 from torch.nn import functional
 
-# From here on, where the rank is below half, a randomized SVD.
+# From this size on, a randomized SVD is used if the rank is below half of the full rank.
 RANDOMIZED_FROM = 1024
 OVERSAMPLING = 16
 POWER_ITERATIONS = 6
-# A singular value's root of less than this share of the mean is not split evenly: nothing would move there.
+# Singular values whose root is less than this share of the mean are not split evenly, because such factors hardly move.
 SMALLEST_SHARE = 1e-2
 
 
@@ -45,7 +45,8 @@ def spectral_initialization(
     root = sigma.pow(1 / 3 if deep else 1 / 2)  # (G, r)
     mean = root.mean(dim=1, keepdim=True)  # (G, 1)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    # The norms of U's columns; what is left of σ is in V's (deep: V's are U's, the rest is on the diagonal of M).
+    # The norms of U's columns; V's columns have the rest of σ (deep: V's are U's, and the rest is on the diagonal of
+    # M).
     size = torch.where(root > SMALLEST_SHARE * mean, root, mean)  # (G, r)
     left, middle, right = p * size[:, None], sigma / size**2, q * (size if deep else sigma / size)[:, None]
     extra = max(0, rank - full_rank)
@@ -59,8 +60,8 @@ def spectral_initialization(
         diagonal = torch.diag_embed(torch.cat([middle, zeros], dim=1))  # (G, r, r)
         return left @ first, first.T @ diagonal @ second, right @ second
     if extra:
-        # Where U has a new direction V has zeros and the other way round, so that the product stays; the rotation
-        # spreads both over all columns, and none is left without a gradient.
+        # Where U has a new direction, V has zeros, and the other way round, so the product does not change; the
+        # rotation spreads both over all columns, so that each has a gradient.
         x = _draw_directions(p, (extra + 1) // 2, mean, generator)
         y = _draw_directions(q, extra // 2, mean, generator)
         left = torch.cat([left, x, torch.zeros_like(x)[..., : extra // 2]], dim=2)
@@ -102,13 +103,13 @@ def truncated_svd(weight: torch.Tensor, rank: int, generator: torch.Generator) -
         small, sigma, qh = torch.linalg.svd(basis.mT @ weight, full_matrices=False)  # of (G, l, n)
         p = basis @ small
     p, q = p[..., :rank], qh.mT[..., :rank]
-    # An SVD leaves the sign of each pair of columns open, and libraries differ.
+    # An SVD does not determine the sign of each pair of columns, and libraries differ.
     signs = p.gather(1, p.abs().argmax(dim=1, keepdim=True)).sign()  # (G, 1, r)
     return p * signs, sigma[..., :rank], q * signs
 
 
 def _draw_directions(basis: torch.Tensor, count: int, size: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """``count`` random columns of norm ``size`` (G, 1), orthogonal to ``basis`` (G, m, k) if there is room for them."""
+    """``count`` random columns of norm ``size`` (G, 1), orthogonal to ``basis`` (G, m, k) if possible."""
     _, rows, known = basis.shape
     drawn = _draw_normal(rows, count, basis, generator).expand(len(basis), -1, -1)  # (G, m, count)
     if known + count <= rows:

@@ -51,7 +51,7 @@ class FactorizedLinear(FactorizedLayer):
         return F.linear(F.linear(input, right), left, self.bias)
 
     def _fold_middle(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """U (m, r) and Vᵀ (r, n) with M, if there is one, in the smaller of them."""
+        """U (m, r) and Vᵀ (r, n), with M, if there is one, multiplied into the smaller of them."""
         if self.middle is None:
             return self.left, self.right
         if self.out_features <= self.in_features:

@@ -39,7 +39,7 @@ class FrobeniusAdamW(ProductGroups, torch.optim.AdamW):
 
     @torch.compiler.disable
     def _groups_to_decay(self) -> list[dict[str, Any]]:
-        for index, group in enumerate(self.param_groups):  # torch says so too late, but of its default
+        for index, group in enumerate(self.param_groups):  # torch checks this too late, except for its default
             if group["foreach"] and isinstance(group["lr"], torch.Tensor) and not group["capturable"]:
                 raise ValueError(f"{group_name(group, index)}: lr ({group['lr']}) must be a float for foreach=True")
         return super()._groups_to_decay()

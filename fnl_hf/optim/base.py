@@ -1,4 +1,5 @@
-"""What the optimizers with Frobenius decay share: groups of products, and the decay before the base class's step."""
+"""The common base of the optimizers with Frobenius decay: groups of products, and the decay before the base class's
+step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +21,10 @@ from fnl_hf.optim.stability import StabilityCheck
 from fnl_hf.optim.view_decay import ViewUnit
 from fnl_hf.products.views import VIEWS
 
-# A group's entries: kind of product (None: ordinary parameters), heads, number of products, where the factors are if
-# they are parts of parameters, λ, decay of factors and other rows if that is ours to do, and SGD's own.
+# A group's entries: kind of product (None: ordinary parameters), heads, number of products, the places of factors that
+# are parts of parameters, λ, decay of factors and other rows if it is applied here, and an entry of SGD.
 PRODUCT_ENTRIES = ("product", "num_heads", "num_products", "layout", "frobenius_decay", "row_decay", "decoupled")
-DECAY_ENTRIES = ("name", "weight_decay", "decay")  # which say, beside those, what is decayed and how
+DECAY_ENTRIES = ("name", "weight_decay", "decay")  # entries that determine what is decayed, and how
 
 
 class ProductGroups(CheckedOptimizer):
@@ -34,7 +35,7 @@ class ProductGroups(CheckedOptimizer):
 
     def __init__(self, params, *args, frobenius_decay: float = 0.0, **kwargs):
         validate_number("frobenius_decay", frobenius_decay)
-        # torch's constructors fill ``defaults`` with their own entries only and then add the groups.
+        # torch's constructors only fill ``defaults`` with their own entries and then add the groups.
         self._own_defaults = {"frobenius_decay": frobenius_decay}
         self._stability = StabilityCheck()
         super().__init__(params, *args, **kwargs)
@@ -45,8 +46,8 @@ class ProductGroups(CheckedOptimizer):
         Raises:
             ValueError: a wrong kind, λ or shape, or a parameter that is a factor twice; nothing is added then.
         """
-        # torch's constructor calls this, before __init__ is over. Only ``defaults``, groups and state survive pickling,
-        # so that our defaults belong there, too.
+        # torch's constructor calls this before __init__ is done. Only ``defaults``, groups and state survive pickling,
+        # so our defaults belong there, too.
         for name, value in self.__dict__.get("_own_defaults", {}).items():
             self.defaults.setdefault(name, value)
         is_product = param_group.setdefault("product", None) is not None
@@ -54,7 +55,8 @@ class ProductGroups(CheckedOptimizer):
         decay = param_group.setdefault("frobenius_decay", self.defaults["frobenius_decay"] if is_product else 0.0)
         validate_number("frobenius_decay", decay, f"{group_name(param_group, len(self.param_groups))}: ")
         if decay != 0.0:
-            param_group.setdefault("weight_decay", 0.0)  # not the base class's default: factors are decayed once
+            # not the base class's default: factors must not be decayed twice
+            param_group.setdefault("weight_decay", 0.0)
         if is_product:
             params = param_group["params"]
             param_group["params"] = params = [params] if isinstance(params, torch.Tensor) else list(params)
@@ -64,7 +66,7 @@ class ProductGroups(CheckedOptimizer):
         try:
             get_lr(group)
             validate_product_group(group, group_name(group, index))
-        except Exception:  # of a malformed group, too
+        except Exception:  # even for a malformed group
             del self.param_groups[-1]
             raise
 
@@ -75,14 +77,15 @@ class ProductGroups(CheckedOptimizer):
             if id(parameter) in owners:
                 raise ValueError(
                     f"{where}: {name}, of shape {tuple(parameter.shape)}, is already in {owners[id(parameter)]}: a "
-                    "parameter can be a factor of one product only"
+                    "parameter can be a factor of only one product"
                 )
             owners[id(parameter)] = where
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. A state without products, such as ``torch.optim.AdamW``'s, leaves products and all decay as here.
+        """As in torch. A state without products, such as that of ``torch.optim.AdamW``, does not change products and
+        decay.
 
-        Such a state's own ``weight_decay`` was for parameters that may be factors or biases here. What it brings are
+        The ``weight_decay`` of such a state was for parameters that may be factors or biases here. The state brings
         moments, step counts, learning rate and the other options of the base class.
 
         Raises:
@@ -91,7 +94,8 @@ class ProductGroups(CheckedOptimizer):
         """
         super().load_state_dict(state_dict)
         if not all(group.get("fused") for group in self.param_groups):
-            # Which kernels run is the state's to say. torch's constructor told GradScaler that those unscale and skip.
+            # The state decides which kernels run. torch's constructor told GradScaler that fused kernels unscale and
+            # skip.
             vars(self).pop("_step_supports_amp_scaling", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,7 +110,7 @@ class ProductGroups(CheckedOptimizer):
                 group.setdefault(name, own[name])
         for name in ("product", "num_heads", "layout"):
             if own.get(name) != group.get(name):
-                raise ValueError(f"{where} has {name} {own.get(name)!r}, the state to be loaded {group.get(name)!r}")
+                raise ValueError(f"{where} has {name} {own.get(name)!r}, but the state to load has {group.get(name)!r}")
         super()._take_group(own, group, where)
         validate_product_group(group, where)
 
@@ -120,14 +124,14 @@ class ProductGroups(CheckedOptimizer):
         self._decay(self._groups_to_decay())
         self._base_step()
 
-    @torch.compiler.disable  # its loops over groups would be compiled again for each
+    @torch.compiler.disable  # otherwise its loops over groups would be compiled separately for each
     def _decay(self, groups: Sequence[dict[str, Any]]) -> None:
         decay_products_(groups, getattr(self, "found_inf", None), self._stability.examine)
         self._stability.end_step(self.param_groups)
 
     @torch.compiler.disable
     def _groups_to_decay(self) -> list[dict[str, Any]]:
-        """The groups to decay here; refuses what has become of groups, parameters and gradients meanwhile."""
+        """The groups to decay here; refuses groups, parameters and gradients that became invalid."""
         self._refuse_sparse_gradients()
         groups = []
         for index, group in enumerate(self.param_groups):
@@ -138,13 +142,14 @@ class ProductGroups(CheckedOptimizer):
                 groups.append(group)
         if self.defaults["frobenius_decay"] and all(group["product"] is None for group in self.param_groups):
             raise ValueError(
-                f"frobenius_decay ({self.defaults['frobenius_decay']}) has nothing to decay: no parameter group holds "
-                "products. Make the groups with frobenius_param_groups(model, ...)"
+                f"frobenius_decay ({self.defaults['frobenius_decay']}) has nothing to decay: no parameter group "
+                "contains products. Make the groups with frobenius_param_groups(model, ...)"
             )
         return groups
 
     def _base_step(self) -> None:
-        # ``Optimizer`` wraps the ``step`` of every class it makes an object of with the user's hooks; ours runs them.
+        # ``Optimizer`` wraps the ``step`` of every class that it instantiates with the user's hooks; our ``step`` runs
+        # them.
         step: Any = super().step
         if getattr(step, "hooked", False):
             step.__wrapped__(self)
@@ -153,7 +158,7 @@ class ProductGroups(CheckedOptimizer):
 
 
 def is_decayed(group: dict[str, Any]) -> bool:
-    """Whether a group's decay, or some of it, is not the base class's."""
+    """Whether a group's decay, or a part of it, is applied here and not by the base class."""
     return group["product"] is not None and (group["frobenius_decay"] != 0.0 or bool(group.get("row_decay")))
 
 
@@ -185,9 +190,9 @@ def local_products(
     scale: float | torch.Tensor,
     target_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda weight: weight,
 ) -> list[Decayed]:
-    """A group's products; each factor's decay times ``scale`` is for its target, by default the factor itself.
+    """A group's products; each factor's decay times ``scale`` is added to its target, by default the factor itself.
 
-    What has no gradient takes no part in a step, as with weight decay; frozen factors are not changed.
+    Factors without a gradient do not change, as with weight decay; frozen factors do not change either.
     """
     products: list[Decayed] = []
     decay, row_decay = group["frobenius_decay"], group.get("row_decay")

@@ -1,7 +1,7 @@
 """Parameters that LAMB updates together: their decay, norms, trust ratios and updates.
 
-Everything is done in buckets, so that the updates of all parameters never lie in memory together, unless they are
-sharded: then the norms of all buckets are summed over the processes in one all-reduce.
+Parameters are updated in buckets, so that the updates of all parameters are never in memory together, unless they are
+sharded: then one all-reduce sums the norms of all buckets over the processes.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import torch
 from fnl_hf.optim.checked import get_lr
 from fnl_hf.optim.sharding import local, sharding_of, sum_over_processes
 
-# Bytes of parameters handled together. On a CPU a bucket that stays in the caches is read once.
+# Bytes of parameters handled together. On a CPU, a bucket that fits into the caches is read once.
 BUCKET_BYTES = {"cpu": 4 * 2**20}
 DEFAULT_BUCKET_BYTES = 64 * 2**20
 
@@ -21,10 +21,10 @@ Unit = tuple[torch.Tensor, ...]  # parameters that must be in the same bucket
 
 
 class Bucket:
-    """Parameters of one group, device and dtype, as many as are updated together.
+    """Parameters of one group, device and dtype that are updated together.
 
     ``parameters`` are those with a gradient, ``weights`` their local parts, ``matrices`` the indices of those with two
-    or more dimensions, ``updates`` become −u.
+    or more dimensions; ``updates`` become −u.
     """
 
     def __init__(self, group: dict[str, Any], units: Sequence[Unit]):
@@ -35,14 +35,15 @@ class Bucket:
         self.updates: list[torch.Tensor] = []
 
     def lr(self, found_inf: torch.Tensor | None) -> float | torch.Tensor:
-        """The group's learning rate, or 0 in a step that is not to happen."""
+        """The group's learning rate, or 0 in a skipped step."""
         lr = get_lr(self.group)
-        if isinstance(lr, torch.Tensor) and self.weights:  # kernels on lists take no number from another device
+        if isinstance(lr, torch.Tensor) and self.weights:  # foreach kernels do not accept a number on another device
             lr = lr.to(self.weights[0].device, non_blocking=True)
         return lr if found_inf is None else (found_inf == 0) * lr
 
     def decay(self, lr: float | torch.Tensor) -> None:
-        """Ordinary decay: decoupled at once, or as −λw in the updates, from which Adam's direction is subtracted."""
+        """Ordinary decay: decoupled, applied immediately; otherwise added to the updates as −λw, from which Adam's
+        direction is subtracted."""
         weight_decay = self.group["weight_decay"] if self.matrices else 0.0
         weights = [self.weights[i] for i in self.matrices]
         updates: dict[int, torch.Tensor] = {}
@@ -78,7 +79,8 @@ def split_by_kind(units: Sequence[Unit]) -> list[list[Unit]]:
 
 
 def split_by_size(units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Consecutive units of one kind in lists of at most as many bytes as suit their device, or of one unit."""
+    """Consecutive units of one kind, in lists of at most the number of bytes that suits their device, or of one
+    unit."""
     bucket: list[Unit] = []
     size = 0
     for unit in units:
@@ -93,7 +95,7 @@ def split_by_size(units: Sequence[Unit]) -> Iterator[list[Unit]]:
 
 
 def compute_norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Euclidean norms as 0-d tensors, in float32 for half precision; each as it would be without the others."""
+    """Euclidean norms as 0-d tensors, in float32 for half precision; independent of the other tensors."""
     is_half = [t.dtype in (torch.float16, torch.bfloat16) for t in tensors]
     others = [t for t, half in zip(tensors, is_half) if not half]
     norms = iter(torch._foreach_norm(others) if others else ())
@@ -103,7 +105,7 @@ def compute_norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def trust_ratios(buckets: Sequence[Bucket]) -> Iterator[torch.Tensor]:
-    """φ(‖w‖)/‖u‖ of each bucket's matrices, (matrices,) a bucket; one all-reduce for all that is sharded."""
+    """φ(‖w‖)/‖u‖ of each bucket's matrices, (matrices,) per bucket; one all-reduce for all sharded ones."""
     weights = [bucket.weights[i] for bucket in buckets for i in bucket.matrices]
     updates = [bucket.updates[i] for bucket in buckets for i in bucket.matrices]
     shardings = [sharding_of(bucket.parameters[i]) for bucket in buckets for i in bucket.matrices]
@@ -122,7 +124,7 @@ def trust_ratios(buckets: Sequence[Bucket]) -> Iterator[torch.Tensor]:
 
 
 def _trust_ratio(group: dict[str, Any], weight_norms: torch.Tensor, update_norms: torch.Tensor) -> torch.Tensor:
-    """Of 1-d tensors of norms, with the group's clamps; 1 where either norm is 0."""
+    """The ratio for 1-d tensors of norms, with the group's clamps; 1 if either norm is 0."""
     phi = weight_norms
     if group["weight_norm_clamp"] is not None:
         phi = phi.clamp(*group["weight_norm_clamp"])

@@ -1,4 +1,4 @@
-"""What an optimizer cannot go on with is found before it changes anything: a saved state, a gradient, a number."""
+"""Checks before an optimizer changes anything: of saved states, gradients and numbers."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -12,17 +12,17 @@ ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
-    """Mixin before a ``torch.optim`` class: checks of what is loaded, and of gradients."""
+    """Mixin before a ``torch.optim`` class: checks of loaded states, and of gradients."""
 
-    state_entries: tuple[str, ...] = ()  # without which a parameter's state is another optimizer's
+    state_entries: tuple[str, ...] = ()  # without these, a parameter's state belongs to another optimizer
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. The state may be another class's: the subclasses say what of it counts.
+        """As in torch. The state may be another class's: the subclasses define what is used of it.
 
         Raises:
             ValueError: it does not fit this optimizer, which is as it was then.
         """
-        if not self._optimizer_load_state_dict_pre_hooks:  # they may rearrange groups
+        if not self._optimizer_load_state_dict_pre_hooks:  # hooks may rearrange groups
             self._refuse_other_groups(state_dict["param_groups"])
         super().load_state_dict(state_dict)
 
@@ -31,18 +31,19 @@ class CheckedOptimizer(torch.optim.Optimizer):
         if len(saved) != len(own):
             names = ", ".join(str(group.get("name", index)) for index, group in enumerate(own))
             raise ValueError(
-                f"the state to be loaded has {len(saved)} parameter group(s), this optimizer {len(own)} ({names}): a "
-                "state belongs to parameters by their position. Make both optimizers with the same groups"
+                f"the state to load has {len(saved)} parameter group(s), this optimizer {len(own)} ({names}). "
+                "States are matched with parameters by position: create both optimizers with the same groups"
             )
         for index, (group, other) in enumerate(zip(own, saved)):
             if len(group["params"]) != len(other["params"]):
                 raise ValueError(
-                    f"{group_name(group, index)} has {len(group['params'])} parameters, in the state to be loaded "
-                    f"{len(other['params'])}: a state belongs to parameters by their position"
+                    f"{group_name(group, index)} has {len(group['params'])} parameters, but {len(other['params'])} "
+                    "in the state to load. States are matched with parameters by position: create both optimizers "
+                    "with the same groups"
                 )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # torch's load_state_dict ends here, and so does unpickling, which has no groups to lose.
+        # torch's load_state_dict ends here; so does unpickling, which has no groups to lose.
         own_groups = vars(self).get("param_groups", ())
         for index, (own, group) in enumerate(zip(own_groups, state["param_groups"])):
             self._refuse_other_states(own, group["params"], state["state"], group_name(own, index))
@@ -51,17 +52,16 @@ class CheckedOptimizer(torch.optim.Optimizer):
             super().__setstate__(state)
             for index, (own, group) in enumerate(zip(own_groups, self.param_groups)):
                 self._take_group(own, group, group_name(own, index))
-        except Exception:  # torch's own, too, at a state that lacks something
+        except Exception:  # including torch's own errors, if a state lacks something
             vars(self).update(before)
             raise
 
     def _take_group(self, own: dict[str, Any], group: dict[str, Any], where: str) -> None:
-        """Check and complete a loaded group that is to replace ``own``."""
+        """Check and complete a loaded group that replaces ``own``."""
         missing = sorted(name for name in self.defaults if name in own and name not in group)
         if missing:
             raise ValueError(
-                f"{where} cannot take the state to be loaded, which has no {', '.join(missing)}: it is another "
-                "optimizer's"
+                f"{where}: the state to load has no {', '.join(missing)}: it belongs to another kind of optimizer"
             )
         get_lr(group)
 
@@ -71,18 +71,18 @@ class CheckedOptimizer(torch.optim.Optimizer):
     def _refuse_other_states(
         self, own: dict[str, Any], parameters: list[torch.Tensor], states: dict[Any, Any], where: str
     ) -> None:
-        """Check what is to be loaded for the parameters of one group, in the place of ``own``."""
+        """Check the states to load for the parameters of one group, which replace those of ``own``."""
         for position, parameter in enumerate(parameters):
             entries = states.get(parameter, {})
-            problem = f"{where}, parameter {position}, of shape {tuple(parameter.shape)}: the state to be loaded has"
+            problem = f"{where}, parameter {position}, of shape {tuple(parameter.shape)}: the state to load has"
             missing = [name for name in self._state_entries(own) if name not in entries]
             if entries and missing:
-                raise ValueError(f"{problem} no {', '.join(missing)}: it is another optimizer's")
+                raise ValueError(f"{problem} no {', '.join(missing)}: it belongs to another kind of optimizer")
             for name in MOMENTS:
                 moment = entries.get(name)
                 if moment is not None and moment.shape != parameter.shape:
                     raise ValueError(
-                        f"{problem} {name} of shape {tuple(moment.shape)}: its parameters come in another order"
+                        f"{problem} {name} of shape {tuple(moment.shape)}: its parameters are in another order"
                     )
 
     def _takes_sparse_gradients(self, group: dict[str, Any]) -> bool:
@@ -107,9 +107,9 @@ def validate_number(name: str, value: Any, where: str = "") -> None:
         ValueError: it is something else, negative or not finite.
     """
     if not isinstance(value, Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-        raise ValueError(f"{where}{name} ({value}) must be one number, finite and >= 0")
+        raise ValueError(f"{where}{name} ({value}) must be one number, finite and at least 0")
     if not 0.0 <= value < float("inf"):  # type: ignore[operator]  # a Real is compared as a float is
-        raise ValueError(f"{where}{name} ({value}) must be finite and >= 0")
+        raise ValueError(f"{where}{name} ({value}) must be finite and at least 0")
 
 
 def validate_betas(betas: Any) -> None:
@@ -138,5 +138,5 @@ def get_lr(group: dict[str, Any]) -> float | torch.Tensor:
 
 
 def group_name(group: dict[str, Any], index: int) -> str:
-    """What errors call a parameter group."""
+    """The name of a parameter group in errors."""
     return f"parameter group {group['name']!r}" if "name" in group else f"parameter group {index}"

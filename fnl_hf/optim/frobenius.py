@@ -9,9 +9,9 @@ Frobenius decay is the penalty ½λ‖W‖²_F on a product, W = U Vᵀ or W = U
 Decoupled, it is a step of size ηλ along these on the factors, before the optimizer's own. All Gram matrices come from
 the values before the step.
 
-A product is known to an optimizer by its position in a parameter group with an entry ``product``, its kind (a key of
-``RANK_DIMS``): ``params`` is [left₀, right₀, left₁, right₁, ...] or [left₀, middle₀, right₀, ...]. Attributes on
-parameters would not survive FSDP2. Products of parts of parameters, of kind ``VIEWS``, are optim/view_decay.py's.
+A product is identified by its position in a parameter group with an entry ``product``, its kind (a key of
+``RANK_DIMS``): ``params`` is [left₀, right₀, left₁, right₁, ...] or [left₀, middle₀, right₀, ...]. Attributes of
+parameters would not survive FSDP2. Products of parts of parameters, of kind ``VIEWS``, are in optim/view_decay.py.
 
 Shapes here are rank first: an outer factor is (H, r, n), Fᵀ of the formulas, as ``torch.nn.Linear`` stores most. H
 heads, r rank, s second rank of the middle factor (H, r, s), n outer size, h heads that have rows in this process: all
@@ -30,8 +30,8 @@ from fnl_hf.optim.sharding import gather_rows, sum_over_processes
 from fnl_hf.optim.view_decay import LocalPair, ViewUnit, unit_size, validate_views
 from fnl_hf.products.views import VIEWS
 
-# On an accelerator kernel launches dominate: factors of equal shape are stacked, up to this many bytes of copies at a
-# time. On a CPU the caches do: one product at a time.
+# On an accelerator, kernel launches dominate: factors of equal shape are stacked, up to this many bytes of copies at a
+# time. On a CPU, caches dominate: one product at a time.
 STACK_BYTES = 16 * 2**20
 DECAYED_DTYPES = (torch.float32, torch.float64)
 
@@ -52,27 +52,27 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
     if kind is None:
         if decay != 0.0:
             raise ValueError(
-                f"{where}: frobenius_decay ({decay}) needs products of parameters: set product to one of "
+                f"{where}: frobenius_decay ({decay}) applies to products only: set product to one of "
                 f"{sorted(RANK_DIMS)} in the parameter group, as frobenius_param_groups does, or use weight_decay"
             )
         return
     if decay != 0.0 and group.get("differentiable"):
         raise ValueError(
-            f"{where}: differentiable (True) needs frobenius_decay 0, got {decay}: the decay is done in place, outside "
-            "autograd, and the step's derivative would lack it"
+            f"{where}: differentiable (True) needs frobenius_decay 0, not {decay}: the decay is applied in place, "
+            "outside of autograd, so it would be missing in the derivative of the step"
         )
     if kind == VIEWS:
         validate_views(group, where)
         _validate_dtypes(group, where)
         return
     if kind not in RANK_DIMS:
-        raise ValueError(f"{where}: product must be one of {sorted(RANK_DIMS)} or None, got {kind!r}")
+        raise ValueError(f"{where}: product must be one of {sorted(RANK_DIMS)} or None, not {kind!r}")
     size = len(RANK_DIMS[kind])
     if len(params) != size * group.get("num_products", len(params) // size):
         raise ValueError(
-            f"{where}: products of kind {kind!r} have {size} factors each, so the group must hold a multiple of {size} "
-            f"parameters{_describe_number(group)}, got {len(params)}: a factor is missing, or FSDP1, DeepSpeed ZeRO or "
-            "ZeroRedundancyOptimizer flattened the parameters or dealt them out"
+            f"{where}: products of kind {kind!r} have {size} factors each, so the group must have a multiple of "
+            f"{size} parameters{_describe_number(group)}, but has {len(params)}: a factor is missing, or FSDP1, "
+            "DeepSpeed ZeRO or ZeroRedundancyOptimizer flattened or distributed the parameters"
         )
     for index, weights in enumerate(products_of(group)):
         validate_product(tuple(weights), kind, group["num_heads"], f"{where}, product {index} ({kind})")
@@ -84,7 +84,10 @@ def _validate_dtypes(group: dict[str, Any], where: str) -> None:
     for index, weights in enumerate(products_of(group)):
         dtypes = [f"{weight.dtype} on {weight.device}" for weight in weights]
         if len(set(dtypes)) > 1:
-            raise ValueError(f"{where}, product {index} ({kind}): its factors differ, {' and '.join(dtypes)}")
+            raise ValueError(
+                f"{where}, product {index} ({kind}): its factors must have the same dtype and device, but are "
+                f"{' and '.join(dtypes)}"
+            )
         for weight in weights:
             if group["frobenius_decay"] != 0.0 and weight.dtype not in DECAYED_DTYPES:
                 raise ValueError(f"{where}, product {index} ({kind}) has dtype {weight.dtype}: {_why_not(weight)}")
@@ -92,15 +95,15 @@ def _validate_dtypes(group: dict[str, Any], where: str) -> None:
 
 def _why_not(weight: torch.Tensor) -> str:
     if not weight.is_floating_point():
-        return "Frobenius decay is for real parameters, in float32 or float64"
+        return "Frobenius decay needs real parameters in float32 or float64"
     return (
-        "Frobenius decay changes a weight by about 3e-7 of its value per step, which is lost in half precision. Keep "
-        "the parameters in float32 (or float64) and use autocast"
+        "Frobenius decay changes a weight by about 3e-7 of its value per step, which half precision rounds away. "
+        "Keep the parameters in float32 (or float64) and use autocast"
     )
 
 
 def _describe_number(group: dict[str, Any]) -> str:
-    return f", here of {group['num_products']} products" if "num_products" in group else ""
+    return f" (for {group['num_products']} products)" if "num_products" in group else ""
 
 
 def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:
@@ -113,8 +116,9 @@ def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:
 def add_frobenius_gradients_(decayed: Sequence[Decayed], examine: Examine | None = None) -> None:
     """Add to each factor's target what :class:`LocalProduct` says, in the factors' own dtype, inside autocast too.
 
-    Sharded factors are worked on where they lie: every process of their mesh must call this with the same products, and
-    one all-gather and one all-reduce serve them all. ``examine`` sees each product before its targets change.
+    Sharded factors are not gathered unless necessary: all processes of their mesh must call this with the same
+    products, and one all-gather and one all-reduce serve all of them. ``examine`` sees each product before its targets
+    change.
     """
     with without_autocast(weight for each in decayed for weight in each.weights):
         _add_all_gradients_([each for each in decayed if isinstance(each, LocalProduct)], examine)
@@ -140,10 +144,10 @@ def _add_all_gradients_(products: Sequence[LocalProduct], examine: Examine | Non
 def frobenius_operators(
     grams: Sequence[torch.Tensor], middle: torch.Tensor | None = None
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """What each rank-first factor is multiplied by, from the left, to give its gradient: (H, r, r) each.
+    """The operators that, multiplied from the left with each rank-first factor, give its gradient: (H, r, r) each.
 
-    ``grams`` are UᵀU and VᵀV, ``middle`` is M (H, r, s). For a triple the middle gradient is (UᵀU)(M VᵀV): its
-    operator is UᵀU, and the second result is what it acts on.
+    ``grams`` are UᵀU and VᵀV, ``middle`` is M (H, r, s). For a triple, the middle gradient is (UᵀU)(M VᵀV): its
+    operator is UᵀU, and the second result is what it is applied to.
     """
     left, right = grams  # (H, r, r) and (H, s, s), of a pair s = r
     if middle is None:
@@ -153,7 +157,7 @@ def frobenius_operators(
 
 
 def _chunks(products: Sequence[LocalProduct]) -> Iterator[list[LocalProduct]]:
-    """Products whose Gram matrices are taken together: all sharded ones, the others up to some size."""
+    """Products whose Gram matrices are computed together: all sharded ones, the others up to some size."""
     sharded: list[LocalProduct] = []
     stack: list[LocalProduct] = []
     for product in products:
@@ -171,7 +175,7 @@ def _chunks(products: Sequence[LocalProduct]) -> Iterator[list[LocalProduct]]:
 
 
 def _stacked_grams(chunk: list[LocalProduct]) -> tuple[list[list[torch.Tensor]], dict[LocalFactor, torch.Tensor]]:
-    """Few kernels instead of many: copies of all factors of one shape in one tensor, one batched matmul for it.
+    """Few kernels instead of many: copies of all factors of one shape in one tensor, and one batched matmul.
 
     Returns:
         The Gram matrices of each product, and the copy (H, r, n) of each factor.
@@ -198,7 +202,7 @@ def _sharded_grams(chunk: list[LocalProduct]) -> list[list[torch.Tensor]]:
     for factor, rows in zip(split, gathered):
         factor.set_gathered(rows)
     outer = [(product, factor) for product in chunk for factor in product.outer_factors]
-    # None: this process knows all that it needs of them.
+    # None: this process has all that it needs of them.
     shardings = [None if p.has_local_grams or factor.is_gathered else factor.sharding for p, factor in outer]
     grams = sum_over_processes([factor.gram() for _, factor in outer], shardings)
     return [grams[i : i + 2] for i in range(0, len(grams), 2)]
@@ -215,7 +219,7 @@ def _add_gradients_(
     if examine is not None and product.is_updated:
         examine(product, grams, operators)
     alpha: Any = product.scale
-    if isinstance(alpha, torch.Tensor):  # as ``alpha`` of a kernel it would have to be fetched from its device
+    if isinstance(alpha, torch.Tensor):  # as ``alpha`` of a kernel, it would have to be copied from its device
         scale = alpha.to(operators[0].dtype)
         operators, alpha = tuple(operator * scale for operator in operators), 1.0
     for index, (factor, operator) in enumerate(zip(product.factors, operators)):
@@ -231,12 +235,12 @@ def _add_gradients_(
             target.add_(gradient.view(target.shape), alpha=alpha)
         elif factor in copies or not is_in_place:
             target.baddbmm_(operator, copies.get(factor, rows), alpha=alpha)
-        else:  # a matmul must not write what it reads
+        else:  # a matmul must not write to its inputs
             target.add_(torch.bmm(operator, rows, out=_like(target, scratch)), alpha=alpha)
 
 
 def _like(tensor: torch.Tensor, scratch: dict[Any, torch.Tensor]) -> torch.Tensor:
-    """Memory with the same strides, used again for the next tensor like it: it stays in the caches."""
+    """Memory with the same strides, reused for the next tensor of the same shape, so that it stays in the caches."""
     key = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     if key not in scratch:
         scratch[key] = torch.empty_like(tensor)

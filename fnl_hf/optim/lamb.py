@@ -1,7 +1,7 @@
 """LAMB (You et al., ICLR 2020, arXiv 1904.00962), and LAMB with Frobenius decay.
 
-The moments and Adam's direction come from torch's own Adam kernels (fused, foreach or neither); the decay and the trust
-ratio of the parameters that are updated together are in optim/buckets.py.
+The moments and Adam's direction come from torch's Adam kernels (fused, foreach or neither). optim/buckets.py computes
+the decay and the trust ratio of parameters that are updated together.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from fnl_hf.optim.sharding import local, sharding_of, sum_over_processes
 
 DECAYS = ("decoupled", "in_trust_ratio")
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-TAKEN_FROM_ADAM = ("lr", "initial_lr", "betas", "eps")  # of the groups in a state of torch's Adam
+TAKEN_FROM_ADAM = ("lr", "initial_lr", "betas", "eps")  # entries of the groups in a state of torch's Adam
 MANY_STEPS = 1e8  # β ** MANY_STEPS is 0: Adam's kernels then correct no bias
 
 
@@ -89,7 +89,7 @@ class Lamb(CheckedOptimizer):
         is_bound = isinstance(max_grad_norm, Real) and 0.0 < float(max_grad_norm) < float("inf")
         if max_grad_norm is not None and not is_bound:
             raise ValueError(f"max_grad_norm ({max_grad_norm}) must be positive and finite, or None")
-        self.defaults["max_grad_norm"] = max_grad_norm  # of all groups together, so no group's own entry
+        self.defaults["max_grad_norm"] = max_grad_norm  # for all groups together, so not an entry of each group
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its entries and their bounds."""
@@ -106,7 +106,7 @@ class Lamb(CheckedOptimizer):
         group["has_matrices"] = any(p.dim() >= 2 for p in group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. A state of torch's Adam or AdamW brings moments, step counts, learning rate, betas and eps.
+        """As in torch. A state of torch's Adam or AdamW brings moments, step counts, learning rate, betas and eps.
 
         Raises:
             ValueError: other groups or parameters than here, another optimizer's state, or one that maximizes; nothing
@@ -117,7 +117,7 @@ class Lamb(CheckedOptimizer):
     def _take_group(self, own: dict[str, Any], group: dict[str, Any], where: str) -> None:
         if "trust_clamp" not in group:
             if group.get("maximize"):
-                raise ValueError(f"{where} cannot take a state to be loaded that has maximize (True): LAMB minimizes")
+                raise ValueError(f"{where}: the state to load has maximize (True), but LAMB only minimizes")
             taken = {name: group[name] for name in TAKEN_FROM_ADAM if name in group}
             group.clear()
             group.update({name: value for name, value in own.items() if name not in TAKEN_FROM_ADAM} | taken)
@@ -127,7 +127,7 @@ class Lamb(CheckedOptimizer):
             entries = self.state.get(parameter)
             if entries:
                 device = parameter.device if group["fused"] else "cpu"
-                step = torch.as_tensor(entries["step"], dtype=torch.float32, device=device)  # once it was a number
+                step = torch.as_tensor(entries["step"], dtype=torch.float32, device=device)  # in older states, a number
                 self.state[parameter] = {name: entries[name] for name in ADAM_STATE} | {"step": step}
 
     @torch.no_grad()
@@ -137,7 +137,8 @@ class Lamb(CheckedOptimizer):
         self._update()
         return loss
 
-    @torch.compiler.disable  # its loops over buckets would be compiled again for each, and its kernels are torch's own
+    # otherwise its loops over buckets would be compiled separately, and its kernels are torch's own
+    @torch.compiler.disable
     def _update(self) -> None:
         self._refuse_unsupported()
         with without_autocast(p for group in self.param_groups for p in group["params"]):
@@ -145,10 +146,10 @@ class Lamb(CheckedOptimizer):
 
     def _update_buckets(self) -> None:
         grad_scale = self._clip_scale()
-        found_inf = getattr(self, "found_inf", None)  # as torch's fused kernels have it: a step that is not to happen
+        found_inf = getattr(self, "found_inf", None)  # as in torch's fused kernels: 1 in a step to skip
         for buckets in self._make_buckets():
-            # −u grows in each bucket's ``updates``: first what the decay adds to u, then Adam's direction, which
-            # torch's kernels subtract. Weights are written last, when the norms of w and u are known.
+            # −u grows in each bucket's ``updates``: first the decay's part, then Adam's direction, which torch's
+            # kernels subtract. Weights are written last, when the norms of w and u are known.
             for bucket in buckets:
                 bucket.decay(bucket.lr(found_inf))
             self._decay_products(buckets)
@@ -158,18 +159,18 @@ class Lamb(CheckedOptimizer):
                 bucket.apply(ratios, bucket.lr(found_inf))
 
     def _refuse_unsupported(self) -> None:
-        """Sparse gradients, and what has become of groups and parameters since the optimizer was made."""
+        """Refuse sparse gradients, and groups and parameters that became invalid."""
         self._refuse_sparse_gradients()
         for group in self.param_groups:
             get_lr(group)
             if group["has_matrices"] and all(p.dim() < 2 for p in group["params"]):
                 raise ValueError(
-                    "the parameters were reshaped after the optimizer was made, as FSDP1 and DeepSpeed ZeRO do: LAMB "
-                    "needs each parameter's norm. Shard with FSDP2 (fully_shard) instead"
+                    "the parameters were reshaped after the optimizer was created, as FSDP1 and DeepSpeed ZeRO do, "
+                    "but LAMB needs the norm of each parameter: use FSDP2 (fully_shard) instead"
                 )
 
     def _clip_scale(self) -> torch.Tensor | None:
-        """What all gradients are divided by, a 0-d tensor >= 1, or None without clipping."""
+        """The divisor of all gradients, a 0-d tensor >= 1, or None without clipping."""
         max_norm = self.defaults["max_grad_norm"]
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if max_norm is None or not weights:
@@ -187,7 +188,7 @@ class Lamb(CheckedOptimizer):
         return [(p,) for p in group["params"]]
 
     def _make_buckets(self) -> Iterator[list[Bucket]]:
-        """Buckets whose norms are summed over the processes together: all sharded ones, each other one alone."""
+        """Buckets whose norms are summed over the processes together: all sharded ones; every other bucket alone."""
         sharded_buckets = []
         for group in self.param_groups:
             whole: list[Unit] = []
@@ -202,12 +203,12 @@ class Lamb(CheckedOptimizer):
             yield sharded_buckets
 
     def _decay_products(self, buckets: list[Bucket]) -> None:
-        """Decay of products inside the trust ratio; there are none here."""
+        """Decay of products inside the trust ratio; there are no products here."""
 
     def _subtract_adam_direction(
         self, bucket: Bucket, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
     ) -> None:
-        """updates ← updates − m̂/(√v̂ + ε): a step of Adam's with η = 1, on the updates in the parameters' place."""
+        """updates ← updates − m̂/(√v̂ + ε): a step of Adam with η = 1 on the updates in place of the parameters."""
         group = bucket.group
         states = [self._state_of(p, group) for p in bucket.parameters]
         grads = [local(p.grad) for p in bucket.parameters if p.grad is not None]
@@ -215,18 +216,18 @@ class Lamb(CheckedOptimizer):
         exp_avg_sqs = [local(state["exp_avg_sq"]) for state in states]
         steps = [state["step"] for state in states]
         is_fused = group["fused"] and _have_equal_strides(bucket.updates, grads, exp_avgs, exp_avg_sqs)
-        # A fused kernel takes a float32 scale only; it is float64 as soon as one gradient is.
+        # A fused kernel only accepts a float32 scale; it is float64 as soon as one gradient is.
         if grad_scale is not None and grads and not (is_fused and grad_scale.dtype == torch.float32):
             for device in {grad.device for grad in grads}:
                 torch._foreach_div_([grad for grad in grads if grad.device == device], grad_scale.to(device))
             grad_scale = None
         if found_inf is not None and not is_fused:
-            if found_inf.item():  # only fused kernels look for themselves
+            if found_inf.item():  # only fused kernels check it themselves
                 return
             found_inf = None
         if not group["bias_correction"] and steps:
-            # The kernels divide by 1 − βᵗ: count the steps here, and give them a t at which that is 1.
-            # A list, because of a tensor the kernel would fetch the number from its device.
+            # The kernels divide by 1 − βᵗ: count the steps here, and pass a t at which that is 1.
+            # A list, because the kernel would copy the number from the device of a tensor.
             torch._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
             steps = [torch.full_like(step, MANY_STEPS) for step in steps]
         beta1, beta2 = group["betas"]
@@ -253,7 +254,7 @@ class Lamb(CheckedOptimizer):
     def _state_of(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            # As in torch.optim.Adam, whose states LAMB continues: on the device for a fused kernel, else on the host.
+            # As in torch.optim.Adam, whose states LAMB can load: on the device for a fused kernel, else on the host.
             device = parameter.device if group["fused"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -323,7 +324,7 @@ class FrobeniusLamb(ProductGroups, Lamb):
 
 
 def _have_equal_strides(*lists: list[torch.Tensor]) -> bool:
-    """Whether a fused kernel may have them: it takes elements as they lie in memory, whatever the strides."""
+    """Whether a fused kernel can handle these tensors: it takes elements in memory order, whatever the strides."""
     return all(len({tensor.stride() for tensor in tensors}) == 1 for tensors in zip(*lists))
 
 
@@ -333,12 +334,12 @@ def _validate(group: dict[str, Any]) -> None:
     for position, parameter in enumerate(group["params"]):
         if not parameter.is_floating_point():
             raise ValueError(
-                f"parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB is for "
+                f"parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB needs "
                 "real floating-point parameters"
             )
     validate_betas(group["betas"])
     if group["decay"] not in DECAYS:
-        raise ValueError(f"decay must be one of {DECAYS}, got {group['decay']!r}")
+        raise ValueError(f"decay must be one of {DECAYS}, not {group['decay']!r}")
     for name in ("weight_norm_clamp", "trust_clamp"):
         clamp = group[name]
         bounds = clamp if isinstance(clamp, tuple | list) else ()
@@ -348,6 +349,6 @@ def _validate(group: dict[str, Any]) -> None:
         raise ValueError("foreach and fused cannot both be True")
     if any(getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id") for p in group["params"]):
         raise ValueError(
-            "the parameters are flattened by FSDP1 or DeepSpeed ZeRO: LAMB needs each parameter's norm. Shard with "
-            "FSDP2 (fully_shard) instead"
+            "the parameters are flattened by FSDP1 or DeepSpeed ZeRO, but LAMB needs the norm of each parameter: "
+            "use FSDP2 (fully_shard) instead"
         )

@@ -1,4 +1,4 @@
-"""A product as far as it lies in this process: which rows of its factors, and what is added to them.
+"""The part of a product on this process: which rows of its factors it has, and what is added to them.
 
 Shapes are rank first, as ``torch.nn.Linear`` stores most: H heads, r rank, n outer size (of the middle factor of three
 its second rank s), h heads that have rows here. A factor's H·r rows are held in one of three ways:
@@ -24,7 +24,7 @@ ALL = slice(None)
 
 
 class LocalFactor:
-    """One factor as far as it lies here.
+    """The local part of one factor.
 
     Args:
         weight: the stored parameter.
@@ -47,7 +47,7 @@ class LocalFactor:
         self.sharding = sharding = sharding_of(weight)
         self.num_heads, self.rank_dim, self.rank = num_heads, rank_dim, weight.shape[rank_dim] // num_heads
         self.is_sharded_along_rank = self.is_gathered = False
-        self.heads = self.local_rows = ALL  # those with rows here; which of these heads' rows lie here
+        self.heads = self.local_rows = ALL  # those with rows here; which of these heads' rows are here
         if sharding is not None and sharding.dim == rank_dim:
             self.is_sharded_along_rank = True
             self.is_gathered = is_middle or sharding.splits_heads(self.rank)
@@ -57,13 +57,13 @@ class LocalFactor:
             self.local_rows = slice(start - first * self.rank, stop - first * self.rank)
         elif sharding is not None and is_middle:
             raise ValueError(
-                f"the middle factor of shape {tuple(weight.shape)} is sharded along dimension 1: it must be "
-                "sharded along dimension 0, as fully_shard does, or replicated"
+                f"the middle factor of shape {tuple(weight.shape)} is sharded along dimension 1: shard it along "
+                "dimension 0, as fully_shard does, or replicate it"
             )
         self.weight = self._rank_first(weight)
         self.is_in_place = target is weight
         self.target = self.weight if self.is_in_place else None if target is None else self._rank_first(target)
-        # Of the heads that have rows here (h, r, n), and of all heads (H, r, n), where those are known.
+        # For heads with rows here (h, r, n), and for all heads (H, r, n), where known.
         self.rows: torch.Tensor
         self.all_rows: torch.Tensor | None = None
         if not self.is_gathered:
@@ -86,7 +86,7 @@ class LocalFactor:
         self.rows = self.all_rows[self.heads]
 
     def gram(self) -> torch.Tensor:
-        """FᵀF (H, r, r), or this process's summand of it: zeros for heads that have no rows here."""
+        """FᵀF (H, r, r), or this process's summand of it: zero for heads without rows here."""
         if self.all_rows is not None:
             return torch.bmm(self.all_rows, self.all_rows.mT)
         grams = self.rows.new_zeros(self.num_heads, self.rank, self.rank)
@@ -124,7 +124,7 @@ class LocalProduct:
         self.outer_factors = left, right = self.factors[0], self.factors[-1]
         self.is_sharded = any(factor.sharding is not None for factor in self.factors)
         self.is_updated = any(factor.target is not None for factor in self.factors)
-        # Of a pair that is sharded alike along the rank, a head's Gram matrices are needed only where its rows are.
+        # If both factors are sharded alike along the rank, a head's Gram matrices are only needed where its rows are.
         self.has_local_grams = False
         if not inner and left.is_sharded_along_rank and right.is_sharded_along_rank:
             assert left.sharding is not None and right.sharding is not None

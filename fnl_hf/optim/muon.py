@@ -1,7 +1,7 @@
 """Muon for hidden matrices and AdamW for everything else, with Frobenius decay.
 
-Both rules are torch's own optimizers, made anew for each step: of Muon's, on the matrices as which it is to see the
-parameters; of AdamW's, on the parameters and the state that are kept here.
+Both rules are torch's own optimizers, created for each step: Muon on the matrices that represent the parameters, AdamW
+on the parameters and the state that is kept here.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from fnl_hf.products.views import VIEWS
 ADJUSTMENTS = ("original", "match_rms_adamw")
 OF_MUON = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
 OF_ADAMW = ("lr", "weight_decay", "betas", "eps", "fused")
-TOO_MANY_STEPS = 100  # of Newton and Schulz, for torch's Muon
+TOO_MANY_STEPS = 100  # of Newton-Schulz iterations, for torch's Muon
 
 
 class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
@@ -84,7 +84,9 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
         frobenius_decay: float = 0.0,
     ):
         if not hasattr(torch.optim, "Muon"):
-            raise RuntimeError(f"Muon needs torch 2.9 or later, for torch.optim.Muon: this is {torch.__version__}")
+            raise RuntimeError(
+                f"Muon needs torch.optim.Muon from torch 2.9 or later: this is torch {torch.__version__}"
+            )
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -124,7 +126,7 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
 
     def _take_group(self, own: dict[str, Any], group: dict[str, Any], where: str) -> None:
         if group.setdefault("use_muon", own["use_muon"]) != own["use_muon"]:
-            raise ValueError(f"{where} has use_muon {own['use_muon']}, the state to be loaded {group['use_muon']}")
+            raise ValueError(f"{where} has use_muon {own['use_muon']}, but the state to load has {group['use_muon']}")
         super()._take_group(own, group, where)
         _validate(group, where)
 
@@ -217,9 +219,9 @@ def _layouts_of(group: dict[str, Any]) -> list[_Layout]:
 def _change(
     gradient: torch.Tensor, buffer: torch.Tensor, layout: _Layout, lr: float, options: dict[str, Any]
 ) -> torch.Tensor:
-    """−η·c·O, whole and in the weight's shape, of one that is sharded or has more than two dimensions.
+    """−η·c·O, unsharded and in the weight's shape, for a sharded weight or one with more than two dimensions.
 
-    Updates ``buffer``. Momentum works entry by entry, so each process has its own part's; O needs the whole direction.
+    Updates ``buffer``. Momentum is elementwise, so each process updates its own part; O needs the whole direction.
     """
     buffer.lerp_(gradient, 1 - options["momentum"])
     direction = gradient.lerp(buffer, options["momentum"]) if options["nesterov"] else buffer
@@ -227,7 +229,7 @@ def _change(
     matrix, split_as = layout.fold(whole)
     change = torch.zeros_like(matrix)
     blocks = split_as.split(change)
-    # Momentum 0 takes the direction as it is given.
+    # With momentum 0, torch's Muon takes the direction as given.
     options = options | {"lr": lr, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
     _step_blocks(blocks, split_as.split(matrix), [torch.zeros_like(block) for block in blocks], **options)
     return layout.unfold(change, whole.shape)
@@ -247,27 +249,27 @@ def _step_blocks(
 
 
 def _take_step(optimizer: torch.optim.Optimizer) -> None:
-    """Without the hooks that torch wraps the ``step`` of every class with: those are called for our own."""
+    """A step without the hooks that torch adds to the ``step`` of every class: those are called for our own step."""
     step: Any = type(optimizer).step
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
 def _part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """What lies here of a tensor that is sharded as ``parameter`` is."""
+    """The local part of a tensor that is sharded like ``parameter``."""
     sharding = sharding_of(parameter)
     return whole if sharding is None else sharding.part_of(whole)
 
 
 def _follows_muon(group: dict[str, Any], where: str) -> bool:
-    """Of a group that does not say."""
+    """The rule for a group without ``use_muon``."""
     if group.get("product") is not None:
         return True
     params = group["params"]
     entries = [params] if isinstance(params, torch.Tensor) else params
     if any((entry[1] if isinstance(entry, tuple) else entry).dim() >= 2 for entry in entries):
         raise ValueError(
-            f"{where} holds matrices and does not say whether they follow Muon (use_muon), as hidden ones do, or "
-            "AdamW, as embeddings and output heads do: make the groups with muon_param_groups(model, ...)"
+            f"{where} has matrices, but does not say whether to update them with Muon (use_muon: for hidden layers) "
+            "or with AdamW (for embeddings and output heads): make the groups with muon_param_groups(model, ...)"
         )
     return False
 
@@ -276,8 +278,9 @@ def _validate_matrices(params: Sequence[torch.Tensor], where: str) -> None:
     for position, parameter in enumerate(params):
         if parameter.dim() < 2:
             raise ValueError(
-                f"{where}, parameter {position}, of shape {tuple(parameter.shape)}: Muon is for matrices. Vectors "
-                "need use_muon False; FSDP1 and DeepSpeed ZeRO flatten matrices, shard with FSDP2 (fully_shard) instead"
+                f"{where}, parameter {position}, of shape {tuple(parameter.shape)}: Muon is for matrices. Set "
+                "use_muon to False for vectors; FSDP1 and DeepSpeed ZeRO flatten matrices: use FSDP2 (fully_shard) "
+                "instead"
             )
         sharding_of(parameter)  # refuses what cannot be gathered
 
@@ -289,15 +292,15 @@ def _validate(group: dict[str, Any], where: str) -> None:
     for position, parameter in enumerate(group["params"]):
         if not parameter.is_floating_point():
             raise ValueError(
-                f"{where}, parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: Muon "
-                "and AdamW are for real floating-point parameters here"
+                f"{where}, parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: "
+                "Muon and AdamW need real floating-point parameters here"
             )
     if not group["use_muon"]:
         return
     _validate_matrices(group["params"], where)
     if group["per_head"] and group["product"] == VIEWS:
         raise ValueError(
-            f"{where}: per_head (True) needs factors that are parameters of their own, and here they are parts of "
+            f"{where}: per_head (True) needs factors that are whole parameters, but here they are parts of "
             "parameters, shared by heads or rotated: set per_head to False in this group"
         )
     momentum, steps, coefficients = group["momentum"], group["ns_steps"], group["ns_coefficients"]
@@ -309,4 +312,4 @@ def _validate(group: dict[str, Any], where: str) -> None:
     if len(numbers) != 3 or not all(isinstance(number, Real) for number in numbers):
         raise ValueError(f"{where}: ns_coefficients ({coefficients}) must be three numbers")
     if group["adjust_lr_fn"] not in (None, *ADJUSTMENTS):
-        raise ValueError(f"{where}: adjust_lr_fn must be one of {ADJUSTMENTS} or None, got {group['adjust_lr_fn']!r}")
+        raise ValueError(f"{where}: adjust_lr_fn must be one of {ADJUSTMENTS} or None, not {group['adjust_lr_fn']!r}")

@@ -1,4 +1,4 @@
-"""Which parameter follows Muon, which AdamW."""
+"""Decides which parameters follow Muon and which AdamW."""
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -95,5 +95,7 @@ def _named(model: nn.Module, patterns: Sequence[str]) -> Iterator[nn.Parameter]:
         found = [parameter for name, parameter in parameters.items() if fnmatch(name, pattern)]
         if not found:
             known = ", ".join(list(parameters)[-3:])
-            raise ValueError(f"adamw ({pattern!r}) names no parameter of {type(model).__name__}, such as {known}")
+            raise ValueError(
+                f"adamw ({pattern!r}) matches no parameter of {type(model).__name__}, which has for example {known}"
+            )
         yield from found

@@ -1,4 +1,4 @@
-"""Which weight gets which decay."""
+"""Decides which weight gets which decay."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from fnl_hf.products.views import VIEWS, ViewPair, ViewProduct
 
 logger = logging.get_logger(__name__)
 
-REMEDY = "register what it has with fnl_hf.register_attention or fnl_hf.register_product"
+REMEDY = "register its products with fnl_hf.register_attention or fnl_hf.register_product"
 DECAY_MODES = ("frobenius", "weight", "none")
 
 
@@ -60,9 +60,9 @@ def frobenius_param_groups(
     given, frobenius_decay = frobenius_decay, weight_decay if frobenius_decay is None else frobenius_decay
     for name, value in (("weight_decay", weight_decay), ("frobenius_decay", frobenius_decay)):
         if not 0.0 <= value < float("inf"):
-            raise ValueError(f"{name} ({value}) must be finite and >= 0")
+            raise ValueError(f"{name} ({value}) must be finite and at least 0")
     if decay_mode not in DECAY_MODES:
-        raise ValueError(f"decay_mode must be one of {DECAY_MODES}, got {decay_mode!r}")
+        raise ValueError(f"decay_mode must be one of {DECAY_MODES}, not {decay_mode!r}")
 
     found, unknown = discover(model)
     products = _decayed_products(found, decay_rotary)
@@ -86,8 +86,8 @@ def _refuse_flattened(model: nn.Module) -> None:
     if fsdp1 or zero3:
         name, kind = (fsdp1[0] or type(model).__name__, "FSDP1") if fsdp1 else (zero3[0], "DeepSpeed ZeRO-3")
         raise ValueError(
-            f"{name} is sharded by {kind}, which flattens parameters, so that products cannot be told from them: "
-            "shard with FSDP2 (fully_shard) instead"
+            f"{name} is sharded by {kind}, which flattens parameters, so the factors of a product cannot be found: "
+            "use FSDP2 (fully_shard) instead"
         )
 
 
@@ -112,7 +112,8 @@ def _whole_groups(products: list[Product], decay: float, decay_mode: str) -> lis
 
 
 def _product_group(name: str, products: list[Product], decay: float, decay_mode: str) -> dict[str, Any]:
-    """Positions, not attributes, say what belongs together: FSDP2 and Accelerate replace parameters in order."""
+    """Positions, not attributes, show what belongs together, because FSDP2 and Accelerate replace parameters in
+    order."""
     return {
         "name": name,
         "params": [weight for product in products for weight in product.weights],
@@ -127,7 +128,7 @@ def _product_group(name: str, products: list[Product], decay: float, decay_mode:
 def _view_groups(
     products: list[ViewProduct], decay: float, weight_decay: float, decay_mode: str
 ) -> list[dict[str, Any]]:
-    """Groups of attention layers with one layout each: parameters that hold factors of one another's products."""
+    """Groups of attention layers with one layout each: parameters that contain factors of the same products."""
     layers: list[tuple[list[nn.Parameter], list[ViewPair], int]] = []
     for product in products:
         params, pairs = next(
@@ -186,14 +187,14 @@ def _report_unknown(
         kinds = f"; its attention is of an unknown kind: {', '.join(unknown)}" if unknown else ""
         raise ValueError(
             f"frobenius_decay ({given}) has nothing to decay: {name} has no trainable products{kinds}. For ordinary "
-            f"weight decay leave it out; otherwise {REMEDY}, or factorize layers (fnl_hf.factorize)"
+            f"weight decay, leave it out; otherwise {REMEDY}, or factorize layers (fnl_hf.factorize)"
         )
     if decay == 0.0 or decay_mode == "none":
         return
     if unknown:
         logger.warning_once(
-            f"{name}: attention of an unknown kind is left to ordinary weight decay: {', '.join(unknown)}. For "
-            f"{decay_mode} decay of its products {REMEDY}"
+            f"{name}: attention of an unknown kind gets ordinary weight decay: {', '.join(unknown)}. For "
+            f"{decay_mode} decay, {REMEDY}"
         )
     elif not decayed:
         logger.warning_once(f"{name} has no trainable products: all decay is ordinary weight decay")

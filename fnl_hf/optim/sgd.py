@@ -68,7 +68,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
 
     @torch.compiler.disable  # as ``_decay``
     def _add_decay_to_gradients(self, groups: list[dict[str, Any]]) -> None:
-        """Give the factors other gradients, with the decay in them."""
+        """Add the decay to the factors' gradients."""
         # A fused kernel divides the gradients by ``grad_scale`` (fp16 loss scaling) and negates them to maximize.
         grad_scale = getattr(self, "grad_scale", None)
         products: list[Decayed] = []

@@ -1,7 +1,7 @@
-"""What a process holds of a sharded parameter, and the few collectives that decay and norms need (FSDP2).
+"""The local part of a sharded parameter, and the few collectives that decay and norms need (FSDP2).
 
 FSDP2 (``fully_shard``) makes each parameter a DTensor that is split along one dimension into as many chunks as there
-are processes; the last ones may be empty. How Gram matrices and gradients follow from a chunk: optim/local_factors.py.
+are processes; the last ones may be empty. optim/local_factors.py computes Gram matrices and gradients from a chunk.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Sharding(NamedTuple):
-    """How a tensor is sharded: its ``size`` rows in dimension ``dim`` are dealt out to the processes of ``group``."""
+    """How a tensor is sharded: its ``size`` rows in dimension ``dim`` are distributed to the processes of ``group``."""
 
     dim: int
     size: int
@@ -28,7 +28,7 @@ class Sharding(NamedTuple):
 
     @property
     def chunk_size(self) -> int:
-        """Rows of each process but the last ones, which may have fewer or none, as ``torch.chunk`` has it."""
+        """Rows of each process except the last ones, which may have fewer or none, as with ``torch.chunk``."""
         return -(-self.size // self.num_processes)
 
     def rows_of(self, process: int) -> tuple[int, int]:
@@ -36,12 +36,12 @@ class Sharding(NamedTuple):
         return min(process * self.chunk_size, self.size), min((process + 1) * self.chunk_size, self.size)
 
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This process's rows of a tensor that it has whole."""
+        """This process's rows of an unsharded tensor."""
         start, stop = self.rows_of(self.process)
         return whole.narrow(self.dim, start, stop - start)
 
     def splits_heads(self, rank: int) -> bool:
-        """Whether any head, ``rank`` rows in a row, has rows on two processes."""
+        """Whether any head, ``rank`` consecutive rows, has rows on two processes."""
         return self.chunk_size < self.size and self.chunk_size % rank != 0
 
 
@@ -49,12 +49,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a parameter, gradient or state, sharing its memory."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    with torch.no_grad():  # otherwise ``to_local`` would be an operation of autograd's
+    with torch.no_grad():  # otherwise autograd would record ``to_local``
         return tensor.to_local()
 
 
 def sharding_of(tensor: torch.Tensor) -> Sharding | None:
-    """How a tensor is sharded, or None if each process has it whole.
+    """How a tensor is sharded, or None if each process has all of it.
 
     Raises:
         ValueError: sharded over several mesh dimensions (FSDP with tensor parallelism), or pending a reduction.
@@ -76,13 +76,13 @@ def sharding_of(tensor: torch.Tensor) -> Sharding | None:
 
 
 def gather_rows(parts: Sequence[torch.Tensor], shardings: Sequence[Sharding]) -> list[torch.Tensor]:
-    """All rows (size, n) of each tensor of which this process has ``parts`` (rows, n).
+    """All rows (size, n) of each tensor, from this process's ``parts`` (rows, n).
 
     One packed all-gather for each process group and dtype.
     """
     gathered = list(parts)
     for group, indices in _by_group(zip(parts, shardings)):
-        # All processes must send as much: chunks are filled up to the size of the first one.
+        # All processes must send equally much: chunks are padded to the size of the first one.
         filled = [F.pad(parts[i], (0, 0, 0, shardings[i].chunk_size - len(parts[i]))) for i in indices]
         sent = torch.cat([part.reshape(-1) for part in filled])
         received = sent.new_empty(shardings[indices[0]].num_processes, len(sent))
@@ -93,7 +93,7 @@ def gather_rows(parts: Sequence[torch.Tensor], shardings: Sequence[Sharding]) ->
 
 
 def sum_over_processes(tensors: Sequence[torch.Tensor], shardings: Sequence[Sharding | None]) -> list[torch.Tensor]:
-    """Each tensor summed over the processes that share it (None: as it is).
+    """Each tensor summed over the processes that share it (None: unchanged).
 
     One packed all-reduce for each process group and dtype.
     """
@@ -107,7 +107,7 @@ def sum_over_processes(tensors: Sequence[torch.Tensor], shardings: Sequence[Shar
 
 
 def _by_group(members: Iterable[tuple[torch.Tensor, Sharding | None]]) -> list[tuple[Any, list[int]]]:
-    """Positions of each process group and dtype, in order of first appearance; what is not sharded has none."""
+    """Positions for each process group and dtype, in order of first appearance; unsharded tensors have none."""
     found: dict[Any, tuple[Any, list[int]]] = {}
     for index, (tensor, sharding) in enumerate(members):
         if sharding is not None:

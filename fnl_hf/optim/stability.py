@@ -1,4 +1,4 @@
-"""A decoupled decay that is too large for its product."""
+"""Detects a decoupled decay that is too large for its product."""
 
 import math
 from collections.abc import Sequence
@@ -15,16 +15,17 @@ from fnl_hf.optim.view_decay import LocalPair
 logger = logging.get_logger(__name__)
 
 BOUND = 2.0  # of ηλσ²
-STEPS_BETWEEN = 100  # two checks of products for whose figures the host would have to wait
+STEPS_BETWEEN = 100  # steps between two checks on devices where reading the result makes the host wait
 
 
 class StabilityCheck:
     """Warns, once, of a product that its decay makes grow.
 
     Decoupled decay multiplies each direction of a factor by 1 − ηλσ², where σ² is an eigenvalue of the factor's
-    operator: VᵀV for U of U Vᵀ. Above ηλσ² = 2 the direction grows, its partner's σ² with it, and the product without
-    limit. The Gram matrices are those that the decay needs anyway. Their Frobenius norms bound the eigenvalues, which
-    are computed only where that does not tell. On a CPU each step is checked; elsewhere the first and every hundredth.
+    operator: VᵀV for U of U Vᵀ. Above ηλσ² = 2 the direction grows, and with it its partner's σ² and the product,
+    without limit. The check uses the Gram matrices that the decay needs anyway. Their Frobenius norms bound the
+    eigenvalues, which are only computed if the bound is not sufficient. On a CPU each step is checked, elsewhere the
+    first and every hundredth.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class StabilityCheck:
         self.found: tuple[LocalProduct | LocalPair, float] | None = None
 
     def is_due(self, device: torch.device) -> bool:
-        """Whether the products on this device are to be checked in this step."""
+        """Whether to check the products on this device in this step."""
         return not self.has_warned and (device.type == "cpu" or self.steps % STEPS_BETWEEN == 0)
 
     def examine(
@@ -42,7 +43,7 @@ class StabilityCheck:
         grams: Sequence[torch.Tensor],
         operators: Sequence[torch.Tensor],
     ) -> None:
-        """Look at one product before its step; arguments as in ``frobenius_operators``."""
+        """Check one product before its step; arguments as in ``frobenius_operators``."""
         if self.found is not None or not self.is_due(grams[0].device):
             return
         matrices: list[tuple[torch.Tensor, ...]] = [(operator,) for operator in operators]
@@ -53,14 +54,14 @@ class StabilityCheck:
         rate = abs(float(product.scale))
         bounds = [rate * math.prod(matrix.norm().item() for matrix in of_factor) for of_factor in moving]
         bound = max(bounds)
-        if bound <= BOUND or any(map(math.isnan, bounds)):  # NaN: the weights are lost already
+        if bound <= BOUND or any(map(math.isnan, bounds)):  # NaN: the weights are already lost
             return
         growth = bound if math.isinf(bound) else rate * max(_largest_eigenvalue(of_factor) for of_factor in moving)
         if growth > BOUND:
             self.found = product, growth
 
     def end_step(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Count the step, and say what was found in it."""
+        """Count the step, and warn of what was found in it."""
         self.steps += 1
         if self.found is None:
             return
@@ -69,8 +70,8 @@ class StabilityCheck:
             for position, weights in enumerate(products_of(group) if group["product"] else ()):
                 if weights[0] is product.weights[0]:
                     logger.warning(
-                        f"{group_name(group, index)}, product {position} ({group['product']}) grows in its Frobenius "
-                        f"decay: ηλσ² is {growth:.3g}, and above {BOUND:g} a step enlarges a factor instead of "
+                        f"{group_name(group, index)}, product {position} ({group['product']}): its Frobenius decay "
+                        f"makes it grow. ηλσ² is {growth:.3g}; above {BOUND:g}, a step enlarges a factor instead of "
                         f"shrinking it. Lower lr ({group['lr']}) or frobenius_decay ({group['frobenius_decay']})"
                     )
 

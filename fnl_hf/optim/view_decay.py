@@ -65,7 +65,7 @@ class LocalPair:
         if examine is not None:
             examine(self, grams, grams[::-1])
         alpha: Any = self.scale
-        if isinstance(alpha, torch.Tensor):  # as ``alpha`` of a kernel it would have to be fetched from its device
+        if isinstance(alpha, torch.Tensor):  # as ``alpha`` of a kernel, it would have to be copied from its device
             scale = alpha.to(operators[0].dtype)
             operators, alpha = [operator * scale for operator in operators], 1.0
         for factor, operator in zip(self.factors, operators):
@@ -101,7 +101,8 @@ class ViewUnit:
         self.scale, self.row_scales, self.has_products = scale, row_scales, has_products
 
     def add_(self, examine: Callable[..., None] | None) -> None:
-        """Decay. Sharded parameters are gathered: every process of their mesh must call this with the same units."""
+        """Apply the decay. Sharded parameters are gathered: all processes of their mesh must call this with the same
+        units."""
         shardings = [sharding_of(weight) for weight in self.weights]
         if any(shardings):
             self._add_gathered_(shardings, examine)
@@ -141,7 +142,7 @@ class ViewUnit:
                     target.addcmul_(weight, self._row_scales_of(index, weight))
 
     def _row_scales_of(self, index: int, weight: torch.Tensor) -> torch.Tensor:
-        """A number for each row of a parameter, as a column or a row that multiplies it."""
+        """A number for each row of a parameter, as a column or row that scales it."""
         assert self.row_scales is not None
         of_factors, of_others = self.row_scales
         views = [view for pair in self.pairs for view in pair.views if view.parameter == index]
@@ -161,16 +162,17 @@ def validate_views(group: dict[str, Any], where: str) -> None:
     params = group["params"]
     if not group.get("layout"):
         raise ValueError(
-            f"{where}: product {VIEWS!r} needs a layout, the places of the factors in their parameters: make the group "
-            "with frobenius_param_groups(model, ...), which finds them, or by fnl_hf.register_attention"
+            f"{where}: product {VIEWS!r} needs a layout, which says where the factors are in their parameters: make "
+            "the group with frobenius_param_groups(model, ...), which finds them, or describe them with "
+            "fnl_hf.register_attention"
         )
     pairs = [ViewPair.of(pair) for pair in group["layout"]]
     size = unit_size(group)
     if len(params) != size * group.get("num_products", len(params) // size):
         raise ValueError(
-            f"{where}: its attention layers have {size} parameters each, got {len(params)} for "
-            f"{group.get('num_products', 'a whole number')} of them: FSDP1, DeepSpeed ZeRO or ZeroRedundancyOptimizer "
-            "flattened the parameters or dealt them out"
+            f"{where}: its attention layers have {size} parameters each, but {len(params)} are given for "
+            f"{group.get('num_products', 'a whole number')} of them: FSDP1, DeepSpeed ZeRO or "
+            "ZeroRedundancyOptimizer flattened or distributed the parameters"
         )
     for start in range(0, len(params), size):
         for view in (view for pair in pairs for view in pair.views):
@@ -178,12 +180,12 @@ def validate_views(group: dict[str, Any], where: str) -> None:
             rows = weight.shape[view.dim] if weight.dim() == 2 else 0
             if view.end > rows:
                 raise ValueError(
-                    f"{where}, parameter {start + view.parameter}, of shape {tuple(weight.shape)}: a factor's rows end "
-                    f"at {view.end} in dimension {view.dim}, beyond the parameter. FSDP1 and DeepSpeed ZeRO flatten "
-                    "parameters; shard with FSDP2 (fully_shard) instead"
+                    f"{where}, parameter {start + view.parameter}, of shape {tuple(weight.shape)}: the rows of a "
+                    f"factor end at {view.end} in dimension {view.dim}, which is outside of the parameter. FSDP1 "
+                    "and DeepSpeed ZeRO flatten parameters: use FSDP2 (fully_shard) instead"
                 )
 
 
 def unit_size(group: dict[str, Any]) -> int:
-    """How many parameters an attention layer has."""
+    """The number of parameters of an attention layer."""
     return 1 + max(view[0] for left, right, _ in group["layout"] for view in (left, right))

@@ -1,1 +1,1 @@
-"""Which products of parameters a model has, and what training does to them."""
+"""The products of parameters in a model, and how training changes them."""

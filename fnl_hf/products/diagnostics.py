@@ -1,7 +1,7 @@
-"""What training does to the products: norms, effective step size, orthogonality of the factors.
+"""How training changes the products: norms, effective step size, orthogonality of the factors.
 
-Everything goes through r×r cores; no m×n product is formed. The decompositions of all products of one shape are one
-call, so that an accelerator is waited for once and not once a layer.
+All computations use r×r cores; no m×n product is formed. Products of one shape are decomposed in one call, so the host
+waits for an accelerator once and not once per layer.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which products of parameters a model holds: those of its attention, and those that its modules registered."""
+"""The products of parameters in a model: those of its attention, and those registered by its modules."""
 
 from torch import nn
 
@@ -43,8 +43,8 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
         return
     if any(name == other for *_, other in registered):
         raise ValueError(
-            f"{type(module).__name__} has a product named {name!r} already: give product ({', '.join(weight_names)}) "
-            "another name"
+            f"{type(module).__name__} already has a product named {name!r}: give product "
+            f"({', '.join(weight_names)}) another name"
         )
     registered.append(entry)
 
@@ -114,11 +114,11 @@ def register_attention(
     weights.pairs(module, f"attention {name or type(module).__name__}")
     registered = module.__dict__.setdefault(_ATTENTION_REGISTRY, {})
     if registered.setdefault(name, weights) != weights:
-        raise ValueError(f"{type(module).__name__} has an attention named {name!r} already: give this one another name")
+        raise ValueError(f"{type(module).__name__} already has an attention named {name!r}: give this one another name")
 
 
 def registered_products(model: nn.Module) -> list[Product]:
-    """What :func:`register_product` and :func:`register_attention` were told of.
+    """The products registered with :func:`register_product` and :func:`register_attention`.
 
     Raises:
         ValueError: a parameter that is gone.
@@ -138,7 +138,7 @@ def registered_products(model: nn.Module) -> list[Product]:
 
 
 def _products_of_bert(model: nn.Module) -> list[Product]:
-    """Without those of tied weights: a parameter is a factor once."""
+    """Products of BERT's attention without tied weights: a parameter is a factor of one product only."""
     products: list[Product] = []
     taken: set[int] = set()
     for product in factor_pairs(model):
@@ -150,7 +150,7 @@ def _products_of_bert(model: nn.Module) -> list[Product]:
 
 
 def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product], list[str]]:
-    """Those of which no weight is ``taken``, and the classes of modules that were not understood."""
+    """Products of attention without weights that are ``taken``, and the classes of modules that were not understood."""
     modules, taken = dict(model.named_modules()), set(taken)
     products: list[Product] = []
     in_part: set[str] = set()
@@ -158,7 +158,7 @@ def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product
     for path, module in modules.items():
         parent = path.rpartition(".")[0]
         found, is_open = find_pairs(module, modules.get(parent) if path else None, path)
-        # A weight that several modules share counts with the first of them.
+        # A weight that several modules share is assigned to the first of them.
         untied, tied = without_tied(found)
         pairs = [pair for pair in untied if not {id(pair.left.weight), id(pair.right.weight)} & taken]
         prefix, above = (f"{each}." if each else "" for each in (path, parent))
@@ -182,7 +182,7 @@ def _attention_products(model: nn.Module, taken: set[int]) -> tuple[list[Product
 
 def _not_understood(module: nn.Module, pairs: list[FoundPair], taken: set[int]) -> list[nn.Parameter]:
     """Trainable matrices with rows that are neither ``taken`` nor factors of ``pairs``."""
-    rows: dict[int, int] = {}  # how many are left
+    rows: dict[int, int] = {}  # number of rows left
     for pair in pairs:
         for located, view in zip((pair.left, pair.right), pair.pair.views):
             weight = located.weight
@@ -191,7 +191,7 @@ def _not_understood(module: nn.Module, pairs: list[FoundPair], taken: set[int]) 
 
 
 def _as_product(pair: FoundPair, stem: str, prefixes: tuple[str, str]) -> Product:
-    """``stem`` begins the product's name, ``prefixes`` those of weights in the module and in its parent."""
+    """``stem`` starts the product's name, ``prefixes`` those of weights in the module and in its parent."""
     located = (pair.left, pair.right)
     weights = (pair.left.weight, pair.right.weight)
     names = (f"{prefixes[each.in_parent]}{each.name}" for each in located)
@@ -206,14 +206,14 @@ def _refuse_two_products(products: list[Product]) -> None:
             for other, place in owners.setdefault(id(weight), []):
                 if not _are_apart(product, index, other, place):
                     raise ValueError(
-                        f"{weight_name} is a factor of product {product.name} and, as {other.weight_names[place]}, of "
-                        f"product {other.name}: a parameter can be a factor of one product only"
+                        f"{weight_name} is a factor of product {product.name} and, as {other.weight_names[place]}, "
+                        f"of product {other.name}: a parameter can be a factor of only one product"
                     )
             owners[id(weight)].append((product, index))
 
 
 def _are_apart(product: Product, index: int, other: Product, place: int) -> bool:
-    """Whether two factors are different rows of their parameter."""
+    """Whether two factors are disjoint rows of their parameter."""
     if not isinstance(product, ViewProduct) or not isinstance(other, ViewProduct):
         return False
     view, second = product.pair.views[index], other.pair.views[place]

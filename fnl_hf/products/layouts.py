@@ -1,7 +1,7 @@
-"""How attention modules keep their four weights: one table, by the names of attributes, for all classes of models.
+"""How attention modules store their four weights: one table by attribute names for all classes of models.
 
-A layout says which parameters hold the rows of Q, K and V, in which order, and where O is. Sizes follow from shapes and
-the size of a head; rotated rows are products/rotation.py's.
+A layout describes which parameters contain the rows of Q, K and V, in which order, and where O is. Sizes follow from
+shapes and the size of a head; products/rotation.py finds rotated rows.
 """
 
 from collections.abc import Iterator, Mapping
@@ -72,18 +72,18 @@ LAYOUTS = (
 )
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-# Attention over channels, or by other means than softmax(Q Kᵀ), under the same names.
+# Attention over channels, or not of the form softmax(Q Kᵀ), with the same names.
 OTHER_KINDS = (
     *("Channel", "CrossCovariance", "Delta", "DiffLlama", "Lightning", "Linear", "Lsh", "LSH", "XCA", "XCiT"),
     *("mLSTM", "xLSTM"),
 )
 OTHER_SIZES = ("key_dim", "val_dim")  # of modules whose fused rows are not three equal parts
-BETWEEN = (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)  # children that act on q, k or v before they meet
+BETWEEN = (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)  # children that change q, k or v before the attention scores
 
 
 class Located(NamedTuple):
-    """A weight: its name in the module that has it, whether that is the searched module's parent, and the dimension of
-    its outputs."""
+    """A weight: its name in the module that has it, whether that module is the parent of the searched one, and the
+    dimension of its outputs."""
 
     name: str
     in_parent: bool
@@ -92,7 +92,7 @@ class Located(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Q and K: ``size`` rows each of ``queries`` and ``keys`` heads."""
+    """Q and K: ``size`` rows each for ``queries`` and ``keys`` heads."""
 
     size: int
     queries: int
@@ -100,7 +100,7 @@ class Heads(NamedTuple):
 
 
 class FoundPair(NamedTuple):
-    """A product: "qk", "vo" or "rotary", its weights, and where its factors lie in them."""
+    """A product: "qk", "vo" or "rotary", its weights, and the places of its factors in them."""
 
     kind: str
     num_heads: int
@@ -110,7 +110,7 @@ class FoundPair(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the factors are whole weights of ``nn.Linear`` with as many heads each: a kind of ``RANK_DIMS``."""
+        """Whether the factors are whole weights of ``nn.Linear`` with equally many heads: a kind of ``RANK_DIMS``."""
         views, weights = self.pair.views, (self.left, self.right)
         dims = (0, 0 if self.kind == "qk" else 1)
         return all(
@@ -120,7 +120,7 @@ class FoundPair(NamedTuple):
 
 
 class AttentionWeights(NamedTuple):
-    """What :func:`fnl_hf.register_attention` is told; ``names`` are those of query, key, value and output."""
+    """The arguments of :func:`fnl_hf.register_attention`; ``names`` are those of query, key, value and output."""
 
     names: tuple[str, str, str, str]
     num_heads: int
@@ -146,8 +146,8 @@ class AttentionWeights(NamedTuple):
         counts = {of_part: sum(in_head[letter] for letter in of_part) for of_part in rows}
         if min(heads, shared) < 1 or heads % shared or any(rows[each] % counts[each] for each in rows):
             raise ValueError(
-                f"{where}: rows {rows} must split into num_heads ({heads}) queries and num_key_value_heads ({shared}), "
-                "a divisor of it, keys and values"
+                f"{where}: rows {rows} must split into queries for num_heads ({heads}) and keys and values for "
+                f"num_key_value_heads ({shared}), which must divide num_heads"
             )
         sizes = {letter: rows[each] // counts[each] for each in rows for letter in each}
         size = sizes["q"] if self.rotary_size is None else self.rotary_size
@@ -157,16 +157,16 @@ class AttentionWeights(NamedTuple):
         is_wrong = is_rotated and (self.rotary not in PAIRINGS[1:] or size % 2 or not 0 < size <= sizes["q"])
         if sizes["q"] != sizes["k"] or is_wrong:
             raise ValueError(
-                f"{where}: queries of {sizes['q']} and keys of {sizes['k']} rows a head must have the same, rotary "
-                f"({self.rotary!r}) be one of {PAIRINGS[1:]} or None, and rotary_size ({size}) even, at least 2 and "
-                "at most that"
+                f"{where}: queries ({sizes['q']} rows per head) and keys ({sizes['k']}) must have the same number "
+                f"of rows; rotary ({self.rotary!r}) must be one of {PAIRINGS[1:]} or None; rotary_size ({size}) "
+                "must be even, at least 2, and at most that number of rows"
             )
         found = arrange(parts, Heads(size=sizes["q"], queries=heads, keys=shared), self.by_head)
         value = value_pair(found["v"], located[self.names[3]], Heads(sizes["v"], heads, shared))
         if value is None:
             shape = tuple(located[self.names[3]].weight.shape)
             raise ValueError(
-                f"{where}: {self.names[3]} of shape {shape} must take num_heads ({heads}) times {sizes['v']} inputs"
+                f"{where}: {self.names[3]} of shape {shape} must have num_heads ({heads}) times {sizes['v']} inputs"
             )
         return [*score_pairs(found["q"], found["k"], self.rotary or "", size if is_rotated else 0), value]
 
@@ -182,27 +182,27 @@ def weight_of(module: nn.Module, name: str, where: str) -> nn.Parameter:
 def _locate_weight(module: nn.Module, name: str, where: str) -> Located:
     weight = weight_of(module, name, where)
     if weight.dim() != 2:
-        raise ValueError(f"{where}: {name} must be a matrix, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{where}: {name} must be a matrix, but has shape {tuple(weight.shape)}")
     owner = module.get_submodule(name.rpartition(".")[0])
     return Located(name, False, weight, int(isinstance(owner, Conv1D)))
 
 
 def find_pairs(module: nn.Module, parent: nn.Module | None, path: str = "") -> tuple[list[FoundPair], bool]:
-    """The products of one attention module, and whether there may be others that are not understood."""
+    """The products of one attention module, and whether there may be others that were not understood."""
     if _is_of_another_kind(module):
         return [], True
     for layout in LAYOUTS:
         if not _meets_condition(module, layout):
             continue
         parts = {found: letters for name, letters in layout.parts.items() if (found := _locate(module, name))}
-        # In a weight's place there may be a product of its own, a layer with adapters, or anything.
+        # In place of a weight there may be a product, a layer with adapters, or anything else.
         others = [_get(module, name) for name in layout.parts if _locate(module, name) is None]
         if not all(isinstance(layer, nn.Module) for layer in others):
             continue
         output = next(filter(None, (_locate(module, name, parent) for name in layout.outputs)), None)
         if output is None:
             others.append(next(filter(None, (_get(module, name, parent) for name in layout.outputs)), None))
-            # The name of a fused weight alone does not tell the order of its rows.
+            # The name of a fused weight alone does not determine the order of its rows.
             if others[-1] is None and len(layout.parts) < 3:
                 continue
         is_open = not all(_is_accounted_for(layer) for layer in others)
@@ -218,7 +218,7 @@ def find_pairs(module: nn.Module, parent: nn.Module | None, path: str = "") -> t
 
 
 def has_projections(module: nn.Module) -> bool:
-    """Whether it has layers or parameters of the names that a layout has for q, k and v."""
+    """Whether it has layers or parameters with a layout's names for q, k and v."""
     return any(all(_get(module, name) is not None for name in layout.parts) for layout in LAYOUTS)
 
 
@@ -238,7 +238,7 @@ def _meets_condition(module: nn.Module, layout: Layout) -> bool:
 
 
 def _is_accounted_for(layer: Any) -> bool:
-    """Whether what stands in a weight's place is a product itself, has adapters, or has nothing to train."""
+    """Whether the object in place of a weight is a product itself, has adapters, or has nothing to train."""
     if not isinstance(layer, nn.Module):
         return False
     has_adapters = any(cls.__module__.partition(".")[0] == "peft" for cls in type(layer).__mro__)
@@ -246,7 +246,7 @@ def _is_accounted_for(layer: Any) -> bool:
 
 
 def _is_cross(path: str) -> bool:
-    """Whether the name of a module or its parent says that its keys are another sequence's."""
+    """Whether the name of a module or its parent indicates that its keys come from another sequence."""
     return any("cross" in name or name == "encoder_attn" for name in path.lower().split(".")[-2:])
 
 
@@ -259,7 +259,7 @@ def _get(module: nn.Module, path: str, parent: nn.Module | None = None) -> Any:
 
 
 def _locate(module: nn.Module, path: str, parent: nn.Module | None = None) -> Located | None:
-    """A matrix at ``path``: a parameter, or the weight of a layer that is nothing but a matrix product."""
+    """A matrix at ``path``: a parameter, or the weight of a layer that only multiplies by a matrix."""
     owner, in_parent = _get(module, path, parent), path.startswith("../")
     path = path.removeprefix("../")
     if isinstance(owner, nn.Parameter):
@@ -295,7 +295,7 @@ def _count_heads(module: nn.Module, parts: Mapping[Located, str], output: Locate
 
 
 def matrices_of(module: nn.Module) -> list[nn.Parameter]:
-    """Those of ``module`` itself, and of each of its layers its weight or, in a wrapper, its only matrix."""
+    """The matrices of ``module`` itself, and of each of its layers: the weight or, in a wrapper, the only matrix."""
     found = [weight for weight in module._parameters.values() if weight is not None]
     for layer in module.children():
         if isinstance(layer, nn.Embedding):
@@ -307,7 +307,7 @@ def matrices_of(module: nn.Module) -> list[nn.Parameter]:
 
 
 def arrange(parts: Mapping[Located, str], heads: Heads, by_head: bool = False) -> dict[str, tuple[Located, FactorView]]:
-    """Where the rows of q, k and v lie."""
+    """The places of the rows of q, k and v."""
     size, shared = heads.size, heads.queries // heads.keys
     found: dict[str, tuple[Located, FactorView]] = {}
     for part, letters in parts.items():
@@ -346,7 +346,8 @@ def _pairs(
 
 
 def without_tied(pairs: list[FoundPair]) -> tuple[list[FoundPair], list[FoundPair]]:
-    """Those whose factors are not the same rows of a parameter, their own or an earlier pair's, and the other ones."""
+    """Products whose factors are not rows that they share with themselves or an earlier pair, and the other
+    products."""
     kept: list[FoundPair] = []
     tied: list[FoundPair] = []
     taken: list[tuple[nn.Parameter, FactorView]] = []
@@ -364,7 +365,7 @@ def without_tied(pairs: list[FoundPair]) -> tuple[list[FoundPair], list[FoundPai
 def score_pairs(
     query: tuple[Located, FactorView], key: tuple[Located, FactorView], pairing: str, rotated: int
 ) -> Iterator[FoundPair]:
-    """Q Kᵀ, of which the first ``rotated`` rows of each head are a product of its own, "rotary"."""
+    """Q Kᵀ; the first ``rotated`` rows of each head are a product of their own, "rotary"."""
     (left, left_view), (right, right_view) = query, key
     heads, rank = left_view.groups * left_view.heads, left_view.rank
     parts = (("rotary", 0, rotated, pairing), ("qk", rotated, rank - rotated, ""))
@@ -375,7 +376,7 @@ def score_pairs(
 
 
 def value_pair(value: tuple[Located, FactorView], output: Located, heads: Heads) -> FoundPair | None:
-    """V Oᵀ, if the output's inputs are those of the heads."""
+    """V Oᵀ, if the inputs of the output are those of the heads."""
     located, view = value
     rank, shared = view.rank, heads.queries // heads.keys
     if output.weight.shape[1 - output.out_dim] != heads.queries * rank:

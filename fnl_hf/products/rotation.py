@@ -1,4 +1,4 @@
-"""Whether and how rotary embeddings turn rows of queries and keys, from what a module's ``forward`` says and does."""
+"""Whether and how rotary embeddings rotate rows of queries and keys, from the source and behaviour of ``forward``."""
 
 import ast
 import functools
@@ -27,7 +27,7 @@ GIVEN = "given"  # an argument of ``forward`` that is not None
 
 
 class Use(NamedTuple):
-    """``forward`` mentions ``name`` where each of these expressions is true, or false."""
+    """A use of ``name`` in ``forward`` under the condition that each of these expressions is true, or false."""
 
     name: str
     conditions: tuple[tuple[ast.expr, bool], ...]
@@ -36,8 +36,8 @@ class Use(NamedTuple):
 def rotation_of(module: nn.Module, head_size: int, is_cross: bool = False) -> tuple[str, int] | None:
     """The pairing of rows and how many rows of a head are rotated; ("", 0) without rotation, None if it is unknown.
 
-    ``forward`` names the function that rotates and says when. What that does to the unit vectors shows which rows it
-    mixes. ``is_cross``: queries and keys are of different sequences.
+    ``forward`` names the rotating function and its conditions. Applying the function to unit vectors shows which rows
+    it mixes. ``is_cross``: queries and keys come from different sequences.
     """
     cls: Any = type(module)
     if not any(_is_rotary(name) for name in _names_of(cls)):
@@ -49,7 +49,7 @@ def rotation_of(module: nn.Module, head_size: int, is_cross: bool = False) -> tu
     config = getattr(module, "config", None)
     parameters = _rope_parameters(module, config) or {}
     factor = float(parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
-    # Proportional angles span the head, and those at the end are 0: the rows that turn are not the first ones.
+    # Proportional angles span the head, and the last of them are 0: the rotated rows are not the first ones.
     if True not in held.values() or parameters.get("rope_type") == "proportional" and factor < 1.0:
         return None
     size = number_of(module, ROTARY_SIZES) or int(head_size * factor)
@@ -73,7 +73,7 @@ def _is_rotary(name: str) -> bool:
 
 @functools.cache
 def _names_of(cls: Any) -> set[str]:
-    """All that ``forward`` and the methods it calls mention."""
+    """All names in ``forward`` and the methods that it calls."""
     names = _mentioned(cls.forward)
     return names.union(*(_mentioned(getattr(cls, name, None)) for name in names))
 
@@ -92,7 +92,7 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 @functools.cache
 def _uses_of(cls: Any) -> tuple[Use, ...]:
-    """Where ``forward``, or a method it calls, rotates; nothing if the source cannot be read."""
+    """Where ``forward``, or a method that it calls, rotates; nothing if the source cannot be read."""
     try:
         uses = list(_uses_in(cls.forward))
         for use in tuple(uses):
@@ -124,7 +124,7 @@ def _uses_below(node: ast.AST, conditions: tuple[tuple[ast.expr, bool], ...]) ->
 
 
 def _known_of(module: nn.Module, is_cross: bool) -> dict[str, Any]:
-    """Values of names in ``forward``, as far as module, configuration and place in the model tell them."""
+    """Values of names in ``forward``, as far as module, configuration and place in the model determine them."""
     config = getattr(module, "config", None)
     is_cross = is_cross or getattr(module, "is_cross_attention", False) is True
     states = GIVEN if is_cross else None
@@ -135,7 +135,7 @@ def _known_of(module: nn.Module, is_cross: bool) -> dict[str, Any]:
 
 
 def _gives_positions(module: nn.Module, config: Any) -> bool | None:
-    """Whether the model gives this layer angles, if its configuration says."""
+    """Whether the model passes angles to this layer, according to its configuration."""
     if hasattr(config, "position_embedding_type"):
         return config.position_embedding_type in ("rope", "rotary")
     index, thetas = getattr(module, "layer_idx", None), getattr(config, "layer_rope_theta", None)
@@ -170,7 +170,7 @@ def _decide(values: list[bool | None], decisive: bool = False) -> bool | None:
 
 
 def _holds(test: ast.expr, known: Mapping[str, Any]) -> bool | None:
-    """Whether an expression is true; None if that depends on what is not known."""
+    """Whether an expression is true; None if that depends on unknown values."""
     if isinstance(test, ast.BoolOp):
         return _decide([_holds(value, known) for value in test.values], isinstance(test.op, ast.Or))
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
@@ -200,15 +200,15 @@ def _value_of(node: ast.expr, known: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _mixed_rows(function: Any, head_size: int, rotated: int) -> list[list[list[int]]]:
-    """Pairs of inputs that reach the same output, for each way of calling ``function`` that it takes: with whole heads
-    or the rotated rows alone, of four dimensions or three, with angles for each row or each pair."""
+    """Pairs of inputs that reach the same output, for each way of calling ``function`` that works: with whole heads or
+    only the rotated rows, in four dimensions or three, with angles for each row or each pair."""
     found = []
     for size, width, between in itertools.product((head_size, rotated), (rotated, rotated // 2), (2, 1)):
         unit = torch.eye(size, device="cpu").view(size, *[1] * between, size)
         angles = torch.ones(*[1] * between, width, device="cpu")
         try:
             result = _call(function, unit, angles)
-        except Exception:  # its own business: other shapes, or other arguments
+        except Exception:  # it needs other shapes or arguments
             continue
         if result.shape == unit.shape:
             columns = result.view(size, size).ne(0).T

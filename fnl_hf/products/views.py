@@ -1,10 +1,10 @@
 """Products whose factors are parts of parameters: fused projections, keys that several heads share, rotary pairs.
 
 A factor of attention is the rows of H heads in one dimension of a parameter. Heads that share a key (or value) are one
-product: Q_1 ... Q_J stand upon each other, as Σ_j ‖Q_j Kᵀ‖²_F = ‖[Q_1; ...; Q_J] Kᵀ‖²_F.
+product: Q_1 ... Q_J are stacked, because Σ_j ‖Q_j Kᵀ‖²_F = ‖[Q_1; ...; Q_J] Kᵀ‖²_F.
 
-Rotary embeddings turn pairs of rows b by an angle that depends on the distance of two positions, so that the score is
-Q R Kᵀ. The mean over independent uniform angles is what is decayed::
+Rotary embeddings rotate pairs of rows b by an angle that depends on the distance of two positions, so the score is Q R
+Kᵀ. The decay uses the mean over independent uniform angles::
 
     E‖Q R Kᵀ‖²_F = Σ_b ½‖Q_b‖²_F ‖K_b‖²_F = Σ_b ‖u_b v_bᵀ‖²_F,    u_b = vec(Q_b), v_b = vec(K_b)/√2
 
@@ -25,14 +25,14 @@ from fnl_hf.bert.factorization import Product
 
 VIEWS = "attention"  # ``product`` of a parameter group whose ``layout`` says where the factors lie
 REGISTRY = "_registered_products"  # on a module: attributes of parameters would not survive FSDP2
-HALVES, INTERLEAVED = "halves", "interleaved"  # row i turns with row i + r/2; row 2i with row 2i + 1
+HALVES, INTERLEAVED = "halves", "interleaved"  # row i is rotated with row i + r/2; row 2i with row 2i + 1
 PAIRINGS = ("", HALVES, INTERLEAVED)
 
 
 class FactorView(NamedTuple):
-    """Where the rows of a factor lie: row i of head j of group g is ``start + g·group_stride + j·head_stride + i``.
+    """The place of a factor's rows: row i of head j of group g is ``start + g·group_stride + j·head_stride + i``.
 
-    ``parameter`` is the parameter's place among those of its product; rows run along its dimension ``dim``.
+    ``parameter`` is the index of the parameter among those of its product; rows run along its dimension ``dim``.
     """
 
     parameter: int
@@ -45,7 +45,7 @@ class FactorView(NamedTuple):
     rank: int
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """The factor as a view (G, J, r, n) of the parameter; of a vector with a number for each row (G, J, r)."""
+        """The factor as a view (G, J, r, n) of the parameter; for a vector with a number per row (G, J, r)."""
         moved = weight.movedim(self.dim, 0) if weight.dim() > 1 else weight
         stride, *rest = moved.stride()
         size = (self.groups, self.heads, self.rank, *moved.shape[1:])
@@ -57,12 +57,12 @@ class FactorView(NamedTuple):
         return self._replace(start=self.start + start, rank=rank)
 
     def indices(self) -> set[int]:
-        """All its rows' places in the parameter."""
+        """Indices of all its rows in the parameter."""
         steps = product(range(self.groups), range(self.heads), range(self.rank))
         return {self.start + g * self.group_stride + j * self.head_stride + i for g, j, i in steps}
 
     def meets(self, other: "FactorView") -> bool:
-        """Whether the two have entries in common, as views of one parameter."""
+        """Whether two views of one parameter overlap."""
         return self.dim != other.dim or not self.indices().isdisjoint(other.indices())
 
     @property
@@ -98,7 +98,7 @@ class ViewPair(NamedTuple):
 
 
 def pair_rows(rows: torch.Tensor, pairing: str) -> torch.Tensor:
-    """(..., r) -> (..., r/2, 2): rows that are rotated together side by side."""
+    """(..., r) -> (..., r/2, 2): rows that are rotated together become adjacent."""
     if pairing == HALVES:
         return rows.unflatten(-1, (2, -1)).transpose(-2, -1)
     return rows.unflatten(-1, (-1, 2))

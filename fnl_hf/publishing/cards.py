@@ -195,7 +195,7 @@ def describe_source(source: str) -> tuple[str, dict[str, Any]]:
     try:
         found = metadata_load(str(cached_file(source, CARD_FILE))) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        logger.info(f"{source} has no model card that can be read: {error}")
+        logger.info(f"{source} has no readable model card: {error}")
         found = {}
     kept = {entry: found[entry] for entry in KEPT_METADATA if found.get(entry) is not None}
     return name, kept | ({"base_model": source} if is_on_hub else {})

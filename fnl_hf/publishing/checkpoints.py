@@ -63,18 +63,20 @@ def refuse_misfits(source: str, model: PreTrainedModel, info: Mapping[str, Any],
         UserInputError: weights and class do not fit.
     """
     name = type(model).__name__
-    changed = [f"{key} {tuple(saved)}, not {tuple(own)}" for key, saved, own in info["mismatched_keys"]]
+    changed = [f"{key} {tuple(saved)} instead of {tuple(own)}" for key, saved, own in info["mismatched_keys"]]
     unused = info["unexpected_keys"] if is_guessed else ()
     for weights, problem in (
-        (changed, f"{name} with this config.json has other shapes"),
-        (unused, f"config.json does not name its class (architectures), and {name} has no place for all weights"),
+        (changed, f"weights whose shapes do not fit {name} with this config.json"),
+        (unused, f"config.json does not name the model class (architectures), and {name} does not have these weights"),
     ):
         if weights:
             raise UserInputError(f"{source}: {problem}: {_list_names(weights)}")
     if {key for key, _ in model.named_parameters()} <= set(info["missing_keys"]):
-        raise UserInputError(f"{source} holds none of the weights of {name}")
+        raise UserInputError(f"{source} contains none of the weights of {name}")
     if info["missing_keys"]:  # some checkpoints lack what only pretraining needs
-        logger.warning(f"{source} lacks weights of {name}, which are random now: {_list_names(info['missing_keys'])}")
+        logger.warning(
+            f"{source} lacks weights of {name}, which are initialized at random: {_list_names(info['missing_keys'])}"
+        )
 
 
 def _list_names(weights: Iterable[str]) -> str:
@@ -106,9 +108,9 @@ def _class_of(source: str) -> Any:
     kind = getattr(modeling_fnl_bert, name, None) or getattr(transformers, name, None)
     is_known = isinstance(kind, type) and issubclass(kind, PreTrainedModel | AutoModel)
     if entries.get("auto_map") and (not is_known or entries.get("model_type") not in CONFIG_MAPPING):
-        raise ValueError(f"the code of its model comes with it and is not run here: {IN_PYTHON}")
+        raise ValueError(f"this checkpoint comes with its own model code, which fnl-hf does not run: {IN_PYTHON}")
     if not is_known:
-        raise ValueError(f"Transformers has no model class {name}, which config.json names: {IN_PYTHON}")
+        raise ValueError(f"config.json names the model class {name}, which Transformers does not have: {IN_PYTHON}")
     return kind
 
 

@@ -25,8 +25,10 @@ NOT_UPLOADED = (
 )
 # status of a refusal -> what it means and asks for
 REFUSALS = {
-    401: "no token, or none that it knows: log in with `hf auth login`, or set HF_TOKEN, with one that may write",
-    403: "the token may not write there: use one that may (https://huggingface.co/settings/tokens), or another name",
+    401: "no token, or one that the Hub does not know: log in with `hf auth login` or set HF_TOKEN, with a token "
+    "that has write permission",
+    403: "the token has no write permission there: use one that has (https://huggingface.co/settings/tokens), or "
+    "another repository name",
 }
 
 
@@ -55,8 +57,8 @@ def push_folder(
     folder = Path(folder)
     for names in ((CONFIG_NAME,), (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         if not any(os.path.isfile(folder / file) for file in names):
-            raise UserInputError(f"{folder} holds no saved model: it has no {' or '.join(names)}")
-    with hub_errors(name, f"{folder} is as it was: the same command sends what is missing"):
+            raise UserInputError(f"{folder} contains no saved model: it has no {' or '.join(names)}")
+    with hub_errors(name, f"{folder} is unchanged: the same command uploads what is missing"):
         repository = create_repository(name, private, token)
         with staying_recorded(folder / CARD_FILE):
             name_repository(folder / CARD_FILE, repository)
@@ -87,7 +89,9 @@ def create_repository(name: str, private: bool | None, token: str | None) -> str
     api = HfApi(library_name="fnl_hf")
     repository = api.create_repo(name, private=private, token=token, exist_ok=True).repo_id
     if private and not api.model_info(repository, token=token).private:
-        raise UserInputError(f"{repository} exists and is public: make it private in its settings, or name another")
+        raise UserInputError(
+            f"{repository} exists and is public: make it private in its settings, or choose another name"
+        )
     return repository
 
 
@@ -122,7 +126,7 @@ def explain(error: BaseException) -> str:
         return REFUSALS[status]
     found = f"{type(root).__name__}: {root}".rstrip(".")
     if "404" in found and "/xet-write-token/" in found:  # hf_xet raises no HTTPError
-        return "it takes no large files over Xet: set HF_HUB_DISABLE_XET=1 to send them through Git LFS"
+        return "it does not take large files over Xet: set HF_HUB_DISABLE_XET=1 to upload them through Git LFS"
     return found if root is error else f"{error} ({found})"
 
 

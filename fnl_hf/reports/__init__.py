@@ -1,4 +1,4 @@
-"""What a user sees of a run: throughput, diagnostics of the products, plots."""
+"""What users see of a run: throughput, diagnostics of the products, plots."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ __all__ = ["ProductNormsCallback", "plot_report"]
 
 
 def __getattr__(name: str) -> Any:
-    # Training needs no matplotlib, drawing does.
+    # Only drawing needs matplotlib, training does not.
     if name == "plot_report":
         from fnl_hf.reports.plots import plot_report
 

@@ -1,4 +1,4 @@
-"""While a model trains: diagnostics of its products, a progress bar that stays readable, new masks in each epoch."""
+"""Callbacks during training: diagnostics of the products, a readable progress bar, new masks in each epoch."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +12,13 @@ from fnl_hf.products.discovery import find_products
 from fnl_hf.reports.throughput import ThroughputMeter
 
 NORM_PREFIX = "norms/"
-NOT_PRINTED = ("grad_norm", "data_wait", "peak_memory_gb", "epoch")  # beside the loss: for plots and trackers
+NOT_PRINTED = ("grad_norm", "data_wait", "peak_memory_gb", "epoch")  # logged with the loss for plots and trackers
 
 
 def logged_diagnostics(model: torch.nn.Module, lr: float) -> dict[str, float]:
     """{"norms/<kind>/<product>/<diagnostic>": ...}: :func:`fnl_hf.diagnose_products` of every product of the model.
 
-    All figures come to the host in one transfer.
+    All figures are copied to the host in one transfer.
     """
     products = find_products(model)
     kinds = {product.name: product.kind for product in products}
@@ -47,7 +47,7 @@ class ProductNormsCallback(TrainerCallback):
             self._log(control, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # DefaultFlowCallback comes first and has decided whether this step is logged.
+        # DefaultFlowCallback runs first and has decided whether this step is logged.
         if control.should_log if self.every is None else state.global_step % self.every == 0:
             self._log(control, **kwargs)
 
@@ -60,11 +60,11 @@ class ProductNormsCallback(TrainerCallback):
         unwrapped = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)  # its names have no prefix
         with self.paused():
             self.trainer.log(logged_diagnostics(unwrapped, _learning_rate(optimizer)))
-        control.should_log = should_log  # logging clears it; the loss of this step is still to come
+        control.should_log = should_log  # logging resets it; the loss of this step follows
 
 
 def _learning_rate(optimizer) -> float:
-    """That of the first group of products, or of the first group."""
+    """The learning rate of the first group of products, else of the first group."""
     groups = sorted(optimizer.param_groups, key=lambda group: group.get("product") is None)
     return float(groups[0]["lr"])
 
@@ -72,7 +72,7 @@ def _learning_rate(optimizer) -> float:
 class TrainingClockCallback(TrainerCallback):
     """Stops the clock of a :class:`ThroughputMeter` while Trainer logs, evaluates and saves after a step or an epoch.
 
-    The next batch starts it again, or the next epoch, which has its workers to start before.
+    The next batch starts it again, or the next epoch, which first starts its workers.
     """
 
     def __init__(self, meter: ThroughputMeter):
@@ -94,7 +94,7 @@ class TrainingClockCallback(TrainerCallback):
 
 
 class _ReadableLogs:
-    """Prints logs without what is for plots and trackers alone."""
+    """Prints logs without the entries for plots and trackers."""
 
     training_bar: Any = None
 
@@ -110,7 +110,7 @@ class _ReadableLogs:
 
 
 class ReadableProgressCallback(_ReadableLogs, ProgressCallback):
-    """Trainer's progress bar with the rate of the last log, in tokens or images a second."""
+    """Trainer's progress bar with the last logged speed, in tokens or images per second."""
 
 
 class ReadablePrinterCallback(_ReadableLogs, PrinterCallback):

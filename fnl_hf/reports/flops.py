@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation's two sides: the operations of a training step, and how many a device can do."""
+"""Model FLOPs utilisation: the operations of a training step, and the peak rate of a device."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ MEASURING_SECONDS = 0.3
 
 
 class PeakRates(NamedTuple):
-    """Dense matrix multiplications, TFLOP/s. None: not on tensor cores, so that the data sheet says nothing of use."""
+    """Dense matrix multiplications, TFLOP/s. None: not on tensor cores, so the data sheet has no useful figure."""
 
     bfloat16: float | None
     float16: float | None
@@ -21,7 +21,7 @@ class PeakRates(NamedTuple):
 
 
 # Without sparsity, accumulated in float32, at the boost clock, from NVIDIA's data sheets (H100, H200, A100, L40S, L4,
-# A10, V100, T4) and white papers (GA102, Ada). The first pattern that occurs in the device's name counts.
+# A10, V100, T4) and white papers (GA102, Ada). The first pattern found in the device's name applies.
 DATA_SHEETS = {
     r"H[12]00 NVL": PeakRates(835, 835, 417, 60),
     r"H100 PCIe": PeakRates(756, 756, 378, 51),
@@ -66,11 +66,11 @@ def training_flops(
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """What dense matrix multiplications in ``dtype`` reach at most, in FLOP/s, and whence that is known.
+    """The peak rate of dense matrix multiplications in ``dtype``, in FLOP/s, and the source of this figure.
 
-    The data sheet's figure for the GPUs in ``DATA_SHEETS`` ("data sheet of <device>, <precision>"), and for all else
-    the measured rate of large square multiplications on the cores that this process has ("measured on <device>, ...").
-    float32 means TF32 where that is enabled.
+    For the GPUs in ``DATA_SHEETS`` it is from the data sheet ("data sheet of <device>, <precision>"), for other devices
+    the measured rate of large square multiplications on the cores of this process ("measured on <device>, ...").
+    float32 means TF32 if it is enabled.
     """
     name, precision = _device_name(device), str(dtype).removeprefix("torch.")
     if device.type == "cuda" and dtype == torch.float32 and _tf32_is_enabled():
@@ -82,7 +82,7 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, 
 
 
 def data_sheet_peak(name: str, precision: str) -> float | None:
-    """FLOP/s of the GPU that CUDA calls ``name``; None for an unknown one, and for a part of one (MIG)."""
+    """FLOP/s of the GPU that CUDA calls ``name``; None for an unknown GPU, and for a part of one (MIG)."""
     if " MIG " in name:
         return None
     rates = next((rates for pattern, rates in DATA_SHEETS.items() if re.search(pattern, name)), None)
@@ -101,11 +101,12 @@ def _tf32_is_enabled() -> bool:
 
 @functools.cache
 def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of square multiplications, FLOP/s: other work on the same cores can only slow them."""
+    """The best measured rate of square multiplications, FLOP/s: other work on the same cores can only slow them
+    down."""
     size = 1024 if device.type == "cpu" else 4096
-    generator = torch.Generator(device).manual_seed(0)  # the global one belongs to the training run
+    generator = torch.Generator(device).manual_seed(0)  # the global generator belongs to the training run
     matrix = torch.rand(size, size, generator=generator, device=device).to(dtype)
-    matrix @ matrix  # the first one allocates and chooses its kernel
+    matrix @ matrix  # the first one allocates memory and selects kernels
     rates: list[float] = []
     ends = time.perf_counter() + MEASURING_SECONDS
     while not rates or time.perf_counter() < ends:
@@ -118,6 +119,6 @@ def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given; a CPU always has."""
+    """Wait until an accelerator has finished its work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a run is, in one block at its start, and what came of it, in one line at its end."""
+"""A description of a run in one block at its start, and its result in one line at its end."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +10,12 @@ from transformers import TrainerCallback
 from fnl_hf.runs.seeds import NO_SCORES
 
 PRECISIONS = {"no": "float32", "bf16": "mixed, bfloat16", "fp16": "mixed, float16"}
-# Ends of the names of metrics that are no results.
+# Suffixes of metrics that are not results.
 NO_RESULTS = (*NO_SCORES, "_samples")
 
 
 class OverviewCallback(TrainerCallback):
-    """Says what is trained when Trainer knows how many steps that takes, above its progress bar.
+    """Prints what is trained as soon as Trainer knows the number of steps, above its progress bar.
 
     Args:
         trainer: the Trainer it is added to.
@@ -57,7 +57,7 @@ def describe_start(trainer, facts: Mapping[str, str], notice: str | None = None)
 
 
 def describe_end(args, seconds: float, metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Where the results of a run lie, how long it took, and what it reached.
+    """The location of a run's results, its duration, and what it reached.
 
     Args:
         metrics: by split, as Trainer returns them; losses and scores are named, not speeds.

@@ -143,7 +143,7 @@ def plot_products(axes, log_history: list[dict[str, Any]], kind: str, names: lis
     if is_logarithmic:
         axes.set_yscale("log")
         if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
-            axes.text(0.5, 0.5, "the learning rate is 0 at all steps logged", ha="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, "the learning rate is 0 in all logged steps", ha="center", transform=axes.transAxes)
     else:
         _begin_at_zero(axes)
     axes.grid(alpha=0.3)

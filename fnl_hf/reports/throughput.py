@@ -1,4 +1,4 @@
-"""What a training run gets done: tokens or images a second, model FLOPs utilisation, waiting for data, memory.
+"""Speed of a training run: tokens or images per second, model FLOPs utilisation, waiting for data, memory.
 
 Shapes: P processes, B batch, S sequence, d hidden size.
 """
@@ -23,21 +23,22 @@ except ImportError:  # Windows
 
 @dataclass
 class Window:
-    """What one process did between two log entries. Counts that only the device knows stay there until read."""
+    """The work of one process between two log entries. Counts that only the device knows stay there until they are
+    read."""
 
     seconds: float = 0.0  # of training
-    waited: float = 0.0  # of these, for batches
+    waited: float = 0.0  # part of these seconds, waiting for batches
     tokens: int | torch.Tensor = 0  # or images
     flops: int = 0
-    predicted: int | torch.Tensor = 0  # positions of the masked language modelling head that ``flops`` lacks
+    predicted: int | torch.Tensor = 0  # positions of the masked language modelling head that ``flops`` does not include
 
     def __add__(self, other: "Window") -> "Window":
         return Window(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 class ThroughputMeter:
-    """Counts and times the batches that a training loop takes, on each process; figures are those of all together.
-    Batches of "pixel_values" are counted in images, all others in tokens.
+    """Counts and times the batches of a training loop on each process; its figures are for all processes together.
+    Batches with "pixel_values" are counted in images, all others in tokens.
 
     The clock starts with the first batch and stands still in :meth:`paused`. Reading figures is a collective operation
     and waits for the device; counting never does. Positions beyond the sequence's end are computed, so that they count
@@ -63,7 +64,7 @@ class ThroughputMeter:
         self._reset()
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Count the operations of this model from here on, as it is."""
+        """From now on, count the operations of this model in its current form."""
         self.config, self.predicts_tokens, self.pools_first_token = None, False, False
         is_factorized = any(isinstance(module, FactorizedLayer) for module in model.modules())
         if isinstance(model, BertPreTrainedModel) and not is_factorized:
@@ -80,7 +81,7 @@ class ThroughputMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def batches(self, iterator: Iterator[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
-        """The same batches, counted, and the time measured that they are waited for."""
+        """The same batches, counted; measures the time spent waiting for them."""
         self.start()
         while True:
             asked = time.perf_counter()
@@ -95,7 +96,8 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Logging, saving and evaluating are no training: what the device still has to do is, so it is waited for."""
+        """Logging, saving and evaluation do not count as training; pending work of the device does, so wait for it
+        first."""
         was_running = self.stop()
         try:
             yield
@@ -115,8 +117,8 @@ class ThroughputMeter:
         return self._figures(window)
 
     def close_run(self) -> dict[str, float]:
-        """The same figures, as "train_...", of the whole run but its first window, in which caches fill and graphs are
-        compiled; of that one if there was no other."""
+        """The same figures, as "train_...", of the whole run without its first window, in which caches fill and graphs
+        are compiled; of the first window if it is the only one."""
         self.stop()
         total = self._total + self._window
         if self._first is not None and not int(total.tokens):
@@ -126,9 +128,10 @@ class ThroughputMeter:
         return {f"train_{name}": value for name, value in figures.items()}
 
     def peak(self) -> str:
-        """What "mfu" is a share of, in words, as "989 TFLOP/s a device: data sheet of NVIDIA H100, bfloat16"."""
+        """The peak rate to which "mfu" refers, in words, for example "989 TFLOP/s per device: data sheet of NVIDIA
+        H100, bfloat16"."""
         flops, origin = device_peak_flops(self.device, self.dtype)
-        return f"{1e-12 * flops:.3g} TFLOP/s a device: {origin}"
+        return f"{1e-12 * flops:.3g} TFLOP/s per device: {origin}"
 
     def start(self) -> None:
         """Start the clock, unless it is running."""
@@ -136,7 +139,7 @@ class ThroughputMeter:
             self._running_since = time.perf_counter()
 
     def stop(self) -> bool:
-        """Stop the clock when the device has done what it was given; False if it stood still."""
+        """Stop the clock after the device has finished; False if it was not running."""
         if self._running_since is None:
             return False
         synchronize(self.device)
@@ -190,7 +193,7 @@ class ThroughputMeter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes of the tensors on a GPU, elsewhere of this process, at most; 0 where the system does not tell."""
+    """Peak bytes of the tensors on a GPU, otherwise of this process; 0 if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:

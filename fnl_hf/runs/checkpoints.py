@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written aside, synced, named last; checked before they are trusted.
+"""Atomic checkpoints: written under a temporary name, synced, renamed last, and checked before they are used.
 
-A checkpoint is complete when its folder holds a list of its files with their checksums and they agree. The folder gets
-its name when everything in it has reached the disk, so whatever kills a run leaves the older checkpoints as they were.
+A checkpoint is complete if its folder has a list of its files with checksums that agree. The folder is renamed after
+all files have reached the disk, so whatever kills a run leaves the older checkpoints intact.
 """
 
 import errno
@@ -31,24 +31,24 @@ CHECKPOINT_FILES = (STATE_FILE, "config.json", "optimizer.pt", "scheduler.pt")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """What has the name of a checkpoint in a folder, newest first."""
+    """The paths in a folder that are named like checkpoints, newest first."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted((folder / name for name in names if _CHECKPOINT_NAME.fullmatch(name)), key=_step_of, reverse=True)
 
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that can be resumed; others are passed over with a warning that says why."""
+    """The newest checkpoint that can be resumed; others are skipped with a warning that gives the reason."""
     for checkpoint in list_checkpoints(folder):
         fault = find_fault(checkpoint)
         if fault is None:
             return checkpoint
-        logger.warning(f"{checkpoint} is passed over: {fault}")
+        logger.warning(f"skipping {checkpoint}: {fault}")
     return None
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. One without checksums, as stock Trainer writes it, is checked by its
-    files' presence, their ends and the header of its weights alone."""
+    """What is wrong with a checkpoint, or None. A checkpoint without checksums, as stock Trainer writes it, is checked
+    by the presence of its files, their ends and the header of its weights only."""
     needed = [*CHECKPOINT_FILES, *_random_states(checkpoint)]
     missing = [name for name in needed if not os.path.isfile(checkpoint / name)]
     if missing:
@@ -59,7 +59,7 @@ def find_fault(checkpoint: Path) -> str | None:
         return _wrong_file(checkpoint)
     for path in sorted(checkpoint.glob("*.pt*")):
         if not zipfile.is_zipfile(path):  # what torch.save writes; its directory is at the end
-            return f"{path.name} is torn"
+            return f"{path.name} is truncated"
     if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return None
     try:
@@ -70,7 +70,7 @@ def find_fault(checkpoint: Path) -> str | None:
 
 
 def read_state(folder: Path) -> TrainerState | None:
-    """The Trainer's state in a folder, or None if it is missing or torn."""
+    """The Trainer's state in a folder, or None if it is missing or truncated."""
     try:
         state = TrainerState.load_from_json(str(folder / STATE_FILE))
     except (OSError, ValueError, TypeError):
@@ -80,7 +80,7 @@ def read_state(folder: Path) -> TrainerState | None:
 
 
 def finalize_checkpoint(staged: Path, checkpoint: Path) -> None:
-    """Give a checkpoint that was written to ``staged`` its checksums and, once all is on the disk, its name."""
+    """Give a checkpoint that was written to ``staged`` its checksums and, after everything is on the disk, its name."""
     files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
     checksums = {path.relative_to(staged).as_posix(): checksum(path) for path in files}
     (staged / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
@@ -93,8 +93,8 @@ def finalize_checkpoint(staged: Path, checkpoint: Path) -> None:
 
 
 def not_of_the_run(checkpoint: Path) -> list[str]:
-    """What no run has written of something that has a checkpoint's name: all of it if it has no record of ours, or else
-    the files that were put into it since. Names from the run's folder on; what a link leads to is nobody's concern."""
+    """The files under a checkpoint's name that no run wrote: all of them without our record, otherwise those added
+    later. Names start at the run's folder; targets of links are ignored."""
     if not any(os.path.isfile(checkpoint / name) for name in (CHECKSUMS_FILE, PROVENANCE_FILE)):
         return [checkpoint.name]
     if checkpoint.is_symlink():
@@ -103,15 +103,15 @@ def not_of_the_run(checkpoint: Path) -> list[str]:
         listed = set(json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         listed = set()
-    if not listed:  # torn
+    if not listed:  # truncated
         return []
     files = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir())
     return [f"{checkpoint.name}/{name}" for name in files if name not in listed and name != CHECKSUMS_FILE]
 
 
 def drop_checkpoints(folder: Path, keep: int, best: str | None = None, keep_newest: bool = True) -> None:
-    """Delete the oldest checkpoints of a run until so many are left; never the best, or what is not the run's, which is
-    not counted, and the newest only if that is asked for. Paths may be spelled in any way."""
+    """Delete a run's oldest checkpoints until this number is left. The best is never deleted, the newest only if
+    requested; checkpoints that are not the run's are neither counted nor deleted. Paths may be spelled in any way."""
     own = [checkpoint for checkpoint in list_checkpoints(folder) if not not_of_the_run(checkpoint)]
     kept = {os.path.realpath(path) for path in own[:keep_newest]} | ({os.path.realpath(best)} if best else set())
     droppable = [checkpoint for checkpoint in own if os.path.realpath(checkpoint) not in kept]
@@ -121,7 +121,7 @@ def drop_checkpoints(folder: Path, keep: int, best: str | None = None, keep_newe
 
 
 def remove(path: Path, ignore_errors: bool = True) -> None:
-    """Delete a folder, or a link to one and not what it leads to; nothing if it is not there."""
+    """Delete a folder, or a link without its target; nothing if the path does not exist."""
     if path.is_symlink():
         path.unlink()
     elif path.is_dir():
@@ -129,9 +129,9 @@ def remove(path: Path, ignore_errors: bool = True) -> None:
 
 
 def abandon_later_checkpoints(folder: Path, step: int, resumed: str | None) -> None:
-    """Rename what a run that now goes on from ``step`` had done beyond it, all but the checkpoint that is resumed.
+    """Rename the checkpoints of a run after ``step``, from which it now resumes, except the resumed one.
 
-    Left as they are, these checkpoints would pass for newer ones than those that are to be written.
+    Otherwise they would be taken for newer than those that the run is going to write.
     """
     for checkpoint in list_checkpoints(folder):
         is_resumed = resumed is not None and os.path.realpath(checkpoint) == os.path.realpath(resumed)
@@ -140,7 +140,7 @@ def abandon_later_checkpoints(folder: Path, step: int, resumed: str | None) -> N
 
 
 def _abandon(checkpoint: Path) -> None:
-    """Rename it; what was set aside before goes, if it is a run's."""
+    """Rename it; a folder that was renamed earlier is deleted if it belongs to a run."""
     aside = checkpoint.with_name(f"_abandoned-{checkpoint.name}")
     if os.path.lexists(aside) and not not_of_the_run(aside):
         remove(aside)
@@ -149,7 +149,7 @@ def _abandon(checkpoint: Path) -> None:
         number += 1
         aside = checkpoint.with_name(f"_abandoned-{checkpoint.name}-{number}")
     checkpoint.rename(aside)
-    logger.warning(f"{checkpoint} is set aside as {aside.name}: the run goes on from an earlier step")
+    logger.warning(f"renamed {checkpoint} to {aside.name}: the run resumes from an earlier step")
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -157,7 +157,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _random_states(checkpoint: Path) -> list[str]:
-    """The files of all processes that wrote the checkpoint; none are known of one without a record of its run."""
+    """The random state files of all processes that wrote the checkpoint; none without a record of the run."""
     starts = read_starts(checkpoint)
     processes = starts[-1].get("world_size") if starts else None
     if not isinstance(processes, int):
@@ -166,12 +166,12 @@ def _random_states(checkpoint: Path) -> list[str]:
 
 
 def random_state_file(process: int, processes: int) -> str:
-    """The name that Trainer gives the random state of one of so many processes."""
+    """Trainer's file name for the random state of one of so many processes."""
     return "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether writing failed for lack of space; torch and safetensors say so in their own ways."""
+    """Whether writing failed for lack of space; torch and safetensors report it in different ways."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     text = str(error)
@@ -189,7 +189,7 @@ def _wrong_file(checkpoint: Path) -> str | None:
             if not path.is_file():
                 return f"{name} is missing"
             if checksum(path) != expected:
-                return f"{name} is not what was written: its checksum differs"
+                return f"{name} was changed after it was written: its checksum differs"
     except (OSError, ValueError, AttributeError) as error:
         return f"{CHECKSUMS_FILE} cannot be read: {error}"
     return None

@@ -25,13 +25,13 @@ NAMES = ("output_dir", "cache_dir", "train_file", "validation_file", "dataset_na
 
 class _Parser(HfArgumentParser):
     def error(self, message):
-        """argparse would print two hundred flags and leave."""
+        """argparse would print two hundred flags and exit."""
         raise UserInputError(message)
 
 
 def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...]:
-    """Instances of the dataclasses from ``[config.yaml ...] [--flag value ...]``; a later file overrides
-    an earlier one, and flags override all files; a "~" that begins a value is the home folder.
+    """Instances of the dataclasses from ``[config.yaml ...] [--flag value ...]``. A later file overrides an earlier
+    one, and flags override all files; "~" at the start of a value is the home folder.
 
     Raises:
         UserInputError: an unreadable file, an unknown flag or key, or a value of the wrong kind.
@@ -39,7 +39,7 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
     argv = expand_home(with_config_files(expand_home(argv)))
     for flag, word in zip(["", *argv], argv):
         if "\0" in word:
-            raise UserInputError(f"{flag} ({word!r}) must not hold a null byte")
+            raise UserInputError(f"{flag} ({word!r}) must not contain a null byte")
     argv = join_negative_numbers(argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
     try:
@@ -57,8 +57,8 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
 
 
 def expand_home(argv: Sequence[str]) -> list[str]:
-    """A command line with the home folder in the place of "~" at the beginning of a value, which no shell expands in
-    ``--flag=~/x`` and nobody in a config file."""
+    """Replace "~" at the start of values by the home folder: shells do not expand it in ``--flag=~/x``, and nothing
+    does in a config file."""
     expanded = []
     for word in argv:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -78,7 +78,7 @@ def join_negative_numbers(argv: Sequence[str]) -> list[str]:
 
 
 def _is_unknown_number(word: str) -> bool:
-    """Whether a word is a negative number that argparse does not know as one."""
+    """Whether a word is a negative number that argparse does not recognize as one."""
     if not word.startswith("-") or NEGATIVE_NUMBER.fullmatch(word):
         return False
     try:
@@ -89,23 +89,22 @@ def _is_unknown_number(word: str) -> bool:
 
 
 def _describe_unknown(argv: list[str], unknown: list[str]) -> UserInputError:
-    """Words that belong to no flag: one that does not exist, or a value too many."""
+    """Words that belong to no flag: an unknown flag, or a superfluous value."""
     word = unknown[0]
     if not word.startswith("-"):
         for index, (before, found) in enumerate(zip(argv, argv[1:])):
             if found == word and not before.startswith("-"):
                 flag = next(flag for flag in reversed(argv[: index + 1]) if flag.startswith("-"))
-                return UserInputError(f"{flag} takes one value, {word} is one too many")
+                return UserInputError(f"{flag} takes one value: remove {word}")
     return UserInputError(f"unknown argument: {' '.join(unknown)}")
 
 
 def run_script(run: Callable[[Sequence[str]], None]) -> None:
-    """``main`` of a script: its command line, and each end that is foreseen as one line and an exit status.
+    """Run a script's ``main`` with the command line, and turn every expected end into one line and an exit status.
 
-    2 is bad input; 3 too many losses that are not finite; 75 (``EX_TEMPFAIL``) a stop by SIGTERM, in training after a
-    checkpoint, elsewhere at once.
-    ``torchrun`` and ``accelerate launch`` turn every status into 1. Their report of it ends in the same line where they
-    ask the processes; ``accelerate launch --quiet`` with one process leaves it out.
+    2 is bad input; 3 too many losses that are not finite; 75 (``EX_TEMPFAIL``) a stop by SIGTERM, during training after
+    a checkpoint, otherwise immediately. ``torchrun`` and ``accelerate launch`` turn every status into 1. Their report
+    of it ends in the same line if they ask the processes; ``accelerate launch --quiet`` with one process leaves it out.
     """
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _stop_at_once)
@@ -131,35 +130,35 @@ def run_script(run: Callable[[Sequence[str]], None]) -> None:
 
 
 def _print_once(message: str) -> None:
-    """What all processes have to say is said by the first."""
+    """Print what all processes have to say on the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, file=sys.stderr)
 
 
 def _tell_launcher(message: str) -> None:
-    """Let torchrun's report of this process say why it ended: as ``torch.distributed.elastic`` reads it, but without a
-    traceback."""
+    """Make torchrun's report of this process give the reason, in the form that ``torch.distributed.elastic`` reads, but
+    without a traceback."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is not None:
         reply = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
-        with suppress(OSError):  # the script has said it
+        with suppress(OSError):  # the script has printed it
             Path(file).write_text(json.dumps({"message": reply}), encoding="utf-8")
 
 
 def _end_process_group(together: bool = True) -> None:
-    """End the work of several processes before the interpreter ends.
+    """End the process group before the interpreter ends.
 
-    A thread of gloo's that has just finished the last collective frees its tensors, for which it needs the interpreter:
-    one that is ending makes it abort the process, after all work is done. NCCL needs none of this, and may wait for the
-    other processes: it is ended only if all of them come here ``together``.
+    A thread of gloo that has just finished the last collective frees its tensors, for which it needs the interpreter;
+    if the interpreter is shutting down, the process aborts after all work is done. NCCL does not need this, and may
+    wait for the other processes: it is ended only if all of them get here ``together``.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     if together or torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
-        time.sleep(0.1)  # lets it have the interpreter
+        time.sleep(0.1)  # gives that thread the interpreter
 
 
 def _stop_at_once(signum: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may pass it on once more
-    raise Preempted("stopped by SIGTERM: the same command with --resume_from_checkpoint auto goes on")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers may send it again
+    raise Preempted("stopped by SIGTERM: start the same command with --resume_from_checkpoint auto to continue")

@@ -16,7 +16,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def with_config_files(argv: Sequence[str]) -> list[str]:
-    """A command line whose config files, the words before its first flag, are replaced by the flags that they name.
+    """A command line in which config files, the words before its first flag, are replaced by their flags.
 
     A later file overrides an earlier one, and its ``null`` unsets a flag.
 
@@ -31,7 +31,7 @@ def with_config_files(argv: Sequence[str]) -> list[str]:
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML takes the last."""
+    """Refuses a key that is given twice; YAML would take the last."""
 
     def construct_mapping(self, node, deep=False):
         keys = set()
@@ -50,7 +50,7 @@ def read_config(file: str) -> dict[str, Any]:
     """
     path = Path(file)
     if path.suffix.lower() not in CONFIG_SUFFIXES:
-        raise UserInputError(f"{file}: before the flags stand config files alone ({', '.join(CONFIG_SUFFIXES)})")
+        raise UserInputError(f"{file}: only config files may come before the flags ({', '.join(CONFIG_SUFFIXES)})")
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)  # JSON is YAML
     except yaml.MarkedYAMLError as error:
@@ -61,7 +61,7 @@ def read_config(file: str) -> dict[str, Any]:
     flags = _as_flags(file, config)
     if "phases" in flags:
         raise UserInputError(
-            f"{file}: 'phases' is no flag any more: a phase is a command line of its own. Write what the second one "
+            f"{file}: 'phases' is no longer a flag: each phase is a command of its own. Write what the second phase "
             f"changes into a file (with preset: null) and run it: {file} SECOND.yaml --model_name_or_path FIRST "
             "--optimizer_state_from FIRST --output_dir SECOND"
         )
@@ -69,12 +69,12 @@ def read_config(file: str) -> dict[str, Any]:
 
 
 def _as_flags(file: str, config: Any) -> dict[str, Any]:
-    """The entries of a mapping of flags to values, "max-steps" and "max_steps" alike."""
+    """The entries of a mapping of flags to values; "max-steps" and "max_steps" are the same."""
     if not isinstance(config, dict):
-        raise UserInputError(f"{file}: must hold a mapping of flags to values, holds {type(config).__name__}")
+        raise UserInputError(f"{file}: must contain a mapping of flags to values, not a {type(config).__name__}")
     for key in config:
         if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][\w-]*", key):
-            raise UserInputError(f"{file}: {key!r} is not the name of a flag")
+            raise UserInputError(f"{file}: {key!r} is not a flag's name")
     flags = {key.replace("-", "_"): value for key, value in config.items()}
     if len(flags) < len(config):
         raise UserInputError(f"{file}: a flag is given twice, with '-' and with '_'")
@@ -94,12 +94,12 @@ def as_arguments(config: dict[str, Any]) -> list[str]:
         arguments.append(f"--{key}")
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, list) or (isinstance(entry, dict) and key not in TrainingArguments._VALID_DICT_FIELDS):
-                raise UserInputError(f"--{key} takes no {type(entry).__name__} ({entry})")
+                raise UserInputError(f"--{key} does not accept a {type(entry).__name__} ({entry})")
             try:
                 word = json.dumps(entry) if isinstance(entry, dict | bool) else str(entry)
             except (TypeError, ValueError) as error:
                 raise UserInputError(f"--{key}: {error}") from error
             if re.match(r"-[^\d.]", word):
-                raise UserInputError(f"--{key} ({word}) must not begin like a flag")
+                raise UserInputError(f"--{key} ({word}) must not start with '-'")
             arguments.append(word)
     return arguments

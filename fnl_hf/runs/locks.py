@@ -1,7 +1,7 @@
-"""One run at a time in an output folder: POSIX record locks, which end with their process, also on a shared disk.
+"""One run at a time in an output folder: POSIX record locks, which end with their process and work on shared disks.
 
-A lock is lost as soon as its process closes any descriptor of its file: nothing else here opens it. Worker processes do
-not inherit it, so that none of them keeps a dead run's.
+A process loses a lock when it closes any descriptor of the file, so nothing else here opens it. Worker processes do not
+inherit the lock, so none of them keeps that of a dead run.
 """
 
 import errno
@@ -24,15 +24,15 @@ except ImportError:  # Windows
 
 logger = logging.get_logger(__name__)
 
-LOCK_FILE = "_lock"  # remains in the folder; it is the lock, not the file, that tells whether a run is alive
-LENGTH = 4096  # bytes of it, at most
-NO_LOCKS = "{} is on a disk without locks: nothing keeps another process from starting a run there, too"
+LOCK_FILE = "_lock"  # stays in the folder: the lock, not the file, shows whether a run is alive
+LENGTH = 4096  # maximum size of its content
+NO_LOCKS = "{} is on a disk that does not support locks: another process could start a run there at the same time"
 _held: dict[str, int] = {}  # real path of a folder -> descriptor
 
 
 @contextmanager
 def folders_in_use() -> Iterator[None]:
-    """At the end of the context, or of a function that it decorates, the folders that were locked in it are free."""
+    """Release the folders that were locked in the context, or in a decorated function, at its end."""
     before = set(_held)
     try:
         yield
@@ -42,7 +42,7 @@ def folders_in_use() -> Iterator[None]:
 
 
 def read_lock(folder: Path) -> bytes:
-    """What the folder's last run has left in its lock's file; empty if there was none. Changes no file.
+    """The content that the folder's last run left in its lock file; empty if there was none. Changes no file.
 
     Raises:
         UserInputError: a run in another process is alive there.
@@ -79,7 +79,8 @@ def lock_folder(folder: Path, seen: bytes) -> None:
         _lock(folder, descriptor)
         if (now := os.pread(descriptor, LENGTH, 0)) != seen:
             raise UserInputError(
-                f"--output_dir {folder}: {_describe(now)} has run there since this one was planned: start it again"
+                f"--output_dir {folder}: {_describe(now)} started a run there after this one was planned: start "
+                "this command again"
             )
         owner = {"process": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
         os.ftruncate(descriptor, 0)
@@ -94,11 +95,11 @@ def _open(folder: Path) -> int:
     try:
         return os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UserInputError(f"--output_dir {folder}: {LOCK_FILE} there cannot be written: {error.strerror}") from error
+        raise UserInputError(f"--output_dir {folder}: {LOCK_FILE} in it is not writable: {error.strerror}") from error
 
 
 def _lock(folder: Path, descriptor: int) -> None:
-    """Lock a file, unless its disk knows no locks."""
+    """Lock a file, unless its disk does not support locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -107,7 +108,7 @@ def _lock(folder: Path, descriptor: int) -> None:
             return
         owner = _describe(os.pread(descriptor, LENGTH, 0))
         raise UserInputError(
-            f"--output_dir {folder} is in use by a run in {owner}: wait for its end, or choose another folder"
+            f"--output_dir {folder} is in use by a run in {owner}: wait until it ends, or choose another folder"
         ) from error
 
 

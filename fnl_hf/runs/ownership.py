@@ -1,7 +1,7 @@
-"""Whose the files of an output folder are: a run overwrites and deletes what a run wrote there, and nothing else.
+"""Which files of an output folder belong to a run: a run only overwrites and deletes files that a run wrote.
 
-A run records the checksums of what it leaves. A file of one of its names that is not recorded, or has changed since, is
-somebody else's.
+A run records the checksums of its files. If a file with one of their names is not recorded, or has changed since, it
+belongs to the user.
 """
 
 import json
@@ -19,12 +19,12 @@ from fnl_hf.runs.checkpoints import STAGING_FOLDER, STATE_FILE, checksum, list_c
 from fnl_hf.runs.provenance import PROVENANCE_FILE
 
 RESULTS_FILE = "all_results.json"
-STARTED_FILE = "run_arguments.json"  # marks a folder as that of a run, before its first checkpoint
+STARTED_FILE = "run_arguments.json"  # marks a folder as a run's, even before its first checkpoint
 RECORD_FILE = "_written.json"  # name -> SHA-256; nothing whose name begins with "_" is uploaded
-# Patterns of what is written while a run trains and evaluates, ...
+# Patterns of the files written during training and evaluation, ...
 STARTED = (STARTED_FILE, PROVENANCE_FILE)
 SCORES = ("*_results.json", "*_predictions.json", "*_null_odds.json")
-# ... and of the model that it leaves: weights, configuration, code, what prepares its inputs, card and report.
+# ... and of the final model: weights, configuration, code, preprocessing, card and report.
 MODEL = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
     *(path.name for path in Path(fnl_hf.bert.__path__[0]).glob("[!_]*.py")),
@@ -34,19 +34,19 @@ MODEL = (
     *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*"),
     *("training_args.bin", STATE_FILE, "README.md", "training_report.png"),
 )
-SHOWN = 3  # names in a message
+SHOWN = 3  # maximum number of names in a message
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a run writes: patterns of names in its folder, and whether checkpoints."""
+    """What a run writes: name patterns in its folder, and whether it writes checkpoints."""
 
     patterns: tuple[str, ...]
     has_checkpoints: bool = False
 
 
 def output_of(args, *also: str) -> Output:
-    """What a run of ``TrainingArguments`` writes; a model that is only evaluated is saved again to be pushed.
+    """What a run of ``TrainingArguments`` writes; a model that is only evaluated is saved again if it is pushed.
 
     Args:
         also: other names, of what the script itself writes.
@@ -62,7 +62,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def others_files(folder: Path, output: Output, anew: bool = True) -> list[str]:
-    """What in a folder is not a run's and would be overwritten or deleted by another one, by its name there.
+    """Names of files in a folder that no run wrote and that a run would overwrite or delete.
 
     Args:
         output: what it writes.
@@ -89,8 +89,8 @@ def refuse_others_files(folder: Path, output: Output, anew: bool = True) -> None
     """
     if found := others_files(folder, output, anew):
         raise UserInputError(
-            f"--output_dir {folder}: {shortened(found)} there is not as a run has written it, and this run would "
-            "overwrite or delete it: move it away, or choose another folder"
+            f"--output_dir {folder}: {shortened(found)} was not written by a run, or was changed since, and this "
+            "run would overwrite or delete it: move it away, or choose another folder"
         )
 
 
@@ -100,12 +100,13 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def begin_writing(folder: Path) -> None:
-    """Note that the run's end is being written: until :func:`record_written`, what has its names is its own."""
+    """Record that the run's results are being written: until :func:`record_written`, files with their names are its
+    own."""
     write_json(folder / RECORD_FILE, {})
 
 
 def record_written(folder: Path, patterns: Sequence[str]) -> None:
-    """Record what matches, as it is now, as a run's; no other entry is changed."""
+    """Record the current matching files as a run's; other entries do not change."""
     files = [
         file for path in _matching(folder, patterns) for file in ([path] if path.is_file() else _files_below(path))
     ]
@@ -115,7 +116,7 @@ def record_written(folder: Path, patterns: Sequence[str]) -> None:
 
 @contextmanager
 def staying_recorded(path: Path) -> Iterator[None]:
-    """Within the context our own tools may change a file that a run wrote; it remains the run's."""
+    """Within the context, our own tools may change a file that a run wrote; it stays recorded."""
     record = _read_record(path.parent) or {}
     was_recorded = path.is_file() and record.get(path.name) == checksum(path)
     yield
@@ -124,7 +125,7 @@ def staying_recorded(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is never torn."""
+    """Write a JSON file atomically."""
     written = path.with_name(f"{path.name}.new")
     written.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(written, path)
@@ -135,7 +136,7 @@ def _is_run_s(file: Path, folder: Path, record: dict[str, str] | None) -> bool:
     is_run = holds_run(folder)
     if is_run and any(fnmatchcase(name, pattern) for pattern in (*STARTED, *SCORES)):
         return True
-    # Its end is, or was, being written; runs of earlier versions leave no record, and their results last.
+    # Its results are being written, or were; runs of earlier versions have no record and write results last.
     if is_run and (record == {} or (record is None and os.path.isfile(folder / RESULTS_FILE))):
         return True
     if record is None or name not in record or not os.path.isfile(file):

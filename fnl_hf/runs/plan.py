@@ -1,4 +1,4 @@
-"""A run and its output folder: start, resume, or nothing left to do. Never overwrite what is there unasked."""
+"""Decide what a run does with its output folder: start, resume, or nothing. Never overwrite anything unless asked."""
 
 import dataclasses
 import json
@@ -42,10 +42,10 @@ from fnl_hf.runs.provenance import mask_home, read_starts
 
 logger = logging.get_logger(__name__)
 
-# Flags that name a file or folder; other names of the same one make no other run.
+# Flags that name a file or folder; another name of the same file does not make another run.
 PATHS = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir", "idx_dir", "dataset_name",
          "model_name_or_path", "teacher_name_or_path", "tokenizer_name", "config_name")  # fmt: skip
-# What, beside the scripts' own arguments, makes two runs different ones.
+# Arguments that identify a run, in addition to the scripts' own.
 TRAINING_ARGUMENTS = (
     "optimizer",
     "optim_args",
@@ -72,7 +72,7 @@ TRAINING_ARGUMENTS = (
     "fp16",
 )
 WITHOUT_EFFECT = ("cache_dir", "preprocessing_num_workers")
-# How a global batch is split into micro-batches; on the same global batch a run can go on with another split.
+# How a global batch is divided into micro-batches; a run may resume with another division of the same batch.
 SPLIT = ("world_size", "gradient_accumulation_steps")
 LENGTH = "length"  # a run may be made longer or shorter
 DATA_FINGERPRINT = "data_fingerprint"
@@ -80,7 +80,7 @@ VALIDATION_FINGERPRINT = "validation_fingerprint"
 TEST_FINGERPRINT = "test_fingerprint"
 START_WEIGHTS = "start_weights"
 TEACHER_WEIGHTS = "teacher_weights"
-# What an optimizer's state depends on.
+# Arguments on which the optimizer state depends.
 ARCHITECTURE = (
     "model_type",
     "architectures",
@@ -93,17 +93,17 @@ ARCHITECTURE = (
     "max_position_embeddings",
     "attention_embedding_size",
 )
-EPOCH_ROUNDING = 1e-6  # an epoch's steps are whole numbers, their shares of it are not
+EPOCH_ROUNDING = 1e-6  # the steps of an epoch are whole numbers, their share of it is not
 # Entries of a configuration that Trainer sets before it saves a model.
 SET_BY_TRAINER = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to do with the output folder: continue from ``checkpoint``, start (None), or nothing (``finished``).
+    """What to do with the output folder: resume from ``checkpoint``, start (None), or nothing (``finished``).
 
-    ``continued`` is the folder of the run that goes on, also from its beginning; None for a new one. ``lock`` is what
-    :func:`fnl_hf.runs.locks.read_lock` has found there.
+    ``continued`` is the folder of the run that is resumed, possibly from its beginning; None for a new run. ``lock`` is
+    the result of :func:`fnl_hf.runs.locks.read_lock`.
     """
 
     checkpoint: str | None = None
@@ -113,7 +113,7 @@ class RunPlan:
 
 
 def describe_run(args, *script_arguments) -> dict[str, Any]:
-    """What identifies a run: all of the script's own arguments, and those of Trainer's that change its result."""
+    """What identifies a run: all arguments of the script, and those of Trainer that change its result."""
     described = {name: getattr(args, name) for name in TRAINING_ARGUMENTS}
     described[LENGTH] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs} epochs"
     for arguments in script_arguments:
@@ -124,7 +124,7 @@ def describe_run(args, *script_arguments) -> dict[str, Any]:
 def plan_run(args, description: dict[str, Any], also: Sequence[str] = ()) -> RunPlan:
     """Decide from ``--output_dir``, ``--resume_from_checkpoint`` and ``--overwrite_output_dir``; changes no file.
 
-    The first process decides for all: disks do not show the same to every machine at the same time.
+    The first process decides for all, because disks may look different to different machines.
 
     Args:
         description: see :func:`describe_run`.
@@ -147,7 +147,9 @@ def plan_run(args, description: dict[str, Any], also: Sequence[str] = ()) -> Run
 def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> RunPlan:
     resume = args.resume_from_checkpoint
     if resume is not None and args.overwrite_output_dir:
-        raise UserInputError(f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other")
+        raise UserInputError(
+            f"--resume_from_checkpoint ({resume}) and --overwrite_output_dir exclude each other: leave one of them out"
+        )
     in_use = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
     if resume not in (None, "auto"):
         plan = _plan_from_checkpoint(Path(resume), folder, in_use, description, args.allow_other_world_size)
@@ -166,12 +168,12 @@ def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> Ru
     if checkpoint is None and (faulty := list_checkpoints(folder)):
         raise UserInputError(
             f"--resume_from_checkpoint auto: {folder} has no complete checkpoint: "
-            f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start anew, "
+            f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start a new run, "
             f"{_remedies(folder, args, output)}"
         )
     if checkpoint is None and not holds_run(folder):
         raise UserInputError(
-            f"--output_dir {folder} is not empty and holds no run to resume: {_remedies(folder, args, output)}"
+            f"--output_dir {folder} is not empty and contains no run to resume: {_remedies(folder, args, output)}"
         )
     refuse_others_files(folder, output, anew=False)
     if checkpoint is None:
@@ -181,22 +183,22 @@ def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> Ru
 
 
 def _remedies(folder: Path, args, output: Output) -> str:
-    """What can be done where an output folder is in use; only what would not be refused in its turn."""
+    """What a user can do about an output folder in use; only suggests what would be accepted."""
     own = [path for path in list_checkpoints(folder) if path.name not in not_of_the_run(path)]
     is_run, others = holds_run(folder) or bool(own), others_files(folder, output)
-    remedies = ["choose another"]
+    remedies = ["choose another folder"]
     if is_run and args.do_train and args.resume_from_checkpoint is None:
-        remedies.append("continue its training with --resume_from_checkpoint auto")
+        remedies.append("resume its run with --resume_from_checkpoint auto")
     if not others:
         instead = " instead of --resume_from_checkpoint" if args.resume_from_checkpoint else ""
-        what = "replace it" if is_run else "keep all that is there beside the new run"
+        what = "replace it" if is_run else "keep its files next to the new run"
         remedies.append(f"{what} with --overwrite_output_dir true{instead}")
     joined = f"{', '.join(remedies[:-1])}, or {remedies[-1]}" if len(remedies) > 1 else remedies[0]
-    return joined + (f" ({shortened(others)} there is not as a run has written it)" if others else "")
+    return joined + (f" ({shortened(others)} in it was not written by a run, or was changed since)" if others else "")
 
 
 def _validate_place(folder: Path) -> None:
-    """Raise UserInputError unless ``folder`` is one that can be written, or can be made."""
+    """Raise UserInputError unless ``folder`` is writable, or can be created."""
     try:
         folder.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -207,7 +209,7 @@ def _validate_place(folder: Path) -> None:
     if not os.path.isdir(place):
         raise UserInputError(f"--output_dir {folder}: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserInputError(f"--output_dir {folder}: {place} cannot be written")
+        raise UserInputError(f"--output_dir {folder}: {place} is not writable")
 
 
 def _plan_from_checkpoint(
@@ -215,18 +217,23 @@ def _plan_from_checkpoint(
 ) -> RunPlan:
     fault = find_fault(checkpoint)
     if fault is not None:
-        raise UserInputError(f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there: {fault}")
+        raise UserInputError(f"--resume_from_checkpoint {checkpoint}: not a complete checkpoint: {fault}")
     parents = (checkpoint.parent.resolve(), checkpoint.resolve().parent)  # it may be a link
     if in_use and folder.resolve() not in parents:
-        raise UserInputError(f"--output_dir {folder} is not empty and not the folder of checkpoint {checkpoint}")
+        raise UserInputError(
+            f"--output_dir {folder} is not empty, and is not the folder that contains {checkpoint}: choose another "
+            "folder"
+        )
     run = checkpoint.parent if read_started(checkpoint.parent) else checkpoint
-    _validate_same_run(run, description, allow_other_world_size, lambda: "go on with what it was started with")
+    _validate_same_run(
+        run, description, allow_other_world_size, lambda: "resume with the arguments that the run was started with"
+    )
     _warn_of_another_length(run, description)
     return RunPlan(checkpoint=str(checkpoint), continued=run)
 
 
 def read_started(folder: Path) -> dict[str, Any]:
-    """How the run in a folder was described when it was started or last continued; {} if it was not.
+    """The description of the run in a folder when it was started or last resumed; {} without one.
 
     A checkpoint that was moved out of its run's folder has a record of its own.
     """
@@ -249,16 +256,16 @@ def _validate_same_run(
     if "world_size" in different and different <= {*SPLIT}:
         _validate_split(folder, started, description, allow_other_world_size)
     elif different:
-        differences = [f"{name} is {started[name]} there and {description[name]} here" for name in sorted(different)]
+        differences = [f"{name} was {started[name]} and is now {description[name]}" for name in sorted(different)]
         remedies = find_remedies()
         raise UserInputError(
-            f"{folder} holds another run: {'; '.join(differences)}. {remedies[0].upper()}{remedies[1:]}"
+            f"{folder} contains another run: {'; '.join(differences)}. {remedies[0].upper()}{remedies[1:]}"
         )
 
 
 def _is_same(name: str, there: Any, here: Any) -> bool:
-    """Whether an argument was the same, or another name of the same file; the record in a checkpoint does not name the
-    user's home folder."""
+    """Whether an argument is the same, or another name of the same file; the record in a checkpoint has "~" instead of
+    the user's home folder."""
     if there in (here, mask_home(here)):
         return True
     if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
@@ -268,7 +275,7 @@ def _is_same(name: str, there: Any, here: Any) -> bool:
     there = os.path.expanduser(there)
     if os.path.realpath(there) == os.path.realpath(here):
         return True
-    # Moved, or named from another working folder: fingerprints of the data and checksums of the weights decide.
+    # Moved, or relative to another working folder: fingerprints of the data and checksums of the weights decide.
     return Path(there).name == Path(here).name and os.path.lexists(here) and not os.path.lexists(there)
 
 
@@ -276,8 +283,8 @@ def _warn_of_another_length(folder: Path, description: dict[str, Any]) -> None:
     there, here = read_started(folder).get(LENGTH), description.get(LENGTH)
     if None not in (there, here) and there != here:
         logger.warning(
-            f"{folder}: the run was started for {there} and goes on for {here} in all. Its learning rate changes at "
-            "this point: it is now that of a schedule for the new length"
+            f"{folder}: the run was started for {there} and now ends after {here} in total. From this step on, the "
+            "learning rate follows the schedule for the new length"
         )
 
 
@@ -289,23 +296,23 @@ def _validate_split(folder: Path, started: dict[str, Any], here: dict[str, Any],
         return
     was = (
         f"the run in {folder} was started on {started['world_size']} process(es) x "
-        f"{started['gradient_accumulation_steps']} accumulation step(s) x {batch} sequences, here are {processes} x "
-        f"{here['gradient_accumulation_steps']} x {batch}"
+        f"{started['gradient_accumulation_steps']} accumulation step(s) x {batch} sequences; now they are "
+        f"{processes} x {here['gradient_accumulation_steps']} x {batch}"
     )
     accumulation, rest = divmod(micro_batches, processes)
     if rest:
         raise UserInputError(
-            f"{was}: {processes} processes cannot share its global batch of {micro_batches * batch} sequences. Their "
-            f"number must divide {micro_batches}"
+            f"{was}: {processes} processes cannot share its global batch of {micro_batches * batch} sequences. The "
+            f"number of processes must divide {micro_batches}"
         )
     raise UserInputError(
-        f"{was}: go on at the same sample position with --allow_other_world_size true "
+        f"{was}: resume at the same sample position with --allow_other_world_size true "
         f"--gradient_accumulation_steps {accumulation}"
     )
 
 
 def validate_data(plan: RunPlan, description: dict[str, Any]) -> None:
-    """Compare the data that were prepared, by the fingerprints in ``description``, with those of the run's start.
+    """Compare the fingerprints of the prepared data in ``description`` with those at the run's start.
 
     Raises:
         UserInputError: the run that is continued, or finished, has other data.
@@ -316,39 +323,39 @@ def validate_data(plan: RunPlan, description: dict[str, Any]) -> None:
         here, there = description.get(name), started.get(name)
         if None not in (here, there) and here != there:
             raise UserInputError(
-                f"{plan.continued} holds a run on other {kind}: their fingerprint is {there} there and {here} here. "
-                "Bring the old files back to go on, or choose another --output_dir"
+                f"{plan.continued} contains a run on other {kind}: the fingerprint was {there} and is now {here}. "
+                "Restore the old files to resume, or choose another --output_dir"
             )
 
 
 def weights_checksum(name: str | None) -> str | None:
-    """Of the weights in a model's folder, SHA-256; None for another's name, and where they are in other files."""
+    """SHA-256 of the weights in a model's folder; None for a Hub name, or if the weights are in other files."""
     file = None if name is None else Path(name, SAFE_WEIGHTS_NAME)
     return checksum(file) if file is not None and os.path.isfile(file) else None
 
 
 def validate_weights(plan: RunPlan, description: dict[str, Any]) -> None:
-    """Compare the weights that a run starts from and those of its teacher, by the :func:`weights_checksum` of each in
-    ``description``, with those of the run's start.
+    """Compare the :func:`weights_checksum` of the initial weights and of the teacher in ``description`` with those at
+    the run's start.
 
     Raises:
         UserInputError: the run that is continued, or finished, has others.
     """
     started = {} if plan.continued is None else read_started(plan.continued)
     for name, fault in (
-        (START_WEIGHTS, "was started from other weights"),
+        (START_WEIGHTS, "started from other weights"),
         (TEACHER_WEIGHTS, "has a teacher with other weights"),
     ):
         here, there = description.get(name), started.get(name)
         if None not in (here, there) and here != there:
             raise UserInputError(
-                f"{plan.continued} holds a run that {fault}: their checksum is {there} there and {here} here. Bring "
-                "the old ones back to go on, or choose another --output_dir"
+                f"{plan.continued} contains a run that {fault}: the checksum was {there} and is now {here}. Restore "
+                "the old weights to resume, or choose another --output_dir"
             )
 
 
 def start_run(args, plan: RunPlan, description: dict[str, Any]) -> None:
-    """Make and lock the output folder, drop the checkpoints of a run that is overwritten, and record what this run is.
+    """Make and lock the output folder, delete the checkpoints of a run that is overwritten, and record this run.
 
     Raises:
         UserInputError: another process has begun a run there since this one was planned.
@@ -362,14 +369,14 @@ def start_run(args, plan: RunPlan, description: dict[str, Any]) -> None:
     if args.overwrite_output_dir:
         for old in list_checkpoints(folder):
             if not not_of_the_run(old):
-                remove(old, ignore_errors=False)  # it would pass for one of this run
+                remove(old, ignore_errors=False)  # it would be taken for one of this run
         for name in (RESULTS_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
-    write_json(folder / STARTED_FILE, description)  # a torn one would let any other run go on
+    write_json(folder / STARTED_FILE, description)  # a truncated file would let any other run resume
 
 
 def is_finished(folder: Path, args) -> bool:
-    """Whether the run in ``folder`` ended and reached what ``args`` ask for; the results are written last."""
+    """Whether the run in ``folder`` has ended and is as long as ``args`` request; the results are written last."""
     state = read_state(folder)
     if state is None or not os.path.isfile(folder / RESULTS_FILE) or state.global_step < state.max_steps:
         return False
@@ -387,15 +394,15 @@ def validate_resume(checkpoint: str | Path, model: PreTrainedModel, names: Colle
     here = model.config.to_dict() | {"architectures": [type(model).__name__]}
     try:
         saved = dict(json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8")))
-        there = type(model.config).from_dict(saved).to_dict()  # it was saved without most defaults
+        there = type(model.config).from_dict(saved).to_dict()  # most defaults are not saved
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserInputError(f"checkpoint {checkpoint}: config.json cannot be read: {error}") from error
     there |= {name: saved.get(name) for name in ("model_type", "architectures")}
     ignored = {*ORIGIN_ENTRIES, *SET_BY_TRAINER} - {*ARCHITECTURE}
     differences = [
-        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        f"{name} is {there.get(name)} in the checkpoint and {here.get(name)} in this model"
         for name in names or sorted(here.keys() - ignored)
         if there.get(name) != here.get(name) and not name.startswith("_")
     ]
     if differences:
-        raise UserInputError(f"checkpoint {checkpoint} is of another model: {'; '.join(differences)}")
+        raise UserInputError(f"checkpoint {checkpoint} belongs to another model: {'; '.join(differences)}")

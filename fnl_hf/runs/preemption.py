@@ -1,4 +1,5 @@
-"""SIGTERM, as schedulers send it before they take a machine away: save, and end with a status that says "try again"."""
+"""SIGTERM, which schedulers send before they take a machine away: save, and exit with a status that means "try
+again"."""
 
 import atexit
 import multiprocessing
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-AGREEMENT_STEPS = 10  # between two questions to all processes on an accelerator, where reading the answer synchronizes
-GRACE_SECONDS = 1.0  # for child processes that end by themselves on SIGTERM
+AGREEMENT_STEPS = 10  # between two queries of all processes on an accelerator, where reading the answer synchronizes
+GRACE_SECONDS = 1.0  # time for child processes to end on SIGTERM
 
 
 @contextmanager
 def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Within the context SIGTERM calls ``handler``. Outside of the main thread Python allows none: nothing changes."""
+    """Within the context, SIGTERM calls ``handler``. Outside of the main thread, Python does not allow handlers and
+    nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -31,9 +33,9 @@ def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def surviving_sigterm(then: Callable[[int], None] | None = None) -> Callable[[int], None]:
-    """A ``worker_init_fn`` for workers that ignore SIGTERM, and end with this process all the same.
+    """A ``worker_init_fn`` for workers that ignore SIGTERM but still end with this process.
 
-    A scheduler signals the workers too, and the checkpoint needs them for its last step.
+    A scheduler also signals the workers, but the checkpoint needs them for its last step.
 
     Args:
         then: another one, which is called as well.
@@ -43,7 +45,7 @@ def surviving_sigterm(then: Callable[[int], None] | None = None) -> Callable[[in
 
 
 def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
-    """What :func:`surviving_sigterm` makes of a worker."""
+    """Make a worker ignore SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)
@@ -51,13 +53,13 @@ def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
 
 @cache
 def _register_end_of_workers() -> None:
-    atexit.register(end_workers)  # runs before multiprocessing's own handler, which was registered before
+    atexit.register(end_workers)  # runs before multiprocessing's own handler, which was registered earlier
 
 
 def end_workers() -> None:
-    """End all daemonic processes of ``multiprocessing``'s, as it does when the interpreter ends, but those that ignore
-    SIGTERM, too: it sends them SIGTERM and waits, for ever where an exception's traceback keeps a DataLoader's iterator
-    and with it the workers.
+    """End all daemonic processes of ``multiprocessing``, as the interpreter does at its end, including those that
+    ignore SIGTERM. The interpreter sends SIGTERM and waits: for ever, if an exception's traceback keeps a DataLoader's
+    iterator and its workers alive.
     """
     workers = [process for process in multiprocessing.active_children() if process.daemon]
     if not workers:
@@ -73,10 +75,10 @@ def end_workers() -> None:
 
 
 class PreemptionCallback(TrainerCallback):
-    """Stops training at the end of a step when one process was asked to, on all of them together.
+    """Stops training at the end of a step, on all processes together, when one process was asked to stop.
 
-    A step that is the last one anyway ends training as always. Else the trainer saves once, after all that the step and
-    its epoch log and evaluate, unless ``saved_step`` is this one: to replace a checkpoint is to have none for a moment.
+    A last step ends training as usual. Otherwise the trainer saves once, after the logs and evaluations of the step and
+    its epoch, unless ``saved_step`` is this step: replacing a checkpoint would leave none for a moment.
     """
 
     def __init__(self):
@@ -88,7 +90,7 @@ class PreemptionCallback(TrainerCallback):
         self.saved_step: int | None = None
 
     def request(self, signum: int, frame: Any) -> None:
-        """The signal's handler; a second signal, also during the save, changes nothing."""
+        """The signal's handler; a second signal, even during the save, has no effect."""
         self.is_requested = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -107,7 +109,7 @@ class PreemptionCallback(TrainerCallback):
         self.saved_step = state.global_step
 
     def _was_any_requested(self, args, state) -> bool:
-        """Whether any process was asked, the same answer on all of them."""
+        """Whether any process was asked to stop; the same answer on all of them."""
         if args.world_size == 1:
             return self.is_requested
         if args.device.type != "cpu" and state.global_step % AGREEMENT_STEPS:

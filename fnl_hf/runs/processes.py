@@ -1,4 +1,4 @@
-"""What several processes must do alike: each learns what the others have found."""
+"""Decisions that several processes must make alike."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ Decision = TypeVar("Decision")
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all processes, by rank. All of them must call this, with what can be pickled."""
+    """The values of all processes, by rank. All processes must call this, with picklable values."""
     if not _is_distributed():
         return [value]
     values = [None] * torch.distributed.get_world_size()
@@ -20,7 +20,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def decide_on_first_process(decide: Callable[[], Decision]) -> Decision:
-    """What ``decide`` returns on the first process, or the UserInputError that it raises there, on all of them."""
+    """Return the result of ``decide`` on the first process, or raise its UserInputError, on all processes."""
     decision: Any = None
     if not _is_distributed() or torch.distributed.get_rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""Where a model comes from: software, devices, arguments and data of every start of its run, saved with it."""
+"""The origin of a model: software, devices, arguments and data of every start of its run, saved with the model."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,8 @@ _GIT_SECONDS = 5
 def collect_provenance() -> dict[str, Any]:
     """Versions, git revision (None outside a checkout), platform and devices of this process. Not the host's name."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    versions["torch"] = torch.__version__  # with its build, as in 2.13.0+cu130, which the package's metadata may lack
+    # with its build, for example 2.13.0+cu130, which the package's metadata may lack
+    versions["torch"] = torch.__version__
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         "versions": {"fnl_hf": __version__, "python": platform.python_version(), **versions},
@@ -37,8 +38,8 @@ def collect_provenance() -> dict[str, Any]:
 
 
 def git_revision(package: Path) -> str | None:
-    """The commit of the checkout that ``package`` belongs to, with "+changes" if tracked files differ from it; None if
-    its ``__init__.py`` is in none, as in an installed package."""
+    """The commit of the checkout that contains ``package``, with "+changes" if tracked files differ from it; None
+    outside of a checkout, for example in an installed package."""
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return _git(package, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes")
@@ -72,7 +73,7 @@ def record_start(args, checkpoint: str | None, argv: Sequence[str], description:
 
 
 def read_starts(folder: str | Path) -> list[dict[str, Any]]:
-    """The starts recorded in a run's folder or checkpoint, oldest first; none if they are missing or torn."""
+    """The starts recorded in a run's folder or checkpoint, oldest first; none if the file is missing or truncated."""
     try:
         record = json.loads(Path(folder, PROVENANCE_FILE).read_text(encoding="utf-8"))
         return [dict(start) for start in record["starts"]]
@@ -81,7 +82,8 @@ def read_starts(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def copy_provenance(source: str | Path, target: str | Path) -> None:
-    """Give a checkpoint the record of its run; one that has none, made without the scripts, gets none."""
+    """Copy the record of its run into a checkpoint; nothing if the run has no record, because it did not use the
+    scripts."""
     record = Path(source, PROVENANCE_FILE)
     if record.is_file() and Path(target).resolve() != Path(source).resolve():
         shutil.copy2(record, target)
@@ -108,7 +110,7 @@ def _mask_secrets(argv: Sequence[str]) -> list[str]:
 
 
 def mask_home(value: Any) -> Any:
-    """A value of the record, with the user's home folder as "~" in all of its strings."""
+    """A value of the record in which all strings have "~" instead of the user's home folder."""
     if isinstance(value, dict):
         return {key: mask_home(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""One recipe, several seeds: a run for each in a folder of its own, and what their scores have in common."""
+"""One recipe with several seeds: a run per seed, each in its own folder, and the mean of their scores."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from fnl_hf.runs.plan import (
 )
 
 SEEDS_FILE = "seeds.json"
-# Entries of the evaluation that are no scores.
+# Entries of the evaluation that are not scores.
 NO_SCORES = ("_runtime", "_per_second", "_time", "_total", "_thresh")
-# What else than the arguments, which are compared when a run goes on, must be the same in all runs.
+# What must be the same in all runs, in addition to the arguments, which are compared when a run is resumed.
 IN_COMMON = (DATA_FINGERPRINT, VALIDATION_FINGERPRINT, START_WEIGHTS, TEACHER_WEIGHTS, LENGTH)
 
 
@@ -36,16 +36,20 @@ def commands_of_seeds(argv: Sequence[str], args) -> list[list[str]]:
             ``seeds.json`` that is no run's.
     """
     if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):
-        raise UserInputError(f"--seeds ({' '.join(map(str, args.seeds))}) must be at least two different ones")
+        raise UserInputError(f"--seeds ({' '.join(map(str, args.seeds))}) must be two or more different seeds")
     for seed in args.seeds:
         validate_bounds("seeds", seed, 0, 2**32)
     if not (args.do_train and args.do_eval):
-        raise UserInputError("--seeds compares the scores of several trainings: it needs --do_train and --do_eval")
+        raise UserInputError("--seeds compares the scores of several trained models: it needs --do_train and --do_eval")
     if args.push_to_hub:
-        raise UserInputError("--push_to_hub: --seeds trains several models; push the folder of one of them afterwards")
+        raise UserInputError(
+            "--push_to_hub cannot be used with --seeds, which trains several models: push one of their folders "
+            "afterwards"
+        )
     if args.resume_from_checkpoint not in (None, "auto"):
         raise UserInputError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint} is the checkpoint of one run: with --seeds, 'auto'"
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is the checkpoint of one run: use 'auto' with "
+            "--seeds"
         )
     _validate_summary(Path(args.output_dir, SEEDS_FILE))
     folders = [str(seed_folder(args.output_dir, seed)) for seed in args.seeds]
@@ -53,7 +57,7 @@ def commands_of_seeds(argv: Sequence[str], args) -> list[list[str]]:
 
 
 def _validate_summary(file: Path) -> None:
-    """Raise UserInputError if what has the summary's name is somebody else's."""
+    """Raise UserInputError if a file has the summary's name but is not a summary."""
     if not os.path.lexists(file):
         return
     try:
@@ -61,9 +65,7 @@ def _validate_summary(file: Path) -> None:
     except (OSError, ValueError, AttributeError):
         is_summary = False
     if not is_summary:
-        raise UserInputError(
-            f"--output_dir {file.parent}: {file.name} there is not as --seeds has written it: move it away"
-        )
+        raise UserInputError(f"--output_dir {file.parent}: {file.name} in it was not written by --seeds: move it away")
 
 
 def summarize_seeds(output_dir: str | Path, seeds: Sequence[int]) -> str:
@@ -77,7 +79,7 @@ def summarize_seeds(output_dir: str | Path, seeds: Sequence[int]) -> str:
         found = {seed: started[seed].get(name) for seed in seeds}
         if len(set(found.values())) > 1:
             listed = ", ".join(f"{value} in {seed_folder(output_dir, seed)}" for seed, value in found.items())
-            raise UserInputError(f"the runs of --seeds cannot be compared: {name} is {listed}")
+            raise UserInputError(f"the runs of --seeds are not comparable: {name} is {listed}")
     results = [json.loads((seed_folder(output_dir, seed) / RESULTS_FILE).read_text("utf-8")) for seed in seeds]
     names = [name for name in results[0] if name.startswith("eval_") and not name.endswith(NO_SCORES)]
     summary = {}

@@ -1,7 +1,7 @@
-"""From start and end logits to answers: n-best spans, and no answer where that scores higher (SQuAD v2.0).
+"""Compute answers from start and end logits: n-best spans, and no answer if that scores higher (SQuAD v2.0).
 
-As ``write_predictions`` of ``run_squad.py`` in google-research/bert, but for two things: a feature's padding, which is
-ranked there among its tokens, is left out, and where no span can be had the answer is "", not "empty".
+Like ``write_predictions`` of ``run_squad.py`` in google-research/bert, with two exceptions: padding of a feature is
+excluded instead of ranked among its tokens, and if there is no span, the answer is "" instead of "empty".
 
 Shapes: S tokens of a feature without its padding.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from fnl_hf.errors import validate_bounds
 
 Span = tuple[float, float, int, int]  # start logit, end logit, first character, end character
-NO_SPAN_ODDS = 1e9  # where a context has no token at all; finite, so that it can be written as JSON
+NO_SPAN_ODDS = 1e9  # for a context without tokens; finite, so that it can be written as JSON
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class AnswerOptions:
 class Answers:
     """Per question id: the answer, the best span's text, the n-best list and, for v2.0, ``null_odds``.
 
-    ``null_odds`` is the score of no answer less the best span's.
+    ``null_odds`` is the score of no answer minus that of the best span.
     """
 
     text: dict[str, str] = field(default_factory=dict)
@@ -106,9 +106,9 @@ def best_spans(
     """The best spans of the context in a feature, from its tokens' logits ``start`` and ``end`` (S,), their characters
     ``offsets`` (S, 2) and ``may_start`` (S,).
 
-    Combines the ``n_best_size`` best starts of all tokens with as many ends, then keeps what lies in the context, has
-    text (a space that is a token of bytes has none) and starts where ``may_start`` has it, so that neighbouring windows
-    do not answer with what another shows better.
+    Combines the ``n_best_size`` best starts of all tokens with as many ends. Keeps spans that are in the context, have
+    text (a space that is a token of bytes has none) and start where ``may_start`` is true, so that a window does not
+    answer with text that a neighbouring window shows with more context.
     """
     starts = np.argsort(-start, kind="stable")[:n_best_size]
     ends = np.argsort(-end, kind="stable")[:n_best_size]
@@ -127,7 +127,7 @@ def _score(span: Span) -> float:
 
 
 def _nbest_list(context: str, spans: list[Span], n_best_size: int, null: Span | None) -> list[dict[str, Any]]:
-    """The best distinct texts with softmax probabilities; with ``null`` no answer is among them, or comes last."""
+    """The best distinct texts with softmax probabilities; with ``null``, no answer is among them, or last."""
     entries: dict[str, dict[str, Any]] = {}
     candidates = spans if null is None else [*spans, null]
     for span in sorted(candidates, key=_score, reverse=True):

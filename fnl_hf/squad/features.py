@@ -1,8 +1,9 @@
 """SQuAD v1.1 and v2.0: questions from files, the Hub or the embedded sample, and their features.
 
-A long context is cut into overlapping windows ("features"); each holds the whole question and a part of the context.
-Windows, answers in them and the windows' claims on a token are those of ``run_squad.py`` in google-research/bert; but
-answers are characters of the context, which spares its search for the words behind the word pieces.
+A long context is cut into overlapping windows ("features"); each contains the whole question and a part of the context.
+Windows, the answers in them, and the choice of the window for each token are those of ``run_squad.py`` in
+google-research/bert. But answers are characters of the context, so its search for the words of word pieces is not
+needed.
 
 Shapes: W windows of a context, N tokens of the context.
 """
@@ -30,9 +31,10 @@ from fnl_hf.data.tokenizer import warn_of_unknown_tokens
 from fnl_hf.errors import UserInputError, validate_bounds
 
 MAX_QUESTION_TOKENS = 64  # ``max_query_length`` of the original run_squad.py
-FEATURES_VERSION = 1  # raise it when the same questions give other features, so that none from a cache are used
-BATCH_SIZE = 500  # questions whose features are made at once
-ANSWER_COLUMNS = ("example_id", "offset_mapping", "token_is_max_context")  # of evaluation, beside the model's inputs
+FEATURES_VERSION = 1  # raise it when the same questions give other features, so that older caches are not used
+BATCH_SIZE = 500  # number of questions whose features are computed at once
+# columns for evaluation, in addition to the model's inputs
+ANSWER_COLUMNS = ("example_id", "offset_mapping", "token_is_max_context")
 SAMPLE_FILES = {"train": "squad_sample_train.json", "validation": "squad_sample_validation.json"}
 EXAMPLE_FEATURES = Features(
     {
@@ -59,13 +61,13 @@ def load_squad_hub(name: str, config: str | None, split: str, cache_dir: str | N
         loaded = loaded.add_column("answers", [{"text": [], "answer_start": []}] * len(loaded))
     missing = [column for column in EXAMPLE_FEATURES if column not in loaded.column_names]
     if missing:
-        raise UserInputError(f"--dataset_name {name} has no columns {missing}, only {loaded.column_names}")
+        raise UserInputError(f"--dataset_name {name} lacks the columns {missing}: it has {loaded.column_names}")
     try:
         loaded = loaded.select_columns(list(EXAMPLE_FEATURES)).cast(EXAMPLE_FEATURES)
         for example in loaded:
             validate_answers(example, f"--dataset_name {name}")
-    except (pa.ArrowException, UnicodeDecodeError, TypeError) as error:  # Arrow's JSON reader takes any bytes for text
-        raise UserInputError(f"--dataset_name {name} is not like rajpurkar/squad: {error}") from error
+    except (pa.ArrowException, UnicodeDecodeError, TypeError) as error:  # Arrow's JSON reader accepts any bytes as text
+        raise UserInputError(f"--dataset_name {name} does not have the layout of rajpurkar/squad: {error}") from error
     return loaded
 
 
@@ -102,7 +104,7 @@ def read_squad_file(file: str | Path | Any) -> Dataset:
     except (AttributeError, KeyError, TypeError) as error:
         raise UserInputError(f"{file}: not in SQuAD's layout (data, paragraphs, qas): {error!r}") from error
     if not examples:
-        raise UserInputError(f"{file}: no questions")
+        raise UserInputError(f"{file}: contains no questions")
     for example in examples:
         validate_answers(example, str(file))
     return Dataset.from_list(examples, features=EXAMPLE_FEATURES)
@@ -111,15 +113,15 @@ def read_squad_file(file: str | Path | Any) -> Dataset:
 def _flatten(question: dict[str, Any], context: str) -> dict[str, Any]:
     name, impossible = question["id"], question.get("is_impossible", False)
     if type(name) not in (str, int):
-        raise TypeError(f"a question's id must be a text, got {name!r}")
+        raise TypeError(f"the id of a question must be a string, not {name!r}")
     if not isinstance(impossible, bool):
-        raise TypeError(f"question {name!r}: is_impossible must be true or false, got {impossible!r}")
+        raise TypeError(f"question {name!r}: is_impossible must be true or false, not {impossible!r}")
     answers = [] if impossible else question.get("answers", [])
     if not isinstance(answers, list):
-        raise TypeError(f"question {name!r}: answers must be a list, got {answers!r}")
+        raise TypeError(f"question {name!r}: answers must be a list, not {answers!r}")
     texts = [context, question["question"], *(answer["text"] for answer in answers)]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"question {name!r}: context, question and answers must be texts, got {texts}")
+        raise TypeError(f"question {name!r}: context, question and answers must be strings, not {texts}")
     for text in (str(name), *texts):
         validate_unicode(text, f"question {name!r}")
     if not all(type(answer["answer_start"]) is int for answer in answers):
@@ -136,33 +138,33 @@ def _flatten(question: dict[str, Any], context: str) -> dict[str, Any]:
 
 
 def validate_unicode(text: str, where: str) -> None:
-    """Raise UserInputError for half of a surrogate pair, which JSON and command lines can hold and UTF-8 cannot."""
+    """Raise UserInputError for half of a surrogate pair, which JSON and command lines can contain but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserInputError(f"{where}: not Unicode at character {error.start}: {text!r}") from error
+        raise UserInputError(f"{where}: the character at position {error.start} is not Unicode: {text!r}") from error
 
 
 def validate_answers(example: dict[str, Any], where: str) -> None:
-    """Raise UserInputError unless every answer stands in the context at its offset."""
+    """Raise UserInputError unless every answer is in the context at its offset."""
     for text, start in zip(example["answers"]["text"], example["answers"]["answer_start"], strict=True):
         found = example["context"][start : start + len(text)] if start >= 0 else ""
         if not text or found != text:
             raise UserInputError(
                 f"{where}: question {example['id']}: the answer {text!r} is not at offset {start} of its context, "
-                f"{found!r} is"
+                f"which has {found!r} there"
             )
 
 
 def validate_ids(examples: Dataset, split: str) -> None:
-    """Raise UserInputError if two questions share an id: answers are kept, written and scored by id."""
+    """Raise UserInputError if two questions share an id: answers are stored, written and scored by id."""
     for name, count in Counter(examples["id"]).most_common(1):
         if count > 1:
             raise UserInputError(f"question id {name!r} occurs {count} times among the {split} questions")
 
 
 def questions_fingerprint(examples: Dataset) -> str:
-    """A checksum of all questions, contexts and answers, whatever file they come from."""
+    """A checksum of all questions, contexts and answers, independent of their file."""
     digest = xxhash.xxh3_128()
     for start in range(0, len(examples), BATCH_SIZE):
         digest.update(repr(examples[start : start + BATCH_SIZE]).encode())
@@ -194,8 +196,8 @@ class FeatureMaker:
             validate_bounds(name, getattr(self, name), 1)
 
     def train_dataset(self, examples: Dataset) -> Dataset:
-        """Features with ``start_positions`` and ``end_positions``; both are the [CLS] token's where the window
-        lacks the answer or a part of it."""
+        """Features with ``start_positions`` and ``end_positions``; both are the [CLS] token if the window does not
+        contain the whole answer."""
         position = Value("int32")
         return self._cached("train", train_features, examples, {"start_positions": position, "end_positions": position})
 
@@ -225,9 +227,9 @@ class FeatureMaker:
         warn_of_unknown_tokens(self.tokenizer, np.concatenate(ids), where)
 
     def encode(self, questions: list[str], contexts: list[str]) -> Iterator[BatchEncoding]:
-        """For each question its windows of the context, in order; questions longer than 64 tokens are cut.
+        """The windows of the context for each question, in order; questions longer than 64 tokens are cut.
 
-        Special tokens that are spelled out in a text stay text.
+        Special tokens spelled out in a text stay text.
 
         Raises:
             UserInputError: a question leaves no room for a token of the context, or a text is not Unicode.
@@ -244,15 +246,16 @@ class FeatureMaker:
             window = self.max_seq_length - length - self.tokenizer.num_special_tokens_to_add(pair=True)
             if window < 1:
                 raise UserInputError(
-                    f"--max_seq_length ({self.max_seq_length}) leaves no room for a context beside a question of "
-                    f"{length} tokens and special ones"
+                    f"--max_seq_length ({self.max_seq_length}) leaves no room for the context after a question of "
+                    f"{length} tokens and the special tokens"
                 )
             yield self.tokenizer(
                 [question],
                 [context],
                 truncation="only_second",
                 max_length=self.max_seq_length,
-                stride=max(0, window - self.doc_stride),  # of this library: tokens that neighbours share
+                # the tokenizer's stride: tokens that neighbouring windows share
+                stride=max(0, window - self.doc_stride),
                 return_overflowing_tokens=True,
                 **options,
             )
@@ -264,7 +267,7 @@ def _tables(pieces, make, examples, maker, schema) -> Iterator[pa.Table]:
 
 
 def _context_offsets(windows: BatchEncoding, context: str) -> list[list[tuple[int, int]]]:
-    """Of each window's tokens (start, end) in the context; (-1, -1) for those of the question and special ones."""
+    """(start, end) in the context for each window's tokens; (-1, -1) for tokens of the question and special tokens."""
     found = []
     for index, offsets in enumerate(windows["offset_mapping"]):
         owned = [pair if sequence == 1 else (-1, -1) for pair, sequence in zip(offsets, windows.sequence_ids(index))]
@@ -273,7 +276,8 @@ def _context_offsets(windows: BatchEncoding, context: str) -> list[list[tuple[in
 
 
 def _with_marks(context: str, end: int) -> int:
-    """Where the characters end that ``end`` cuts from their accents: an uncased tokenizer drops those."""
+    """The end of a character including its accents if ``end`` would cut them off, because an uncased tokenizer drops
+    accents."""
     while 0 < end < len(context) and unicodedata.category(context[end]) == "Mn":
         end += 1
     return end
@@ -296,7 +300,7 @@ def train_features(batch: dict[str, list], maker: FeatureMaker) -> dict[str, lis
 
 
 def _token_span(offsets: list[tuple[int, int]], text: str, start: int) -> tuple[int, int] | None:
-    """The tokens that cover the answer ``text``, or None where the window lacks a part of it."""
+    """The tokens that cover the answer ``text``, or None if the window lacks a part of it."""
     end = start + len(text.rstrip())
     start += len(text) - len(text.lstrip())  # white space has no token
     context = [token for token, (first, _) in enumerate(offsets) if first >= 0]
@@ -323,8 +327,8 @@ def evaluation_features(batch: dict[str, list], maker: FeatureMaker) -> dict[str
 
 
 def _max_context(in_context: list[list[bool]], doc_stride: int) -> list[list[bool]]:
-    """Of each window's tokens whether it, of all windows that hold the token, has most context on the poorer side;
-    0.01 of the length and then the order decide between equal ones (``_check_is_max_context`` of the original)."""
+    """For each window's tokens, whether this window has the most context on the shorter side, of all windows with the
+    token. Ties are decided by 0.01 of the length and then by order (``_check_is_max_context`` of the original)."""
     lengths = np.array([sum(window) for window in in_context])[:, None]  # (W, 1)
     starts = np.arange(len(lengths))[:, None] * min(lengths[0, 0], doc_stride)  # (W, 1)
     positions = np.arange(starts[-1, 0] + lengths[-1, 0])  # (N,)

@@ -1,4 +1,4 @@
-"""Answers to questions, from a model that is fine-tuned for it."""
+"""Answer questions with a fine-tuned model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,10 +95,10 @@ def _as_lists(question: str | Sequence[str], context: str | Sequence[str]) -> tu
         raise UserInputError("give one question and one context, or a list of each")
     questions, contexts = ([texts] if isinstance(texts, str) else list(texts) for texts in (question, context))
     if len(questions) != len(contexts):
-        raise UserInputError(f"{len(questions)} questions and {len(contexts)} contexts: there must be one for each")
+        raise UserInputError(f"{len(questions)} questions and {len(contexts)} contexts: give one context per question")
     for index, texts in enumerate(zip(questions, contexts)):
         if not all(text.strip() for text in texts):
-            raise UserInputError(f"question and context must not be empty: number {index + 1} has {texts!r}")
+            raise UserInputError(f"question and context must not be empty, but number {index + 1} is {texts!r}")
     return questions, contexts
 
 
@@ -108,11 +108,11 @@ def _load(name: str) -> PreTrainedModel:
 
 
 def _validate_head(model: PreTrainedModel) -> None:
-    """What a model of the caller's, which was not loaded here, may be instead."""
+    """Refuse a model passed by the caller that has no head for question answering."""
     logits = getattr(getattr(model, "qa_outputs", None), "out_features", ANSWER_LOGITS)
     if logits != ANSWER_LOGITS:
         raise UserInputError(
-            f"a {type(model).__name__} with {logits} logits a token (num_labels) answers no questions: it needs "
+            f"this {type(model).__name__} returns {logits} logits per token (num_labels): question answering needs "
             f"{ANSWER_LOGITS}, for start and end"
         )
 
@@ -131,7 +131,9 @@ def _logits(
             columns = {name: [features[name][row] for row in rows] for name in tokenizer.model_input_names}
             outputs = model(**tokenizer.pad(columns, return_tensors="pt").to(model.device))
             if "start_logits" not in outputs:
-                raise UserInputError(f"a {type(model).__name__} answers no questions: it gives {', '.join(outputs)}")
+                raise UserInputError(
+                    f"this {type(model).__name__} is not a question answering model: it returns {', '.join(outputs)}"
+                )
             for logits, kept in ((outputs.start_logits, start), (outputs.end_logits, end)):
                 for row, values in zip(rows, logits.float().cpu().numpy()):
                     kept[row] = values[: lengths[row]]

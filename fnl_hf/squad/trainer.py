@@ -19,9 +19,9 @@ TEACHER_SHARE, TEMPERATURE = 0.5, 2.0
 
 
 def validate_scoring(args) -> None:
-    """Raise UserInputError for evaluation without predictions: answers are made of them."""
+    """Raise UserInputError for evaluation without predictions, from which answers are computed."""
     if args is not None and args.prediction_loss_only:
-        raise UserInputError("--prediction_loss_only (True) leaves no predictions to make answers of: leave it out")
+        raise UserInputError("--prediction_loss_only (True) keeps no predictions to compute answers from: leave it out")
 
 
 class SquadTrainer(FnlTrainer):
@@ -72,10 +72,10 @@ class SquadTrainer(FnlTrainer):
         return (1.0 - TEACHER_SHARE) * loss + TEACHER_SHARE * learned, outputs
 
     def answer(self, features: Dataset, examples: Dataset, metric_key_prefix: str) -> tuple[Answers, dict[str, Any]]:
-        """Answers to ``examples``, and the speed of the loop that found them."""
+        """Answers to ``examples``, and the speed of the evaluation."""
         inputs = features.remove_columns(list(ANSWER_COLUMNS))
         output = super().predict(inputs, metric_key_prefix=metric_key_prefix)
-        logits: Any = output.predictions  # start, end and, where the model returns more, others
+        logits: Any = output.predictions  # start, end and, for some models, more
         answers = answers_from_logits(examples, features, logits[0], logits[1], self.answer_options)
         return answers, output.metrics or {}
 

@@ -1,1 +1,1 @@
-"""Layers of any model replaced by products, and back; how such models are saved and loaded."""
+"""Replaces layers of any model by products, and back; saves and loads such models."""

@@ -1,4 +1,4 @@
-"""Moments of all layers that can be factorized, by :mod:`fnl_hf.bert.moments`, and of as many as are to be.
+"""Moments of all types of layers that can be factorized, by :mod:`fnl_hf.bert.moments`, and of many layers.
 
 Shapes: as there; k_h and k_w kernel, L places of a convolution.
 """
@@ -12,18 +12,18 @@ from torch.nn import functional as F
 
 from fnl_hf.bert.moments import LayerMoments, measure_moments
 
-MAX_BYTES = 2 * 2**30  # of sums that are held at a time; for the layers beyond it the data are run once more
+MAX_BYTES = 2 * 2**30  # maximum memory for sums; further layers need another pass over the data
 
 
 class Conv1DMoments(LayerMoments):
-    """Of GPT-2's Conv1D, whose weight is stored (n, c)."""
+    """Moments of GPT-2's Conv1D, whose weight is stored as (n, c)."""
 
     def mean_output(self, change: torch.Tensor) -> torch.Tensor:
         return super().mean_output(change.T)
 
 
 class EmbeddingMoments(LayerMoments):
-    """Of a table: ``inputs`` (entries,) says how often each of its entries was looked up."""
+    """Moments of an embedding: ``inputs`` (entries,) counts how often each entry was looked up."""
 
     def add_inputs(self, x: torch.Tensor, is_token: torch.Tensor | None) -> None:
         found = x[is_token] if is_token is not None and x.shape == is_token.shape else x.flatten()
@@ -31,7 +31,8 @@ class EmbeddingMoments(LayerMoments):
         self.rows += found.numel()
 
     def covariance(self, centred: bool) -> torch.Tensor:
-        """Frequencies (entries,), as if each entry had been looked up once more: the text does not show them all."""
+        """Frequencies (entries,), as if each entry had been looked up once more, because the text does not contain all
+        of them."""
         return (self.inputs.double() + 1) / (self.rows + self.layer.num_embeddings)
 
     @staticmethod
@@ -40,7 +41,7 @@ class EmbeddingMoments(LayerMoments):
 
 
 class ConvMoments(LayerMoments):
-    """Of a convolution: the rows of ``inputs`` are the 1×k_w patches of its input, which the first of its factors sees.
+    """Moments of a convolution: the rows of ``inputs`` are the 1×k_w patches of its input, which its first factor sees.
 
     Attributes:
         patch: Σ of the patches that the whole kernel sees, (c_in, k_h, k_w).
@@ -100,7 +101,7 @@ def collect_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]
 ) -> Iterator[tuple[str, LayerMoments]]:
     """(name, moments) of each of ``layers``, by :func:`fnl_hf.bert.moments.measure_moments`: in several passes over the
-    data where the sums have more than ``MAX_BYTES``, so that whoever uses them up needs no more than that.
+    data if the sums take more than ``MAX_BYTES``, so that a caller who consumes them needs no more memory.
 
     Raises:
         ValueError: see there.

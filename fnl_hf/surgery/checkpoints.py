@@ -1,8 +1,8 @@
-"""Saving and loading of models with factorized layers.
+"""Saves and loads models with factorized layers.
 
-A Transformers model carries the list of its factorized layers in its configuration, under ``quantization_config``:
-there ``from_pretrained`` looks for what has to be done to a model's structure before its weights are loaded, and other
-packages can register their ways. Any other model has the list in a JSON file beside its weights.
+A Transformers model has the list of its factorized layers in its configuration, under ``quantization_config``:
+``from_pretrained`` looks there for changes of a model's structure before it loads weights, and other packages can
+register their own. Any other model has the list in a JSON file next to its weights.
 """
 
 import copy
@@ -32,7 +32,7 @@ WEIGHTS_FILE = "model.safetensors"
 @register_quantization_config(METHOD)
 @dataclass
 class FactorizedLayersConfig(QuantizationConfigMixin):
-    """What ``config.json`` tells of factorized layers.
+    """The entry of ``config.json`` about factorized layers.
 
     Args:
         layers: name -> {"rank": r, "deep": whether it has three factors}; names within the base model are those that
@@ -53,12 +53,12 @@ class FactorizedLayersLoader(HfQuantizer):
         config: Any = self.quantization_config
         rebuild_layers(model, config.layers)
         untie_factorized(model)
-        # Loading puts other parameters in the place of these, of whatever shape the checkpoint has.
+        # Loading replaces these parameters by others, of whatever shape the checkpoint has.
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, parameter in model.named_parameters():
-            if parameter.shape != self._shapes.get(name, parameter.shape):  # 5.17 does not look
+            if parameter.shape != self._shapes.get(name, parameter.shape):  # Transformers 5.17 does not check
                 raise ValueError(
                     f"{name} has shape {tuple(parameter.shape)} in the checkpoint and {tuple(self._shapes[name])} in "
                     f"{type(model).__name__}: make the checkpoint dense first (fnl_hf.merge)"
@@ -83,7 +83,7 @@ class FactorizedLayersLoader(HfQuantizer):
 
 
 def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What :class:`FactorizedLayersConfig` holds of ``model``."""
+    """The contents of :class:`FactorizedLayersConfig` for ``model``."""
     prefix, modules, layers = _base_prefix(model), dict(model.named_modules()), {}
     for name, layer in modules.items():
         if isinstance(layer, FactorizedLayer):
@@ -94,8 +94,8 @@ def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def factorizations(model: nn.Module) -> list[dict[str, Any]]:
-    """The settings of each call that factorized layers of ``model``, the first one first."""
-    if not factorized_layers(model):  # from_config makes a dense model, whatever the configuration says
+    """The settings of each call that factorized layers of ``model``, in order."""
+    if not factorized_layers(model):  # from_config makes a dense model, whatever the configuration contains
         return []
     found = list(vars(model).get("_factorizations", []))
     for part in configured_parts(model):
@@ -116,10 +116,10 @@ def record_layers(model: nn.Module, history: list[dict[str, Any]] | None = None)
     history = factorizations(model) if history is None else history
     vars(model)["_factorizations"] = history
     parts = configured_parts(model)
-    copies: dict[int, Any] = {}  # one memo for all, because the configuration of a model has those of its parts in it
+    copies: dict[int, Any] = {}  # one memo for all, because a model's configuration contains those of its parts
     for part in parts:
         copy.deepcopy(part.config, copies)
-    # Layers, too, hold the configuration of their model.
+    # Layers also refer to their model's configuration.
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and id(config) in copies:
@@ -135,7 +135,7 @@ def record_layers(model: nn.Module, history: list[dict[str, Any]] | None = None)
 
 
 def configured_parts(model: nn.Module) -> list[PreTrainedModel]:
-    """The Transformers models in ``model``, itself included; of those that share a configuration the outermost."""
+    """The Transformers models in ``model``, including itself; if several share a configuration, the outermost one."""
     parts: dict[int, PreTrainedModel] = {}
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -144,7 +144,7 @@ def configured_parts(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def quantization_method(model: PreTrainedModel) -> str | None:
-    """What the configuration of a Transformers model says was done to its layers: METHOD if they are factorized."""
+    """The quantization method in the configuration of a Transformers model: METHOD if its layers are factorized."""
     return _quantization_entry(model).get("quant_method")
 
 
@@ -154,9 +154,9 @@ def _quantization_entry(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def untie_factorized(model: nn.Module) -> None:
-    """Factorized layers have weights of their own: Transformers must not tie them to those of others again.
+    """Keep Transformers from tying the weights of factorized layers, which are their own.
 
-    Biases stay tied; ``config.tie_word_embeddings`` would be about both.
+    Biases stay tied; ``config.tie_word_embeddings`` would affect both.
     """
     for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
         tied = getattr(part, "all_tied_weights_keys", None) or {}
@@ -168,11 +168,11 @@ def untie_factorized(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _initialize_missing(layer: FactorizedLayer) -> None:
-    """Draw the parameters of a layer that were not in the checkpoint; Transformers knows no initialization for it."""
+    """Draw the parameters of a layer that were not in the checkpoint, for which Transformers has no initialization."""
     parameters = list(layer.parameters(recurse=False))
     loaded = [p for p in parameters if p.is_meta or getattr(p, "_is_hf_initialized", False)]
     if len(loaded) < len(parameters):
-        # A layer draws all that it has: what was loaded is put back afterwards.
+        # A layer draws all its parameters; loaded ones are restored afterwards.
         values = [parameter.clone() for parameter in loaded]
         layer.reset_parameters()
         for parameter, value in zip(loaded, values):
@@ -203,7 +203,7 @@ def restore_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]], hi
 
 
 def _dense_layers(model: nn.Module, names: Collection[str], within_parts: bool = False) -> dict[str, Any]:
-    """Those of the names that the model, or else a part of it, has a dense layer of -> that layer."""
+    """The names, in the model or in a part of it, that are dense layers -> that layer."""
     modules = dict(model.named_modules())
     dense = {name: module for name, module in modules.items() if type(module) in FACTORIZED}
     prefix = _base_prefix(model)
@@ -216,8 +216,8 @@ def _dense_layers(model: nn.Module, names: Collection[str], within_parts: bool =
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
-    """Replace the modules with these ids everywhere, also where one has several places; returns the model, or what
-    replaces it. ``set_submodule`` knows one place only."""
+    """Replace the modules with these ids everywhere, even if one has several places; returns the model, or its
+    replacement. ``set_submodule`` only replaces one place."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:
@@ -254,7 +254,7 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
         missing = [name for name in layers if name not in found]
         if missing:
             raise ValueError(f"{type(model).__name__} has no dense layer {missing[0]!r}")
-        with safe_open(folder / WEIGHTS_FILE, "pt"):  # torn ones are refused while the model is as it was
+        with safe_open(folder / WEIGHTS_FILE, "pt"):  # broken files are refused before the model changes
             model = rebuild_layers(model, layers)
         _allocate_meta_tensors(model)
         load_model(model, str(folder / WEIGHTS_FILE))
@@ -265,9 +265,10 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _allocate_meta_tensors(model: nn.Module) -> None:
-    """Memory for what is on the meta device, where the others are; shared tensors stay shared.
+    """Allocate memory for everything on the meta device, on the device of the other tensors; shared tensors stay
+    shared.
 
-    ``nn.Module.to_empty`` would part those that are shared, and lose the values of buffers that are saved nowhere.
+    ``nn.Module.to_empty`` would separate shared tensors, and lose the values of buffers that are not saved.
     """
     tensors = [*model.parameters(), *model.buffers()]
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
@@ -278,7 +279,10 @@ def _allocate_meta_tensors(model: nn.Module) -> None:
                 if tensor is None or not tensor.is_meta:
                     continue
                 if name in module._non_persistent_buffers_set:
-                    raise ValueError(f"{type(module).__name__}.{name} is saved nowhere: make the model on a device")
+                    raise ValueError(
+                        f"{type(module).__name__}.{name} is not in the checkpoint: create the model on a device "
+                        "instead of the meta device"
+                    )
                 if id(tensor) not in made:
                     new = torch.empty_like(tensor, device=device)
                     is_parameter = isinstance(tensor, nn.Parameter)

@@ -1,4 +1,4 @@
-"""Which layers are factorized, and how."""
+"""Configuration: which layers are factorized, and how."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from typing import Any
 from fnl_hf.layers.base import INITS, MODES, STUDIED_INITS
 
 SIZES = ("rank_scale", "target_ratio", "model_ratio", "energy", "ranks")
-# Where nothing is said: at a quarter of its rank a square layer has half its parameters; an overcomplete one has twice
-# (deep: three times) as many at full rank.
+# Defaults: at a quarter of its rank, a square layer has half of its parameters; an overcomplete layer at full rank has
+# twice (deep: three times) as many.
 DEFAULT_RANK_SCALES = {"low_rank": 0.25, "wide": 1.0, "deep": 1.0}
 TYPES = ("Linear", "Conv1D", "Conv2d")
 
@@ -62,18 +62,18 @@ class FactorizationConfig:
     def __post_init__(self):
         for name, known, studied in (("mode", MODES, ()), ("init", INITS, STUDIED_INITS)):
             if getattr(self, name) not in (*known, *studied):
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
         for name in ("include", "exclude"):
             entries = getattr(self, name)
             is_list = isinstance(entries, Iterable) and not isinstance(entries, str)
             if not is_list or not all(isinstance(entry, str) for entry in entries):
-                raise ValueError(f"{name} ({entries!r}) must be a list of types and patterns")
+                raise ValueError(f"{name} ({entries!r}) must be a list of layer types and name patterns")
         self._validate_sizes()
 
     def _validate_sizes(self):
         given = [name for name in SIZES if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are given: the ranks follow from one of them")
+            raise ValueError(f"{' and '.join(given)} exclude each other: give only one of them")
         for name, largest in (("rank_scale", inf), ("target_ratio", inf), ("model_ratio", inf), ("energy", 1.0)):
             value = getattr(self, name)
             if value is not None and not (is_number(value, Real) and 0.0 < value <= largest and value < inf):
@@ -81,17 +81,17 @@ class FactorizationConfig:
                     f"{name} ({value!r}) must be above 0 and {'finite' if largest == inf else 'at most 1'}"
                 )
         if self.energy is not None and self.mode != "low_rank":
-            raise ValueError(f"energy ({self.energy}) chooses a rank below the full one, but mode is {self.mode!r}")
+            raise ValueError(f"energy ({self.energy}) needs mode 'low_rank', not {self.mode!r}")
         if not isinstance(self.ranks, Mapping | None):
-            raise ValueError(f"ranks ({self.ranks!r}) must be a mapping of types or patterns to ranks")
+            raise ValueError(f"ranks ({self.ranks!r}) must be a mapping of layer types or name patterns to ranks")
         for pattern, rank in (self.ranks or {}).items():
             if not isinstance(pattern, str):
-                raise ValueError(f"ranks: {pattern!r} must be a type or pattern")
+                raise ValueError(f"ranks: {pattern!r} must be a layer type or name pattern")
             if not is_number(rank, Integral) or rank < 1:
                 raise ValueError(f"the rank of {pattern!r} ({rank!r}) must be a whole number of at least 1")
 
     def settings(self) -> dict[str, Any]:
-        """All that is given or follows from it, as JSON has it."""
+        """All given and derived settings, as JSON."""
         given: dict[str, Any] = {name: float(size) for name in SIZES[:4] if (size := getattr(self, name)) is not None}
         if self.ranks is not None:
             given["ranks"] = {pattern: int(rank) for pattern, rank in self.ranks.items()}

@@ -1,4 +1,4 @@
-"""Layers of any model replaced by products, and back."""
+"""Replaces layers of any model by products, and back."""
 
 import warnings
 import zlib
@@ -72,11 +72,11 @@ def factorize(
         raise ValueError(f"config must be a FactorizationConfig, not a {type(config).__name__}")
     if calibration is not None and (config.mode, config.init) != ("low_rank", "spectral"):
         raise ValueError(
-            f"calibration is for mode 'low_rank' and init 'spectral', not {config.mode!r}, {config.init!r}"
+            f"calibration needs mode 'low_rank' and init 'spectral', not {config.mode!r} and {config.init!r}"
         )
     _refuse_unsupported(model)
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise ValueError("the model has adapters of PEFT: factorize it first, and add them then")
+        raise ValueError("the model has adapters of PEFT: factorize it first and add the adapters afterwards")
     layers = selected_layers(model, config, is_calibrated=calibration is not None)
     for name, layer in layers.items():
         _refuse_hooks(name, layer)
@@ -99,7 +99,7 @@ def factorize(
 def _factorize_layer(
     name: str, layer: Any, rank: int, config: FactorizationConfig, calibrated: CalibratedLayer | None
 ) -> nn.Module:
-    # Each layer draws its own, whichever others are selected.
+    # Each layer draws its own numbers, whichever others are selected.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
     try:
         if calibrated is None:
@@ -150,7 +150,7 @@ def factorization_table(model: nn.Module) -> str:
 
 
 def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated: bool = False) -> dict[str, nn.Module]:
-    """Name -> layer of all that ``config`` names; see :func:`factorize` for what calibration adds.
+    """Name -> layer for all layers that ``config`` selects; see :func:`factorize` for the effect of calibration.
 
     Raises:
         ValueError: none at all, a pattern or type that is of no use, or a pattern that names a factor of a product that
@@ -168,14 +168,14 @@ def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated
             kinds = sorted({type(m).__name__ for name, m in model.named_modules() if name_matches(name, entry)})
             known = ", ".join(list(candidates)[:8]) + (", ..." if len(candidates) > 8 else "")
             raise ValueError(
-                f"{entry!r} names no layer that can be factorized ({', '.join(kinds) or 'nothing at all'}); "
-                f"those are {known}"
+                f"{entry!r} matches no layer that can be factorized ({', '.join(kinds) or 'no module at all'}); the "
+                f"layers that can be are {known}"
             )
     protected = _find_protected(model, with_attention=not is_calibrated)
     layers = {}
     for name, layer in candidates.items():
         matching = [entry for entry in wanted if matches_layer(entry, name, layer)]
-        is_named = any(entry not in TYPE_NAMES for entry in matching)  # not by its type alone
+        is_named = any(entry not in TYPE_NAMES for entry in matching)  # not only by its type
         is_excluded = any(matches_layer(entry, name, layer) for entry in config.exclude)
         if matching and (is_named or id(layer.weight) not in protected) and not is_excluded:
             layers[name] = layer
@@ -184,7 +184,7 @@ def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated
     for name in [name for name in tables if name in layers]:
         others = [n for n, m in tables.items() if m is not layers[name] and m.weight is layers[name].weight]
         if others:
-            raise ValueError(f"{name}: its table is also that of {others[0]}, which would keep the dense one")
+            raise ValueError(f"{name}: it shares its table with {others[0]}, which would stay dense: exclude it")
     if not layers:
         chosen = f"include={wanted}, exclude={list(config.exclude)}"
         raise ValueError(f"{type(model).__name__} has no layer to factorize with {chosen}")
@@ -192,8 +192,8 @@ def selected_layers(model: nn.Module, config: FactorizationConfig, is_calibrated
 
 
 def _find_protected(model: nn.Module, with_attention: bool) -> set[int]:
-    """ids of the weights that are left alone unless they are named."""
-    # ``modules()`` has each module once, so that two owners of a parameter are two modules.
+    """ids of the weights that are left alone unless named."""
+    # ``modules()`` contains each module once, so two owners of a parameter are two modules.
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     protected = {parameter for parameter, count in owners.items() if count > 1}
     products = registered_products(model) + (factor_pairs(model) if with_attention else [])
@@ -202,19 +202,20 @@ def _find_protected(model: nn.Module, with_attention: bool) -> set[int]:
 
 
 def _refuse_factors(model: nn.Module, layers: dict[str, Any]) -> None:
-    """Layers whose weights somebody registered as a product's: without them it could not be found any more."""
+    """Refuse layers whose weights are registered as factors of a product, which would no longer be found."""
     owners = {id(weight): product.name for product in registered_products(model) for weight in product.weights}
     for name, layer in layers.items():
         if id(layer.weight) in owners:
             raise ValueError(
-                f"{name}: its weight is a factor of the product {owners[id(layer.weight)]}, which was registered and "
-                "would lose it: exclude the layer"
+                f"{name}: its weight is a factor of the registered product {owners[id(layer.weight)]}, which would "
+                "no longer be found: exclude the layer"
             )
 
 
 def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
-    """What a Transformers model, or one inside of ``model``, has outside its base model; of a model for a task that has
-    none its own layers and output embeddings; of any other model with several layers the last of them."""
+    """For a Transformers model, or one inside of ``model``: its modules outside of the base model. For a task model
+    without a base model: its own layers and output embeddings. For any other model with several layers: the last of
+    them."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.base_model is not part:
             inside = {id(module) for module in part.base_model.modules()}
@@ -228,9 +229,11 @@ def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refuse_hooks(name: str, layer: nn.Module) -> None:
-    """Hooks, those of offloading among them, are about the layer that would go."""
+    """Refuse hooks, including those of offloading: they belong to the layer that would be replaced."""
     if any(getattr(layer, hooks) for hooks in HOOKS) or hasattr(layer, "_hf_hook"):
-        raise ValueError(f"{name}: it has hooks, which a new layer would not have: remove them, or add them afterwards")
+        raise ValueError(
+            f"{name}: it has hooks, which the new layer would not have: remove them, and add them again afterwards"
+        )
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
@@ -244,7 +247,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
         is_compiled = hasattr(module, "_orig_mod")
         if isinstance(module, WRAPPERS) or is_compiled or is_sharded:
             what = "sharded" if is_sharded else f"wrapped in {type(module).__name__}"
-            raise ValueError(f"the model is {what}: factorize or merge it first, and wrap, shard or compile it then")
+            raise ValueError(f"the model is {what}: factorize or merge it before you wrap, shard or compile it")
 
 
 def _warn_of_growth(layers: dict[str, nn.Module], ranks: dict[str, int]) -> None:
@@ -253,7 +256,7 @@ def _warn_of_growth(layers: dict[str, nn.Module], ranks: dict[str, int]) -> None
         size = LayerSize(layers[name])
         if size.parameters(ranks[name]) > size.parameters(None):
             limit = size.m * size.n // (size.m + size.n)
-            grown.append(f"{name} (rank {ranks[name]}, at most {limit} saves)")
+            grown.append(f"{name} (rank {ranks[name]}, smaller up to {limit})")
     if grown:
         listed = ", ".join(grown[:5]) + (f" and {len(grown) - 5} more" if len(grown) > 5 else "")
-        warnings.warn(f"{len(grown)} of {len(layers)} layers get more parameters than they had: {listed}", stacklevel=3)
+        warnings.warn(f"{len(grown)} of {len(layers)} layers get more parameters than before: {listed}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""The rank of each layer that is to be factorized.
+"""Chooses the rank of each layer to factorize.
 
 Shapes: G groups (of a convolution, else 1) of matrices m x n, full rank min(m, n).
 """
@@ -25,14 +25,14 @@ FACTORIZED: dict[type[nn.Module], type[FactorizedLayer]] = {
     for layer_class in (FactorizedLinear, FactorizedConv1D, FactorizedConv2d, FactorizedEmbedding)
 }
 TYPE_NAMES = {kind.__name__: kind for kind in FACTORIZED}
-# Matrix kernels work on so many numbers at a time: at rank 45 a layer of 384 takes as long as at 48, at 57 longer than
-# at 64 (float32, AVX2; half precision on GPUs has the same step).
+# Matrix kernels process this many numbers at a time: at rank 45 a layer of 384 takes as long as at 48, at 57 longer
+# than at 64 (float32, AVX2; half precision on GPUs has the same step).
 RANK_STEP = 8
-SMALLEST_STEPPED = 64  # full rank; below it a step is too coarse for a budget
+SMALLEST_STEPPED = 64  # full rank; below it, a step is too coarse for a budget
 
 
 def matches_layer(entry: str, name: str, layer: nn.Module) -> bool:
-    """Whether a type or pattern of a :class:`FactorizationConfig` means this layer."""
+    """Whether a type or pattern of a :class:`FactorizationConfig` matches this layer."""
     return type(layer) is TYPE_NAMES[entry] if entry in TYPE_NAMES else name_matches(name, entry)
 
 
@@ -46,18 +46,18 @@ class LayerSize:
         self.bias = 0 if getattr(layer, "bias", None) is None else layer.bias.numel()
 
     def parameters(self, rank: int | None, deep: bool = False) -> int:
-        """Of the factorized layer, or of the dense one (None)."""
+        """Parameters of the factorized layer, or of the dense one (None)."""
         if rank is None:
             return self.groups * self.m * self.n + self.bias
         return self.groups * rank * (self.m + self.n + (rank if deep else 0)) + self.bias
 
     @property
     def step(self) -> int:
-        """A budget pays for ranks that are multiples of it, for those below it, and for the full rank."""
+        """With a budget, ranks are multiples of this number, below it, or the full rank."""
         return RANK_STEP if self.full >= SMALLEST_STEPPED else 1
 
     def whole_steps(self, rank: int) -> int:
-        """The largest rank up to this one that a budget pays for."""
+        """The largest rank up to this one that is possible with a budget."""
         return rank if rank in (self.full, rank % self.step) else rank - rank % self.step
 
     def next_rank(self, rank: int) -> int:
@@ -117,7 +117,8 @@ def _ratio_of_layers(sizes: Mapping[str, LayerSize], model_ratio: float, model_p
     if model_ratio * model_parameters < rest + smallest:
         raise ValueError(
             f"model_ratio ({model_ratio}) must be at least {(rest + smallest) / model_parameters:.3g}: {rest:,} of "
-            f"{model_parameters:,} parameters are in layers that are not factorized (include more, as 'Embedding')"
+            f"{model_parameters:,} parameters are in layers that are not factorized (include more layers, for "
+            "example 'Embedding')"
         )
     return (model_ratio * model_parameters - rest) / dense
 
@@ -125,10 +126,11 @@ def _ratio_of_layers(sizes: Mapping[str, LayerSize], model_ratio: float, model_p
 def _ranks_of_losses(
     sizes: Mapping[str, LayerSize], losses: Mapping[str, torch.Tensor], ratio: float
 ) -> dict[str, int]:
-    """As many parameters as ``ratio`` allows, where a parameter saves the most loss, in steps of some directions.
+    """Ranks with as many parameters as ``ratio`` allows, spent where a parameter saves the most loss, in steps of
+    several directions.
 
-    A direction of a layer costs m + n parameters. One for which the directions would cost as much as the layer itself
-    stays dense, and is left out. Layers without a loss, which the outputs do not depend on, get ``ratio`` each.
+    A direction of a layer costs m + n parameters. If the directions would cost as much as the layer itself, it stays
+    dense and is left out. Layers without a loss, on which the outputs do not depend, each get ``ratio``.
     """
     ranks = {name: 1 for name in sizes if name in losses}
     idle = {name: size for name, size in sizes.items() if name not in ranks}
@@ -136,7 +138,10 @@ def _ranks_of_losses(
     budget = ratio * sum(size.parameters(None) for size in sizes.values()) + 1e-6
     used = sum(sizes[name].parameters(rank) for name, rank in (ranks | fixed).items())
     if used > budget:
-        warnings.warn(f"target_ratio ({ratio}) is below what the smallest ranks take", stacklevel=4)
+        warnings.warn(
+            f"target_ratio ({ratio}) is below what the smallest ranks need: the calibrated layers get rank 1",
+            stacklevel=4,
+        )
     steps = sorted(
         (-saved.mean().item() / (sizes[name].m + sizes[name].n) / sizes[name].groups, name)
         for name in ranks
@@ -161,13 +166,14 @@ def _ranks_of_losses(
 
 
 def _split_into_steps(losses: torch.Tensor, step: int) -> list[torch.Tensor]:
-    """What each step of the rank above 1 saves."""
+    """The saving of each step of the rank above 1."""
     first, *rest = losses.split(step)
     return [saved for saved in (first[1:], *rest) if len(saved)]
 
 
 def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> dict[str, int]:
-    """As many parameters as ``ratio`` allows: ranks in proportion, then one step more where there is room for it."""
+    """Ranks with as many parameters as ``ratio`` allows: proportional to the full ranks, then one more step where there
+    is room."""
     deep = mode == "deep"
     dense = sum(size.parameters(None) for size in sizes.values())
     budget = int(ratio * dense + 1e-6)
@@ -184,21 +190,23 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
     def parameters(ranks):
         return sum(sizes[name].parameters(rank, deep) for name, rank in ranks.items())
 
-    low, high = 0.0, 1.0  # scales of the rank: at full rank or below, but for "wide" and "deep"
+    low, high = 0.0, 1.0  # scales of the rank: at most 1, except for "wide" and "deep"
     while mode != "low_rank" and parameters(ranks_at(high)) <= budget:
         high *= 2
     least, most = parameters(ranks_at(low)), parameters(ranks_at(high))
     if least > budget:
-        what = f"target_ratio ({ratio}) is below {least / dense:.3g}, what the smallest ranks take"
+        what = (
+            f"target_ratio ({ratio}) is below {least / dense:.3g}, which the smallest ranks need: all layers get these"
+        )
         warnings.warn(what, stacklevel=4)
     if most < budget:
-        what = f"target_ratio ({ratio}) is above {most / dense:.3g}, what the largest ranks take"
+        what = f"target_ratio ({ratio}) is above {most / dense:.3g}, which the largest ranks need: all layers get these"
         warnings.warn(what, stacklevel=4)
     for _ in range(60):  # halvings, down to the precision of a float
         scale = (low + high) / 2
         low, high = (scale, high) if parameters(ranks_at(scale)) <= budget else (low, scale)
     ranks = ranks_at(low)
-    # Who comes nearest to its next rank gets it first.
+    # Layers closest to their next rank get it first.
     for name in sorted(sizes, key=lambda name: next_rank(name, ranks[name]) - high * sizes[name].full):
         more = {**ranks, name: next_rank(name, ranks[name])}
         if parameters(more) <= budget:
@@ -210,7 +218,7 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
 def _rank_of_energy(name: str, layer: Any, energy: float) -> int:
     """The smallest rank that keeps this share of Σσ² in every group."""
     if layer.weight.is_meta:
-        raise ValueError(f"energy ({energy}): {name} is on the meta device, so its singular values are not known")
+        raise ValueError(f"energy ({energy}): {name} is on the meta device, so its singular values are unknown")
     if not layer.weight.isfinite().all():
         raise ValueError(f"{name}: its weight has values that are not finite")
     layer_class = FACTORIZED[type(layer)]
@@ -219,8 +227,8 @@ def _rank_of_energy(name: str, layer: Any, energy: float) -> int:
 
 
 def _rank_that_keeps(squares: torch.Tensor, energy: float) -> int:
-    """Of Σσ² (G, min(m, n)), in every group."""
-    # Less by what float32 cannot tell.
+    """The same for Σσ² (G, min(m, n)), in every group."""
+    # Minus the rounding error of float32.
     wanted = (energy - 1e-7) * squares.sum(dim=1, keepdim=True)  # (G, 1)
     needed = (squares.cumsum(dim=1) < wanted).sum(dim=1).max().item() + 1
     return min(int(needed), squares.shape[1])

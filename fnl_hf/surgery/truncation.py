@@ -1,4 +1,4 @@
-"""Weights of smaller rank that change a model's outputs least, by the moments of :mod:`fnl_hf.bert.moments`.
+"""Weights of smaller rank that change a model's outputs least, from the moments of :mod:`fnl_hf.bert.moments`.
 
 Shapes: K groups of matrices W (K, m, n), m outputs and n inputs; C (K, n, n) second moment of the inputs, G (K, m, m)
 of the derivatives by the outputs, k = min(m, n).
@@ -16,7 +16,7 @@ from fnl_hf.bert.moments import LayerMoments
 from fnl_hf.surgery.calibration import collect_moments
 from fnl_hf.surgery.ranks import FACTORIZED
 
-# Of the mean eigenvalue, added to all: text does not show every direction, and each has to have a gradient.
+# Relative to the mean eigenvalue, added to all: no text covers every direction, and each needs a gradient.
 SHRINKAGE = 1e-3
 
 
@@ -37,7 +37,7 @@ class Truncations:
 def find_truncations(weight: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> Truncations:
     """Minimizes ⟨G, (W − W') C (W − W')ᵀ⟩: W' = A⁻¹ P_r P_rᵀ A W with A² = G and the SVD A W C^½ = P Σ Qᵀ.
 
-    No inverse of C is taken, and the root of G or of C only, that of the smaller.
+    Only one root is taken, of G or C, whichever is smaller; C is not inverted.
 
     Args:
         weight: W (K, m, n).
@@ -72,7 +72,7 @@ def _regularize(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, descending and not below 0, and vectors."""
+    """Eigenvalues, descending and at least 0, and eigenvectors."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1).clamp(min=0), vectors.flip(-1)
 
@@ -97,7 +97,7 @@ class CalibratedLayer:
         self._shapes: Any = FACTORIZED[type(layer)].like(layer, 1, False, device="meta")
         weight = self._shapes.to_matrices(layer.weight.detach())
         found = self._find(weight, moments.covariance(getattr(layer, "bias", None) is not None), moments.outputs)
-        # All layers have theirs until the ranks are chosen: about three times the model's own size.
+        # All layers keep theirs until the ranks are chosen: about three times the model's own size.
         self._dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         self._found = Truncations(found.losses, found.left.to(self._dtype), found.right.to(self._dtype))
         self._counts = bool(moments.outputs.any())
@@ -113,7 +113,7 @@ class CalibratedLayer:
 
     @property
     def losses(self) -> torch.Tensor:
-        """What leaving out each direction costs, (min(m, n),), descending; 0 where no output depends on the layer."""
+        """The loss for leaving out each direction, (min(m, n),), descending; 0 if no output depends on the layer."""
         return self._found.losses if self._counts else torch.zeros_like(self._found.losses)
 
     def error(self, rank: int) -> float:
@@ -123,8 +123,8 @@ class CalibratedLayer:
 
     @torch.no_grad()
     def truncated(self, rank: int) -> Any:
-        """A dense layer whose weight has this rank, in float32 (float64: in float64); what its output loses on average
-        is in its bias."""
+        """A dense layer whose weight has this rank, in float32 (float64: in float64); its bias absorbs the mean loss of
+        its output."""
         layer, dtype = self.layer, self._dtype
         weight = self._shapes.to_weight(self._found.left[..., :rank] @ self._found.right[..., :rank].mT)
         truncated = self._shapes.new_dense(device="meta")
@@ -136,7 +136,7 @@ class CalibratedLayer:
 
 
 def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, CalibratedLayer]:
-    """Name -> calibrated layer; those that the data do not reach are left out.
+    """Name -> calibrated layer, without layers that the data do not reach.
 
     Raises:
         ValueError: see :func:`fnl_hf.surgery.calibration.collect_moments`; weights on the meta device or not finite.
@@ -146,7 +146,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         if not weight.is_meta and weight.isfinite().all():
             continue
         what = "on the meta device" if weight.is_meta else "not finite"
-        raise ValueError(f"{name}: calibration needs its weight, which is {what}")
+        raise ValueError(f"{name}: calibration needs the layer's weight, but it is {what}")
     found, few = {}, {}
     for name, moments in collect_moments(model, layers, batches):
         inputs = moments.inputs.shape[-1] if moments.rows else 0
@@ -158,8 +158,8 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         name = max(few, key=lambda name: few[name])
         inputs, rows = few[name]
         warnings.warn(
-            f"calibration has {rows} rows for {name}, which has {inputs} inputs: with fewer rows than inputs "
-            f"({len(few)} of {len(layers)} layers) it does not tell what counts",
+            f"the calibration data give {rows} rows for {name}, which has {inputs} inputs. {len(few)} of "
+            f"{len(layers)} layers get fewer rows than they have inputs: use more data to calibrate them reliably",
             stacklevel=4,
         )
     return found

@@ -44,116 +44,124 @@ UNSUPPORTED = {
     "label_smoothing_factor": "leave it out",
     "label_names": "leave it out",
     "auto_find_batch_size": "it would change the global batch; set --per_device_train_batch_size",
-    "save_on_each_node": "leave it out, and let --output_dir be on a disk that all machines share",
+    "save_on_each_node": "leave it out, and put --output_dir on a disk that all machines share",
     "use_liger_kernel": "leave it out",
     "eval_do_concat_batches": "leave it out",
     "batch_eval_metrics": "leave it out",
-    "save_only_model": "a run cannot go on from such checkpoints, leave it out",
+    "save_only_model": "leave it out: a run cannot resume from such checkpoints",
 }
 
 
 @dataclass
 class FnlTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` with the optimizer, its Frobenius decay, and what happens to an output folder in use."""
+    """``TrainingArguments`` with the optimizer, its Frobenius decay, and the handling of an output folder that is in
+    use."""
 
     optimizer: str = field(
-        default="adamw", metadata={"help": "The optimizer, with Frobenius decay.", "choices": list(OPTIMIZERS)}
+        default="adamw",
+        metadata={"help": "The optimizer. All of them support Frobenius decay.", "choices": list(OPTIMIZERS)},
     )
     optim_args: str | None = field(
         default=None,
         metadata={
-            "help": "Further arguments of the optimizer: 'momentum=0.9,nesterov=True' (sgd; its momentum is 0.9 by "
-            "default), 'decay=in_trust_ratio' (lamb), 'adamw_lr=1e-3,per_head=True' (muon), 'amsgrad=True' (adamw)."
+            "help": "More arguments of the optimizer, for example 'momentum=0.9,nesterov=True' (sgd; default "
+            "momentum: 0.9), 'decay=in_trust_ratio' (lamb), 'adamw_lr=1e-3,per_head=True' (muon) or 'amsgrad=True' "
+            "(adamw)."
         },
     )
     weight_decay: float = field(
         default=0.01,
-        metadata={"help": "Weight decay of all matrices but the factors of products."},
+        metadata={"help": "Weight decay of all matrices except the factors of products."},
     )
     frobenius_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Decay of the products, of attention and of factorized layers. Default: equal to --weight_decay."
+            "help": "Decay of the products in attention and in factorized layers. Default: the value of --weight_decay."
         },
     )
     decay_mode: str = field(
         default="frobenius",
         metadata={
-            "help": "How products are decayed, at --frobenius_decay: the product's Frobenius norm, the "
-            "factors' own (weight), or not at all. Every other decay is untouched.",
+            "help": "What --frobenius_decay applies to: the Frobenius norm of each product (frobenius), the norms of "
+            "its factors (weight), or nothing (none). Other weights are not affected.",
             "choices": DECAY_MODES,
         },
     )
     product_norms_steps: int | None = field(
         default=None,
-        metadata={"help": "Steps between logs of the products' norms and other diagnostics. Default: --logging_steps."},
+        metadata={
+            "help": "Log the products' norms and other diagnostics every so many steps. Default: --logging_steps."
+        },
     )
     global_train_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Sequences in an optimizer step, of all processes: --gradient_accumulation_steps follows from it, "
-            "so that one recipe fits any number of them."
+            "help": "Sequences per optimizer step over all processes. Sets --gradient_accumulation_steps, so that "
+            "one recipe works with any number of processes."
         },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "A checkpoint folder, or 'auto': go on from the newest complete checkpoint in --output_dir, "
-            "start when there is none, end at once when the run is finished."
+            "help": "A checkpoint folder, or 'auto': resume from the newest complete checkpoint in --output_dir, "
+            "start a new run if there is none, and exit at once if the run is finished."
         },
     )
     optimizer_state_from: str | None = field(
         default=None,
         metadata={
-            "help": "A run's folder: start from the optimizer state of its checkpoint whose weights this run starts "
-            "from, with its own learning rate, schedule and decay."
+            "help": "The folder of a run. Load the optimizer state of the checkpoint that this run takes its weights "
+            "from; learning rate, schedule and decay are those of this run."
         },
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Start anew in an output folder that is in use: what a run wrote there is replaced, its "
-            "checkpoints are deleted, other files stay."
+            "help": "Start a new run in an output folder that is in use: replaces the files of the old run and "
+            "deletes its checkpoints. Other files are kept."
         },
     )
     allow_other_world_size: bool = field(
         default=False,
         metadata={
-            "help": "Let a run go on with another number of processes, at the same sample position. Its global batch "
-            "must stay: change --gradient_accumulation_steps the other way."
+            "help": "Resume with another number of processes, at the same sample position. The global batch must "
+            "stay the same: change --gradient_accumulation_steps to match."
         },
     )
     hub_license: str | None = field(
-        default=None, metadata={"help": "The licence that the model card names, as apache-2.0. Default: none."}
+        default=None, metadata={"help": "Licence named in the model card, for example apache-2.0. Default: none."}
     )
     hub_language: str | None = field(
         default=None,
-        metadata={"help": "The language that the model card names, as en. Default: that of the base model's card."},
+        metadata={"help": "Language named in the model card, for example en. Default: that of the base model's card."},
     )
     report_to: None | str | list[str] = field(
         default=None,
-        metadata={"help": "Trackers, 'all' that are installed, or 'none'. Default: tensorboard if installed."},
+        metadata={
+            "help": "Experiment trackers to report to: names, 'all' (all that are installed) or 'none'. Default: "
+            "tensorboard if it is installed."
+        },
     )
     max_skipped_steps: int = field(
         default=10,
         metadata={
-            "help": "A step whose loss or gradient is not finite is skipped; more than so many end the run, with exit "
-            "status 3."
+            "help": "Skip a step if its loss or gradient is not finite. After more than this number of skipped steps "
+            "the run ends with exit status 3."
         },
     )
     enable_jit_checkpoint: bool = field(
         default=True,
         metadata={
-            "help": "On SIGTERM save a checkpoint on all processes together and end with exit status 75, so that a "
-            "scheduler can start the same command again."
+            "help": "On SIGTERM, save a checkpoint on all processes and end with exit status 75, so that a scheduler "
+            "can restart the same command."
         },
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
-        metadata={"help": "Look in each step for parameters without gradient, of which BERT's heads have none."},
+        metadata={"help": "In DDP, search every step for parameters without a gradient. BERT's heads have none."},
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide non-finite losses from the logs. Synchronizes in every step."}
+        default=False, metadata={"help": "Hide non-finite losses in the logs. Synchronizes the device in every step."}
     )
 
     def __post_init__(self):
@@ -169,10 +177,10 @@ class FnlTrainingArguments(TrainingArguments):
         if self.global_train_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.global_train_batch_size)
         parse_optimizer_arguments(self.optimizer, self.optim_args)
-        self.remove_unused_columns = False  # our datasets have none, and return whole batches
-        if self.device.type == "cpu":  # pinned memory would only bring a warning
+        self.remove_unused_columns = False  # our data sets have no such columns and return whole batches
+        if self.device.type == "cpu":  # pinned memory is useless on a CPU and causes a warning
             self.dataloader_pin_memory = False
-        elif not given:  # else the host waits for each batch to be copied
+        elif not given:  # without this, the host waits for each batch to be copied
             accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def _validate_flags(self) -> None:
@@ -188,22 +196,23 @@ class FnlTrainingArguments(TrainingArguments):
                 raise UserInputError(f"--{name} ({getattr(self, name)}) is not supported: {instead}")
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
             if getattr(self, name) and self.dataloader_num_workers == 0:
-                raise UserInputError(f"--{name} needs --dataloader_num_workers (0) of at least 1")
+                raise UserInputError(f"--{name} needs --dataloader_num_workers to be at least 1, not 0")
         for name in self._VALID_DICT_FIELDS:
             _validate_json(name, getattr(self, name))
 
     def _use_one_gpu(self) -> None:
-        """Trainer would wrap the model in DataParallel, which neither batch sizes nor packed sequences allow for."""
+        """Prevent DataParallel: neither our batch sizes nor packed sequences work with it."""
         if self.n_gpu > 1:
             logger.warning(
-                f"{self.n_gpu} GPUs are visible, but a process trains on one: to use all, start the script with "
-                f"`torchrun --nproc_per_node {self.n_gpu}` or `accelerate launch --multi_gpu --num_processes "
-                f"{self.n_gpu}`"
+                f"{self.n_gpu} GPUs are visible, but each process trains on one. To use all of them, start the "
+                f"script with `torchrun --nproc_per_node {self.n_gpu}` or `accelerate launch --multi_gpu "
+                f"--num_processes {self.n_gpu}`"
             )
             self._n_gpu = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the Hub token: what is pickled, ``training_args.bin``, is uploaded. Copies have no token either."""
+        """All fields except the Hub token, because ``training_args.bin`` is a pickle that is uploaded. Copies have no
+        token, either."""
         return vars(self) | {"hub_token": None}
 
     def _accumulation_for(self, global_batch: int) -> int:
@@ -216,8 +225,9 @@ class FnlTrainingArguments(TrainingArguments):
             )
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
-                f"--global_train_batch_size ({global_batch}) makes {steps} accumulation steps, not the "
-                f"{self.gradient_accumulation_steps} of --gradient_accumulation_steps: give one of them"
+                f"--global_train_batch_size ({global_batch}) requires {steps} accumulation steps, but "
+                f"--gradient_accumulation_steps is {self.gradient_accumulation_steps}: leave one of the two flags "
+                "out"
             )
         return steps
 
@@ -227,4 +237,4 @@ def _validate_json(name: str, value: Any) -> None:
         try:
             json.loads(value)
         except ValueError as error:
-            raise UserInputError(f"--{name} ({value}) is not JSON: {error}") from error
+            raise UserInputError(f"--{name} ({value}) is not valid JSON: {error}") from error

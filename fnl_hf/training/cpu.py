@@ -1,4 +1,4 @@
-"""Training on a CPU: memory that is kept, and all cores."""
+"""Training on a CPU: reuse of freed memory, and a warning about idle cores."""
 
 import ctypes
 import os
@@ -15,10 +15,10 @@ TOP_PAD_BYTES = 2**28
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what tensors free for those that come next; True if it does from now on.
+    """Let glibc keep freed tensors' memory for later tensors; returns whether it does.
 
-    By default each large tensor is mapped anew from the kernel, which clears its pages, and unmapped when freed: in
-    every step, for all activations and gradients. ``benchmarks/pretraining_throughput.py`` measures what that costs.
+    By default, the kernel maps and clears the pages of each large tensor and unmaps them when it is freed: in every
+    step, for all activations and gradients. ``benchmarks/pretraining_throughput.py`` measures the cost.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -30,12 +30,12 @@ def keep_freed_memory() -> bool:
 
 
 def warn_of_idle_cores() -> None:
-    """Say so if the processes of this machine leave cores idle; ``accelerate launch`` gives each one thread."""
+    """Warn if the processes of this machine leave cores idle; ``accelerate launch`` gives each of them one thread."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     if threads * processes < cores:
         logger.warning(
-            f"{threads * processes} of {cores} cores are used: set OMP_NUM_THREADS={cores // processes}, "
-            f"or accelerate launch --num_cpu_threads_per_process {cores // processes}"
+            f"only {threads * processes} of {cores} cores are used: set OMP_NUM_THREADS={cores // processes}, or "
+            f"accelerate launch --num_cpu_threads_per_process {cores // processes}"
         )

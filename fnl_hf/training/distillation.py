@@ -20,18 +20,18 @@ from fnl_hf.errors import UserInputError
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.trainer import LABEL_NAMES
 
-SMALLEST_NORM = 1e-12  # a teacher's hidden state of zeros has no direction to learn
+SMALLEST_NORM = 1e-12  # avoids division by zero for hidden states of zeros
 
 
 # ---- the loss ----
 
 
 def hidden_state_errors(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The squared error of the student's hidden states, relative to the teacher's, of each token: the mean over the
-    layers l of ‖h_l - t_l‖² / ‖t_l‖².
+    """The squared error of each token's hidden states, relative to the teacher's: the mean over the layers l of ‖h_l -
+    t_l‖² / ‖t_l‖².
 
-    Each token is scaled by itself, so that no layer and no token with large activations dominates, and a loss is a
-    sum over tokens, however a batch is split.
+    Each token has its own scale. So no layer or token with large activations dominates, and the loss is a sum over
+    tokens, however a batch is split.
 
     Args:
         student: L + 1 tensors (B, S, d), the embeddings' output first.
@@ -57,8 +57,8 @@ def logit_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: 
 
 
 def answer_divergence(student: Any, teacher: Any, mask: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """:func:`logit_divergence` of where an answer starts and where it ends, their mean (B,); padding, where ``mask``
-    (B, S) is 0, is no answer."""
+    """The mean (B,) of the :func:`logit_divergence` of the answer's start and end; positions of padding, where ``mask``
+    (B, S) is 0, are excluded."""
     divergences = [
         logit_divergence(_at_tokens(student[name], mask), _at_tokens(teacher[name], mask), temperature)
         for name in POSITION_LOGITS
@@ -71,7 +71,7 @@ def _at_tokens(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor) -> torch.Tensor:
-    """What the loss is made of, a row for each sequence.
+    """The terms of the loss, one row per sequence.
 
     Args:
         student, teacher: outputs of the models, with ``hidden_states`` and, where both have them, logits of one shape.
@@ -103,13 +103,13 @@ def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor) -> torch.T
 
 
 def shared_logits(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
-    """Names of the logits that both models give."""
+    """Names of the logits that both models return."""
     return [name for name in student if name.endswith("logits") and name in teacher]
 
 
 def distillation_metrics(prediction: Any) -> dict[str, float]:
-    """``compute_metrics`` on the rows of :func:`distillation_sums`: "loss", its parts "hidden_loss" and, where both
-    models have logits, "logit_loss", and "cosine", the mean over the tokens of that of the last hidden states."""
+    """``compute_metrics`` on the rows of :func:`distillation_sums`: "loss", its parts "hidden_loss" and, if both models
+    have logits, "logit_loss", and "cosine", the mean over tokens of the cosine of the last hidden states."""
     rows = np.asarray(prediction.predictions, dtype=np.float64)
     tokens, errors, cosines = rows[:, :3].sum(axis=0)
     metrics = {"loss": errors / tokens, "hidden_loss": errors / tokens, "cosine": cosines / tokens}
@@ -123,7 +123,7 @@ def distillation_metrics(prediction: Any) -> dict[str, float]:
 
 
 class Teacher:
-    """A frozen model in evaluation mode. It is no module, so that no student saves, trains, casts or wraps it."""
+    """A frozen model in evaluation mode. It is not a module, so no student saves, trains, casts or wraps it."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         self.model = model.requires_grad_(False).eval().to(device)
@@ -131,15 +131,16 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Its outputs for a student's inputs, without labels and token types that it does not know."""
+        """The teacher's outputs for a student's inputs, without labels and without token types that the teacher does
+        not accept."""
         left_out = {*LABEL_NAMES, *({"token_type_ids"} - set(self.parameters))}
         return self.model(**{name: value for name, value in inputs.items() if name not in left_out}, **kwargs)
 
 
 def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Check that the layers of two models can be compared, each of the student's with one of the teacher's or the last
-    of k, and freeze what of the student no loss reaches, as the pooler of a model whose last hidden states are used:
-    DDP waits for the gradient of all that is trained.
+    """Check that the layers of two models can be compared: each layer of the student with one layer of the teacher, or
+    with the last of k layers. Freeze parameters of the student that the loss does not reach, such as the pooler if
+    hidden states are compared: DDP waits for the gradients of all trainable parameters.
 
     Raises:
         UserInputError: a model without hidden states, a number of layers that is no multiple of the student's, other
@@ -150,13 +151,14 @@ def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     (layers, size), (teachers_layers, teachers_size) = sizes
     if size != teachers_size or layers == 0 or teachers_layers % layers:
         raise UserInputError(
-            f"each layer of the student is matched with one of its teacher's, or with the last of two, three ...: the "
-            f"student has {layers} of size {size}, its teacher {teachers_layers} of size {teachers_size}"
+            "the teacher must have as many layers as the student, or a multiple, and the same hidden size: the "
+            f"student has {layers} layers of size {size}, the teacher {teachers_layers} of size {teachers_size}"
         )
     for name in shared_logits(own, other):
         if own[name].shape != other[name].shape:
             raise UserInputError(
-                f"the student's {name} have {own[name].shape[-1]} classes, its teacher's {other[name].shape[-1]}"
+                f"the student's {name} have {own[name].shape[-1]} classes, the teacher's {other[name].shape[-1]}: "
+                "they must have the same number"
             )
     compared = [*own.hidden_states, *(own[name] for name in shared_logits(own, other))]
     weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -174,13 +176,14 @@ def _probe(model: PreTrainedModel) -> Any:
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise UserInputError(f"{type(model).__name__} cannot be distilled: {error}") from error
     if outputs.get("hidden_states") is None:
-        raise UserInputError(f"{type(model).__name__} cannot be distilled: it gives no hidden states of one encoder")
+        raise UserInputError(
+            f"{type(model).__name__} cannot be distilled: it does not return the hidden states of one encoder"
+        )
     return outputs
 
 
 def drop_nothing(model: nn.Module) -> None:
-    """Turn off dropout, whose noise is larger than the errors that are left to learn. The configuration, which is
-    saved, stays as it is."""
+    """Turn off dropout, whose noise is larger than the remaining errors. The saved configuration keeps its dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -188,7 +191,7 @@ def drop_nothing(model: nn.Module) -> None:
 
 @contextmanager
 def _evaluating_eagerly(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and with the one attention kernel that runs on every device in every precision."""
+    """Evaluation mode with eager attention, the only kernel that runs on every device in every precision."""
     kernel = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
@@ -202,9 +205,9 @@ def _evaluating_eagerly(model: PreTrainedModel) -> Iterator[None]:
 
 
 class DistillationTrainer(PretrainingTrainer):
-    """PretrainingTrainer whose loss is the mean over the tokens of the global batch, padding left out, of
-    :func:`hidden_state_errors` and, where both models have logits, of their :func:`logit_divergence`; that of a logit
-    for a whole sequence is a mean over the sequences.
+    """PretrainingTrainer with a distillation loss: the mean of :func:`hidden_state_errors` over the tokens of the
+    global batch without padding. If both models have logits, their :func:`logit_divergence` is added: as a mean over
+    the tokens, or over the sequences for logits of whole sequences.
 
     Args:
         model: the student; what of it no loss reaches is frozen.
@@ -240,8 +243,8 @@ class DistillationTrainer(PretrainingTrainer):
         return loss * processes, rows
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
-        """As Trainer's, with the rows of :func:`distillation_sums` as predictions. It computes metrics where there are
-        labels: the numbers of tokens stand for them."""
+        """Like Trainer's, with the rows of :func:`distillation_sums` as predictions. Trainer computes metrics only if
+        there are labels, so the numbers of tokens are returned as labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, rows = self.compute_loss(model, inputs, return_outputs=True)

@@ -1,8 +1,8 @@
-"""FSDP2 under ``transformers.Trainer``: models with tied parameters, and the checkpoints of any other run.
+"""FSDP2 under ``transformers.Trainer``: models with tied parameters, and checkpoints in the format of unsharded runs.
 
-What Accelerate writes under FSDP2 can be read by FSDP2 alone, and with sharded state dicts no model is left at the end.
-Here a run leaves the files of an unsharded one, whatever ``fsdp_state_dict_type`` says, so that any other goes on from
-them. Models of BERT's sizes are gathered in no time.
+Checkpoints that Accelerate writes under FSDP2 can only be read under FSDP2, and with sharded state dicts there is no
+model at the end. Here, a run writes the files of an unsharded run, whatever ``fsdp_state_dict_type`` is, so that any
+run can resume from them. Gathering models of BERT's sizes takes little time.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from fnl_hf.errors import UserInputError
 
 
 class ShardedTrainer(Trainer):
-    """Trainer that trains, saves and loads under FSDP2 as it does elsewhere; without FSDP it is Trainer.
+    """Trainer that trains, saves and loads under FSDP2 as without sharding; without FSDP it is Trainer.
 
-    Saving gathers one tensor after the other, so that all processes must take part.
+    Saving gathers one tensor after the other, so all processes must call it.
 
     Raises:
         UserInputError: the wrapping policy puts parameters that are tied into different groups of FSDP2's.
@@ -39,7 +39,7 @@ class ShardedTrainer(Trainer):
             return super()._prepare_for_training(*args, **kwargs)
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
-            # Accelerate's would add up gradients and return the loss in half precision.
+            # Accelerate's hook would add up gradients and return the loss in half precision.
             policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
             plugin.mixed_precision_policy = policy
         tied = _tied_names(self._whole_model())
@@ -48,15 +48,15 @@ class ShardedTrainer(Trainer):
         untied = tied - _tied_names(self._whole_model())
         if untied:
             raise UserInputError(
-                f"FSDP2: {' and '.join(sorted(untied)[0])} are one parameter, but in two groups: let "
-                "fsdp_transformer_layer_cls_to_wrap, in Accelerate's configuration, name the encoder's layer alone, as "
-                "in configs/accelerate/fsdp2.yaml"
+                f"FSDP2: {' and '.join(sorted(untied)[0])} are one tied parameter, but FSDP2 puts them into two "
+                "groups: set fsdp_transformer_layer_cls_to_wrap in Accelerate's configuration to the encoder's "
+                "layer only, as in configs/accelerate/fsdp2.yaml"
             )
         return prepared
 
     def evaluation_loop(self, *args, **kwargs):
         if self.is_fsdp_enabled and not self.accelerator._models:
-            # Without training there is no optimizer, and Accelerate shards a model only together with one.
+            # Without training there is no optimizer, and Accelerate only shards a model together with an optimizer.
             self.accelerator.prepare_model(self.model.to(self.args.device), evaluation_mode=True)
         return super().evaluation_loop(*args, **kwargs)
 
@@ -104,9 +104,9 @@ class ShardedTrainer(Trainer):
 
 
 def whole_weights(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor | None]:
-    """``model.state_dict()`` of whole tensors on the CPU, tied ones the same tensor.
+    """``model.state_dict()`` as unsharded tensors on the CPU; tied parameters are the same tensor.
 
-    All processes must call this; those that do not ``keep`` the tensors get None for them.
+    All processes must call this; processes that do not ``keep`` the tensors get None for them.
     """
     gathered: dict[int, torch.Tensor | None] = {}
     state = model.state_dict(keep_vars=True)
@@ -117,14 +117,14 @@ def whole_weights(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor 
 
 
 def load_whole_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Any:
-    """Load what an unsharded model has saved; returns what ``load_state_dict`` does."""
+    """Load a state dict of an unsharded model; returns what ``load_state_dict`` returns."""
     own = model.state_dict(keep_vars=True)
     parts = {name: _part(value, own[name]) if name in own else value for name, value in weights.items()}
     return model.load_state_dict(parts, strict=False)
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
-    """``optimizer.state_dict()`` of whole tensors, gathered as :func:`whole_weights` does."""
+    """``optimizer.state_dict()`` with unsharded tensors, gathered like :func:`whole_weights`."""
     saved = optimizer.state_dict()
     state = {
         index: {name: _whole(value, keep) if isinstance(value, DTensor) else value for name, value in entries.items()}
@@ -134,11 +134,11 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[
 
 
 def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load the ``state_dict`` of an optimizer of unsharded parameters in the same order."""
+    """Load the ``state_dict`` of an optimizer whose unsharded parameters are in the same order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {
-            # What has the parameter's shape is about its entries one by one, and is cut as it is.
+            # An entry with the parameter's shape is elementwise, so it is sharded like the parameter.
             name: _part(value, parameters[index])
             if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape
             else value
@@ -155,7 +155,7 @@ def _whole(value: torch.Tensor, keep: bool) -> torch.Tensor | None:
 
 
 def _part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part; every process has the whole, so that nothing is sent."""
+    """This process's shard. Every process has the whole tensor, so nothing is communicated."""
     if not isinstance(parameter, DTensor):
         return whole
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -170,10 +170,11 @@ def _tied_names(model: torch.nn.Module) -> set[tuple[str, ...]]:
 
 @contextmanager
 def _one_group_for_tied_parameters(model: Any) -> Iterator[None]:
-    """Have Accelerate leave the embeddings in the model's own group, with all that is in no layer.
+    """Make Accelerate leave the embeddings in the root group, together with everything that is in no layer.
 
-    It gives them a group of their own, together with an output layer that is tied to them. BERT's has a bias, too,
-    which is tied to a parameter outside of both: torch 2.13 refuses the model then, earlier ones do not train the bias.
+    By default, Accelerate gives the embeddings a group of their own, together with an output layer that is tied to
+    them. BERT's output layer also has a bias that is tied to a parameter outside of this group: torch 2.13 then refuses
+    the model, and earlier versions do not train the bias.
     """
     names = ("get_input_embeddings", "get_output_embeddings")
     for name in names:

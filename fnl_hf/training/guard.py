@@ -17,27 +17,29 @@ from fnl_hf.runs.checkpoints import newest_complete_checkpoint
 
 logger = logging.get_logger(__name__)
 
-SKIPPED, SPIKES = "skipped_steps", "spikes"  # entries of the log: how many there were in the run so far
-SPIKE_FACTORS = {"loss": 2.0, "grad_norm": 10.0}  # times the running median of the last logged values
-MEDIAN_OF, MEDIAN_FROM = 20, 5  # at most and at least so many of them
+SKIPPED, SPIKES = "skipped_steps", "spikes"  # entries of the log: the number in the run so far
+# spikes are values above these multiples of the running median of the last logged values
+SPIKE_FACTORS = {"loss": 2.0, "grad_norm": 10.0}
+MEDIAN_OF, MEDIAN_FROM = 20, 5  # maximum and minimum number of logged values
 
 
 def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
     """The loss itself, or NaN with a NaN gradient if it is not finite.
 
-    An infinite loss can have a finite gradient. Gradients are what all processes share, so that they agree on a step.
+    An infinite loss can have a finite gradient. All processes see the same gradients, so they agree on which steps to
+    skip.
     """
     factor = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
     return loss * factor.to(loss.dtype)
 
 
 class LossGuard(TrainerCallback):
-    """Skips the optimizer's part of a step whose gradient norm, that of all processes, is not finite.
+    """Skips the optimizer step if the gradient norm over all processes is not finite.
 
-    Weights, moments and the optimizer's step counts stay as they are; learning rate and data go on. On an accelerator
-    nothing waits for the norm with fused kernels: they skip by themselves, and the count is read where logs are
-    written and checkpoints saved. Muon and kernels that are not fused cannot: each step waits for its norm.
-    With fp16, the loss scaler skips steps as it always does and nothing is done here.
+    Weights, moments and the optimizer's step counts stay unchanged; learning rate and data advance. On an accelerator
+    with fused kernels, nothing waits for the norm: the kernels skip by themselves, and the count is read when logs are
+    written and checkpoints saved. Muon and kernels that are not fused cannot skip, so each step waits for its norm.
+    With fp16, the loss scaler skips steps as usual, and the guard does nothing.
 
     Raises:
         TrainingDiverged: more than ``args.max_skipped_steps`` steps of the run were skipped.
@@ -57,15 +59,16 @@ class LossGuard(TrainerCallback):
         self.loss_before = self.trainer._tr_loss.clone()
 
     def examine(self, norm: torch.Tensor) -> None:
-        """Decide on the step whose gradients have this norm, before the optimizer's step."""
+        """Decide whether to skip the step whose gradients have this norm, before the optimizer step."""
         if not self.is_active:
             return
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = ~torch.isfinite(norm)
-        loss = self.trainer._tr_loss  # summed up for the log, where one NaN would stay for ever
+        loss = self.trainer._tr_loss  # summed for the log, where a single NaN would persist
         loss.copy_(torch.where(bad, self.loss_before, loss))
         self.not_counted += bad
-        # The first step makes the optimizer's state: torch's fused SGD makes it of unset memory when it is skipped.
+        # The first step creates the optimizer state: if it is skipped, torch's fused SGD creates it from uninitialized
+        # memory.
         if self.is_synchronous or not self.optimizer.state:
             if bad:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -91,19 +94,19 @@ class LossGuard(TrainerCallback):
             return
         self.not_counted.zero_()
         self.skipped += new
-        trainer._globalstep_last_logged += new  # the logged loss is a mean over the other steps
+        trainer._globalstep_last_logged += new  # the logged loss is a mean over the steps that were not skipped
         if trainer.is_world_process_zero():
             logger.warning(
-                f"{new} step(s) up to {state.global_step} skipped: loss or gradient is not finite. That makes "
-                f"{self.skipped}, the bound is {bound}"
+                f"skipped {new} step(s) up to step {state.global_step}: the loss or gradient is not finite. Skipped "
+                f"in all: {self.skipped}, allowed: {bound}"
             )
         should_log = trainer.control.should_log
         trainer.log({SKIPPED: self.skipped})
-        trainer.control.should_log = should_log  # logging clears it
+        trainer.control.should_log = should_log  # logging resets it
         if self.skipped > bound:
             newest = newest_complete_checkpoint(Path(trainer.args.output_dir))
             raise TrainingDiverged(
-                f"step {state.global_step}: {self.skipped} steps had a loss or gradient that is not finite, more than "
+                f"step {state.global_step}: the loss or gradient was not finite in {self.skipped} steps, more than "
                 f"--max_skipped_steps ({bound}). "
                 + (f"The newest complete checkpoint is {newest}" if newest else "There is no complete checkpoint yet")
             )
@@ -120,7 +123,7 @@ class LossGuard(TrainerCallback):
 
 
 def _spike(history: list[dict[str, float]], name: str) -> str | None:
-    """What is wrong with the newest value of that name, if anything."""
+    """A description of the newest value of that name if it is a spike."""
     values = (row[name] for row in reversed(history) if math.isfinite(row.get(name, math.nan)))
     newest = history[-1].get(name, math.nan)
     past = list(islice(values, 1, 1 + MEDIAN_OF)) if math.isfinite(newest) else []
@@ -131,9 +134,9 @@ def _spike(history: list[dict[str, float]], name: str) -> str | None:
 
 
 def _supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``step`` leaves everything as it is where ``optimizer.found_inf`` is 1, without asking the host.
+    """Whether ``step`` changes nothing if ``optimizer.found_inf`` is 1, without synchronizing with the host.
 
-    Fused kernels do. A loaded state may have put others in the place of those that the optimizer was made with.
+    Fused kernels support it. A loaded state may have replaced the kernels that the optimizer was created with.
     """
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
     return is_fused and (isinstance(optimizer, Lamb) or getattr(optimizer, "_step_supports_amp_scaling", False))

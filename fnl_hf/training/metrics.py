@@ -6,10 +6,10 @@ import torch
 
 @torch.no_grad()
 def pretraining_statistics(logits, labels) -> torch.Tensor:
-    """Per sequence: masked tokens, Σ of their cross-entropies, correct predictions: (B, 3); of pairs also the
-    cross-entropy of the sentence label and whether it was predicted: (B, 5).
+    """Per sequence: number of masked tokens, sum of their cross-entropies, number of correct predictions: (B, 3). For
+    pairs also the cross-entropy of the sentence label and whether it was predicted: (B, 5).
 
-    For ``Trainer(preprocess_logits_for_metrics=...)``: one row a sequence is what has to be gathered, not B·S·V logits.
+    For ``Trainer(preprocess_logits_for_metrics=...)``: processes gather one row per sequence instead of B·S·V logits.
 
     Args:
         logits: (B, S, V), or (B, K, V) at given positions; with (B, 2) sentence logits as a tuple.
@@ -32,7 +32,7 @@ def _masked_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def pretraining_metrics(prediction) -> dict[str, float]:
-    """``compute_metrics`` on the rows above: loss, accuracy and perplexity over all masked tokens; of pairs also
+    """``compute_metrics`` on the rows above: loss, accuracy and perplexity over all masked tokens; for pairs also
     ``nsp_loss`` and ``nsp_accuracy``, and ``loss`` is the sum of ``mlm_loss`` and ``nsp_loss``."""
     rows = np.asarray(prediction.predictions, dtype=np.float64)
     tokens, loss, correct = rows[:, :3].sum(axis=0)

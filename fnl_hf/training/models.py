@@ -43,10 +43,10 @@ BOUNDS = {
     "attention_probs_dropout_prob": (0.0, 1.0),
     "layer_norm_eps": (0.0, float("inf")),
     "initializer_range": (0.0, float("inf")),
-    "chunk_size_feed_forward": (0, 1),  # the masked positions are no multiple of a chunk
+    "chunk_size_feed_forward": (0, 1),  # the number of masked positions is not a multiple of a chunk
 }
-ANSWER_LOGITS = 2  # of a token: that it starts the answer, and that it ends it
-LIBRARY_ERRORS = (SafetensorError, StrictDataclassError)  # which are no kind of a built-in one
+ANSWER_LOGITS = 2  # per token: it starts the answer, it ends the answer
+LIBRARY_ERRORS = (SafetensorError, StrictDataclassError)  # not subclasses of built-in errors
 
 
 def preset_config(preset: str) -> dict[str, int]:
@@ -68,12 +68,13 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # read without checks
+    # configurations are read without checks
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserInputError(f"no usable configuration in {name_or_path}: {_reason(error)}") from error
     if not isinstance(config, BertConfig):
         raise UserInputError(
             f"{name_or_path} is a {config.model_type!r} checkpoint: it must be of model type 'bert' or 'fnl_bert'"
-            + "; `fnl-hf convert` makes one of it" * (config.model_type in NAMINGS)
+            + "; `fnl-hf convert` can make one of it" * (config.model_type in NAMINGS)
         )
     if isinstance(config, FnlBertConfig):
         return config
@@ -81,7 +82,7 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
 
 
 def make_config(entries: dict) -> FnlBertConfig:
-    """An ``FnlBertConfig``, with its errors as UserInputError."""
+    """An ``FnlBertConfig``; its errors are raised as UserInputError."""
     try:
         return FnlBertConfig(**{name: value for name, value in entries.items() if name not in ORIGIN_ENTRIES})
     except (StrictDataclassError, TypeError, ValueError) as error:
@@ -89,7 +90,7 @@ def make_config(entries: dict) -> FnlBertConfig:
 
 
 def _reason(error: Exception) -> BaseException:
-    """What a check of the configuration's says, without the name of the check."""
+    """The message of a configuration check, without the name of the check."""
     return error.__cause__ or error if isinstance(error, StrictDataclassError) else error
 
 
@@ -112,7 +113,7 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
         if getattr(model_args, key) is not None:
             entries[key] = getattr(model_args, key)
     sparse_last_layer = model_args.sparse_prediction and model_args.sparse_last_layer
-    # The data say which positions are masked, so that the saved model's outputs have the stock model's shapes.
+    # The data give the masked positions, so the saved model's outputs have the shapes of the stock model.
     entries |= {"sparse_prediction": False, "sparse_last_layer": sparse_last_layer}
     entries["pad_token_id"] = tokenizer.pad_token_id
     config = make_config(entries)
@@ -127,20 +128,24 @@ def _validate_entries(config: FnlBertConfig) -> None:
         if not smallest <= value < bound:
             raise UserInputError(f"configuration: {name} ({value}) must be at least {smallest} and below {bound}")
     if config.hidden_act not in ACT2FN:
-        raise UserInputError(f"configuration: hidden_act ({config.hidden_act}) is no activation of Transformers'")
+        raise UserInputError(
+            f"configuration: hidden_act ({config.hidden_act}) is not an activation function of Transformers"
+        )
 
 
 def _refuse_two_sources(model_args, names):
     given = [f"--{name}" for name in names if getattr(model_args, name) is not None]
     if len(given) > 1:
-        raise UserInputError(f"give one of {', '.join(f'--{name}' for name in names)}, not {' and '.join(given)}")
+        raise UserInputError(f"give only one of {', '.join(f'--{name}' for name in names)}, not {' and '.join(given)}")
 
 
 def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
     if not overrides:
         return config
     if not all(name and equals for name, equals, _ in (entry.partition("=") for entry in overrides.split(","))):
-        raise UserInputError(f"--config_overrides {overrides} must be like hidden_dropout_prob=0.0,type_vocab_size=1")
+        raise UserInputError(
+            f"--config_overrides {overrides} must have the form hidden_dropout_prob=0.0,type_vocab_size=1"
+        )
     try:
         config.update_from_string(overrides)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:  # TypeError: the entry is None
@@ -149,7 +154,7 @@ def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
 
 
 def build_pretraining_model(model_args, config: FnlBertConfig, objective: str) -> PreTrainedModel:
-    """A new model, or one that goes on from a checkpoint of the same shapes; in float32."""
+    """A new model, or one loaded from a checkpoint of the same shapes; in float32."""
     model_class = PRETRAINING_CLASSES[objective]
     if objective == "mlm_nsp" and config.type_vocab_size < 2:
         raise UserInputError(f"--objective mlm_nsp needs a type_vocab_size ({config.type_vocab_size}) of at least 2")
@@ -172,19 +177,21 @@ def build_pretraining_model(model_args, config: FnlBertConfig, objective: str) -
 
 
 def _validate_loaded(name_or_path: str, model: PreTrainedModel, loaded: dict) -> None:
-    """Refuse weights that are not this model's: of other shapes, none at all, or no numbers."""
+    """Refuse loaded weights with other shapes, none of the model's names, or values that are not finite."""
     for name, there, here in sorted(loaded["mismatched_keys"]):
-        raise UserInputError(f"{name_or_path}: {name} is {tuple(there)} there and {tuple(here)} here")
+        raise UserInputError(
+            f"{name_or_path}: {name} has shape {tuple(there)} in the checkpoint and {tuple(here)} in this model"
+        )
     names = {name for name, _ in model.named_parameters()}
     if names <= set(loaded["missing_keys"]):
-        raise UserInputError(f"{name_or_path} holds none of the model's weights, {min(names)} and others")
+        raise UserInputError(f"{name_or_path} contains none of the model's weights, such as {min(names)}")
     _validate_finite(name_or_path, model)
 
 
 def _validate_finite(name_or_path: str, model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight).all():
-            raise UserInputError(f"{name_or_path}: {name} is not finite")
+            raise UserInputError(f"{name_or_path}: {name} has values that are not finite")
 
 
 def load_text_model(
@@ -192,12 +199,14 @@ def load_text_model(
 ) -> PreTrainedModel:
     """A checkpoint of any architecture as a model of its own class, in float32, checked against tokenizer and sequence
     length."""
-    # Where an architecture has no SDPA, Transformers takes what it has, unless it is told otherwise.
+    # If an architecture has no SDPA, Transformers uses what it has, unless told otherwise.
     kernel = {} if attn_implementation == "sdpa" else {"attn_implementation": attn_implementation}
     model = load_model(name_or_path, dtype=torch.float32, **kernel)
     _validate_finite(name_or_path, model)
     if not hasattr(model.config, "vocab_size"):
-        raise UserInputError(f"{name_or_path} is a {model.config.model_type!r} checkpoint: it reads no text")
+        raise UserInputError(
+            f"{name_or_path} is a {model.config.model_type!r} checkpoint: its model does not read text"
+        )
     _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
     return model
 
@@ -220,7 +229,7 @@ def build_question_answering_model(
     if model_args.model_name_or_path is not None:
         model = load_question_answering_model(name, config, is_trained, dtype=torch.float32)
     elif not is_trained:
-        raise UserInputError(f"--config_name {name} begins with random weights: train them (--do_train)")
+        raise UserInputError(f"--config_name {name} starts from random weights: train them (--do_train)")
     else:
         with as_user_input(name):
             config = config or AutoConfig.from_pretrained(name)
@@ -233,7 +242,7 @@ def build_question_answering_model(
 def load_question_answering_model(
     name: str, config: FnlBertConfig | None = None, is_trained: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """The question answering model of a checkpoint, whatever the number of labels in its configuration is.
+    """The question answering model of a checkpoint, regardless of the number of labels in its configuration.
 
     Args:
         config: of a stock BERT, to load it as an FNL-BERT.
@@ -256,13 +265,13 @@ def load_question_answering_model(
     if missing and not is_trained and not getattr(model, "_hf_peft_config_loaded", False):  # adapters may bring them
         raise UserInputError(
             f"no question answering model in {name}: it lacks {missing[0]}, which would be random: fine-tune it "
-            "(run_squad.py) first"
+            "with run_squad.py first"
         )
     return model
 
 
 def load_answer_teacher(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
-    """A fine-tuned question answering model that reads what its student reads."""
+    """A fine-tuned question answering model that accepts the inputs of its student."""
     validate_same_vocabulary(tokenizer, load_tokenizer(name))
     model = load_question_answering_model(name, dtype=torch.float32)
     _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
@@ -270,8 +279,8 @@ def load_answer_teacher(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_l
 
 
 @contextmanager
-def as_user_input(name, problem: str = "no model of the wanted kind can be built from"):
-    """What Transformers raises for a configuration or checkpoint that it cannot build."""
+def as_user_input(name, problem: str = "no model of the required kind can be built from"):
+    """Turn errors of Transformers for a configuration or checkpoint into UserInputError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, RuntimeError, ImportError, OSError, *LIBRARY_ERRORS) as error:
@@ -279,7 +288,7 @@ def as_user_input(name, problem: str = "no model of the wanted kind can be built
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:
-    """Positions that a sequence may have; RoBERTa and its kin spend some on padding. None where there is no bound."""
+    """The maximum length of a sequence, or None; RoBERTa and similar models use some positions for padding."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)

@@ -1,4 +1,4 @@
-"""Optimizer states of one run that another starts from: ``--optimizer_state_from``."""
+"""Load the optimizer state of another run: ``--optimizer_state_from``."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from fnl_hf.runs.plan import ARCHITECTURE, read_started, validate_resume
 
 
 def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
-    """The complete checkpoint of the run in ``--optimizer_state_from`` whose weights are those of ``model``, the newest
-    of several; None without this flag. Moments belong to the weights that they were taken at: a run may end with those
-    of its best checkpoint, and a model may be any of its checkpoints.
+    """The newest complete checkpoint of the run in ``--optimizer_state_from`` that has the weights of ``model``; None
+    without this flag. Moments belong to the weights at which they were computed: a run may end with the weights of its
+    best checkpoint, and a model may be any of its checkpoints.
 
     Raises:
         UserInputError: there is none, it is another optimizer's or of another model, or it is about to be deleted.
@@ -23,25 +23,31 @@ def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
     if folder is None:
         return None
     if args.overwrite_output_dir and Path(folder).resolve() == Path(args.output_dir).resolve():
-        raise UserInputError(f"--optimizer_state_from {folder} is the --output_dir that is to be overwritten")
+        raise UserInputError(
+            f"--optimizer_state_from {folder} is the --output_dir, which --overwrite_output_dir would delete: choose "
+            "another --output_dir"
+        )
     newest = newest_complete_checkpoint(Path(folder))
     if newest is None:
-        raise UserInputError(f"--optimizer_state_from {folder}: no complete checkpoint there")
+        raise UserInputError(f"--optimizer_state_from {folder}: no complete checkpoint in this folder")
     other = read_started(Path(folder)).get("optimizer", args.optimizer)
     if other != args.optimizer:
-        raise UserInputError(f"--optimizer_state_from {folder}: its optimizer is {other}, this one is {args.optimizer}")
+        raise UserInputError(
+            f"--optimizer_state_from {folder}: that run uses --optimizer {other}, this one {args.optimizer}: use the "
+            "same"
+        )
     validate_resume(newest, model, ARCHITECTURE)
     for checkpoint in list_checkpoints(Path(folder)):
         if has_weights(checkpoint, model) and (checkpoint == newest or find_fault(checkpoint) is None):
             return checkpoint
     raise UserInputError(
-        f"--optimizer_state_from {folder}: no complete checkpoint there has the weights that this run starts from: "
-        f"give one as --model_name_or_path, the newest is {newest}"
+        f"--optimizer_state_from {folder}: no complete checkpoint in it has the weights that this run starts from: "
+        f"set --model_name_or_path to one of its checkpoints, for example the newest, {newest}"
     )
 
 
 def has_weights(checkpoint: Path, model: PreTrainedModel) -> bool:
-    """Whether the weights in a checkpoint are those of ``model``, to the last bit."""
+    """Whether the weights in a checkpoint are bit-identical to those of ``model``."""
     own = model.state_dict()
     files = sorted(checkpoint.glob("model*.safetensors"))
     try:
@@ -60,7 +66,7 @@ def _is_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 class OptimizerStateCallback(TrainerCallback):
-    """Starts a run from another's optimizer state (moments and step counts), with settings and schedule of its own."""
+    """Starts a run from another run's optimizer state (moments and step counts), with its own settings and schedule."""
 
     def __init__(self, trainer, checkpoint: Path):
         self.trainer, self.checkpoint = trainer, checkpoint
@@ -69,7 +75,7 @@ class OptimizerStateCallback(TrainerCallback):
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         schedule = lr_scheduler.state_dict()
         try:
-            self.trainer._load_optimizer_and_scheduler(str(self.checkpoint))  # knows how sharded states are kept
+            self.trainer._load_optimizer_and_scheduler(str(self.checkpoint))  # handles sharded states
         except ValueError as error:
             raise UserInputError(f"--optimizer_state_from {self.checkpoint.parent}: {error}") from error
         lr_scheduler.load_state_dict(schedule)

@@ -1,4 +1,4 @@
-"""The optimizer that the command line describes."""
+"""Build the optimizer that the command line describes."""
 
 import ast
 import inspect
@@ -20,19 +20,19 @@ from fnl_hf.optim.lamb import DECAYS, FUSED_DEVICES
 from fnl_hf.optim.muon import ADJUSTMENTS
 from fnl_hf.products.discovery import discover
 
-# Another optimizer is a line here: flags and --optim_args follow from what its constructor takes.
+# To add an optimizer, add a line here: flags and --optim_args follow from its constructor.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": FrobeniusAdamW,
     "lamb": FrobeniusLamb,
     "muon": FrobeniusMuon,
     "sgd": FrobeniusSGD,
 }
-# What makes the parameter groups where frobenius_param_groups does not.
+# Functions that make the parameter groups, if not frobenius_param_groups.
 PARAM_GROUPS = {"muon": muon_param_groups}
-# Defaults that are not the classes' own.
+# Defaults that differ from those of the classes.
 PREFERRED: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lamb": {"max_grad_norm": None}}
-# Arguments that --optim_args cannot set, because other flags do, and a value like theirs. Where an optimizer means
-# something else by the name, as Adafactor by its two eps, it is for --optim_args.
+# Arguments that --optim_args cannot set because flags set them, with a value of their type. If an optimizer uses the
+# name for something else, as Adafactor does for its two eps, --optim_args sets it.
 SET_BY_FLAGS: dict[str, Any] = {
     "params": None,
     "lr": 0.0,
@@ -49,8 +49,8 @@ WORDS = {"true": "True", "false": "False", "none": "None"} | {word: repr(word) f
 def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torch.optim.Optimizer:
     """The optimizer that ``FnlTrainingArguments`` describe, for any model with products.
 
-    LAMB's own clipping is off: Trainer clips at ``--max_grad_norm``, whatever the optimizer. ``sharded``: FSDP2 will
-    cut the parameters.
+    LAMB's own clipping is off, because Trainer clips at ``--max_grad_norm`` for all optimizers. ``sharded``: FSDP2 will
+    shard the parameters.
 
     Raises:
         UserInputError: arguments that the optimizer does not take, or a ``--frobenius_decay`` that decays nothing.
@@ -67,7 +67,7 @@ def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torc
     taken = constructor_arguments(optimizer_class)
     options = {name: value for name, value in flags.items() if name in taken and _fits(value, taken[name])}
     if sharded and issubclass(optimizer_class, torch.optim.SGD):
-        options.pop("fused")  # torch's kernel takes no cut parameters, and its default is a loop
+        options.pop("fused")  # torch's fused kernel does not accept sharded parameters, and its default is a loop
         options["foreach"] = True
     elif own.get("foreach"):
         options.pop("fused", None)
@@ -80,7 +80,7 @@ def build_optimizer(args, model: torch.nn.Module, sharded: bool = False) -> torc
 def _param_groups(args, model: torch.nn.Module) -> list[dict[str, Any]]:
     decay = args.frobenius_decay
     if decay is None and not any(discover(model)):
-        decay = 0.0  # a dense model is meant to be one
+        decay = 0.0  # no decay is expected in a dense model
     try:
         make_groups = PARAM_GROUPS.get(args.optimizer, frobenius_param_groups)
         return make_groups(model, args.weight_decay, decay, args.decay_mode)
@@ -89,7 +89,7 @@ def _param_groups(args, model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def validate_optimization(args, model: torch.nn.Module) -> None:
-    """Raise UserInputError for an optimizer or a schedule that cannot be built: each is, and thrown away."""
+    """Raise UserInputError for an optimizer or schedule that cannot be built, by building and discarding it."""
     optimizer = build_optimizer(args, model)
     steps = 100
     try:
@@ -117,19 +117,23 @@ def parse_optimizer_arguments(optimizer: str, text: str | None) -> dict[str, Any
     for name, separator, value in (part.partition("=") for part in _split(text or "")):
         if not separator or name not in known:
             raise UserInputError(
-                f"--optim_args {text}: {name!r} is not an argument of {optimizer}: name=value of {sorted(known)}"
+                f"--optim_args {text}: {name!r} is not an argument of {optimizer}. Write name=value, with a name "
+                f"from {sorted(known)}"
             )
         try:
             parsed[name] = ast.literal_eval(WORDS.get(value.lower(), value))
         except (ValueError, SyntaxError) as error:
             raise UserInputError(f"--optim_args {text}: {name} ({value}) must be a number, true or false") from error
         if not _fits(parsed[name], known[name]):
-            raise UserInputError(f"--optim_args {text}: {name} ({value}) must be like its default, {known[name]}")
+            raise UserInputError(
+                f"--optim_args {text}: {name} ({value}) must have the form of its default, {known[name]}"
+            )
     return parsed
 
 
 def constructor_arguments(optimizer_class: type) -> dict[str, Any]:
-    """The arguments of a class's constructor with their defaults, those with which it calls its bases' included."""
+    """The arguments of a class's constructor with their defaults, including those that it passes on to its base
+    classes."""
     found: dict[str, Any] = {}
     for each in inspect.getmro(optimizer_class):
         if "__init__" not in vars(each):
@@ -137,15 +141,16 @@ def constructor_arguments(optimizer_class: type) -> dict[str, Any]:
         _, *parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
         named = [parameter for parameter in parameters if parameter.kind not in (VAR_POSITIONAL, VAR_KEYWORD)]
         found = {parameter.name: parameter.default for parameter in named} | found
-        if len(named) == len(parameters):  # it passes nothing on
+        if len(named) == len(parameters):  # it passes nothing to its base class
             break
     return found
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is a switch, a number, so many of them or a word, as the default is; torch does not look.
+    """Whether a value has the form of the default: a switch, a number, a tuple of the same length or a word; torch does
+    not check.
 
-    A default of None, or none at all, says nothing.
+    A missing default, or None, allows any value.
     """
     return default in (None, inspect.Parameter.empty) or _kind(value) == _kind(default)
 
@@ -157,7 +162,7 @@ def _kind(value: Any) -> Any:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets: "trust_clamp=(0,10),decay=decoupled"."""
+    """Split at commas outside of brackets: "trust_clamp=(0,10),decay=decoupled"."""
     parts, depth = [""], 0
     for character in text.replace(" ", ""):
         depth += (character in "([") - (character in ")]")

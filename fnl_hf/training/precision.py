@@ -1,4 +1,4 @@
-"""Evaluation in half precision that leaves the model as it was."""
+"""Evaluation in half precision that leaves the model unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ import torch
 
 @contextmanager
 def keeping_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Within the context a model may be cast, or moved, in place; afterwards its tensors are the ones it had, to the
-    last bit and at no copy. Not for sharded models, whose parameters are views of what they share out.
+    """Within the context, a model may be cast or moved in place; afterwards its tensors are the original ones,
+    bit-identical and without a copy. Not for sharded models, whose parameters are views of their shards.
     """
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

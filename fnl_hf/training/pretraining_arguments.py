@@ -1,4 +1,4 @@
-"""The flags of ``run_pretrain.py`` beside those of ``FnlTrainingArguments``."""
+"""The flags of ``run_pretrain.py`` in addition to those of ``FnlTrainingArguments``."""
 
 from dataclasses import dataclass, field
 
@@ -24,51 +24,68 @@ COUNTS = (
 
 @dataclass
 class ModelArguments:
-    """What to train: a preset, a configuration, or a checkpoint to go on from."""
+    """The model to train: a preset, a configuration, or a checkpoint to continue from."""
 
     preset: str | None = field(
-        default=None, metadata={"help": "A size of BERT. Default: tiny.", "choices": list(PRESETS)}
+        default=None, metadata={"help": "Size of a new BERT. Default: tiny.", "choices": list(PRESETS)}
     )
-    config_name: str | None = field(default=None, metadata={"help": "A configuration: folder, JSON file or Hub name."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a new model: folder, JSON file or Hub name."}
+    )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Continue from this checkpoint, FNL-BERT or stock BERT: folder or Hub name."}
+        default=None, metadata={"help": "Continue training this FNL-BERT or BERT checkpoint: folder or Hub name."}
     )
     teacher_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "With --objective distill: whose hidden states and logits to learn, folder or Hub name."},
+        metadata={
+            "help": "With --objective distill: the teacher whose hidden states and logits the student learns. Folder "
+            "or Hub name."
+        },
     )
     config_overrides: str | None = field(
-        default=None, metadata={"help": "Override preset or configuration: hidden_dropout_prob=0.0,type_vocab_size=1"}
+        default=None,
+        metadata={
+            "help": "Change entries of the preset or configuration, for example "
+            "hidden_dropout_prob=0.0,type_vocab_size=1"
+        },
     )
     tokenizer_name: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub name. Default: that of the checkpoint, or trained on the corpus."},
+        metadata={
+            "help": "Tokenizer: folder or Hub name. Default: that of the checkpoint, or a new one trained on the "
+            "corpus."
+        },
     )
-    vocab_size: int = field(
-        default=30522, metadata={"help": "Vocabulary of a tokenizer that is trained on the corpus."}
-    )
+    vocab_size: int = field(default=30522, metadata={"help": "Vocabulary size of a tokenizer trained on the corpus."})
     alphabet_coverage: float = field(
         default=ALPHABET_COVERAGE,
         metadata={
-            "help": "Share of the corpus's characters that such a tokenizer knows, at least, as far as the vocabulary "
-            f"allows; the {ALPHABET_FLOOR:,} most frequent ones in any case."
+            "help": "Minimum share of the corpus's characters that a tokenizer trained on the corpus knows, if the "
+            f"vocabulary is large enough; it always knows the {ALPHABET_FLOOR:,} most frequent ones."
         },
     )
     attention_embedding_size: int | None = field(
-        default=None, metadata={"help": "E, a multiple of the number of heads. Default: the hidden size."}
+        default=None,
+        metadata={
+            "help": "The attention embedding size E, a multiple of the number of heads. Default: the hidden size."
+        },
     )
     attention_init: str | None = field(
         default=None,
         metadata={
-            "help": f"Initialization of the attention products; {' and '.join(STUDIED_INITS)} are experimental.",
+            "help": f"Initialization of the attention products. Experimental: {' and '.join(STUDIED_INITS)}.",
             "choices": [*ATTENTION_INITS, *STUDIED_INITS],
         },
     )
     sparse_prediction: bool = field(
-        default=True, metadata={"help": "Run the prediction head on the masked positions only; the loss is the same."}
+        default=True, metadata={"help": "Run the prediction head on masked positions only. Does not change the loss."}
     )
     sparse_last_layer: bool = field(
-        default=True, metadata={"help": "With --sparse_prediction, the last layer too; the predictions are the same."}
+        default=True,
+        metadata={
+            "help": "With --sparse_prediction, run the last layer on masked positions only, too. Does not change the "
+            "predictions."
+        },
     )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "The attention kernel.", "choices": list(ATTENTION_KERNELS)}
@@ -77,33 +94,37 @@ class ModelArguments:
     factorize_at_step: float | None = field(
         default=None,
         metadata={
-            "help": "Warm start: train dense up to this step, or this share of the steps if it is below 1, then make "
-            "the encoder's layers products, calibrated on training data."
+            "help": "Warm start: train a dense model up to this step, or for this share of the steps if below 1, "
+            "then factorize the layers of the encoder, calibrated on training data."
         },
     )
     factorize_target_ratio: float = field(
-        default=0.5, metadata={"help": "Parameters of the encoder's layers then, over those that they had."}
+        default=0.5,
+        metadata={"help": "Warm start: parameters of the factorized layers as a share of those of the dense layers."},
     )
     factorize_mode: str = field(
         default="low_rank",
         metadata={
-            "help": "low_rank, of that size, or products of full rank to multiply back: wide, of two factors, or deep, "
-            "of three.",
+            "help": "Warm start: low_rank, at --factorize_target_ratio, or full rank with two factors (wide) or "
+            "three (deep), which can be merged after training.",
             "choices": list(MODES),
         },
     )
     factorize_init: str | None = field(
         default=None,
         metadata={
-            "help": "Factors of the dense weights, calibrated on training data or by their SVD alone (spectral), or "
-            f"drawn at random (default); {' and '.join(STUDIED_LAYER_INITS)} are experimental. Default: calibrated "
-            "where the mode is low_rank, else spectral.",
+            "help": "Warm start: initialize the factors from the SVD of the dense weights, calibrated on training "
+            "data (calibrated) or not (spectral), or at random (default). Default: calibrated for --factorize_mode "
+            f"low_rank, else spectral. Experimental: {' and '.join(STUDIED_LAYER_INITS)}.",
             "choices": ["calibrated", *INITS, *STUDIED_LAYER_INITS],
         },
     )
     factorize_include: list[str] | None = field(
         default=None,
-        metadata={"help": "Patterns of the layers' names, as in a shell. Default: the whole encoder, encoder.layer.*."},
+        metadata={
+            "help": "Warm start: shell-style patterns for the names of the layers to factorize. Default: the whole "
+            "encoder, encoder.layer.*"
+        },
     )
 
     def __post_init__(self):
@@ -111,21 +132,22 @@ class ModelArguments:
         validate_bounds("factorize_at_step", self.factorize_at_step, 0)
         if self.factorize_at_step is not None and self.factorize_at_step >= 1 and self.factorize_at_step % 1:
             raise UserInputError(
-                f"--factorize_at_step ({self.factorize_at_step}) must be a whole number, or a share of the run below 1"
+                f"--factorize_at_step ({self.factorize_at_step}) must be a whole number of steps, or a share of the "
+                "run below 1"
             )
         validate_bounds("vocab_size", self.vocab_size, 10, 2**24)  # masking draws random tokens from 24 bits
         validate_coverage(self.alphabet_coverage)
 
 
 def validate_kernel(model_args: ModelArguments, args) -> None:
-    """Raise UserInputError for an attention kernel that does not take the run's numbers."""
+    """Raise UserInputError for an attention kernel that does not support the run's precision."""
     if model_args.attn_implementation == "flash_attention_2" and not (args.bf16 or args.fp16):
-        raise UserInputError("--attn_implementation flash_attention_2 takes 16-bit numbers: set --bf16 true")
+        raise UserInputError("--attn_implementation flash_attention_2 needs 16-bit precision: set --bf16 true")
 
 
 def validate_distillation(model_args: ModelArguments, objective: str) -> None:
-    """Raise UserInputError for a teacher without student, a student without teacher, or flags that would change what
-    the student is."""
+    """Raise UserInputError for a teacher without a student, a student without a teacher, or flags that would change the
+    student."""
     teacher = model_args.teacher_name_or_path
     if objective != "distill":
         if teacher is not None:
@@ -137,7 +159,7 @@ def validate_distillation(model_args: ModelArguments, objective: str) -> None:
     for name in ("preset", "config_name", "config_overrides", "attention_embedding_size"):
         if getattr(model_args, name) is not None:
             raise UserInputError(
-                f"--objective distill trains the model of --model_name_or_path as it is: not with --{name} "
+                f"--objective distill trains the model of --model_name_or_path as it is: leave out --{name} "
                 f"({getattr(model_args, name)})"
             )
 
@@ -146,55 +168,72 @@ def validate_distillation(model_args: ModelArguments, objective: str) -> None:
 class DataArguments:
     """What to train on. Without --dataset_name and --train_file: the embedded corpus."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Files: txt (a document a line), json, jsonl, csv or parquet, compressed or not."},
+        metadata={
+            "help": "Training text: txt (one document per line), json, jsonl, csv or parquet files, compressed or not."
+        },
     )
-    validation_file: list[str] | None = field(default=None, metadata={"help": "Held-out text, likewise."})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Held-out text, in the same formats."})
     validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Documents to hold out when there is no validation split or file."}
+        default=5.0,
+        metadata={"help": "Percentage of the documents to hold out if there is no validation split or file."},
     )
-    text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
+    text_column_name: str = field(default="text", metadata={"help": "Name of the column with the text."})
     strict: bool = field(
-        default=False, metadata={"help": "Refuse broken records of the corpus instead of leaving them out."}
+        default=False, metadata={"help": "Stop at broken records of the corpus instead of leaving them out."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps what it has read."})
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens in a sequence; documents are packed to it."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder of the datasets library."})
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Tokens per sequence. Documents are packed into sequences of this length."}
+    )
     objective: str = field(
         default="mlm",
         metadata={
-            "help": "Masked language modelling on packed text (mlm), also next sentence prediction on pairs of "
-            "segments (mlm_nsp), or the hidden states of a teacher on packed text (distill).",
+            "help": "Masked language modelling on packed text (mlm), masked language modelling and next sentence "
+            "prediction on pairs of segments (mlm_nsp), or distillation from a teacher on packed text (distill).",
             "choices": list(OBJECTIVES),
         },
     )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens to mask, anew in each epoch."})
-    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words, not single tokens."})
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "Share of the tokens to mask; each epoch masks others."}
+    )
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})
     attend_within_documents: bool = field(
-        default=False, metadata={"help": "Documents that share a sequence do not see each other."}
+        default=False,
+        metadata={
+            "help": "Let tokens attend only to tokens of the same document, if several documents share a sequence."
+        },
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read and tokenize the corpus as it is used: for one too large to keep."},
+        metadata={"help": "Read and tokenize the corpus during training, for a corpus that is too large to store."},
     )
     streaming_shards: int | None = field(
         default=None,
         metadata={
-            "help": "Shards that a stream is cut into; they decide its order, whatever the number of processes. "
-            "Default: processes x dataloader workers."
+            "help": "Number of shards of the stream. It determines the order of the data, whatever the number of "
+            "processes. Default: processes x dataloader workers."
         },
     )
     shuffle_buffer_size: int = field(
-        default=8192, metadata={"help": "Sequences of a stream's shard to shuffle at a time."}
+        default=8192, metadata={"help": "Sequences in the shuffle buffer of each shard of the stream."}
     )
     streaming_validation_documents: int = field(
-        default=1000, metadata={"help": "First documents of a stream to hold out, without a --validation_file."}
+        default=1000,
+        metadata={"help": "Hold out the first so many documents of the stream if there is no --validation_file."},
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that read and tokenize."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first sequences, to try out."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise, of the held-out ones."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that read and tokenize the corpus."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many training sequences, for a quick test."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first so many held-out sequences."}
+    )
 
     def __post_init__(self):
         for name in COUNTS:
@@ -209,12 +248,14 @@ class DataArguments:
         if self.objective == "mlm_nsp":
             for name in ("streaming", "attend_within_documents"):
                 if getattr(self, name):
-                    raise UserInputError(f"--objective {self.objective} makes pairs of segments: not with --{name}")
+                    raise UserInputError(
+                        f"--objective {self.objective} trains on pairs of segments: leave out --{name}"
+                    )
         if self.dataset_config_name is not None and self.dataset_name is None:
             raise UserInputError(f"--dataset_config_name ({self.dataset_config_name}) needs --dataset_name")
         if self.streaming and self.max_train_samples is not None:
             raise UserInputError(
-                f"--max_train_samples ({self.max_train_samples}) is not for --streaming: --max_steps is"
+                f"--max_train_samples ({self.max_train_samples}) cannot be used with --streaming: set --max_steps"
             )
         if self.streaming_shards is not None and not self.streaming:
             raise UserInputError(f"--streaming_shards ({self.streaming_shards}) needs --streaming true")

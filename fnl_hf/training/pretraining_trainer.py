@@ -1,4 +1,5 @@
-"""Pretraining: the data's order does not depend on the number of processes, and streams go on where they stood."""
+"""Pretraining: the order of the data does not depend on the number of processes, and streams resume at their
+position."""
 
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from fnl_hf.training.trainer import FnlTrainer
 
 
 class StreamProgressCallback(TrainerCallback):
-    """A stream has no epochs that a Trainer could know: the share of the steps stands for them in the logs."""
+    """A stream has no epochs, so logs show the share of the steps instead."""
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / state.max_steps
 
 
 class PretrainingTrainer(FnlTrainer):
-    """FnlTrainer whose epochs consist of whole global batches, the same ones however they are split.
+    """FnlTrainer whose epochs consist of whole global batches, the same for any number of processes.
 
     The training data may be a ``MaskedStream``: its state is saved in each checkpoint.
 
@@ -32,14 +33,14 @@ class PretrainingTrainer(FnlTrainer):
     """
 
     def __init__(self, model=None, args=None, train_dataset=None, **kwargs):
-        # Trainer's constructor makes the output folder: what is refused is refused before.
+        # Trainer's constructor makes the output folder, so bad input is refused before it.
         validate_sampling_strategy(args)
         if args.do_train and has_length(train_dataset):
             epoch_sampler(train_dataset, args, args.train_batch_size)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.stream = self.train_dataset if isinstance(self.train_dataset, MaskedStream) else None
         if self.stream is not None:
-            self.args.ignore_data_skip = True  # it begins where its state says
+            self.args.ignore_data_skip = True  # it starts at the position in its state
             self.add_callback(StreamProgressCallback)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -49,7 +50,7 @@ class PretrainingTrainer(FnlTrainer):
         return epoch_sampler(dataset, self.args, self._train_batch_size)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's; a stream knows its process and makes whole micro-batches, so that Accelerate has no part."""
+        """Like Trainer's; a stream knows its process and makes whole micro-batches, so Accelerate does not wrap it."""
         if self.stream is None:
             return super().get_train_dataloader()
         args = self.args
@@ -61,7 +62,7 @@ class PretrainingTrainer(FnlTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             worker_init_fn=surviving_sigterm(),
-            # Not the global one, whose state was restored before and from which dropout draws.
+            # Not the global generator, whose state was restored before and from which dropout draws.
             generator=torch.Generator(),
         )
 

@@ -1,4 +1,4 @@
-"""Uploads of a training run: the scripts' model card is kept, and what fails is one line that says what to do."""
+"""Uploads of a training run: the scripts' model card is kept, and a failure is one line that says what to do."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -20,27 +20,29 @@ logger = logging.get_logger(__name__)
 
 
 class PushingTrainer(ShardedTrainer):
-    """Trainer whose uploads keep the scripts' model card, and fail in one line that says what to do.
+    """Trainer whose uploads keep the scripts' model card, and whose failures are one line that says what to do.
 
-    Where one fails while training goes on, that is a warning: the last one sends what is missing.
+    A failure during training is a warning: the last upload sends what is missing.
     """
 
     hub_model_id: Any
     push_in_progress: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As Trainer's, but a refusal ends all processes alike."""
+        """Like Trainer's, but a refusal ends all processes with the same error."""
         private = self.args.hub_private_repo if private is None else private
 
         def create() -> str:
-            with hub_errors(repository_name(self.args), "Nothing is lost: mend it, or train without --push_to_hub"):
+            with hub_errors(
+                repository_name(self.args), "Nothing is lost: correct this, or train without --push_to_hub"
+            ):
                 return create_repository(repository_name(self.args), private, token or self.args.hub_token)
 
         self.hub_model_id = decide_on_first_process(create)
         self.push_in_progress = None
 
     def push_to_hub(self, *args, **kwargs):
-        """As Trainer's, which saves the model first.
+        """Like Trainer's, which saves the model first.
 
         Raises:
             UserInputError: the Hub refuses, or the connection fails; the model is in the output folder.
@@ -49,7 +51,7 @@ class PushingTrainer(ShardedTrainer):
             return super().push_to_hub(*args, **kwargs)
 
     def push_saved(self) -> None:
-        """Upload the model as it was saved in the output folder: no evaluation in between has a part in it.
+        """Upload the model as it was saved in the output folder, unaffected by evaluations in between.
 
         Raises:
             UserInputError: as in :meth:`push_to_hub`.
@@ -65,32 +67,33 @@ class PushingTrainer(ShardedTrainer):
     def _saying_what_is_missing(self) -> AbstractContextManager[None]:
         name = self.hub_model_id or repository_name(self.args)
         command = f"`fnl-hf push {self.args.output_dir} {name}`"
-        return hub_errors(name, f"The model is saved: {command} sends what is missing")
+        return hub_errors(name, f"The model is saved: {command} uploads what is missing")
 
     def is_pushing(self) -> bool:
-        """Whether an upload is under way."""
+        """Whether an upload is in progress."""
         running = getattr(self, "push_in_progress", None)  # set by init_hf_repo
         return running is not None and not running.is_done()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: what Trainer calls it with is not whole yet. :class:`PushCallback` pushes it when it is."""
+        """Do nothing: the checkpoint is not complete yet when Trainer calls this. :class:`PushCallback` uploads it
+        later."""
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """The scripts write a card that says more than Trainer's; pushing to the Hub keeps it."""
+        """Keep the scripts' model card, which says more than Trainer's."""
         if not Path(self.args.output_dir, CARD_FILE).is_file():
             super().create_model_card(*args, **kwargs)
 
 
 class PushCallback(TrainerCallback):
-    """Uploads each checkpoint that is saved, as ``hub_strategy`` says, from the checkpoint itself.
+    """Uploads each saved checkpoint, according to ``hub_strategy``, from the checkpoint's own folder.
 
-    Trainer copies it into the output folder and uploads that one, while the next is copied there, without the model's
-    code but with all that the run keeps there, and says nothing of an upload that fails.
+    Trainer copies a checkpoint into the output folder and uploads that folder while the next checkpoint is copied
+    there. It leaves out the model's code, includes the run's own files, and does not report an upload that fails.
     """
 
     def __init__(self, trainer: PushingTrainer):
         self.trainer = trainer
-        self.api = HfApi(library_name="fnl_hf")  # the same one makes one upload after the other
+        self.api = HfApi(library_name="fnl_hf")  # uploads in sequence
 
     def on_save(self, args, state, control, **kwargs):
         trainer, strategy = self.trainer, args.hub_strategy
@@ -125,4 +128,6 @@ class PushCallback(TrainerCallback):
 
 def _warn_if_failed(job: Future) -> None:
     if not job.cancelled() and (error := job.exception()) is not None:
-        logger.warning(f"A checkpoint could not be pushed: {explain(error)}. The run goes on; its end pushes again")
+        logger.warning(
+            f"A checkpoint could not be pushed: {explain(error)}. The run continues and pushes again at its end"
+        )

@@ -1,4 +1,4 @@
-"""What a run that goes on takes from its checkpoint, and what from its command line."""
+"""What a resumed run takes from its checkpoint, and what from its command line."""
 
 import logging
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from fnl_hf.runs.checkpoints import abandon_later_checkpoints, find_fault, rando
 
 logger = get_logger(__name__)
 
-# What is in warnings of Trainer's that do not hold here.
+# Parts of warnings of Trainer that are not true here.
 MENDED = ("do not match the ones in the `trainer_state.json`", "recorded in the resumed state does not exist anymore")
 
 
 class ResumeCallback(TrainerCallback):
-    """Where a run starts, logging, evaluation and saving follow its command line, not the checkpoint's; checkpoints
-    beyond the one that it goes on from are set aside, and the best one is found where it now lies."""
+    """At the start of a run, logging, evaluation and saving follow its command line, not the checkpoint. Checkpoints
+    later than the resumed one are set aside, and the best checkpoint is located."""
 
     def __init__(self):
-        self.checkpoint: str | None = None  # what the run goes on from
-        self.first_step = 0  # steps before it; Trainer has no public name for them
+        self.checkpoint: str | None = None  # the checkpoint from which the run resumes
+        self.first_step = 0  # steps before the start; Trainer has no public name for them
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step = state.global_step
@@ -39,10 +39,10 @@ class ResumeCallback(TrainerCallback):
 
 
 def find_best_checkpoint(args, state: TrainerState, run: Path) -> None:
-    """Let the state name the best checkpoint by where it lies beside the one that is resumed: a path that was recorded
-    before the run's folder was renamed, or from another working folder, may lead nowhere, or to an old copy.
+    """Point the state to the best checkpoint next to the resumed one. The recorded path may lead nowhere, or to an old
+    copy, if the run's folder was renamed or the path was relative to another working folder.
 
-    Where it is gone or torn and the best model is asked for, the best of what is evaluated from now on takes its place.
+    If the best checkpoint is missing or incomplete and the best model is needed, it is chosen among later evaluations.
     """
     if state.best_global_step is None:
         return
@@ -51,16 +51,16 @@ def find_best_checkpoint(args, state: TrainerState, run: Path) -> None:
     found = next((str(place) for place in places if place is not None and find_fault(Path(place)) is None), None)
     if found is None and args.load_best_model_at_end:
         logger.warning(
-            f"{run / best} had the best {args.metric_for_best_model} ({state.best_metric:.4g}) and is gone or "
-            "not complete: the best model is chosen from those that are evaluated from now on"
+            f"{run / best} had the best {args.metric_for_best_model} ({state.best_metric:.4g}), but is missing or "
+            "incomplete: the best model is chosen among the checkpoints evaluated from now on"
         )
         state.best_metric = state.best_global_step = None
     state.best_model_checkpoint = found
 
 
 def complete_metrics(metrics: dict[str, Any], history: list[dict[str, Any]], first_step: int, last_step: int) -> None:
-    """Mend Trainer's metrics of a run that has gone on at ``first_step``. Their mean loss is that of all steps of the
-    run that are known, those logged before included; where no step was left to train there is no speed."""
+    """Correct Trainer's metrics of a run that resumed at ``first_step``: the mean loss includes the steps logged
+    before. If no step was left to train, speeds are removed."""
     logged = [(row["step"], row["loss"]) for row in history if "loss" in row and row["step"] <= first_step]
     starts = [0, *(step for step, _ in logged)]
     total = sum(loss * (step - start) for (step, loss), start in zip(logged, starts))
@@ -74,8 +74,8 @@ def complete_metrics(metrics: dict[str, Any], history: list[dict[str, Any]], fir
 
 
 def seed_new_process(args, checkpoint: str, step: int) -> None:
-    """Give a process that the checkpoint does not know a random state of its own; Trainer leaves it as it is, the same
-    in all of them."""
+    """Give a process without a random state in the checkpoint its own random state; Trainer would leave all such
+    processes with the same state."""
     if Path(checkpoint, random_state_file(args.process_index, args.world_size)).is_file():
         return
     entropy = [args.seed, step, args.process_index]
@@ -84,8 +84,8 @@ def seed_new_process(args, checkpoint: str, step: int) -> None:
 
 @contextmanager
 def without_mended_warnings() -> Iterator[None]:
-    """Trainer warns that it keeps a checkpoint's logging, evaluation and saving steps, and that the best checkpoint is
-    not where it was, which :class:`ResumeCallback` does not let it."""
+    """Suppress two warnings of Trainer that are not true here: that it keeps a checkpoint's logging, evaluation and
+    saving steps, and that the best checkpoint has moved. :class:`ResumeCallback` handles both."""
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
     for each in loggers:
         each.addFilter(_is_no_mended_warning)
@@ -102,7 +102,7 @@ def _is_no_mended_warning(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def loading_tied_weights(model: torch.nn.Module) -> Iterator[None]:
-    """A tied weight, which is saved once, is not among the missing ones that ``model.load_state_dict`` returns."""
+    """Exclude tied weights, which are saved once, from the missing keys that ``model.load_state_dict`` returns."""
     hook = model.register_load_state_dict_post_hook(_leave_out_tied)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The order of the training data, the same however a run is split over processes and whenever it is resumed."""
+"""The order of the training data, independent of the number of processes and of interruptions."""
 
 from collections.abc import Iterator
 from math import ceil
@@ -11,14 +11,16 @@ from transformers import TrainerCallback
 from fnl_hf.errors import UserInputError
 
 SAMPLING_STRATEGIES = ("random", "sequential")
-_BLOCK = 2**16  # indices that are Python integers at a time: an epoch of a large corpus would be gigabytes of them
+# Python integers are created for this many indices at a time: for a large corpus, an epoch would take gigabytes
+_BLOCK = 2**16
 
 
 class EpochSampler(Sampler[int]):
-    """Each epoch's order is a permutation that is a function of (seed, epoch) alone, cut to whole global batches.
+    """Each epoch's order is a permutation that only depends on (seed, epoch), cut to whole global batches.
 
-    So each epoch has the same optimizer steps, and a step the same global batch, whatever part of it is processes,
-    accumulation and per-device batch. The cut leaves out other samples in each epoch, unless the order is sequential.
+    So each epoch has the same optimizer steps and each step the same global batch, however it is divided into
+    processes, accumulation steps and per-device batches. The cut leaves out other samples in each epoch, unless the
+    order is sequential.
 
     Args:
         length: samples in the dataset.
@@ -34,7 +36,8 @@ class EpochSampler(Sampler[int]):
         if length < global_batch:
             raise UserInputError(
                 f"the training data are {length} samples, fewer than one global batch of {global_batch} "
-                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps)"
+                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps): use more data or a "
+                "smaller batch"
             )
         self.length, self.global_batch = length, global_batch
         self.used = length - length % global_batch
@@ -58,7 +61,7 @@ class EpochSampler(Sampler[int]):
 
 
 def validate_sampling_strategy(args) -> None:
-    """Raise UserInputError unless :class:`EpochSampler` has the order that ``args`` ask for."""
+    """Raise UserInputError unless :class:`EpochSampler` supports the order that ``args`` request."""
     if args.train_sampling_strategy not in SAMPLING_STRATEGIES:
         raise UserInputError(
             f"--train_sampling_strategy ({args.train_sampling_strategy}) must be one of {SAMPLING_STRATEGIES}"
@@ -66,7 +69,7 @@ def validate_sampling_strategy(args) -> None:
 
 
 def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:
-    """The order of the training data that ``args`` describe, for micro-batches of ``batch_size`` a process."""
+    """The order of the training data that ``args`` describe, for micro-batches of ``batch_size`` per process."""
     validate_sampling_strategy(args)
     global_batch = batch_size * args.world_size * args.gradient_accumulation_steps
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -82,7 +85,7 @@ def count_steps(args, dataset) -> int:
 
 
 def find_sampler(dataloader: DataLoader) -> Sampler | None:
-    """The sampler below the batch samplers that Accelerate wraps around it to share or skip batches."""
+    """The sampler inside the batch samplers that Accelerate wraps around it to distribute or skip batches."""
     batches: Any = dataloader.batch_sampler
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
@@ -90,8 +93,8 @@ def find_sampler(dataloader: DataLoader) -> Sampler | None:
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training data and their sampler the epoch. On several processes Accelerate does not reach the data,
-    nor, in an epoch that is resumed in its middle, the sampler."""
+    """Tells the training data and their sampler the epoch. With several processes Accelerate does not reach the data,
+    and in an epoch that is resumed in its middle not the sampler."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         for part in (train_dataloader.dataset, find_sampler(train_dataloader)):

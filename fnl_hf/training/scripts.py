@@ -1,4 +1,4 @@
-"""What the training scripts have in common: a run is planned, checked against its folder, recorded and reported."""
+"""What the training scripts share: a run is planned, checked against its folder, recorded and reported."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class ScriptRun:
         self.output = output_of(args, *also)
 
     def is_finished(self, model_name_or_path: str | None, teacher_name_or_path: str | None = None) -> bool:
-        """Whether nothing is left to do; an upload that failed is tried again.
+        """Whether nothing is left to do; an upload that failed is repeated.
 
         Raises:
             UserInputError: the run was started from other weights than those in ``model_name_or_path``, or has another
@@ -74,7 +74,7 @@ class ScriptRun:
         return True
 
     def record_data(self, fingerprints: Mapping[str, str]) -> None:
-        """Note what the data are, by the names that :func:`fnl_hf.runs.plan.validate_data` knows.
+        """Record the fingerprints of the data, by the names that :func:`fnl_hf.runs.plan.validate_data` uses.
 
         Raises:
             UserInputError: the run that is continued, or finished, has others.
@@ -83,7 +83,7 @@ class ScriptRun:
         validate_data(self.plan, self.description)
 
     def start(self, trainer, facts: Mapping[str, str], notice: str | None = None) -> None:
-        """Make the output folder, lock it, record this start, and say what it is of.
+        """Make and lock the output folder, record this start, and print what it is.
 
         Args:
             facts, notice: see :func:`fnl_hf.reports.overview.describe_start`.
@@ -113,8 +113,8 @@ class ScriptRun:
         language: str | None = None,
         **card,
     ) -> None:
-        """Report, card, metrics by split (``all_results.json`` is the sign of a finished run) and upload. The model
-        itself is saved already.
+        """Write report, card and metrics by split (``all_results.json`` marks a finished run), and upload. The model
+        itself is already saved.
 
         Args:
             source: the data's name for the card.
@@ -151,12 +151,12 @@ class ScriptRun:
                 trainer.push_saved()
             elif self.args.push_to_hub:  # nothing is saved yet
                 trainer.push_to_hub()
-        finally:  # whatever comes of the upload
+        finally:  # even if the upload fails
             if trainer.is_world_process_zero():
                 record_written(Path(self.args.output_dir), self.output.patterns)
 
     def _title(self, trainer) -> str:
-        """Which run the report shows."""
+        """The title of the report."""
         decay = describe_decay(trainer.model, self.args)
         products = "" if decay is None else f"; decay of the products: {decay}"
         return f"{Path(self.args.output_dir).resolve().name}: {describe_optimizer(self.args)}{products}"

@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` with our optimizers and losses that are means over the whole global batch."""
+"""``transformers.Trainer`` with our optimizers, and with losses that are means over the whole global batch."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -41,8 +41,8 @@ LABEL_NAMES = ("labels", "next_sentence_label", "start_positions", "end_position
 
 
 def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
-    """A trainer with our callbacks; what its constructor refuses (trackers, sharding, evaluation, a folder that cannot
-    be made) is bad input. An optimizer or schedule that cannot be built is refused before a folder is made."""
+    """A trainer with our callbacks. What its constructor refuses (trackers, sharding, evaluation, a folder that cannot
+    be made) is bad input. An optimizer or schedule that cannot be built is refused before the folder is made."""
     if kwargs["args"].do_train:
         validate_optimization(kwargs["args"], kwargs["model"])
     try:
@@ -52,13 +52,13 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if trainer.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1):
         raise UserInputError(
-            "DeepSpeed and FSDP1 flatten parameters, so that products cannot be told from them: use FSDP2 "
+            "DeepSpeed and FSDP1 flatten parameters, so the factors of a product cannot be found: use FSDP2 "
             "(fsdp_version: 2 in Accelerate's configuration)"
         )
     if plugin is not None and (trainer.args.bf16_full_eval or trainer.args.fp16_full_eval):
         raise UserInputError(
-            "--bf16_full_eval and --fp16_full_eval cast the model, which FSDP2 does not let them: --bf16 true is for "
-            "evaluations, too"
+            "--bf16_full_eval and --fp16_full_eval cast the model, which does not work with FSDP2: set --bf16 "
+            "true, which also applies to evaluation"
         )
     add_fnl_callbacks(trainer)
     trainer.add_callback(EpochCallback)
@@ -69,8 +69,8 @@ def build_trainer(trainer_class: type["FnlTrainer"], **kwargs) -> "FnlTrainer":
 
 
 def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, float]:
-    """Train, from ``checkpoint`` if given, and save model, tokenizer and state at once: whatever an evaluation
-    does or dies of afterwards, the trained model is there. Returns the training metrics."""
+    """Train, from ``checkpoint`` if given, and save model, tokenizer and state immediately, so that the trained model
+    exists even if an evaluation fails afterwards. Returns the training metrics."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trainer.args.should_save:
         begin_writing(Path(trainer.args.output_dir))
@@ -81,9 +81,9 @@ def train_and_save(trainer: "FnlTrainer", checkpoint: str | None) -> dict[str, f
 class FnlTrainer(PushingTrainer):
     """Trainer for ``FnlTrainingArguments`` and any BERT-like or image model, ours or stock.
 
-    Under gradient accumulation and on several processes each loss is the mean over all items of the global batch
-    (masked tokens, sentence pairs, questions), not a mean of the micro-batches' means. Logs of the loss and the
-    training metrics say how fast it trains.
+    Under gradient accumulation and on several processes, each loss is the mean over all items of the global batch
+    (masked tokens, sentence pairs, questions), not a mean of micro-batch means. Logs of the loss and the training
+    metrics include the speed.
     """
 
     def __init__(self, model=None, args=None, **kwargs):
@@ -110,14 +110,14 @@ class FnlTrainer(PushingTrainer):
         self.measure_model()
 
     def measure_model(self) -> None:
-        """Take the size of the model, for what is counted by it; to be called when its layers were replaced."""
+        """Measure the model's size for throughput figures; call it after layers were replaced."""
         unwrapped = self.accelerator.unwrap_model(self.model)
         count = getattr(unwrapped, "num_parameters", None)
         self._num_parameters = count(exclude_embeddings=True) if count else None
         self.throughput.watch(unwrapped)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As Trainer's.
+        """Like Trainer's.
 
         Raises:
             Preempted: SIGTERM, and ``enable_jit_checkpoint``; the checkpoint is written.
@@ -148,7 +148,7 @@ class FnlTrainer(PushingTrainer):
             ) from error
 
     def _run_epoch(self, *args, **kwargs):
-        """As Trainer's, which trains a step more than there are when it goes on from the last checkpoint."""
+        """Like Trainer's, which trains one step too many if it resumes from the last checkpoint."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
@@ -165,13 +165,13 @@ class FnlTrainer(PushingTrainer):
         step = self.state.global_step
         raise Preempted(
             f"stopped by SIGTERM after step {step} of {self.state.max_steps}, saved in "
-            f"{Path(self._get_output_dir(None), f'{PREFIX_CHECKPOINT_DIR}-{step}')}: the same command with "
-            "--resume_from_checkpoint auto goes on"
+            f"{Path(self._get_output_dir(None), f'{PREFIX_CHECKPOINT_DIR}-{step}')}: start the same command with "
+            "--resume_from_checkpoint auto to continue"
         )
 
     @contextmanager
     def _keeping_checkpoints(self) -> Iterator[None]:
-        """With a limit of one Trainer deletes all but the best one at the end, whoever made them."""
+        """With a limit of one, Trainer deletes all checkpoints except the best at the end, whoever wrote them."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
@@ -191,10 +191,10 @@ class FnlTrainer(PushingTrainer):
         return self._with_own_generator(super().get_test_dataloader(*args, **kwargs))
 
     def _with_own_generator(self, loader: DataLoader) -> DataLoader:
-        """The loader with a generator of its own, and workers that ignore SIGTERM."""
+        """The loader with its own generator, and workers that ignore SIGTERM."""
         if getattr(loader.worker_init_fn, "func", None) is ignore_sigterm:  # kept with its workers
             return loader
-        # Iterators draw from the global one, from which dropout draws: how often depends on whether workers persist.
+        # Iterators draw from the global generator, like dropout; how often depends on whether workers persist.
         generator = torch.Generator().manual_seed(self.args.seed)
         for part in {loader, getattr(loader, "base_dataloader", loader)}:  # Accelerate's is a wrapper
             part.generator = generator
@@ -202,8 +202,8 @@ class FnlTrainer(PushingTrainer):
         return loader
 
     def evaluation_loop(self, *args, **kwargs):
-        """As Trainer's, which casts the model in place for ``bf16_full_eval`` and ``fp16_full_eval``, and leaves it so:
-        to be saved, pushed, or trained on."""
+        """Like Trainer's, which casts the model in place for ``bf16_full_eval`` and ``fp16_full_eval`` and leaves it
+        cast when it is saved, pushed or trained further."""
         if not (self.args.bf16_full_eval or self.args.fp16_full_eval):
             return super().evaluation_loop(*args, **kwargs)
         with keeping_weights(self.accelerator.unwrap_model(self.model)):
@@ -215,8 +215,10 @@ class FnlTrainer(PushingTrainer):
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """The micro-batches of a step, on the device, and how many items per label argument the global batch has."""
-        # Streams and, after a resume within an epoch, Accelerate leave it to Trainer, which waits for each copy.
+        """The micro-batches of a step, on the device, and the number of items per label argument in the global
+        batch."""
+        # For streams and after a resume within an epoch, Accelerate leaves copying to Trainer, which waits for each
+        # copy.
         pinned = self.args.dataloader_pin_memory
         on_device = (send_to_device(batch, device, non_blocking=pinned) for batch in epoch_iterator)
         batches = list(islice(self.throughput.batches(on_device), num_batches))
@@ -232,17 +234,18 @@ class FnlTrainer(PushingTrainer):
         return dict(zip(names, self.sum_over_processes(counts)))
 
     def sum_over_processes(self, counts: torch.Tensor) -> torch.Tensor:
-        """Of the items of a step, where losses are means over those of all processes."""
+        """The sum over processes of the items of a step, if losses are means over all processes."""
         if not self.args.average_tokens_across_devices:
             return counts
         return self.accelerator.gather(counts[None]).sum(dim=0)
 
     def processes_to_average(self) -> int:
-        """What a part of a mean over ``sum_over_processes`` is multiplied by: data parallelism averages gradients."""
+        """The factor for a part of a mean over ``sum_over_processes``: data parallelism averages gradients."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """As Trainer's; with the loss come the figures since the last such log, with the metrics those of the run."""
+        """Like Trainer's. Logs of the loss include the figures since the last such log, metrics those of the whole
+        run."""
         if "loss" in logs:
             logs.update(self.throughput.close_window())
         if "train_loss" in logs:
@@ -254,7 +257,7 @@ class FnlTrainer(PushingTrainer):
             logs["train_mfu_peak"] = self.throughput.peak()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As Trainer's, which walks all parameters of the model in every micro-batch."""
+        """Like Trainer's, which iterates over all parameters of the model in every micro-batch."""
         if self._num_parameters is None:
             return super().floating_point_ops(inputs)
         return 6 * inputs[self.model.main_input_name].numel() * self._num_parameters
@@ -268,22 +271,22 @@ class FnlTrainer(PushingTrainer):
     def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
         if self._model_takes_counts or items is None:
             return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
-        # A stock head returns the mean over its micro-batch: turn it into this one's part of the global mean.
-        # A bare count, as Trainer has it in an evaluation, is of ``labels``.
+        # A stock head returns the mean over its micro-batch: convert it into its part of the global mean.
+        # A bare count, which Trainer passes in an evaluation, refers to ``labels``.
         name, count = next(iter((items if isinstance(items, Mapping) else {"labels": items}).items()))
         own = labels_of(inputs, name).ne(-100).sum()
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         return loss * own * self.processes_to_average() / count, outputs
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """As Trainer's, which calls it when the gradients of a step are complete and clipped."""
+        """Like Trainer's, which is called when the gradients of a step are complete and clipped."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.guard.examine(grad_norm)
         return grad_norm
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As Trainer's, but written aside and named when complete, and older ones go only then. What one process cannot
-        write ends the save on all of them.
+        """Like Trainer's, but under a temporary name that is changed when the checkpoint is complete; older ones are
+        only deleted then. If one process cannot write, the save ends on all of them.
 
         Raises:
             UserInputError: the disk is full; what was there before is as it was.
@@ -308,17 +311,17 @@ class FnlTrainer(PushingTrainer):
             self._staging = None
 
     def save_data_position(self, folder: Path) -> None:
-        """Add to a checkpoint what this process's training data go on from, if that does not follow from the step."""
+        """Add the position of this process's training data to a checkpoint, if it does not follow from the step."""
 
     def save_end(self) -> None:
-        """Save model, tokenizer and state in the output folder. All processes leave together, as from a checkpoint's
-        save: another machine's first process may read at once what this one's has written.
+        """Save model, tokenizer and state in the output folder. All processes leave together, as after saving a
+        checkpoint: another machine's first process may read immediately what this one's has written.
 
         Raises:
             UserInputError: the disk is full.
         """
         with self._failing_together(Path(self.args.output_dir)):
-            self.save_model(_internal_call=True)  # it is pushed when its card is written
+            self.save_model(_internal_call=True)  # it is pushed after its card is written
             self.save_state()
 
     @contextmanager
@@ -339,14 +342,14 @@ class FnlTrainer(PushingTrainer):
         full = [text for is_full, text in failures if is_full]
         if full:
             raise UserInputError(
-                f"{folder} could not be written: the disk is full ({full[0]}). The checkpoints written before it "
-                "are as they were: make room and go on with --resume_from_checkpoint auto"
+                f"{folder} could not be written: the disk is full ({full[0]}). Earlier checkpoints are intact: free "
+                "some space and resume with --resume_from_checkpoint auto"
             ) from error
-        raise error or RuntimeError(f"{folder} could not be written by another process: {failures[0][1]}")
+        raise error or RuntimeError(f"another process could not write {folder}: {failures[0][1]}")
 
     @contextmanager
     def _deferring_error(self) -> Iterator[None]:
-        """Within a save an error waits for its end: until then the other processes count on this one's part."""
+        """Within a save, defer an error to the end: until then the other processes wait for this one's part."""
         try:
             yield
         except Exception as error:
@@ -355,17 +358,17 @@ class FnlTrainer(PushingTrainer):
             self._save_error = self._save_error or error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's, with the record of the run's starts."""
+        """Like Trainer's, with the record of the run's starts."""
         with self._deferring_error():
             super().save_model(output_dir, _internal_call)
             if self.args.should_save:
                 copy_provenance(self.args.output_dir, output_dir or self.args.output_dir)
 
     def _finalize_checkpoint(self, staged: Path, checkpoint: Path) -> None:
-        self.state.save_to_json(str(staged / STATE_FILE))  # it may name itself as the best
+        self.state.save_to_json(str(staged / STATE_FILE))  # it may be its own best checkpoint
         finalize_checkpoint(staged, checkpoint)
         remove(staged.parent)
-        if self.is_pushing():  # from an older checkpoint, which the next save will drop
+        if self.is_pushing():  # from an older checkpoint that the next save deletes
             return
         if self.args.save_total_limit:
             drop_checkpoints(checkpoint.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -376,7 +379,8 @@ class FnlTrainer(PushingTrainer):
 
 @contextmanager
 def _without_jit_checkpoint(args) -> Iterator[None]:
-    """Trainer's own handler of SIGTERM is of one process, waits, and marks the folder that it has not yet written."""
+    """Disable Trainer's own SIGTERM handler: it acts on one process, waits, and marks a folder that is not written
+    yet."""
     enabled = getattr(args, "enable_jit_checkpoint", False)
     if enabled:
         args.enable_jit_checkpoint = False
@@ -392,7 +396,7 @@ def _is_metric(name: str) -> bool:
 
 
 def labels_of(batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """One label argument with -100 where BERT's loss ignores it: answer positions outside the sequence."""
+    """One label argument, with -100 where BERT's loss ignores it: answer positions outside the sequence."""
     labels = batch[name]
     if name in ("start_positions", "end_positions"):
         length = (batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]).shape[1]

@@ -1,7 +1,7 @@
-"""Flags that were given and change nothing: each is named once, with what would make it count.
+"""Flags that were given but have no effect: a warning names each one once, with the reason.
 
-Not in the table: what counts again with more processes or when a run goes on, and what is for training in a run that
-only evaluates. A recipe is for these, too.
+Not in the table: flags that take effect with more processes or when a run is resumed, and flags for training in a run
+that only evaluates. One recipe serves these runs, too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +19,18 @@ from fnl_hf.training.optimizers import OPTIMIZERS, constructor_arguments
 
 logger = logging.get_logger(__name__)
 
-WITH_ADAM = "--optimizer adamw, lamb or muon"
-OFF = ("false", "no", "none", "null")  # as a flag's value: it asks for nothing
+WITH_ADAM = "it needs --optimizer adamw, lamb or muon"
+OFF = ("false", "no", "none", "null")  # values that turn a flag off
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 WITHOUT_KWARGS = ("constant", "constant_with_warmup")
 
 
 class Rule(NamedTuple):
-    """``flags`` change nothing where ``is_unused(run)`` for the values of all flags; they count with ``remedy``."""
+    """``flags`` have no effect, for the ``reason``, if ``is_unused(run)``; ``run`` has the values of all flags."""
 
     flags: tuple[str, ...]
     is_unused: Callable[[Any], bool]
-    remedy: str
+    reason: str
 
 
 def _optimizer_takes(run: Any, argument: str) -> bool:
@@ -48,38 +48,38 @@ def _reads_text_files(run: Any) -> bool:
     return run.dataset_name is None and all(".txt" in Path(file).suffixes for file in files)
 
 
-# of the flags of all scripts; where a script has a flag, it has those that the rule looks at
+# For the flags of all scripts: a script that has a flag also has the flags that its rule reads.
 RULES = (
     # the optimizer and its schedule
     Rule(("adam_beta1", "adam_beta2"), lambda run: not _optimizer_takes(run, "betas"), WITH_ADAM),
     Rule(("adam_epsilon",), lambda run: not _optimizer_takes(run, "eps"), WITH_ADAM),
-    Rule(("frobenius_decay",), lambda run: run.decay_mode == "none", "--decay_mode frobenius or weight"),
-    Rule(("optim_target_modules",), lambda run: True, "none of the optimizers here"),
+    Rule(("frobenius_decay",), lambda run: run.decay_mode == "none", "it needs --decay_mode frobenius or weight"),
+    Rule(("optim_target_modules",), lambda run: True, "no optimizer here uses it"),
     Rule(
         ("warmup_steps",),
         lambda run: run.lr_scheduler_type in WITHOUT_WARMUP and run.warmup_steps,
-        "--lr_scheduler_type constant_with_warmup or another that warms up",
+        "it needs an --lr_scheduler_type with a warmup, such as constant_with_warmup",
     ),
     Rule(
         ("lr_scheduler_kwargs",),
         lambda run: run.lr_scheduler_type in WITHOUT_KWARGS,
-        "an --lr_scheduler_type that takes arguments",
+        "it needs an --lr_scheduler_type that takes arguments",
     ),
-    Rule(("num_train_epochs",), lambda run: run.max_steps > 0, "no --max_steps"),
+    Rule(("num_train_epochs",), lambda run: run.max_steps > 0, "--max_steps replaces it"),
     Rule(
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
         lambda run: not (run.gradient_checkpointing or getattr(run, "activation_checkpointing", None)),
-        "--gradient_checkpointing true",
+        "it needs --gradient_checkpointing true",
     ),
-    Rule(("torch_empty_cache_steps",), lambda run: run.device.type == "cpu", "an accelerator"),
-    Rule(("fsdp_config",), lambda run: not run.fsdp, "--fsdp"),
-    # when what is done
-    Rule(("eval_steps",), lambda run: run.eval_strategy != "steps", "--eval_strategy steps"),
-    Rule(("eval_delay",), lambda run: run.eval_strategy == "no", "--eval_strategy steps or epoch"),
+    Rule(("torch_empty_cache_steps",), lambda run: run.device.type == "cpu", "it needs an accelerator"),
+    Rule(("fsdp_config",), lambda run: not run.fsdp, "it needs --fsdp"),
+    # when things happen
+    Rule(("eval_steps",), lambda run: run.eval_strategy != "steps", "it needs --eval_strategy steps"),
+    Rule(("eval_delay",), lambda run: run.eval_strategy == "no", "it needs --eval_strategy steps or epoch"),
     Rule(
         ("metric_for_best_model", "greater_is_better"),
         lambda run: run.eval_strategy == "no",
-        "--eval_strategy steps or epoch",
+        "it needs --eval_strategy steps or epoch",
     ),
     Rule(
         (
@@ -92,80 +92,94 @@ RULES = (
             "max_answer_length",
         ),
         lambda run: not (run.do_eval or run.do_predict),
-        "--do_eval true",
+        "it needs --do_eval true",
     ),
-    Rule(("include_for_metrics",), lambda run: True, "no metric here"),
-    Rule(("save_steps",), lambda run: run.save_strategy != "steps", "--save_strategy steps"),
-    Rule(("save_total_limit",), lambda run: run.save_strategy == "no", "--save_strategy steps, epoch or best"),
+    Rule(("include_for_metrics",), lambda run: True, "no metric here uses it"),
+    Rule(("save_steps",), lambda run: run.save_strategy != "steps", "it needs --save_strategy steps"),
+    Rule(("save_total_limit",), lambda run: run.save_strategy == "no", "it needs --save_strategy steps, epoch or best"),
     Rule(
         ("logging_steps",),  # it stands for --eval_steps, too
         lambda run: run.logging_strategy != "steps" and run.eval_strategy != "steps",
-        "--logging_strategy steps",
+        "it needs --logging_strategy steps",
     ),
-    Rule(("run_name",), lambda run: not run.report_to, "--report_to"),
+    Rule(("run_name",), lambda run: not run.report_to, "it needs --report_to"),
     Rule(
         ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         lambda run: "trackio" not in run.report_to,
-        "--report_to trackio",
+        "it needs --report_to trackio",
     ),
     Rule(
         ("hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision"),
         lambda run: not run.push_to_hub,
-        "--push_to_hub true",
+        "it needs --push_to_hub true",
     ),
     Rule(
         ("hub_always_push",),
         lambda run: run.push_to_hub and run.hub_strategy == "end",
-        "--hub_strategy every_save or checkpoint",
+        "it needs --hub_strategy every_save or checkpoint",
     ),
-    Rule(("seed",), lambda run: getattr(run, "seeds", None) is not None, "no --seeds"),
-    # how the data come
-    Rule(("remove_unused_columns",), lambda run: True, "no script here: their data have no unused columns"),
-    Rule(("dataloader_pin_memory",), lambda run: run.device.type == "cpu", "an accelerator"),
+    Rule(("seed",), lambda run: getattr(run, "seeds", None) is not None, "--seeds replaces it"),
+    # the data
+    Rule(("remove_unused_columns",), lambda run: True, "the data of these scripts have no unused columns"),
+    Rule(("dataloader_pin_memory",), lambda run: run.device.type == "cpu", "it needs an accelerator"),
     Rule(
         ("length_column_name",),
         lambda run: run.train_sampling_strategy != "group_by_length",
-        "--train_sampling_strategy group_by_length",
+        "it needs --train_sampling_strategy group_by_length",
     ),
-    Rule(("dataset_config_name",), lambda run: run.dataset_name is None, "--dataset_name"),
-    Rule(("dataset_name",), _has_split_files, "no files: they come first"),
-    Rule(("train_file", "max_train_samples"), lambda run: hasattr(run, "test_file") and not run.do_train, "--do_train"),
-    Rule(("validation_file",), lambda run: hasattr(run, "test_file") and not run.do_eval, "--do_eval true"),
-    Rule(("max_eval_samples",), lambda run: not run.do_eval, "--do_eval true"),
-    Rule(("test_file", "max_predict_samples"), lambda run: not run.do_predict, "--do_predict true"),
-    Rule(("null_score_diff_threshold",), lambda run: not run.version_2_with_negative, "--version_2_with_negative true"),
-    Rule(("text_column_name",), _reads_text_files, "files or data sets with columns"),
-    Rule(("strict",), lambda run: not (run.dataset_name or run.train_file), "--train_file or --dataset_name"),
-    Rule(("shuffle_buffer_size",), lambda run: not run.streaming, "--streaming true"),
+    Rule(("dataset_config_name",), lambda run: run.dataset_name is None, "it needs --dataset_name"),
+    Rule(("dataset_name",), _has_split_files, "the files that were given are read instead"),
+    Rule(
+        ("train_file", "max_train_samples"),
+        lambda run: hasattr(run, "test_file") and not run.do_train,
+        "it needs --do_train true",
+    ),
+    Rule(("validation_file",), lambda run: hasattr(run, "test_file") and not run.do_eval, "it needs --do_eval true"),
+    Rule(("max_eval_samples",), lambda run: not run.do_eval, "it needs --do_eval true"),
+    Rule(("test_file", "max_predict_samples"), lambda run: not run.do_predict, "it needs --do_predict true"),
+    Rule(
+        ("null_score_diff_threshold",),
+        lambda run: not run.version_2_with_negative,
+        "it needs --version_2_with_negative true",
+    ),
+    Rule(("text_column_name",), _reads_text_files, "it needs a data set or files with columns"),
+    Rule(("strict",), lambda run: not (run.dataset_name or run.train_file), "it needs --train_file or --dataset_name"),
+    Rule(("shuffle_buffer_size",), lambda run: not run.streaming, "it needs --streaming true"),
     Rule(
         ("streaming_validation_documents",),
         lambda run: not run.streaming or run.validation_file is not None,
-        "--streaming true and no --validation_file",
+        "it needs --streaming true and no --validation_file",
     ),
     Rule(
         ("validation_split_percentage",),
         lambda run: run.streaming or run.validation_file is not None,
-        "no --streaming and no --validation_file",
+        "it needs a run without --streaming and --validation_file",
     ),
     # the model to pretrain
     Rule(
         ("vocab_size", "alphabet_coverage"),
         lambda run: run.tokenizer_name is not None or run.model_name_or_path is not None,
-        "a tokenizer that is trained: no --tokenizer_name and no --model_name_or_path",
+        "it is for training a tokenizer, without --tokenizer_name and --model_name_or_path",
     ),
-    Rule(("attention_init",), lambda run: run.model_name_or_path is not None, "a new model: no --model_name_or_path"),
+    Rule(
+        ("attention_init",),
+        lambda run: run.model_name_or_path is not None,
+        "it is for a new model, without --model_name_or_path",
+    ),
     Rule(
         ("mlm_probability", "whole_word_mask", "sparse_prediction", "sparse_last_layer"),
         lambda run: run.objective == "distill",
-        "--objective mlm or mlm_nsp",
+        "it needs --objective mlm or mlm_nsp",
     ),
     Rule(
         ("factorize_target_ratio", "factorize_mode", "factorize_init", "factorize_include"),
         lambda run: run.factorize_at_step is None,
-        "--factorize_at_step",
+        "it needs --factorize_at_step",
     ),
-    Rule(("factorize_target_ratio",), lambda run: run.factorize_mode != "low_rank", "--factorize_mode low_rank"),
-    Rule(("sparse_last_layer",), lambda run: not run.sparse_prediction, "--sparse_prediction true"),
+    Rule(
+        ("factorize_target_ratio",), lambda run: run.factorize_mode != "low_rank", "it needs --factorize_mode low_rank"
+    ),
+    Rule(("sparse_last_layer",), lambda run: not run.sparse_prediction, "it needs --sparse_prediction true"),
 )
 OF_DECAY = ("frobenius_decay", "decay_mode")
 OF_PRODUCTS = (*OF_DECAY, "product_norms_steps")
@@ -186,7 +200,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, str]:
 
 
 def unused_flags(given: Mapping[str, str], *arguments: Any) -> list[str]:
-    """A sentence for each flag that was given and changes nothing.
+    """A sentence for each flag that was given and has no effect.
 
     Args:
         given: see :func:`given_flags`.
@@ -195,7 +209,7 @@ def unused_flags(given: Mapping[str, str], *arguments: Any) -> list[str]:
     run: Any = SimpleNamespace(**{name: value for each in arguments for name, value in vars(each).items()})
     run.device = next(each.device for each in arguments if hasattr(each, "device"))
     return [
-        _sentence(flag, given[flag], rule.remedy)
+        _sentence(flag, given[flag], rule.reason)
         for rule in RULES
         for flag in rule.flags
         if flag in given and hasattr(run, flag) and given[flag].lower() not in OFF and rule.is_unused(run)
@@ -203,7 +217,7 @@ def unused_flags(given: Mapping[str, str], *arguments: Any) -> list[str]:
 
 
 def warn_of_unused_flags(argv: Sequence[str], *arguments: Any) -> None:
-    """A warning of the first process for each flag of a command line that changes nothing.
+    """Warn, on the first process, of each flag of a command line that has no effect.
 
     Args:
         argv: the command line as the user gave it, without the script's name.
@@ -216,7 +230,7 @@ def warn_of_unused_flags(argv: Sequence[str], *arguments: Any) -> None:
 
 
 def warn_of_unused_decay(argv: Sequence[str], args: Any, model: torch.nn.Module) -> None:
-    """The same of the flags that are about products, where ``model`` has none, or of decay has frozen ones alone."""
+    """Warn of flags for products if ``model`` has none, and of flags for their decay if all of them are frozen."""
     given = given_flags(argv)
     flags = [flag for flag in OF_PRODUCTS if flag in given and given[flag].lower() not in OFF]
     if not flags or not args.do_train or args.process_index != 0:
@@ -226,10 +240,10 @@ def warn_of_unused_decay(argv: Sequence[str], args: Any, model: torch.nn.Module)
     for flag in flags:
         if not products or are_frozen and flag in OF_DECAY:
             kind = "trainable products" if products else "products"
-            remedy = f"a model with {kind}: attention, factorized layers"
-            logger.warning_once(_sentence(flag, given[flag], remedy))
+            reason = f"it needs a model with {kind} (attention or factorized layers)"
+            logger.warning_once(_sentence(flag, given[flag], reason))
 
 
-def _sentence(flag: str, value: str, remedy: str) -> str:
+def _sentence(flag: str, value: str, reason: str) -> str:
     value = "set" if "token" in flag else value
-    return f"--{flag} ({value}) changes nothing here: it counts with {remedy}"
+    return f"--{flag} ({value}) has no effect here: {reason}"

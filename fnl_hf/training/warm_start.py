@@ -1,8 +1,8 @@
-"""Warm start from dense: after some steps of a run the layers of the encoder become products of two factors.
+"""Warm start: after some dense steps, the layers of the encoder become products of two factors.
 
-Pufferfish (Wang et al. 2021, arXiv 2103.03936) and Cuttlefish (Wang et al. 2023, arXiv 2305.02538) train so. Here the
-layers are truncated as :func:`fnl_hf.factorize` does with calibration, on training data that are a function of the step
-alone. The optimizer's moments go with the weights, the learning rate goes on.
+Pufferfish (Wang et al. 2021, arXiv 2103.03936) and Cuttlefish (Wang et al. 2023, arXiv 2305.02538) train this way.
+Here, the layers are truncated like by :func:`fnl_hf.factorize` with calibration, on training data that only depend on
+the step. The optimizer's moments are projected; the learning rate schedule continues.
 
 Shapes: W = U Vᵀ (m, n) with r < min(m, n): U (m, r), V (n, r); G the gradient by W.
 """
@@ -36,16 +36,17 @@ from fnl_hf.training.sampling import count_steps
 from fnl_hf.training.trainer import LABEL_NAMES
 
 ENCODER = ("encoder.layer.*",)
-SAMPLES = 256  # sequences that the truncation is calibrated on
-NO_INPUTS = (*LABEL_NAMES, "cursor")  # entries of a batch that outputs do not depend on
+SAMPLES = 256  # sequences to calibrate the truncation on
+NO_INPUTS = (*LABEL_NAMES, "cursor")  # entries of a batch that do not affect the outputs
 FIRST_MOMENTS, SECOND_MOMENTS = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq")
-FACTORIZED = "factorized_layers"  # entry of the log, at the step from which on layers are products: how many
-OF_EACH_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_init_lrs", "_last_lr")  # lists of schedules
+FACTORIZED = "factorized_layers"  # entry of the log at the step from which layers are products: their number
+# attributes of schedules with one entry per parameter group
+OF_EACH_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_init_lrs", "_last_lr")
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The model is dense in the first ``step`` steps of a run; then layers become products as ``config`` says."""
+    """The model is dense in the first ``step`` steps of a run; then layers become products according to ``config``."""
 
     step: int
     config: FactorizationConfig
@@ -68,7 +69,7 @@ def plan_factorization(model_args, seed: int, model: PreTrainedModel) -> tuple[F
     init = model_args.factorize_init or ("calibrated" if mode == "low_rank" else "spectral")
     is_calibrated = init == "calibrated"
     if mode != "low_rank" and init not in INITS:
-        raise UserInputError(f"--factorize_init {init} is for --factorize_mode low_rank, not {mode}")
+        raise UserInputError(f"--factorize_init {init} needs --factorize_mode low_rank, not {mode}")
     config = FactorizationConfig(
         mode=mode,
         target_ratio=model_args.factorize_target_ratio if mode == "low_rank" else None,
@@ -84,7 +85,7 @@ def plan_factorization(model_args, seed: int, model: PreTrainedModel) -> tuple[F
 
 
 def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> WarmStart | None:
-    """What ``--factorize_at_step`` asks for; None without it, or where nothing is trained.
+    """The warm start that ``--factorize_at_step`` requests; None without this flag or without training.
 
     Raises:
         UserInputError: a step that the run does not reach, a model with factorized layers, several processes, FSDP or
@@ -95,7 +96,7 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
         return None
     if layers := factorized_layers(model):
         raise UserInputError(
-            f"--factorize_at_step ({given:g}) is for a dense model: {len(layers)} layers of "
+            f"--factorize_at_step ({given:g}) needs a dense model: {len(layers)} layers of "
             f"{model_args.model_name_or_path} are factorized already"
         )
     held_by = {
@@ -105,13 +106,13 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
     }
     if holders := [what for what, is_used in held_by.items() if is_used]:
         raise UserInputError(
-            f"--factorize_at_step ({given:g}) is for one process without FSDP and torch.compile, which hold on to the "
-            f"layers that it replaces: here are {' and '.join(holders)}"
+            f"--factorize_at_step ({given:g}) works in one process without FSDP and torch.compile, which keep "
+            f"references to the layers that it replaces; this run uses {' and '.join(holders)}"
         )
     last = count_steps(args, train_dataset)
     step = int(given) if given >= 1 else int(given * last + 1e-6)  # 0.29 * 100 is a little less than 29
     if step >= last:
-        raise UserInputError(f"--factorize_at_step ({given:g}) must be below the {last} steps of the run")
+        raise UserInputError(f"--factorize_at_step ({given:g}) must be below the number of steps of the run ({last})")
     return WarmStart(step, *plan_factorization(model_args, args.seed, model))
 
 
@@ -133,9 +134,9 @@ def take_structure(model: PreTrainedModel, checkpoint: str | Path) -> None:
 class WarmStartCallback(TrainerCallback):
     """Factorizes layers of the encoder, in place, before the first step after ``warm_start.step``.
 
-    A checkpoint that is saved at this step is still dense: a run that goes on from it makes the same products of the
-    same data. No generator of random numbers is drawn from. The best checkpoint is sought anew among those that follow,
-    because no other fits the model.
+    A checkpoint saved at this step is still dense: a run that resumes from it makes the same products from the same
+    data. No random number generator is advanced. The best checkpoint is chosen anew among later ones, because earlier
+    ones do not fit the model.
 
     Args:
         trainer: the Trainer it is added to.
@@ -166,22 +167,22 @@ class WarmStartCallback(TrainerCallback):
             calibration = calibration_batches(self.trainer.train_dataset, args.train_batch_size)
         try:
             factorize(model, self.warm_start.config, calibration)
-        except ValueError as error:  # all that a run chooses was checked: weights are not finite
-            raise TrainingDiverged(f"--factorize_at_step: {error}, at step {self.trainer.state.global_step}") from error
+        except ValueError as error:  # the run's choices were checked before, so weights must be non-finite
+            raise TrainingDiverged(f"--factorize_at_step, at step {self.trainer.state.global_step}: {error}") from error
         state = carry_state(optimizer.state, before, model)
         like = replace_parameters(optimizer, build_optimizer(args, model), state)
         if args.process_index == 0:
             layers = len(factorized_layers(model))
             tqdm.write(
-                f"step {self.warm_start.step}: {layers} layers of the encoder are products from here on; the model has "
-                f"{model.num_parameters():,} parameters, before {size:,}"
+                f"step {self.warm_start.step}: factorized {layers} layers of the encoder; the model now has "
+                f"{model.num_parameters():,} parameters instead of {size:,}"
             )
         return like
 
 
 def calibration_batches(dataset: MaskedLMDataset | MaskedStream, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Inputs of some training sequences: spread evenly over a dataset, the next ones of a stream. Neither the order of
-    the data nor the place in a stream is changed."""
+    """Inputs of some training sequences: evenly spaced in a data set, or the next ones of a stream. Neither the order
+    of the data nor the position in a stream changes."""
     if isinstance(dataset, MaskedStream):
         batches: Iterator[Mapping[str, Any]] = islice(iter(dataset), ceil(SAMPLES / batch_size))
     else:
@@ -195,7 +196,7 @@ def calibration_batches(dataset: MaskedLMDataset | MaskedStream, batch_size: int
 def carry_state(
     state: Mapping[torch.Tensor, dict[str, Any]], before: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[torch.Tensor, dict[str, Any]]:
-    """The optimizer's state of a model whose layers were factorized; products of three factors start anew.
+    """The optimizer state of a model whose layers were factorized; products of three factors start without a state.
 
     Args:
         state: of the parameters before.
@@ -216,10 +217,11 @@ def carry_state(
 def project_moments(
     entries: Mapping[str, Any], left: torch.Tensor, right: torch.Tensor
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The states of U and V that belong to that of W = U Vᵀ, for Adam, LAMB and SGD.
+    """The states of U and V that correspond to the state of W = U Vᵀ, for Adam, LAMB and SGD.
 
-    The gradient by U is G V, that by V is Gᵀ U. So the first moments are those of W, projected: m_U = m_W V and
-    m_V = m_Wᵀ U. The second ones follow where the entries of G are uncorrelated: v_U = v_W (V∘V), v_V = v_Wᵀ (U∘U).
+    The gradient with respect to U is G V, with respect to V it is Gᵀ U. So the first moments are projections of those
+    of W: m_U = m_W V and m_V = m_Wᵀ U. The second moments assume that the entries of G are uncorrelated: v_U = v_W
+    (V∘V), v_V = v_Wᵀ (U∘U).
 
     Args:
         entries: of a weight (m, n).
@@ -238,8 +240,9 @@ def project_moments(
 def replace_parameters(
     optimizer: torch.optim.Optimizer, new: torch.optim.Optimizer, state: Mapping[torch.Tensor, dict[str, Any]]
 ) -> list[int]:
-    """Give an optimizer the parameter groups of another one of its class, in place: Trainer, Accelerate, the schedule
-    and the loss guard hold it. Rates are its own: all groups have one, or, with Muon, those of each rule one.
+    """Give an optimizer the parameter groups of another optimizer of its class, in place, because Trainer, Accelerate,
+    the schedule and the loss guard hold a reference to it. It keeps its learning rates: one for all groups or, with
+    Muon, one for each rule.
 
     Returns:
         For each new group the index of the old one whose rate it has.
@@ -253,7 +256,7 @@ def replace_parameters(
 
 
 def resize_schedule(scheduler: Any, like: Sequence[int]) -> None:
-    """Have a schedule go on with other parameter groups: each at the rate of the one that it had at an index."""
+    """Make a schedule continue with other parameter groups, each at the rate of the old group with the given index."""
     for name in OF_EACH_GROUP:
         if name in vars(scheduler):
             values = getattr(scheduler, name)

@@ -1,4 +1,4 @@
-"""One file for each study: its name is the study's, its ``STUDY`` what is compared."""
+"""One file for each study: its name is the study's name, and its ``STUDY`` defines the comparison."""
 
 import importlib
 import pkgutil

@@ -1,10 +1,10 @@
-"""Decay in fine-tuning: a pretrained MiniLM on questions of SQuAD v1.1, from the same weights under each decay."""
+"""Decay during fine-tuning: a pretrained MiniLM on questions of SQuAD v1.1, from the same weights with each decay."""
 
 from typing import Any
 
 from studies.study import Comparison, Study
 
-# 147 batches of features an epoch: Σηλ, of a rate that falls linearly, is about 0.2 and 1.
+# 147 batches per epoch: with linear decay of the rate, Σηλ is about 0.2 and 1.
 LAMBDAS = (4, 20)
 
 arms: dict[str, dict[str, Any]] = {"none": {"decay_mode": "none"}}
@@ -12,7 +12,7 @@ for mode in ("weight", "frobenius"):
     arms |= {f"{mode}-{value}": {"decay_mode": mode, "frobenius_decay": value} for value in LAMBDAS}
 
 STUDY = Study(
-    question="Does decay of the attention's products in fine-tuning raise F1?",
+    question="Does decay of the attention products during fine-tuning raise F1?",
     script="run_squad.py",
     base={
         "model_type": "fnl_bert",
@@ -35,10 +35,10 @@ STUDY = Study(
     effect=0.5,
     comparisons=(
         Comparison(
-            "After fine-tuning with Frobenius decay F1 is higher than without", "frobenius-4", "none", article=True
+            "Fine-tuning with Frobenius decay gives a higher F1 than without decay", "frobenius-4", "none", article=True
         ),
-        Comparison("After fine-tuning with weight decay F1 is higher than without", "weight-4", "none"),
-        Comparison("Strong Frobenius decay costs less F1 than strong weight decay", "frobenius-20", "weight-20"),
+        Comparison("Fine-tuning with weight decay gives a higher F1 than without decay", "weight-4", "none"),
+        Comparison("Strong Frobenius decay lowers F1 less than strong weight decay", "frobenius-20", "weight-20"),
     ),
     metric="metrics/eval_f1",
     label="F1 (%)",

@@ -17,7 +17,7 @@ arms: dict[str, dict[str, Any]] = {
 }
 sparse: dict[str, Any] = {"method": "pruning", "target_ratio": 0.1}
 arms |= {sparsity: sparse | {"sparsity": sparsity} for sparsity in ("fixed", "dynamic")}
-# The rate begins anew for what is left after half of the steps; low rank is compared with them under the same schedule.
+# The rate starts again for what is left after half of the steps; low rank is compared under the same schedule.
 TWICE: dict[str, Any] = {
     "lr_scheduler_type": "cosine_with_restarts",
     "lr_scheduler_kwargs": '{"num_cycles": 2}',
@@ -27,27 +27,25 @@ arms |= {"SI + FD twice": TENTH | TWICE, "dense twice": {"method": "dense"} | TW
 
 STUDY = replace(
     overcomplete_images.STUDY,
-    question="What does a ResNet lose with a tenth of its convolutions' parameters, by initialization and decay, and "
-    "beside sparse ones of the same size?",
+    question="How much accuracy does a ResNet lose with a tenth of the parameters of its convolutions, for each "
+    "initialization and decay, and compared with sparse networks of the same size?",
     arms={"ResNet8": arms},
     comparisons=(
-        Comparison("A tenth of the parameters costs accuracy", "dense", "SI + FD"),
+        Comparison("With a tenth of the parameters, accuracy is lower", "dense", "SI + FD"),
         Comparison(
-            "Spectral initialization with Frobenius decay beats the default one with weight decay",
+            "Spectral initialization with Frobenius decay beats the default initialization with weight decay",
             "SI + FD",
             "plain",
             article=True,
         ),
-        Comparison("Frobenius decay beats weight decay under spectral initialization", "SI + FD", "SI", article=True),
-        Comparison(
-            "Spectral initialization beats the default one under Frobenius decay", "SI + FD", "FD", article=True
-        ),
+        Comparison("With spectral initialization, Frobenius decay beats weight decay", "SI + FD", "SI", article=True),
+        Comparison("With Frobenius decay, spectral initialization beats the default", "SI + FD", "FD", article=True),
         Comparison("Low rank beats magnitude pruning", "SI + FD twice", "magnitude", article=True),
         Comparison("Low rank beats a lottery ticket", "SI + FD twice", "lottery", article=True),
         Comparison("Low rank beats dynamic sparsity", "SI + FD", "dynamic", article=True),
-        Comparison("Low rank beats a sparsity pattern guessed before training", "SI + FD", "fixed", article=True),
-        Comparison("Spectral initialization alone lowers accuracy", "plain", "SI", article=True),
-        Comparison("Frobenius decay alone lowers accuracy", "plain", "FD", article=True),
+        Comparison("Low rank beats a fixed random sparsity pattern", "SI + FD", "fixed", article=True),
+        Comparison("Spectral initialization without Frobenius decay lowers accuracy", "plain", "SI", article=True),
+        Comparison("Frobenius decay without spectral initialization lowers accuracy", "plain", "FD", article=True),
     ),
     seeds=(1, 2, 3),
 )

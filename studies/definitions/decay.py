@@ -6,7 +6,7 @@ from studies.study import Comparison, Study, recipe
 
 LAMBDAS = (0.03, 0.1, 0.3, 1, 3, 10)
 SIZES = (128, 64)  # E = d, and half of it
-DENSE_LAMBDA = 0.1  # the recipe's, of all other matrices
+DENSE_LAMBDA = 0.1  # the recipe's, for all other matrices
 KINDS = {"QKᵀ": "qk", "VOᵀ": "vo"}
 
 
@@ -22,7 +22,7 @@ def of_both_kinds(measure):
 
 
 STUDY = Study(
-    question="Does Frobenius decay of BERT's attention products leave a lower held-out loss than weight decay of their "
+    question="Does Frobenius decay of BERT's attention products reach a lower held-out loss than weight decay of their "
     "factors, each at its best λ?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
@@ -31,25 +31,28 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         Comparison(
-            "Frobenius decay leaves a lower loss than weight decay of the factors, each at its best λ",
+            "Frobenius decay reaches a lower loss than weight decay of the factors, each at its best λ",
             "frobenius-*",
             "weight-*",
             article=True,
         ),
         Comparison(
-            "Frobenius decay at its best λ leaves a lower loss than no decay", "frobenius-*", "none", article=True
+            "Frobenius decay at its best λ reaches a lower loss than no decay", "frobenius-*", "none", article=True
         ),
         Comparison(
-            "Frobenius decay needs no new hyperparameter: at the λ of the dense matrices it is as good as at its best",
+            "Frobenius decay needs no new hyperparameter: with the λ of the dense matrices it is as good as with "
+            "its best λ",
             f"frobenius-{DENSE_LAMBDA}",
             "frobenius-*",
             expected="same",
             article=True,
         ),
     ),
-    # λ is chosen on other seeds than those that are reported, not on other documents: the noise to be guarded against
-    # is that of the seeds, which is many times that of the choice of documents, and on the same seeds a λ that was
-    # lucky in the choice would be lucky in the report.
+    # λ is chosen on other seeds than the reported ones, not on other documents: the noise of the seeds is much larger
+    # than
+    # that of the choice of documents. If λ were chosen on the reported seeds, a λ that was lucky in the choice would
+    # also
+    # be lucky in the report.
     tuning_seeds=(101, 102),
     measures={
         "effective rank": of_both_kinds("effective_rank"),

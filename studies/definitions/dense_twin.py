@@ -1,13 +1,14 @@
-"""The dense twin: feed-forward layers dense, and from the same weights on the same batches as products of full rank."""
+"""The dense twin: feed-forward layers as products of full rank, from the same weights and on the same batches as a
+dense run."""
 
 from typing import Any
 
 from studies.study import FEED_FORWARD, Comparison, Study, recipe
 
-# The mode decays the attention's products, too: each has a dense run of its own, whose attention is decayed likewise.
-# Without decay of the products no matrix is decayed, that of the dense layers neither.
+# The mode also decays the attention products: each mode has its own dense run, whose attention is decayed alike.
+# Without decay of the products, no matrix is decayed, including those of the dense layers.
 DECAYS = {"none": 0.0, "weight": 0.1, "frobenius": 0.1}
-DISTURBANCE = 0.001  # of λ: what is left of likeness where a dense run is disturbed by as little
+DISTURBANCE = 0.001  # change of λ: shows how similar a dense run stays after such a small disturbance
 INITS = ("spectral", "default")
 
 
@@ -16,7 +17,7 @@ def wide(init: str) -> dict[str, Any]:
 
 
 STUDY = Study(
-    question="Does a product of full rank train as the dense layer does, with each decay?",
+    question="Does a product of full rank train like the dense layer, for each decay?",
     script="run_pretrain.py",
     base={name: value for name, value in recipe("configs/quickstart.yaml").items() if name != "save_total_limit"}
     | {"save_steps": 500},
@@ -35,24 +36,28 @@ STUDY = Study(
     effect=0.05,
     comparisons=(
         Comparison(
-            "A product's weights are as far from the dense ones as those of a dense run that was disturbed",
+            "The weights of the products are as far from the dense weights as those of a slightly changed dense run",
             "wide-spectral",
             "dense-disturbed",
             expected="same",
         ),
-        Comparison("From the dense weights they stay nearer than from others", "wide-spectral", "wide-default"),
+        Comparison(
+            "Products initialized from the dense weights stay closer to them than other products",
+            "wide-spectral",
+            "wide-default",
+        ),
     ),
     metric="twin/distance",
-    label="distance to the dense weights (over their norm)",
+    label="relative distance from the dense weights",
     seeds=(1, 2, 3),
     measures={
-        "of the dense weights": {"cosine": "twin/cosine", "norm": "twin/norm"},
+        "compared with the dense weights": {"cosine": "twin/cosine", "norm": "twin/norm"},
         "held-out loss": {"nats": "metrics/eval_loss"},
     },
     courses={
         "distance to the dense weights": {"": "curves/twin/distance"},
         "cosine with the dense weights": {"": "curves/twin/cosine"},
-        "norm, over that of the dense weights": {"": "curves/twin/norm"},
+        "norm relative to the dense weights": {"": "curves/twin/norm"},
     },
     spectra=False,
     twin="dense",

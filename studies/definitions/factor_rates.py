@@ -1,4 +1,5 @@
-"""The rates of the two factors: products of low rank from scratch, U with n/r times the rate of V at an equal mean."""
+"""Learning rates of the two factors: products of low rank from scratch, U with n/r times the rate of V at an equal
+mean."""
 
 from typing import Any
 
@@ -9,12 +10,12 @@ RATES = (1e-3, 2e-3, 4e-3)
 
 
 def products(ratio: float, init: str) -> dict[str, Any]:
-    """Without decay: factors that are scaled apart would have more of it."""
+    """Without decay, because it would be stronger for factors of different scales."""
     return {"decay_mode": "none", **factorized(ratio, init)}
 
 
 STUDY = Study(
-    question="Do products train better if U has a higher rate than V, each way at its best rate?",
+    question="Do products train better if U has a higher learning rate than V, each variant at its best rate?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={
@@ -28,7 +29,9 @@ STUDY = Study(
     reference="equal-0.002",
     effect=0.05,  # 5% of the perplexity
     comparisons=(
-        Comparison("A rate of U above V's by n/r leaves a lower loss than one for both", "apart-*", "equal-*"),
+        Comparison(
+            "A rate of U that is n/r times that of V reaches a lower loss than one rate for both", "apart-*", "equal-*"
+        ),
     ),
     seeds=(1, 2, 3),
     tuning_seeds=(101, 102),

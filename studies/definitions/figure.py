@@ -1,13 +1,14 @@
-"""The article's second figure, for BERT's attention: nuclear norm and its bound in training, at ranks from 3⁻³ to 3² of
-the full one."""
+"""The article's second figure, for BERT's attention: nuclear norm and its bound during training, at ranks from 3⁻³ to
+3² times the full rank."""
 
 from typing import Any
 
 from studies.study import Comparison, Study, recipe
 
-# E of two heads of at most full rank 64, times 3⁰, 3⁻¹, ..., and above it.
+# E of two heads of full rank 64, times 3⁰, 3⁻¹, ..., and above it.
 SIZES = (128, 42, 14, 4, 384, 1152)
-# Of the products; at 0.1, that of the other matrices, a run as short as the quickstart hardly shows any.
+# Of the products; at 0.1, that of the other matrices, it would have hardly any effect in a run as short as the
+# quickstart.
 LAMBDA = 0.3
 DECAYS: dict[str, dict[str, Any]] = {
     "none": {"decay_mode": "none"},
@@ -26,8 +27,8 @@ def arms_at(size: int) -> dict[str, dict[str, Any]]:
 
 
 STUDY = Study(
-    question="Is the bound that weight decay of the factors penalizes, ½(‖U‖² + ‖V‖²), as small as the nuclear norm in "
-    "training, and under Frobenius decay not?",
+    question="Does weight decay of the factors make the bound that it penalizes, ½(‖U‖² + ‖V‖²), as small as the "
+    "nuclear norm, and does Frobenius decay not?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={f"E{size}": arms_at(size) for size in SIZES},
@@ -35,21 +36,21 @@ STUDY = Study(
     effect=0.02,
     comparisons=(
         Comparison(
-            "Under weight decay the nuclear norm is closer to its bound than under Frobenius decay",
+            "With weight decay, the nuclear norm is closer to its bound than with Frobenius decay",
             "weight-normal",
             "frobenius-normal",
             article=True,
         ),
         Comparison(
-            "Under Frobenius decay it is closer to its bound than without decay", "frobenius-normal", "none-normal"
+            "With Frobenius decay, it is closer to its bound than without decay", "frobenius-normal", "none-normal"
         ),
     ),
     metric="norms/qk/tightness",
-    label="nuclear norm of QKᵀ over its bound",
+    label="nuclear norm of QKᵀ / its bound",
     better="higher",
     seeds=(1, 2, 3),
     measures={
-        "nuclear norm of VOᵀ over its bound": {"": "norms/vo/tightness"},
+        "nuclear norm of VOᵀ / its bound": {"": "norms/vo/tightness"},
         "held-out loss": {"nats": "metrics/eval_loss"},
     },
     courses={

@@ -1,4 +1,4 @@
-"""The scale of a smaller head: at E < d the ways to truncate the attention's products disagree about their size."""
+"""The scale of a smaller head: at E < d, the ways to truncate the attention products give different scales."""
 
 from studies.study import Comparison, Study, recipe
 
@@ -6,8 +6,8 @@ INITS = ("normal", "spectral", "folded", "rescaled")
 SIZES = (64, 32)  # E, of d = 128
 
 STUDY = Study(
-    question="At E < d, does spectral initialization do better with the scores' scale folded in, so that they are the "
-    "closest to the dense ones, or rescaled to the dense ones' variance?",
+    question="At E < d, is spectral initialization better if the scores are scaled to be closest to those of the dense "
+    "layer (folded), or to have their variance (rescaled)?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={
@@ -17,9 +17,9 @@ STUDY = Study(
     reference="spectral",
     effect=0.05,  # 5% of the perplexity
     comparisons=(
-        Comparison("Spectral initialization leaves a lower loss than normal", "spectral", "normal", article=True),
-        Comparison("Folding the scale in leaves a lower loss", "folded", "spectral"),
-        Comparison("The dense layer's variance leaves a lower loss", "rescaled", "spectral"),
+        Comparison("Spectral initialization reaches a lower loss than normal", "spectral", "normal", article=True),
+        Comparison("Folding in the scale reaches a lower loss", "folded", "spectral"),
+        Comparison("Rescaling to the dense layer's variance reaches a lower loss", "rescaled", "spectral"),
     ),
     measures={
         "Frobenius norm": {"QKᵀ": "spectra/qk/frobenius", "VOᵀ": "spectra/vo/frobenius"},

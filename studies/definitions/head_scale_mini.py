@@ -1,4 +1,4 @@
-"""The scale of a smaller head on a larger model, three seeds at E = d/2: what ``head_scale`` says, confirmed or not."""
+"""The scale of a smaller head on a larger model, three seeds at E = d/2, to confirm ``head_scale``."""
 
 from dataclasses import replace
 

@@ -1,19 +1,19 @@
-"""Low rank from scratch: all matrices of the encoder's layers as products with a half or a quarter of their parameters,
-beside narrower dense models that cost the same."""
+"""Low rank from scratch: all matrices of the encoder's layers as products with half or a quarter of their parameters,
+compared with narrower dense models of the same cost."""
 
 from typing import Any
 
 from studies.study import Comparison, Study, recipe
 
 LAMBDAS = (0.03, 0.1, 0.3)
-# Hidden sizes of dense models with as many parameters, or as many FLOPs a step, as the products at each ratio.
+# Hidden sizes of dense models with as many parameters, or FLOPs per step, as the products at each ratio.
 NARROW = {0.5: {"parameters": 110, "flops": 100}, 0.25: {"parameters": 100, "flops": 82}}
 DENSE_LAMBDA = 0.1  # the recipe's
 DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 
 
 def dense(value: float, size: int = 128) -> dict[str, Any]:
-    """BERT as it is: its attention's matrices decay as all others do."""
+    """The unchanged BERT: the matrices of its attention decay like all others."""
     sizes = f",hidden_size={size},intermediate_size={4 * size}" * (size != 128)
     return {
         "decay_mode": "weight",
@@ -28,7 +28,7 @@ def factorized(ratio: float, init: str) -> dict[str, Any]:
 
 
 def products(ratio: float, init: str, mode: str, value: float) -> dict[str, Any]:
-    """All else decays as in a dense arm of the same λ."""
+    """All other matrices decay as in a dense arm with the same λ."""
     return {"decay_mode": mode, "weight_decay": value, "frobenius_decay": value, **factorized(ratio, init)}
 
 
@@ -44,8 +44,8 @@ def arms_at(ratio: float) -> dict[str, dict[str, Any]]:
 
 
 STUDY = Study(
-    question="What does a BERT whose encoder consists of small products lose, by initialization and decay, and does it "
-    "beat a narrower dense one that costs the same?",
+    question="How much does a BERT lose if its encoder consists of small products, for each initialization and decay, "
+    "and does it beat a narrower dense BERT of the same cost?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={"half": arms_at(0.5), "quarter": arms_at(0.25)},
@@ -53,34 +53,36 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         Comparison(
-            "Products beat a narrower dense model of as many parameters", "spectral-frobenius-*", "narrow-parameters-*"
+            "Products beat a narrower dense model with as many parameters",
+            "spectral-frobenius-*",
+            "narrow-parameters-*",
         ),
-        Comparison("Products beat a narrower dense model of as many FLOPs", "spectral-frobenius-*", "narrow-flops-*"),
+        Comparison("Products beat a narrower dense model with as many FLOPs", "spectral-frobenius-*", "narrow-flops-*"),
         Comparison(
-            "Spectral initialization with Frobenius decay beats the default one with weight decay",
+            "Spectral initialization with Frobenius decay beats the default initialization with weight decay",
             "spectral-frobenius-*",
             "default-weight-*",
             article=True,
         ),
         Comparison(
-            "Spectral initialization beats the default one under Frobenius decay",
+            "With Frobenius decay, spectral initialization beats the default",
             "spectral-frobenius-*",
             "default-frobenius-*",
             article=True,
         ),
         Comparison(
-            "Under spectral initialization Frobenius decay beats weight decay",
+            "With spectral initialization, Frobenius decay beats weight decay",
             "spectral-frobenius-*",
             "spectral-weight-*",
             article=True,
         ),
         Comparison(
-            "Without spectral initialization Frobenius decay is worse than weight decay",
+            "Without spectral initialization, Frobenius decay is worse than weight decay",
             "default-weight-*",
             "default-frobenius-*",
             article=True,
         ),
-        Comparison("Singular values of one beat those of the dense matrix", "ones-frobenius-*", "spectral-frobenius-*"),
+        Comparison("Singular values of 1 beat those of the dense matrix", "ones-frobenius-*", "spectral-frobenius-*"),
         Comparison("Products are as good as the dense model", "spectral-frobenius-*", "dense-*", expected="same"),
     ),
     seeds=(1, 2, 3),

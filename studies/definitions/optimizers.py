@@ -1,15 +1,15 @@
-"""Optimizers: each at its best of four rates, with and without Frobenius decay of the attention's products.
+"""Optimizers: each at its best of four rates, with and without Frobenius decay of the attention products.
 
-At the λ of the other matrices a run as short as the quickstart hardly shows any decay of products: theirs is ten times
-as large.
+At the λ of the other matrices, decay of the products hardly has an effect in a run as short as the quickstart, so
+theirs is ten times as large.
 """
 
 from typing import Any
 
 from studies.study import Comparison, Study, recipe
 
-# name -> flags and rates. λ goes with the size of the steps: LAMB's rates are some ten times those of AdamW, and its
-# own decay, inside of the trust ratio, is scaled down with that. Another optimizer is an entry here.
+# name -> flags and rates. λ matches the size of the steps: LAMB's rates are about ten times those of AdamW, and its
+# own decay, inside of the trust ratio, is scaled down accordingly. To add an optimizer, add an entry here.
 OPTIMIZERS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "adamw": ({"optimizer": "adamw", "weight_decay": 0.1}, (5e-4, 1e-3, 2e-3, 4e-3)),
     "lamb": ({"optimizer": "lamb", "weight_decay": 0.01}, (5e-3, 1e-2, 2e-2, 4e-2)),
@@ -26,8 +26,8 @@ def decay_of(mode: str, value: float) -> dict[str, Any]:
 
 
 STUDY = Study(
-    question="Which optimizer leaves the lowest held-out loss, each at its best rate, and does Frobenius decay of the "
-    "attention's products help each of them?",
+    question="Which optimizer reaches the lowest held-out loss, each at its best rate, and does Frobenius decay of the "
+    "attention products help each of them?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={
@@ -42,11 +42,11 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         *(
-            Comparison(f"With {name} Frobenius decay beats no decay", f"{name}-frobenius-*", f"{name}-none-*")
+            Comparison(f"With {name}, Frobenius decay beats no decay", f"{name}-frobenius-*", f"{name}-none-*")
             for name in OPTIMIZERS
         ),
         *(
-            Comparison(f"{name} leaves a lower loss than AdamW", f"{name}-[nf]*", "adamw-*")
+            Comparison(f"{name} reaches a lower loss than AdamW", f"{name}-[nf]*", "adamw-*")
             for name in OPTIMIZERS
             if name != "adamw"
         ),

@@ -1,11 +1,11 @@
-"""Overcomplete feed-forward layers of BERT: products of full rank in training, multiplied back afterwards."""
+"""Overcomplete feed-forward layers of BERT: products of full rank during training, merged afterwards."""
 
 from typing import Any
 
 from studies.study import FEED_FORWARD, Comparison, Study, recipe
 
 LAMBDAS = (0.1, 0.3)
-# Steps that a dense run takes in the time of the 4,000 of a wide and of a deep one, as measured on one thread.
+# Steps of a dense run in the time of the 4,000 steps of a wide and of a deep run, measured on one thread.
 DENSE_STEPS = {"wide": 4400, "deep": 4600}
 
 
@@ -15,7 +15,7 @@ def products(kind: str, mode: str, value: float) -> dict[str, Any]:
 
 
 def arms_of(kind: str) -> dict[str, dict[str, Any]]:
-    # The mode decays the attention's products, too: dense runs have both.
+    # The mode also decays the attention products, so there are dense runs with both modes.
     arms = {
         f"dense-{mode}-{value}": {"decay_mode": mode, "frobenius_decay": value, "weight_decay": value}
         for mode in ("weight", "frobenius")
@@ -28,8 +28,8 @@ def arms_of(kind: str) -> dict[str, dict[str, Any]]:
 
 
 STUDY = Study(
-    question="Do feed-forward layers that are wide or deep products in training, and dense when they are used, reach a "
-    "lower held-out loss?",
+    question="Do feed-forward layers reach a lower held-out loss if they are wide or deep products in training and are "
+    "merged afterwards?",
     script="run_pretrain.py",
     base=recipe("configs/quickstart.yaml"),
     arms={kind: arms_of(kind) for kind in DENSE_STEPS},
@@ -39,12 +39,16 @@ STUDY = Study(
         Comparison(*claim, article=True)
         for claim in (
             (
-                "With Frobenius decay overcomplete layers beat dense ones of the same steps",
+                "With Frobenius decay, overcomplete layers beat dense layers trained for as many steps",
                 "product-frobenius-*",
                 "dense-*",
             ),
-            ("With Frobenius decay they beat dense ones of the same time", "product-frobenius-*", "longer-*"),
-            ("With weight decay they are worse than dense ones", "dense-*", "product-weight-*"),
+            (
+                "With Frobenius decay, they beat dense layers trained for the same time",
+                "product-frobenius-*",
+                "longer-*",
+            ),
+            ("With weight decay, they are worse than dense layers", "dense-*", "product-weight-*"),
         )
     ),
     tuning_seeds=(101, 102),

@@ -1,4 +1,4 @@
-"""Overcomplete convolutions: ResNet8 on Fashion-MNIST with wide or deep products that are multiplied back."""
+"""Overcomplete convolutions: ResNet8 on Fashion-MNIST with wide or deep products that are merged afterwards."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ RECIPE: dict[str, Any] = {
     "eval_strategy": "epoch",
     "logging_steps": 50,
 }
-LONGER = {"wide": 23, "deep": 26}  # epochs that a dense run has in the time of one with products
+LONGER = {"wide": 23, "deep": 26}  # epochs of a dense run in the time of a run with products
 
 arms: dict[str, dict[str, Any]] = {"dense": {"method": "dense"}}
 arms |= {f"dense-as-long-as-{kind}": {"method": "dense", "num_train_epochs": epochs} for kind, epochs in LONGER.items()}
@@ -26,29 +26,29 @@ for kind in LONGER:
     arms |= {f"{kind}-{mode}": {"method": kind, "decay_mode": mode} for mode in ("weight", "frobenius")}
 
 STUDY = Study(
-    question="Does a small ResNet whose convolutions are wide or deep products in training classify better once they "
-    "are multiplied back?",
+    question="Does a small ResNet classify better if its convolutions are wide or deep products in training and are "
+    "merged afterwards?",
     script=IMAGES,
     base=RECIPE,
     arms={"ResNet8": arms},
     reference="dense",
     effect=0.005,
     comparisons=(
-        Comparison("With Frobenius decay wide layers beat dense ones", "wide-frobenius", "dense", article=True),
-        Comparison("With Frobenius decay deep layers beat dense ones", "deep-frobenius", "dense", article=True),
+        Comparison("With Frobenius decay, wide layers beat dense layers", "wide-frobenius", "dense", article=True),
+        Comparison("With Frobenius decay, deep layers beat dense layers", "deep-frobenius", "dense", article=True),
         Comparison(
-            "With Frobenius decay wide layers beat dense ones of the same time",
+            "With Frobenius decay, wide layers beat dense layers trained for the same time",
             "wide-frobenius",
             "dense-as-long-as-wide",
             article=True,
         ),
         Comparison(
-            "With Frobenius decay deep layers beat dense ones of the same time",
+            "With Frobenius decay, deep layers beat dense layers trained for the same time",
             "deep-frobenius",
             "dense-as-long-as-deep",
         ),
-        Comparison("With weight decay wide layers are worse than dense ones", "dense", "wide-weight", article=True),
-        Comparison("With weight decay deep layers are worse than dense ones", "dense", "deep-weight", article=True),
+        Comparison("With weight decay, wide layers are worse than dense layers", "dense", "wide-weight", article=True),
+        Comparison("With weight decay, deep layers are worse than dense layers", "dense", "deep-weight", article=True),
     ),
     metric="metrics/eval_accuracy",
     label="accuracy on test images",

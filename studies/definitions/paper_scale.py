@@ -1,11 +1,12 @@
-"""At the article's scale, for GPUs: BERT-Base and Large, E full and halved, each decay of the attention's products."""
+"""At the article's scale, for GPUs: BERT-Base and Large with E full and halved, and each decay of the attention
+products."""
 
 from studies.study import Comparison, Study, recipe
 
 SIZES = ("base", "base_half", "large", "large_half")
 
 STUDY = Study(
-    question="Does Frobenius decay help at the article's scale, and what does half of E cost there?",
+    question="Does Frobenius decay help at the article's scale, and how much is lost with half of E?",
     script="run_pretrain.py",
     base={},
     arms={
@@ -18,8 +19,8 @@ STUDY = Study(
     reference="none",
     effect=0.02,
     comparisons=(
-        Comparison("Frobenius decay leaves a lower loss than weight decay", "frobenius", "weight", article=True),
-        Comparison("Frobenius decay leaves a lower loss than no decay", "frobenius", "none", article=True),
+        Comparison("Frobenius decay reaches a lower loss than weight decay", "frobenius", "weight", article=True),
+        Comparison("Frobenius decay reaches a lower loss than no decay", "frobenius", "none", article=True),
     ),
     seeds=(1, 2, 3),
     costs={

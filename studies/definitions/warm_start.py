@@ -1,10 +1,11 @@
-"""Warm start: dense for a share of the steps, then the encoder's layers as products with half of their parameters."""
+"""Warm start: dense for a share of the steps, then the encoder's layers become products with half of their
+parameters."""
 
 from typing import Any
 
 from studies.study import Comparison, Study, recipe
 
-SHARES = (0, 0.1, 0.25, 0.5)  # of the steps, dense
+SHARES = (0, 0.1, 0.25, 0.5)  # share of dense steps
 
 
 def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
@@ -14,10 +15,10 @@ def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
 
 
 STUDY = Study(
-    question="Does a model whose layers become products after some dense steps reach a lower held-out loss than one "
-    "that has them from the beginning?",
+    question="Does a model reach a lower held-out loss if its layers become products after some dense steps instead of "
+    "at the start?",
     script="run_pretrain.py",
-    # E = d: what is compared are the products that the switch makes
+    # E = d, so that only the products made by the switch are compared
     base=recipe("configs/quickstart.yaml") | {"attention_embedding_size": 128},
     arms={
         "quickstart": arms_of(),
@@ -27,7 +28,7 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         Comparison(
-            "A warm start after a quarter of the steps leaves a lower loss than products from the beginning",
+            "A warm start after a quarter of the steps reaches a lower loss than products from the start",
             "switch-0.25",
             "switch-0",
         ),
@@ -41,7 +42,7 @@ STUDY = Study(
     seeds=(1, 2, 3),
     measures={
         "training": {"seconds": "metrics/train_runtime"},
-        "throughput": {"tokens a second": "metrics/train_tokens_per_second"},
+        "throughput": {"tokens per second": "metrics/train_tokens_per_second"},
     },
     spectra=False,
 )

@@ -232,7 +232,7 @@ def test_a_head_without_a_counterpart_is_refused_by_its_name(bert, dimensions, t
     model = FnlBertForRanking.from_bert(bert)  # the encoder's weights need no counterpart
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
     bert.save_pretrained(tmp_path)
-    message = "^FnlBertForRanking stands for no class of transformers: .* inherit from one"
+    message = "^FnlBertForRanking cannot be converted: it must inherit from a class of transformers"
     for convert_it in (model.to_bert, FnlBertForRanking.bert_class, lambda: FnlBertForRanking.from_bert(tmp_path)):
         with pytest.raises(ValueError, match=message):
             convert_it()
@@ -307,7 +307,7 @@ def test_what_is_no_model_of_transformers_is_refused(bert):
     with pytest.raises(ValueError, match="^PeftModel has adapters of PEFT"):
         fnl_hf.FnlBertModel.from_bert(peft_model)
     for other in (torch.nn.Sequential(bert), {"bert": bert}, None):
-        with pytest.raises(ValueError, match=f"^a {type(other).__name__} is no model of Transformers, nor the name or"):
+        with pytest.raises(ValueError, match=f"^a {type(other).__name__} is neither a model of Transformers nor"):
             fnl_hf.FnlBertModel.from_bert(other)
 
 
@@ -416,7 +416,7 @@ def test_the_command_converts_there_and_back(bert, batch, checkpoint, tmp_path, 
     expected, lost = fnl_hf.FnlBertForPreTraining.from_bert(bert, 21, calibration, output_truncations=True)
     assert truncation_table(lost) in printed
     before, after = bert.num_parameters(), expected.num_parameters()
-    assert f"FnlBertForPreTraining: {after:,} parameters, before {before:,}" in printed
+    assert f"FnlBertForPreTraining: {after:,} parameters instead of {before:,}" in printed
     assert_same_outputs(AutoModel.from_pretrained(small), expected.bert, batch, atol=0)
     # Loaded where fnl_hf cannot be imported.
     code = (
@@ -478,7 +478,10 @@ def test_weights_that_a_checkpoint_lacks_are_named(checkpoint, tmp_path, caplog)
     entries = json.loads((checkpoint / "config.json").read_text()) | {"architectures": ["BertForTokenClassification"]}
     (checkpoint / "config.json").write_text(json.dumps(entries))
     convert_checkpoint(str(checkpoint), tmp_path / "new")
-    assert "lacks weights of FnlBert" not in caplog.text and "which are random now: classifier.bias" in caplog.text
+    assert (
+        "lacks weights of FnlBert" not in caplog.text
+        and "which are initialized at random: classifier.bias" in caplog.text
+    )
 
 
 def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint, tmp_path):
@@ -494,8 +497,8 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
     (checkpoint / "README.md").write_text("---\n[broken\n---\n# A BERT\n")
     convert_checkpoint(str(checkpoint), tmp_path / "same")
     products = "each Q_h K_hᵀ and V_h O_hᵀ to rank 7 by"
-    ways = {"calibrated": f"{products} SVD calibrated on 5 documents of text.txt, at most 11 "
-            "tokens of each", "plain": f"{products} plain SVD", "back": "none", "same": "none"}  # fmt: skip
+    ways = {"calibrated": f"{products} SVD calibrated on 5 documents of text.txt, up to 11 "
+            "tokens each", "plain": f"{products} plain SVD", "back": "none", "same": "none"}  # fmt: skip
     texts = {}
     for name, way in ways.items():
         file = tmp_path / name / "README.md"
@@ -514,7 +517,7 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
     assert truncation_table(calibrated.truncations) in texts["calibrated"]
     assert f"| attention embedding dimension E | 21 (50% of d) |\n| parameters | {after:,} |" in texts["plain"]
     assert "| converted from | bert, BertForPreTraining |\n| E before | 42 |" in texts["plain"]
-    assert f"| parameters before | {before:,} |" in texts["plain"] and "not trained since." in texts["plain"]
+    assert f"| parameters before | {before:,} |" in texts["plain"] and "not trained afterwards." in texts["plain"]
     assert f'AutoTokenizer.from_pretrained("{tmp_path}/plain", trust_remote_code=True)' in (
         (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
     )
@@ -537,7 +540,7 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
         (
             tmp_path / "albert",
             [],
-            "albert: model type 'albert'; those that can be converted are bert, fnl_bert",
+            "albert: model type 'albert' cannot be converted: it must be one of bert, fnl_bert",
         ),
         (checkpoint, ["--attention_embedding_size", "20"], "attention_embedding_size (20) must be a multiple of"),
         (checkpoint, ["--calibration_file", str(text), "--attention_embedding_size", "21"], f"{text}"),
@@ -546,7 +549,7 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
         (tmp_path / "w", ["--to", "bert"], "has products of rank 20"),
         (tmp_path / "missing", [], "missing"),
         (checkpoint, [*smaller, "--max_seq_length", "2"], "max_seq_length (2) must be at least 3"),
-        (spoilt, ["--attention_embedding_size", "21"], "layer.1.attention: its weights, or what it computes for the"),
+        (spoilt, ["--attention_embedding_size", "21"], "layer.1.attention: its weights or its activations on the"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["convert", str(source), str(new), *words])
@@ -569,16 +572,18 @@ def test_long_calibration_texts_are_cut_to_what_the_model_reads(checkpoint, tmp_
     (tmp_path / "text.txt").write_text("some text of words " * 99)
     files = {"calibration_files": [str(tmp_path / "text.txt")]}
     small = convert_checkpoint(str(checkpoint), tmp_path / "small", attention_embedding_size=21, **files)
-    assert len(small.truncations) == 4 and "changes nothing" not in caplog.text
+    assert len(small.truncations) == 4 and "has no effect" not in caplog.text
     same = convert_checkpoint(str(checkpoint), tmp_path / "same", **files)
-    assert same.truncations == [] and "calibration_file changes nothing" in caplog.text
+    assert same.truncations == [] and "calibration_file has no effect" in caplog.text
 
 
 def test_arguments_that_are_no_use_are_refused(bert):
     for size in (21.0, "21", [21]):
         with pytest.raises(ValueError, match=r"attention_embedding_size \(.*21.*\) must be a multiple"):
             fnl_hf.FnlBertModel.from_bert(bert, size)
-    with pytest.raises(ValueError, match="^attention_embeding_size: for a model's name or folder, not for a model"):
+    with pytest.raises(
+        ValueError, match="^attention_embeding_size: only for a model's name or folder, not for a model"
+    ):
         fnl_hf.FnlBertModel.from_bert(bert, attention_embeding_size=21)
 
 

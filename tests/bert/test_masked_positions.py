@@ -146,7 +146,7 @@ def test_flash_attention_is_given_documents_in_its_own_way(dimensions, batch):
     outputs = model(batch["input_ids"], **bounds, masked_positions=positions, labels=labels)
     assert outputs.logits.shape == (5, 3, 53) and seen["shape"] == (5, 3, 11, 2), "queries are everywhere"
     assert torch.equal(seen["cu_seq_lens_q"], lengths) and seen["max_length_k"] == 7
-    with pytest.raises(ValueError, match="document_ids need attention 'sdpa' or 'eager', not 'varlen'"):
+    with pytest.raises(ValueError, match="document_ids needs attention 'sdpa' or 'eager', not 'varlen'"):
         model(batch["input_ids"], document_ids=torch.zeros_like(batch["input_ids"]))
 
 

@@ -214,8 +214,8 @@ def test_meta_device_builds_the_large_model():
     [
         ({"attention_embedding_size": 7}, r"attention_embedding_size \(7\) must be a positive multiple .*\(3\)"),
         ({"attention_embedding_size": 0}, r"attention_embedding_size \(0\) must be a positive multiple"),
-        ({"attention_init": "svd"}, r"must be one of \('normal', 'spectral'\), got 'svd'"),
-        ({"attention_init": "spectral", "attention_embedding_size": 45}, r"\(45\) <= hidden_size \(42\)"),
+        ({"attention_init": "svd"}, r"must be one of \('normal', 'spectral'\), not 'svd'"),
+        ({"attention_init": "spectral", "attention_embedding_size": 45}, r"\(45\) must be at most hidden_size \(42\)"),
         ({"is_decoder": True}, "is an encoder: is_decoder"),
         ({"add_cross_attention": True}, "is an encoder: .*add_cross_attention"),
     ],

@@ -36,10 +36,10 @@ ARCHITECTURES = {
 HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice",
          "ForQuestionAnswering"]  # fmt: skip
 OTHER_HEADS = {
-    ("DistilBert", "ForSequenceClassification"): "a ReLU stands between its layers, in BERT a tanh",
-    ("DistilBert", "ForMultipleChoice"): "a ReLU stands between its layers, in BERT a tanh",
-    ("Electra", "ForSequenceClassification"): "a GELU stands between its layers, in BERT a tanh",
-    ("Electra", "ForMultipleChoice"): r"its summary of a sequence \(summary_type, summary_activation\) is not BERT's",
+    ("DistilBert", "ForSequenceClassification"): "its layers have a ReLU in between, those of BERT a tanh",
+    ("DistilBert", "ForMultipleChoice"): "its layers have a ReLU in between, those of BERT a tanh",
+    ("Electra", "ForSequenceClassification"): "its layers have a GELU in between, those of BERT a tanh",
+    ("Electra", "ForMultipleChoice"): r"its pooling \(summary_type, summary_activation\) is not BERT's",
 }
 EXACT = [(name, head) for name in ARCHITECTURES for head in HEADS if (name, head) not in OTHER_HEADS]
 
@@ -148,7 +148,7 @@ def test_a_head_that_computes_something_else_is_refused_or_left_out(name, head, 
 def test_a_head_for_masked_tokens_has_one_activation_with_the_layers(name):
     model = make(name, "ForMaskedLM", hidden_act="relu")
     for head in ("ForMaskedLM", "ForPreTraining"):  # of which it is a part
-        with pytest.raises(ValueError, match=r"a GELU stands between its layers, in BERT hidden_act \('relu'\)"):
+        with pytest.raises(ValueError, match=r"its layers have a GELU in between, those of BERT hidden_act \('relu'\)"):
             ours(head).from_bert(model)
     ours("Model").from_bert(model)
 
@@ -228,17 +228,17 @@ def relative():
 @pytest.mark.parametrize(
     "source, message",
     [
-        (lambda: make("Electra", embedding_size=15), r"embedding_size \(15\) must be hidden_size \(42\)"),
+        (lambda: make("Electra", embedding_size=15), r"embedding_size \(15\) must equal hidden_size \(42\)"),
         (decoder, r"it is a decoder \(is_decoder or add_cross_attention\): BERT is an encoder"),
         (relative, r"ElectraModel: position_embedding_type \('relative_key'\) must be 'absolute'"),
         (wrapped, "it lacks bert.pooler.dense.bias, bert.pooler.dense.weight and has bert.pooler.dense.0.bias"),
         (factorized, "transformer.layer.0.ffn.lin1 is a product of matrices: make it dense first"),
         (
             lambda: DebertaModel(DebertaConfig(**DIMENSIONS)),
-            "^DebertaModel: model type 'deberta'; those that can be converted are bert, fnl_bert, roberta, "
+            "^DebertaModel: model type 'deberta' cannot be converted: it must be one of bert, fnl_bert, roberta, "
             "xlm-roberta, camembert, distilbert, electra$",
         ),
-        (lambda: AlbertModel(AlbertConfig(**DIMENSIONS, embedding_size=15)), "model type 'albert'; those that can"),
+        (lambda: AlbertModel(AlbertConfig(**DIMENSIONS, embedding_size=15)), "model type 'albert' cannot be converted"),
     ],
 )
 def test_what_is_no_bert_is_refused(source, message):

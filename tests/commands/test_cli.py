@@ -35,9 +35,9 @@ def test_the_version(capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["convert", "", "new"], "source is empty: name one"),
-        (["convert", "{here}", ""], "folder is empty: name one"),
-        (["merge", "{here}", "{file}"], "text.txt is in use: name a folder that is empty or does not exist"),
+        (["convert", "", "new"], "source is empty: give a name"),
+        (["convert", "{here}", ""], "folder is empty: give a name"),
+        (["merge", "{here}", "{file}"], "text.txt is in use: choose a folder that is empty or does not exist"),
         (["factorize", "{here}", "{file}/new"], "text.txt/new: {file} is not a folder"),
         (["convert", "{here}", "{file}/new"], "text.txt/new: {file} is not a folder"),
         (["convert", "{here}", "{here}/" + "x" * 300], "File name too long"),
@@ -48,12 +48,12 @@ def test_the_version(capsys):
             for command in ("convert", "factorize", "merge", "export", "push", "ask")
         ],
         (["ask", "{here}", "--questions_file", "{here}/" + "x" * 300], "questions_file: "),
-        (["convert", "{here}", "{here}/new", "--calibration_file", ""], "calibration_file is empty: name one"),
-        (["push", "", "me/mine"], "folder is empty: name one"),
-        (["push", "{file}", "me/mine"], "text.txt holds no saved model"),
+        (["convert", "{here}", "{here}/new", "--calibration_file", ""], "calibration_file is empty: give a name"),
+        (["push", "", "me/mine"], "folder is empty: give a name"),
+        (["push", "{file}", "me/mine"], "text.txt contains no saved model"),
         (["ask", "{here}", "Who?", "Ada."], "no question answering model in {here}"),
         (["ask", "{here}", "--questions_file", "{here}"], "{here}: not a file"),
-        (["ask", "{here}", "--questions_file", ""], "questions_file is empty: name one"),
+        (["ask", "{here}", "--questions_file", ""], "questions_file is empty: give a name"),
     ],
 )
 def test_files_and_folders_that_are_no_use_are_refused_in_one_line(tmp_path, capsys, words, message):

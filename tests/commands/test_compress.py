@@ -59,7 +59,7 @@ def test_there_and_back(checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "layer.0.attention.self.query" in printed and "layer.1" not in printed
     model = BertForMaskedLM.from_pretrained(small).eval()
-    assert len(factorized_names(model)) == 3 and f"{model.num_parameters():,} parameters, before" in printed
+    assert len(factorized_names(model)) == 3 and f"{model.num_parameters():,} parameters instead of" in printed
     card = (small / "README.md").read_text(encoding="utf-8")
     assert "import fnl_hf  # factorized layers\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n" in card
     assert "license: mit" in card and "bibtex" in card
@@ -122,10 +122,11 @@ def test_calibration(fitting, tmp_path, capsys):
     )
     assert 0.65 * before < after <= 0.7 * before and "attention.self.value" in printed
     assert (
-        f"{after:,} parameters, before {before:,}; " in printed and " GFLOP for the first calibration batch" in printed
+        f"{after:,} parameters instead of {before:,}; " in printed
+        and " GFLOP for the first calibration batch" in printed
     )
     card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
-    assert "calibrated on at most 70 documents of text.txt, at most 11 tokens of each" in card
+    assert "calibrated on at most 70 documents of text.txt, up to 11 tokens each" in card
     factors = BertForMaskedLM.from_pretrained(tmp_path / "new").state_dict()
     cli.main(["factorize", str(fitting), str(tmp_path / "short"), *words[3:], "--max_seq_length", "5"])
     others = BertForMaskedLM.from_pretrained(tmp_path / "short").state_dict()
@@ -139,7 +140,7 @@ def test_calibration(fitting, tmp_path, capsys):
         ("factorize", ["--calibration_file", "no.txt"], "no.txt"),
         ("factorize", ["--calibration_file", "no.txt", "--calibration_samples", "0"], "--calibration_samples (0) must"),
         ("factorize", ["--energy", "2"], "--energy (2.0) must be above 0 and at most 1"),
-        ("factorize", ["--include", "layer.9.*"], "'layer.9.*' names no layer that can be factorized"),
+        ("factorize", ["--include", "layer.9.*"], "'layer.9.*' matches no layer that can be factorized"),
         ("merge", [], "has no factorized layers"),
     ],
 )
@@ -162,23 +163,27 @@ def test_a_folder_in_use_is_left_alone(checkpoint, capsys):
         (lambda folder: change_config(folder, hidden_size="forty"), "Field 'hidden_size' expected int, got str"),
         (
             lambda folder: change_config(folder, vocab_size=60),
-            "BertForMaskedLM with this config.json has other shapes: "
-            "bert.embeddings.word_embeddings.weight (53, 42), not (60, 42), cls.predictions.bias (53,), not (60,)\n",
+            "weights whose shapes do not fit BertForMaskedLM with this config.json: "
+            "bert.embeddings.word_embeddings.weight (53, 42) instead of (60, 42), "
+            "cls.predictions.bias (53,) instead of (60,)\n",
         ),
         (
             lambda folder: change_config(folder, architectures=None),
-            "BertModel has no place for all weights: cls.predictions.bias, ",
+            "BertModel does not have these weights: cls.predictions.bias, ",
         ),
         (
             lambda folder: change_config(folder, architectures=["MyBertForMaskedLM"]),
-            "no model class MyBertForMaskedLM, which config.json names: load it in Python",
+            "names the model class MyBertForMaskedLM, which Transformers does not have: load it in Python",
         ),
         (
             lambda folder: change_config(folder, architectures=None, model_type="my", auto_map={"AutoModel": "my.My"}),
-            "the code of its model comes with it and is not run here: load it in Python",
+            "this checkpoint comes with its own model code, which fnl-hf does not run: load it in Python",
         ),
         (lambda folder: tear(folder / "tokenizer.json"), "its tokenizer cannot be read: "),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "its tokenizer has no vocabulary, only 5 special tokens"),
+        (
+            lambda folder: (folder / "tokenizer.json").unlink(),
+            "its tokenizer has only its 5 special tokens and no vocabulary",
+        ),
     ],
 )
 def test_broken_checkpoints_are_refused(checkpoint, tmp_path, capsys, damage, message):
@@ -192,7 +197,9 @@ def test_broken_checkpoints_are_refused(checkpoint, tmp_path, capsys, damage, me
 def test_weights_that_are_missing_are_named(checkpoint, tmp_path, caplog):
     change_config(checkpoint, architectures=["BertForTokenClassification"])
     cli.main(["factorize", str(checkpoint), str(tmp_path / "new")])
-    message = "lacks weights of BertForTokenClassification, which are random now: classifier.bias, classifier.weight"
+    message = (
+        "lacks weights of BertForTokenClassification, which are initialized at random: classifier.bias, classifier"
+    )
     assert message in caplog.text and (tmp_path / "new" / "model.safetensors").exists()
 
 

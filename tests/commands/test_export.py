@@ -48,7 +48,7 @@ def test_the_exported_program_and_the_onnx_file_give_the_same_outputs(model, tmp
             present = given[1].bool()
             torch.testing.assert_close(ours[present], theirs[present], atol=1e-5, rtol=0)
             torch.testing.assert_close(torch.from_numpy(onnx)[present], theirs[present], atol=1e-4, rtol=0)
-    with pytest.raises(fnl_hf.UserInputError, match="model.onnx exists: name another file"):
+    with pytest.raises(fnl_hf.UserInputError, match="model.onnx exists: choose another file name"):
         export_onnx(model, file)
 
 
@@ -95,12 +95,12 @@ def test_the_command_exports_a_checkpoint(model, tmp_path, capsys, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "there.onnx").touch()
     for name, message in (
-        ("model.txt", "the name of the file must end in .onnx"),
+        ("model.txt", "the file name must end in .onnx"),
         ("model", "must end in .onnx"),
         ("", "file is empty"),
         ("model/config.json/x.onnx", "config.json is not a folder"),
         ("x" * 300 + ".onnx", "File name too long"),
-        ("there.onnx", "exists: name another"),
+        ("there.onnx", "exists: choose another"),
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["export", "no/such/model", str(tmp_path / name) if name else ""])
@@ -123,8 +123,8 @@ def test_what_cannot_be_exported_is_refused_before_it_is_run(tmp_path):
     config = fnl_hf.FnlBertConfig(**DIMENSIONS)
     for model, message in (
         (fnl_hf.FnlBertForMultipleChoice(config), r"reads \(B, choices, S\): export its encoder"),
-        ("model", "a str is no model of Transformers: load it first"),
-        (torch.nn.Linear(2, 3), "a Linear is no model of Transformers"),
+        ("model", "a str is not a model of Transformers: load the model first"),
+        (torch.nn.Linear(2, 3), "a Linear is not a model of Transformers"),
     ):
         for export in (export_program, lambda model: export_onnx(model, tmp_path / "model.onnx")):
             with pytest.raises(fnl_hf.UserInputError, match=message):

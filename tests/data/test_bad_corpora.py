@@ -21,18 +21,18 @@ CORPORA = {
     "a folder to stream": (corpus("texts", Path.mkdir, **STREAM), "texts: not a file$"),
     "a link to itself": (corpus("c.txt", itself), "c.txt: no such file$"),
     "empty": (corpus("c.txt", ""), "c.txt: the file is empty$"),
-    "wrong suffix": (corpus("c.doc", TEXT), "c.doc: unknown file type, must be one of .txt, .json, .jsonl"),
+    "wrong suffix": (corpus("c.doc", TEXT), "c.doc: unknown file type: use .txt, .json, .jsonl"),
     "only blank lines": (corpus("c.txt", "\n \n\t\n"), "c.txt: no text$"),
     "not UTF-8": (corpus("c.txt", "Müller\n".encode("latin1") * 99), "c.txt: no text, all .* broken: not UTF-8$"),
-    "UTF-16": (corpus("c.csv", f"text\n{TEXT}".encode("utf-16")), "c.csv: the text is UTF-16, it must be UTF-8$"),
+    "UTF-16": (corpus("c.csv", f"text\n{TEXT}".encode("utf-16")), "c.csv: the text is UTF-16: convert it to UTF-8$"),
     "torn gzip": (corpus("c.txt.gz", gzip.compress(TEXT.encode())[:-20]), "c.txt.gz: cannot be read as text: .*ended"),
     "torn xz": (corpus("c.txt.xz", lzma.compress(TEXT.encode())[:-20]), "c.txt.xz: cannot be read as text: .*ended"),
     "no such column": (corpus("c.jsonl", '{"body": "a"}\n' * 9), r"c.jsonl: no column 'text', only \['body'\]"),
     "every record broken": (corpus("c.jsonl", "{\n" * 9), "c.jsonl: no text, all records are broken: not JSON$"),
-    "one broken record": (corpus("c.jsonl", '{"text": "a"}\n{\n', strict="true"), "1 of 2 lines .* --strict refuses"),
+    "one broken record": (corpus("c.jsonl", '{"text": "a"}\n{\n', strict="true"), "1 of 2 lines .* leave out --strict"),
     "torn JSON array": (corpus("c.json", '[{"text": "a"}, {"te'), "c.json: cannot be read as array: Unterminated"),
     "unreadable Parquet": (corpus("c.parquet", b"PAR1 torn"), "c.parquet: cannot be read as parquet: .*magic"),
-    "a column of numbers": (corpus("c.parquet", pa.table({"text": [1, 2]})), "column 'text' holds int64, not text$"),
+    "a column of numbers": (corpus("c.parquet", pa.table({"text": [1, 2]})), "column 'text' contains int64, not text$"),
     "two columns of one name": (
         corpus("c.parquet", pa.Table.from_arrays([pa.array(["a"])] * 2, ["text", "text"])),
         "c.parquet: 2 columns are named 'text'$",
@@ -49,7 +49,7 @@ CORPORA = {
     ),
     "a stream of another column": (corpus("c.jsonl", '{"body": "a"}\n' * 99, **STREAM), "c.jsonl: no column 'text'"),
     "a stream of broken records": (
-        corpus("c.jsonl", "{\n" * 99, **STREAM), "has 0 documents and 99 broken records, and 9 documents are to be held"
+        corpus("c.jsonl", "{\n" * 99, **STREAM), "has 0 documents and 99 broken records, but 9 documents are to be held"
     ),
     "a stream of nothing": (flags(**STREAM, train_file=None), "^--streaming needs one of --dataset_name and --train_f"),
     "two sources": (flags(dataset_name="x"), r"give --dataset_name \(x\) or --train_file \(.*\), not both"),

@@ -193,7 +193,7 @@ def test_bad_masking_rates_are_refused(probability):
 
 
 def test_whole_words_need_pieces_that_show_them():
-    message = "^--whole_word_mask needs .* whose pieces show words, by '##', '▁' or 'Ġ': that of fake has none$"
+    message = "^--whole_word_mask needs .* that marks word pieces with '##', '▁' or 'Ġ': that of fake does not$"
     with pytest.raises(UserInputError, match=message):
         MaskingTransform(FakeTokenizer(pieces=False), 0.15, 0, whole_word_mask=True)
 
@@ -249,5 +249,7 @@ def test_ids_with_holes_between_them(tmp_path):
     )  # fmt: skip
     assert build_pretraining_config(arguments, tokenizer, 22).vocab_size == 70_014
     arguments.config_overrides = "vocab_size=70013"
-    with pytest.raises(UserInputError, match=r"has 70014 tokens, more than the model's vocab_size \(70013\)"):
+    with pytest.raises(
+        UserInputError, match=r"needs a vocabulary of 70014, more than the model's vocab_size \(70013\)"
+    ):
         build_pretraining_config(arguments, tokenizer, 22)

@@ -132,7 +132,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, name, num_proc):
     for _ in range(2):
         assert _cached(tmp_path)["input_ids"][:] == ROWS
     assert len(messages) == (0 if name == "without a record" else 1)
-    assert all(f"The cache in {tmp_path / 'primes' / 'f'} is damaged and made again" in said for said in messages)
+    assert all(f"The cache in {tmp_path / 'primes' / 'f'} is damaged and is built again" in said for said in messages)
 
 
 def _fingerprint_of(file, tokenizer, cache, results):

@@ -107,11 +107,13 @@ def test_broken_records_are_counted_or_refused(tmp_path, warnings_of):
         texts = load_text_files([str(good), str(bad)], cache_dir=str(tmp_path / "cache"))["text"][:]
         assert texts == ["one", "two"] + [str(i) for i in range(30) if i not in (7, 8, 21)]
         assert warnings_of.pop() == (
-            f"{bad}: 3 of 30 lines are broken and left out: 1 not JSON (first: line 9), 1 not an object "
-            "(first: line 10), 1 no 'text' (first: line 23); --strict refuses them"
+            f"{bad}: 3 of 30 lines are broken and were left out: 1 not JSON (first: line 9), 1 not an object "
+            "(first: line 10), 1 no 'text' (first: line 23). Set --strict true to stop at broken records"
         )
         assert not warnings_of
-    with pytest.raises(UserInputError, match=f"{bad}: 3 of 30 lines are broken: 1 not JSON .*--strict refuses them"):
+    with pytest.raises(
+        UserInputError, match=f"{bad}: 3 of 30 lines are broken: 1 not JSON .*leave out --strict to skip them"
+    ):
         load(bad, tmp_path, strict=True)
     assert load(good, tmp_path, strict=True) == ["one", "two"]
 
@@ -122,7 +124,7 @@ def test_broken_records_of_the_hub_are_counted_or_refused(tmp_path, warnings_of)
     source, cache = Source(str(tmp_path / "data")), {"cache_dir": str(tmp_path / "cache")}
     corpus = read_documents(source, 50, **cache)
     assert sorted([*corpus.train["text"], *corpus.held_out["text"]]) == ["a", "b"]
-    assert "split train: 2 of 5 records are broken and left out: 2 no 'text' (first: record 2)" in warnings_of[0]
+    assert "split train: 2 of 5 records are broken and were left out: 2 no 'text' (first: record 2)" in warnings_of[0]
     with pytest.raises(UserInputError, match="split train: 2 of 5 records are broken: 2 no 'text'"):
         read_documents(source, strict=True, **cache)
 
@@ -204,9 +206,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         error = OSError(errno.ENOSPC, "No space left on device")
         patch.setattr("datasets.arrow_writer.ArrowWriter.write_table", lambda *args: (_ for _ in ()).throw(error))
-        with pytest.raises(
-            UserInputError, match=r"--cache_dir .*cache.*: cannot be written: .*No space left on device"
-        ):
+        with pytest.raises(UserInputError, match=r"--cache_dir .*cache.*: not writable: .*No space left on device"):
             load(path, tmp_path)
     assert load(path, tmp_path) == ["one", "two"]
 
@@ -285,4 +285,4 @@ def test_what_cannot_be_split_for_shards_is_read_whole(tmp_path, warnings_of):
     read_documents(Source(train_file=[str(tmp_path / "b.txt")], validation_file=held_out, shards=2))
     assert not warnings_of
     read_documents(Source(train_file=[str(tmp_path / "a.txt.gz")], validation_file=held_out, shards=2))
-    assert "1 parts, no multiple of its 2 shards: each shard reads all of it" in warnings_of[0]
+    assert "1 parts, which is not a multiple of its 2 shards: each shard reads the whole stream" in warnings_of[0]

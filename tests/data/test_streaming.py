@@ -273,17 +273,17 @@ def test_states_of_processes_merge_into_that_of_one(make):
 
 def test_states_that_do_not_fit_are_refused(make, streams, tokenizer):
     _, states = run(make, 10, world_size=2)
-    with pytest.raises(UserInputError, match="incomplete: shard 1 of 4 stands at micro-batch 0, not 3"):
+    with pytest.raises(UserInputError, match="incomplete: shard 1 of 4 is at micro-batch 0 instead of 3"):
         merge_states(states[:1])
     other = StreamState.from_json(states[1].to_json())
     other.consumed = 8
     with pytest.raises(UserInputError, match="states of the stream differ in consumed: 10 and 8"):
         merge_states([states[0], other])
-    with pytest.raises(UserInputError, match="cannot be resumed: shards is 4 there and 2 here"):
+    with pytest.raises(UserInputError, match="cannot be resumed: shards was 4 and is now 2"):
         make(shards=2, state=merge_states(states))
-    with pytest.raises(UserInputError, match="cannot be resumed: batch_size is 2 there and 3 here"):
+    with pytest.raises(UserInputError, match="cannot be resumed: batch_size was 2 and is now 3"):
         stream_rows(streams["pieces"], tokenizer, SHARDS, size=3, state=merge_states(states))
-    with pytest.raises(UserInputError, match="cannot be resumed: buffer_size is 6 there and 8 here"):
+    with pytest.raises(UserInputError, match="cannot be resumed: buffer_size was 6 and is now 8"):
         stream_rows(streams["pieces"], tokenizer, SHARDS, 7, state=merge_states(states))
     assert Cursor(**json.loads(json.dumps(states[0].cursors[0].__dict__))) == states[0].cursors[0]
 
@@ -294,20 +294,21 @@ def test_bad_streams_are_refused(make, tokenizer, monkeypatch):
     with pytest.raises(UserInputError, match=r"multiple of 8: 2 processes x --dataloader_num_workers \(4"):
         next(as_worker(iter(make(world_size=2)), 0, 4))
     stream = Dataset.from_dict({"text": ["one", "", "two"]}).to_iterable_dataset()
-    with pytest.raises(UserInputError, match="shard 1 of 3 of the stream has 0 documents and 0 broken records, and 0"):
+    with pytest.raises(UserInputError, match="shard 1 of 3 of the stream has 0 documents and 0 broken records, but 0"):
         next(iter(stream_rows(stream, tokenizer, 3, rank=1, world_size=3)))
     with pytest.raises(
-        UserInputError, match="stream has 2 documents and 0 broken records, and 2 documents are to be held"
+        UserInputError, match="stream has 2 documents and 0 broken records, but 2 documents are to be held"
     ):
         next(iter(stream_rows(stream, tokenizer, 1, hold_out=2)))
     with pytest.raises(
-        UserInputError, match="shard 0 of 4 of the stream: 1 broken records, the last: not JSON; --strict"
+        UserInputError, match="shard 0 of 4 of the stream: 1 broken records, the last: not JSON. Correct"
     ):
         run(make, 40, strict=True)
     messages = []
     monkeypatch.setattr(corpus.logger, "warning", messages.append)
     run(make, 200)
     assert [message for message in messages if "broken" in message] == [
-        "shard 0 of 4 of the stream: 1 broken records, the last: not JSON; they are left out, --strict refuses them"
+        "shard 0 of 4 of the stream: 1 broken records, the last: not JSON; they are left out. Set --strict true to "
+        "stop at broken records"
     ]
-    assert messages.count("The stream begins again: epoch 1") == 1
+    assert messages.count("The stream starts again: epoch 1") == 1

@@ -147,7 +147,7 @@ def test_pixels_of_more_than_eight_bits():
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
     assert np.array_equal(Preparation()(Image.fromarray(257 * ramp))[:, :, 0], ramp)
     for kind in (np.int32, np.float32):
-        with pytest.raises(UserInputError, match="here: an image cannot be read: its pixels have 32 bits"):
+        with pytest.raises(UserInputError, match="here: an image cannot be read: it has 32-bit pixels"):
             to_images([Image.fromarray(ramp.astype(kind))], [0], ["a"], Preparation(), "here")
 
 
@@ -173,15 +173,15 @@ def damage(name, change):
 @pytest.mark.parametrize(
     "apply, message",
     [
-        (damage("t10k-images-idx3-ubyte", lambda b: b[:3] + b"\x01" + b[4:]), "begins with 0x00000801, not 0x0000080"),
-        (damage("t10k-images-idx3-ubyte", lambda b: b[:-1]), r"its header says \(35, 11, 13\), but 5004 bytes follow"),
-        (damage("t10k-images-idx3-ubyte", lambda b: b[:9]), "no IDX file of bytes in 3 dimension"),
-        (damage("t10k-images-idx3-ubyte", lambda b: b""), "begins with 0x, not 0x00000803"),
+        (damage("t10k-images-idx3-ubyte", lambda b: b[:3] + b"\x01" + b[4:]), "starts with 0x00000801 instead of 0x"),
+        (damage("t10k-images-idx3-ubyte", lambda b: b[:-1]), r"header, \(35, 11, 13\): it contains 5004 bytes"),
+        (damage("t10k-images-idx3-ubyte", lambda b: b[:9]), "not an IDX file of bytes in 3 dimension"),
+        (damage("t10k-images-idx3-ubyte", lambda b: b""), "starts with 0x instead of 0x00000803"),
         (damage("train-images-idx3-ubyte.gz", lambda b: b[:90]), "train-images-idx3-ubyte.gz: cannot be read"),
         (damage("train-images-idx3-ubyte.gz", lambda b: b"P6" + b), "cannot be read: Not a gzipped file"),
-        (damage("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\x07"), "label 7 to test, but those to train are 0"),
-        (damage("t10k-labels-idx1-ubyte", lambda b: b[:7] + b"\x22" + b[8:-1]), "35 images and 34 labels to test"),
-        (lambda folder: (folder / "train-labels-idx1-ubyte").unlink(), "no file train-labels-idx1-ubyte or .*gz there"),
+        (damage("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\x07"), "label 7, but the training images only 0"),
+        (damage("t10k-labels-idx1-ubyte", lambda b: b[:7] + b"\x22" + b[8:-1]), "has 35 images and 34 labels"),
+        (lambda folder: (folder / "train-labels-idx1-ubyte").unlink(), "neither train-labels-idx1-ubyte nor .*gz"),
     ],
 )  # fmt: skip
 def test_bad_idx_files_are_refused(apply, message, idx_dir, tmp_path):

@@ -351,14 +351,14 @@ def test_sparse_gradients_are_refused_before_anything_changes(max_norm):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"lr": -0.1}, r"lr \(-0.1\) must be finite and >= 0"),
+        ({"lr": -0.1}, r"lr \(-0.1\) must be finite and at least 0"),
         ({"lr": INFINITY}, r"lr \(inf\) must be finite"),
-        ({"eps": -1e-6}, r"eps \(-1e-06\) must be finite and >= 0"),
-        ({"weight_decay": float("nan")}, r"weight_decay \(nan\) must be finite and >= 0"),
+        ({"eps": -1e-6}, r"eps \(-1e-06\) must be finite and at least 0"),
+        ({"weight_decay": float("nan")}, r"weight_decay \(nan\) must be finite and at least 0"),
         ({"betas": (0.9, 1.0)}, r"betas \(\(0.9, 1.0\)\) must be two numbers, at least 0 and below 1"),
         ({"betas": (-0.1, 0.9)}, r"betas \(\(-0.1, 0.9\)\)"),
         ({"betas": (0.9,)}, r"betas \(\(0.9,\)\)"),
-        ({"decay": "coupled"}, r"decay must be one of \('decoupled', 'in_trust_ratio'\), got 'coupled'"),
+        ({"decay": "coupled"}, r"decay must be one of \('decoupled', 'in_trust_ratio'\), not 'coupled'"),
         ({"weight_norm_clamp": (2.0, 1.0)}, r"weight_norm_clamp \(\(2.0, 1.0\)\) must be two bounds, 0 <= lower"),
         ({"trust_clamp": (-1.0, 1.0)}, r"trust_clamp \(\(-1.0, 1.0\)\) must be two bounds"),
         ({"trust_clamp": 10.0}, r"trust_clamp \(10.0\) must be two bounds"),

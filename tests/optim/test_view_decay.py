@@ -153,7 +153,7 @@ def test_states_go_on_where_they_were_and_belong_to_their_layout(optimizer):
     assert_equal_weights(model, other)
     assert_equal_weights(model, twin)
     all_rows = OPTIMIZERS[optimizer](frobenius_param_groups(other, 0.1, FROBENIUS))
-    with pytest.raises(ValueError, match="parameter group 'attention' has layout .*, the state to be loaded "):
+    with pytest.raises(ValueError, match="parameter group 'attention' has layout .*, but the state to load "):
         all_rows.load_state_dict(second.state_dict())
 
 
@@ -180,22 +180,24 @@ def test_a_decay_that_is_too_large_is_warned_of(caplog):
         set_gradients(model)
         caplog.clear()
         optimizer.step()
-        assert "parameter group 'attention', product 0 (attention) grows in its Frobenius decay" in caplog.text
+        assert "parameter group 'attention', product 0 (attention): its Frobenius decay makes it grow" in caplog.text
 
 
 def test_wrong_layouts_are_refused():
     model = model_of(FUSED)
     (group,) = (group for group in frobenius_param_groups(model, 0.1) if group["name"] == "attention")
-    with pytest.raises(ValueError, match=r"'attention': its attention layers have 2 parameters each, got 2 for 2 of"):
+    with pytest.raises(
+        ValueError, match=r"'attention': its attention layers have 2 parameters each, but 2 are given for 2 of"
+    ):
         FrobeniusAdamW([group | {"params": group["params"][::2]}])
     flat = [nn.Parameter(weight.detach().view(-1)) for weight in group["params"]]
-    with pytest.raises(ValueError, match=r"parameter 0, of shape \(972,\): a factor's rows end at .*FSDP1"):
+    with pytest.raises(ValueError, match=r"parameter 0, of shape \(972,\): the rows of a factor end at .*FSDP1"):
         FrobeniusAdamW([group | {"params": flat}])
     optimizer = FrobeniusAdamW([group])
     before = [dict(each) for each in optimizer.param_groups]
     bare = {"product": "attention", "params": [nn.Parameter(torch.ones(6, 3))], "name": "mine", "frobenius_decay": 0.1}
     for layout in (None, ()):
-        with pytest.raises(ValueError, match="parameter group 'mine': product 'attention' needs a layout, the places"):
+        with pytest.raises(ValueError, match="parameter group 'mine': product 'attention' needs a layout, which says"):
             optimizer.add_param_group(bare | {"layout": layout})
     with pytest.raises((TypeError, ValueError)):
         optimizer.add_param_group(bare | {"layout": ((1, 2, 3),)})
@@ -258,17 +260,17 @@ def test_registered_attention_is_found_and_decayed(change):
     "change, message",
     [
         ({"query": "wx.weight"}, "attention x: Own has no parameter 'wx.weight'"),
-        ({"num_heads": 5}, r"rows {'q': 24, 'k': 12, 'v': 10} must split into num_heads \(5\) queries and num_key_"),
-        ({"num_key_value_heads": 3}, r"num_heads \(4\) queries and num_key_value_heads \(3\), a divisor of it"),
-        ({"key": "wv.weight", "value": "wk.weight"}, "queries of 6 and keys of 5 rows a head must have the same"),
-        ({"rotary": "pairs"}, r"rotary \('pairs'\) be one of \('halves', 'interleaved'\) or None"),
-        ({"rotary": ""}, r"rotary \(''\) be one of \('halves', 'interleaved'\) or None"),
-        ({"rotary": "halves", "rotary_size": 8}, r"rotary_size \(8\) even, at least 2 and at most that"),
-        ({"rotary": "halves", "rotary_size": 0}, r"rotary_size \(0\) even, at least 2 and at most that"),
+        ({"num_heads": 5}, r"rows {'q': 24, 'k': 12, 'v': 10} must split into queries for num_heads \(5\) and keys"),
+        ({"num_key_value_heads": 3}, r"num_heads \(4\) and keys and values for num_key_value_heads \(3\)"),
+        ({"key": "wv.weight", "value": "wk.weight"}, r"queries \(6 rows per head\) and keys \(5\) must have the same"),
+        ({"rotary": "pairs"}, r"rotary \('pairs'\) must be one of \('halves', 'interleaved'\) or None"),
+        ({"rotary": ""}, r"rotary \(''\) must be one of \('halves', 'interleaved'\) or None"),
+        ({"rotary": "halves", "rotary_size": 8}, r"rotary_size \(8\) must be even, at least 2, and at most"),
+        ({"rotary": "halves", "rotary_size": 0}, r"rotary_size \(0\) must be even, at least 2, and at most"),
         ({"rotary_size": 4}, r"attention x: rotary_size \(4\) needs rotary, one of \('halves', 'interleaved'\)"),
-        ({"num_key_value_heads": 0}, r"num_heads \(4\) queries and num_key_value_heads \(0\), a divisor of it"),
-        ({"output": "mix.weight"}, r"mix.weight of shape \(7, 12\) must take num_heads \(4\) times 5 inputs"),
-        ({"name": "fused"}, "Own has an attention named 'fused' already: give this one another name"),
+        ({"num_key_value_heads": 0}, r"num_heads \(4\) and keys and values for num_key_value_heads \(0\)"),
+        ({"output": "mix.weight"}, r"mix.weight of shape \(7, 12\) must have num_heads \(4\) times 5 inputs"),
+        ({"name": "fused"}, "Own already has an attention named 'fused': give this one another name"),
     ],
 )
 def test_a_wrong_registration_is_refused(change, message):
@@ -307,8 +309,8 @@ def test_attention_of_an_unknown_kind_is_named_once(caplog):
         frobenius_param_groups(model, 0.0123)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "ModuleList: attention of an unknown kind is left to ordinary weight decay: StrangeAttention. For frobenius "
-        "decay of its products register what it has with fnl_hf.register_attention or fnl_hf.register_product"
+        "ModuleList: attention of an unknown kind gets ordinary weight decay: StrangeAttention. For frobenius decay, "
+        "register its products with fnl_hf.register_attention or fnl_hf.register_product"
     )
     caplog.clear()
     frobenius_param_groups(StrangeAttention(), 0.0)
@@ -319,7 +321,7 @@ def test_attention_of_an_unknown_kind_is_named_once(caplog):
 def test_a_decay_that_finds_nothing_is_an_error(caplog):
     message = (
         r"frobenius_decay \(0.5\) has nothing to decay: StrangeAttention has no trainable products; its attention is "
-        "of an unknown kind: StrangeAttention. For ordinary weight decay leave it out; otherwise register .*"
+        "of an unknown kind: StrangeAttention. For ordinary weight decay, leave it out; otherwise register .*"
     )
     with pytest.raises(ValueError, match=message):
         frobenius_param_groups(StrangeAttention(), 0.01, frobenius_decay=0.5)

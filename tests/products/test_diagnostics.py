@@ -160,4 +160,4 @@ def test_report_of_a_short_run(tmp_path, monkeypatch):
             for _, value in drawn_points(axes):
                 assert bottom + 0.01 * (top - bottom) < value < top - 0.01 * (top - bottom), "a line on the frame"
     [panel] = [axes for axes in still.axes if axes.get_title().endswith("effective step η/‖W‖²")]
-    assert [text.get_text() for text in panel.texts] == ["the learning rate is 0 at all steps logged"]
+    assert [text.get_text() for text in panel.texts] == ["the learning rate is 0 in all logged steps"]

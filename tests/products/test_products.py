@@ -90,7 +90,7 @@ def test_a_copy_registers_for_itself():
     register_product(twin, "linear", "extra.weight", "readout.weight", name="extra")
     register_product(twin, "linear", "extra.weight", "readout.weight", name="extra")  # once more, as notebooks do
     assert (len(find_products(twin)), len(find_products(block))) == (3, 2)
-    with pytest.raises(ValueError, match=r"Block has a product named 'triple' already: give product \(extra.weight"):
+    with pytest.raises(ValueError, match=r"Block already has a product named 'triple': give product \(extra.weight"):
         register_product(twin, "uv", "extra.weight", "m.weight", name="triple")
 
 
@@ -98,15 +98,25 @@ def test_a_copy_registers_for_itself():
     "kind, names, heads, message",
     [
         ("linear", ("up.weight", "dwon.weight"), 1, r"product of Block: Block has no parameter 'dwon.weight'"),
-        ("lin", PAIR, 1, r"product \(up.weight, down.weight\): kind must be one of \['conv', .*\], got 'lin'"),
+        ("lin", PAIR, 1, r"product \(up.weight, down.weight\): kind must be one of \['conv', .*\], not 'lin'"),
         ("qk", PAIR, 1, r"\(up.weight, down.weight\): shapes \(7, 6\) and \(6, 5\) must share one size, .* \(0, 0\)"),
         ("linear", PAIR, 4, r"shapes \(7, 6\) and \(6, 5\) must share one size, a multiple of num_heads \(4\)"),
         ("linear", PAIR, 0, r"a multiple of num_heads \(0\)"),
-        ("linear", TRIPLE, 1, r"\(u.weight, m.weight, v.weight\): kind 'linear' has 2 factors, got 3"),
+        (
+            "linear",
+            TRIPLE,
+            1,
+            r"\(u.weight, m.weight, v.weight\): products of kind 'linear' have 2 factors, but 3 are given",
+        ),
         ("deep", TRIPLE[::-1], 1, r"\(3, 7\) and \(2, 3\) and \(5, 2\) must match as U \(m, r\), M \(r, s\)"),
         ("deep", TRIPLE, 2, r"must match as .* of each of num_heads \(2\)"),
         ("linear", ("m.weight", "m.weight"), 1, r"\(m.weight, m.weight\): two factors are the same parameter"),
-        ("linear", ("up.weight", "up.bias"), 1, r"\(up.weight, up.bias\): .*matrices, got shapes \[\(7, 6\), \(7,\)\]"),
+        (
+            "linear",
+            ("up.weight", "up.bias"),
+            1,
+            r"\(up.weight, up.bias\): .*matrices, but have the shapes \[\(7, 6\), \(7,\)\]",
+        ),
     ],
 )
 def test_a_wrong_registration_is_refused_and_leaves_nothing_behind(kind, names, heads, message):
@@ -266,26 +276,29 @@ def refusals():
     single = draw_weights([(6, 7)], torch.float32)[0]
     half = [draw_weights([(6, 5), (6, 7)], dtype) for dtype in (torch.bfloat16, torch.float16)]
     return [
-        ({"frobenius_decay": -0.1}, r"group 1: frobenius_decay \(-0.1\) must be finite and >= 0"),
+        ({"frobenius_decay": -0.1}, r"group 1: frobenius_decay \(-0.1\) must be finite and at least 0"),
         ({"frobenius_decay": float("nan")}, r"group 1: frobenius_decay \(nan\)"),
         ({"frobenius_decay": float("inf"), "name": "attention"}, r"group 'attention': frobenius_decay \(inf\)"),
-        ({"product": "qq"}, r"group 1: product must be one of \['conv', .*'vo'\] or None, got 'qq'"),
-        ({"product": None, "use_muon": True, "frobenius_decay": 0.1}, r"group 1: .* \(0.1\) needs products of"),
+        ({"product": "qq"}, r"group 1: product must be one of \['conv', .*'vo'\] or None, not 'qq'"),
+        ({"product": None, "use_muon": True, "frobenius_decay": 0.1}, r"group 1: .* \(0.1\) applies to products"),
         ({"num_heads": 4}, rf"group 1, product 0 \(qk\): shapes {shapes}, a multiple of num_heads \(4\)"),
         ({"num_heads": 0}, rf"{shapes}, a multiple of num_heads \(0\)"),
         ({"product": "vo"}, rf"group 1, product 0 \(vo\): shapes {shapes}"),
-        ({"params": [*pair, other[0]]}, "group 1: .*multiple of 2 parameters, got 3: a factor is missing"),
-        ({"params": pair[0]}, "multiple of 2 parameters, got 1: a factor is missing"),
-        ({"params": [*pair, *other], "product": "deep"}, "'deep' have 3 factors each, .* got 4: a factor is missing"),
+        ({"params": [*pair, other[0]]}, "group 1: .*multiple of 2 parameters, but has 3: a factor is missing"),
+        ({"params": pair[0]}, "multiple of 2 parameters, but has 1: a factor is missing"),
+        (
+            {"params": [*pair, *other], "product": "deep"},
+            "'deep' have 3 factors each, .* but has 4: a factor is missing",
+        ),
         (
             {"params": [pair[0], single]},
-            r"product 0 \(qk\): its factors differ, torch.float64 on cpu and torch.float32",
+            r"product 0 \(qk\): its factors must .* are torch.float64 on cpu and torch.float32",
         ),
         ({"params": half[0], "frobenius_decay": 0.1}, r"product 0 \(qk\) has dtype torch.bfloat16: .*float32"),
         ({"params": half[1], "frobenius_decay": 0.1}, r"product 0 \(qk\) has dtype torch.float16: .*float32"),
         ({"params": [*pair, pair[0], other[1]]}, r"parameter 2, of shape \(6, 5\), is already in parameter group 1"),
         ({"params": [other[0], other[0]]}, r"parameter 1, of shape \(6, 5\), is already in parameter group 1"),
-        ({"params": [w.detach().view(-1) for w in pair]}, r"matrices, got shapes \[\(30,\), \(42,\)\]. FSDP1"),
+        ({"params": [w.detach().view(-1) for w in pair]}, r"matrices, but have the shapes \[\(30,\), \(42,\)\]. FSDP1"),
     ]
 
 
@@ -334,7 +347,7 @@ def test_products_dealt_out_to_processes_are_refused(optimizer_class):
                                        intermediate_size=5, max_position_embeddings=7))  # fmt: skip
     groups = frobenius_param_groups(model, 0.1)
     groups[0]["params"] = groups[0]["params"][::2]
-    with pytest.raises(ValueError, match="'qk': .* here of 2 products, got 2: .*ZeroRedundancyOptimizer"):
+    with pytest.raises(ValueError, match="'qk': .* for 2 products.*, but has 2: .*ZeroRedundancyOptimizer"):
         optimizer_class(groups, lr=0.1)
 
 

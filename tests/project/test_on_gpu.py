@@ -105,7 +105,7 @@ sys.argv = ["on_gpu.py", "tests", "steps", "decay", "lamb", "resume", "throughpu
 runpy.run_path({str(ROOT / "benchmarks" / "on_gpu.py")!r}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and "all ended" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and "all finished" in done.stdout, done.stderr[-3000:]
     skipped = {line["stage"]: line["value"] for line in lines_of(file) if line["figure"] == "skipped"}
     assert set(skipped) == {"tests", "lamb", "resume", "study-none-512"}
     assert skipped["study-none-512"] == "study-none-512: datasets, evaluate not installed"
@@ -120,7 +120,9 @@ def test_the_tests_that_need_a_gpu_are_those_that_are_run_there(on_gpu):
         assert re.search(f"def test_.*{words}", (ROOT / file).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("words, message", [(["nothing"], "no stage nothing"), ([], "there is no CUDA device here")])
+@pytest.mark.parametrize(
+    "words, message", [(["nothing"], "unknown stage nothing"), ([], "there is no CUDA device: use")]
+)
 def test_bad_words_are_one_line(on_gpu, capsys, monkeypatch, words, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:

@@ -211,7 +211,7 @@ def test_the_command_uploads_the_model_alone(hub, here, published, tmp_path, cap
         (tmp_path / missing).unlink(missing_ok=True)
         with pytest.raises(SystemExit, match="2"):
             cli.main(["push", str(tmp_path), "nothing"])
-        assert f"error: {tmp_path} holds no saved model: it has no {missing}" in capsys.readouterr().err
+        assert f"error: {tmp_path} contains no saved model: it has no {missing}" in capsys.readouterr().err
     assert "ada/nothing" not in hub.repositories
 
 
@@ -268,9 +268,9 @@ def test_a_card_says_how_the_model_was_trained_and_from_what(dimensions, tmp_pat
 @pytest.mark.parametrize(
     "name, token, message",
     [
-        ("mine", "", r"mine on the Hub: no token, or none that it knows: log in with `hf auth login`"),
-        ("mine", "hf_expired", r"mine on the Hub: no token, or none that it knows"),
-        ("analysts/theirs", Hub.token, r"analysts/theirs on the Hub: the token may not write there"),
+        ("mine", "", r"mine on the Hub: no token, or one that the Hub does not know: log in with `hf auth login`"),
+        ("mine", "hf_expired", r"mine on the Hub: no token, or one that the Hub does not know"),
+        ("analysts/theirs", Hub.token, r"analysts/theirs on the Hub: the token has no write permission there"),
         ("a/b/c", Hub.token, r"a/b/c on the Hub: HFValidationError"),
     ],
 )
@@ -283,7 +283,7 @@ def test_refusals_come_before_training_and_before_a_file_is_written(hub, here, c
 
 def test_no_connection_is_a_refusal_too(hub, here, published):
     here.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserInputError, match="mine on the Hub: ConnectError: .*Connection refused.*is as it was"):
+    with pytest.raises(UserInputError, match="mine on the Hub: ConnectError: .*Connection refused.*is unchanged"):
         push_folder(published / "answers", "mine")
 
 
@@ -291,7 +291,7 @@ def test_what_the_hub_says_of_a_card_is_passed_on(hub, here, published, tmp_path
     copy = shutil.copytree(published / "answers", tmp_path / "copy")
     (copy / "README.md").write_text("---\nlicense: mine\n---\n")
     with pytest.raises(
-        UserInputError, match='Invalid metadata in README.md. - "license" must not be mine .*is as it was'
+        UserInputError, match='Invalid metadata in README.md. - "license" must not be mine .*is unchanged'
     ):
         push_folder(copy, "unlicensed")
 
@@ -337,7 +337,7 @@ def test_a_push_that_is_cut_off_leaves_the_model_and_goes_on(hub, here, corpus, 
     failed = run_python(hub, tmp_path, IMPATIENT, ROOT / "run_pretrain.py", *words, token=hub.token, check=False)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     (error,) = [line for line in failed.stderr.splitlines() if line.startswith("run_pretrain.py: error: ada/cut on")]
-    assert error.endswith(f"The model is saved: `fnl-hf push {folder} ada/cut` sends what is missing")
+    assert error.endswith(f"The model is saved: `fnl-hf push {folder} ada/cut` uploads what is missing")
     assert "Error while uploading" in error and "isconnected" in error
     assert (folder / "all_results.json").is_file() and hub.messages("ada/cut") == ["initial commit"]
     transformers.AutoModelForMaskedLM.from_pretrained(folder)
@@ -348,7 +348,7 @@ def test_a_push_that_is_cut_off_leaves_the_model_and_goes_on(hub, here, corpus, 
     hub.cut("POST .*/commit/")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["push", str(folder), "cut"])
-    assert "the same command sends what is missing" in capsys.readouterr().err
+    assert "the same command uploads what is missing" in capsys.readouterr().err
     assert hub.received[oid] == 1 and hub.messages("ada/cut") == ["initial commit"]
 
     hub.cut("", 0)
@@ -365,8 +365,8 @@ def test_large_files_go_over_xet_to_a_hub_that_has_it(hub, here, published, tmp_
     save_file({"unsent": torch.arange(9_000)}, copy / "model.safetensors")  # no other test has stored it
     weights = (copy / "model.safetensors").read_bytes()
     refused = run_python(hub, tmp_path, WITH_XET, copy, cas, token=hub.token)
-    remedy = "set HF_HUB_DISABLE_XET=1 to send them through Git LFS. "
-    assert remedy + f"{copy} is as it was" in refused.stderr and hub.messages(name) == ["initial commit"]
+    remedy = "set HF_HUB_DISABLE_XET=1 to upload them through Git LFS. "
+    assert remedy + f"{copy} is unchanged" in refused.stderr and hub.messages(name) == ["initial commit"]
     here.setattr(hub, "xet", cas)
     cas.mkdir()
     pushed = run_python(hub, tmp_path, WITH_XET, copy, cas, token=hub.token)

@@ -81,7 +81,7 @@ def test_the_embedded_corpus_is_not_used_in_silence():
     data = Dataset.from_dict({"text": ["a"] * 7}), Dataset.from_dict({"text": ["a"] * 2})
     documents, rows = (SimpleNamespace(train=train, held_out=held_out) for train, held_out in (data, data[::-1]))
     name, facts, notice = run_pretrain.describe_data(documents, rows, DataArguments(max_seq_length=11))
-    assert notice.startswith("NO DATA NAMED: this is the EMBEDDED CORPUS. --train_file or --dataset_name")
+    assert notice.startswith("NO DATA NAMED: this is the EMBEDDED CORPUS. To use your own, give --train_file or")
     assert facts == {
         "training data": "embedded corpus: 7 documents, 2 sequences of 11 tokens (22 in all)",
         "held-out data": "2 documents, 7 sequences of 11 tokens (77 in all)",

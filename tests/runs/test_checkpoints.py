@@ -91,7 +91,7 @@ def test_a_death_within_a_save_leaves_the_older_checkpoint(whole, corpus, tmp_pa
 )
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(corpus, tmp_path, monkeypatch, error):
     at_step_10(monkeypatch, error)
-    with pytest.raises(UserInputError, match="checkpoint-10 could not be written: the disk is full .*it are as"):
+    with pytest.raises(UserInputError, match="checkpoint-10 could not be written: the disk is full .* are intact"):
         run(corpus, tmp_path / "out")
     assert names(tmp_path / "out") == ["checkpoint-5"] and find_fault(tmp_path / "out" / "checkpoint-5") is None
 
@@ -108,14 +108,16 @@ def test_a_changed_file_is_noticed(copied, name):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert find_fault(copied / "checkpoint-10") == f"{name} is not what was written: its checksum differs"
+    assert find_fault(copied / "checkpoint-10") == f"{name} was changed after it was written: its checksum differs"
     assert newest_complete_checkpoint(copied) == copied / "checkpoint-5"
 
 
 def test_a_tampered_checkpoint_is_passed_over_and_written_anew(whole, copied, corpus):
     with (copied / "checkpoint-10" / "optimizer.pt").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(UserInputError, match="no complete checkpoint there: optimizer.pt is not what was written"):
+    with pytest.raises(
+        UserInputError, match="not a complete checkpoint: optimizer.pt was changed after it was written"
+    ):
         run(corpus, copied, resume_from_checkpoint=copied / "checkpoint-10")
     run(corpus, copied, resume_from_checkpoint="auto")
     assert_same_weights(whole, copied)
@@ -135,7 +137,7 @@ def test_two_processes_write_one_checkpoint_and_resume_to_the_same_weights(corpu
     started = json.loads((out / "run_arguments.json").read_text())
     arguments = pretraining(corpus, out, resume_from_checkpoint="auto", **flags)
     resumed = launch("run_pretrain.py", *arguments, processes=2)
-    assert "checkpoint-10 is passed over: rng_state_1.pth is not what was written" in resumed.stderr
+    assert "checkpoint-10: rng_state_1.pth was changed after it was written" in resumed.stderr
     assert json.loads((out / "run_arguments.json").read_text()) == started
     assert_same_weights(tmp_path / "whole", out)
 

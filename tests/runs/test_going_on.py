@@ -94,7 +94,7 @@ def test_a_best_checkpoint_that_is_gone_leaves_its_place_to_the_next(tmp_path, m
     assert found(str(elsewhere)) == (str(elsewhere), 1.5, 5)
     assert not caplog.text
     assert found("gone/checkpoint-5") == (None, None, None)
-    assert "checkpoint-5 had the best loss (1.5) and is gone or not complete: the" in caplog.text
+    assert "checkpoint-5 had the best loss (1.5), but is missing or incomplete: the" in caplog.text
 
 
 def test_only_a_run_s_own_checkpoints_are_dropped_and_never_the_best(tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_other_files_make_another_run(plan, tmp_path, monkeypatch, name, there, 
     (tmp_path / "other").mkdir()
     for file in ("a.txt", "b.txt", "other/a.txt"):
         Path(file).write_text("text")
-    with pytest.raises(UserInputError, match=f"holds another run: {name} is "):
+    with pytest.raises(UserInputError, match=f"contains another run: {name} was "):
         plan({name: there}, {name: here})
 
 
@@ -267,7 +267,7 @@ def test_a_summary_of_seeds_overwrites_none_but_its_own(tmp_path):
     )
     for mine in ("[3, 5]", '{"seeds": "mine"}', "{"):
         (tmp_path / "seeds.json").write_text(mine)
-        with pytest.raises(UserInputError, match="seeds.json there is not as --seeds has written it: move it away"):
+        with pytest.raises(UserInputError, match="seeds.json in it was not written by --seeds: move it away"):
             commands_of_seeds([], args)
     (tmp_path / "seeds.json").write_text('{"seeds": [3, 5], "scores": {}}')
     assert len(commands_of_seeds([], args)) == 2

@@ -25,7 +25,9 @@ file.flush()
 print("locked", flush=True)
 sys.stdin.read()
 """
-IN_USE = r"/out is in use by a run in process 4711 on node7, since 2023-11-14 22:13:20 UTC: wait for its end, or choose"
+IN_USE = (
+    r"/out is in use by a run in process 4711 on node7, since 2023-11-14 22:13:20 UTC: wait until it ends, or choose"
+)
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_of_two_runs_that_were_planned_the_second_to_start_is_refused(tmp_path, 
         lock_folder(out, b"")
     first.communicate()
     with pytest.raises(
-        UserInputError, match="out: process 4711 on node7, since .* has run there since this one was pla"
+        UserInputError, match="out: process 4711 on node7, since .* started a run there after this one was pla"
     ):
         lock_folder(out, b"")
     with folders_in_use():
@@ -118,7 +120,7 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch, folders_in_use():
         patch.setattr(locks.fcntl, "lockf", unsupported)
         lock_folder(tmp_path, b"")
-        assert "is on a disk without locks: nothing keeps another process from starting a run there" in caplog.text
+        assert "is on a disk that does not support locks: another process could start a run there" in caplog.text
     monkeypatch.setattr(locks, "fcntl", None)
     assert read_lock(tmp_path) == b""
     lock_folder(tmp_path, b"")

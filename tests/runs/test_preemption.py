@@ -202,7 +202,7 @@ def test_a_signal_outside_of_training_ends_the_script_at_once(monkeypatch, capsy
         signal.signal(signal.SIGTERM, before)
     assert end.value.code == 75
     assert capsys.readouterr().err == (
-        "run_pretrain.py: stopped by SIGTERM: the same command with --resume_from_checkpoint auto goes on\n"
+        "run_pretrain.py: stopped by SIGTERM: start the same command with --resume_from_checkpoint auto to continue\n"
     )
 
 

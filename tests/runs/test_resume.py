@@ -54,13 +54,13 @@ def of_two_processes(corpus, tmp_path_factory):
 @pytest.mark.parametrize("newest", [6, 9])  # in the first epoch and in the second
 def test_a_run_of_two_processes_goes_on_with_one(of_two_processes, corpus, tmp_path, newest, caplog):
     out = before_its_end(of_two_processes, tmp_path / "out", newest)
-    started = r"was started on 2 process\(es\) x 1 accumulation step\(s\) x 4 sequences, here are 1 x"
+    started = r"was started on 2 process\(es\) x 1 accumulation step\(s\) x 4 sequences; now they are 1 x"
     remedy = "same sample position with --allow_other_world_size true --gradient_accumulation_steps 2"
-    with pytest.raises(UserInputError, match=f"{started} 2 x 4: go on at the {remedy}"):
+    with pytest.raises(UserInputError, match=f"{started} 2 x 4: resume at the {remedy}"):
         go_on(corpus, out, gradient_accumulation_steps=2)
-    with pytest.raises(UserInputError, match=f"{started} 1 x 4: go on at the {remedy}"):
+    with pytest.raises(UserInputError, match=f"{started} 1 x 4: resume at the {remedy}"):
         go_on(corpus, out, allow_other_world_size="true")
-    with pytest.raises(UserInputError, match="holds another run: .*per_device_train_batch_size is 4 there and 8 here"):
+    with pytest.raises(UserInputError, match="contains another run: .*per_device_train_batch_size was 4 and is now 8"):
         go_on(corpus, out, allow_other_world_size="true", per_device_train_batch_size=8)
     go_on(corpus, out, allow_other_world_size="true", gradient_accumulation_steps=2)
     assert_same_weights(of_two_processes, out, atol=1e-5, rtol=0)
@@ -70,7 +70,7 @@ def test_a_run_of_two_processes_goes_on_with_one(of_two_processes, corpus, tmp_p
 
 
 @pytest.mark.parametrize("there, here, remedy", [
-    ((3, 2), 5, "5 processes cannot share its global batch of 42 sequences. Their number must divide 6"),
+    ((3, 2), 5, "5 processes cannot share its global batch of 42 sequences. The number of processes must divide 6"),
     ((3, 2), 2, "--gradient_accumulation_steps 3"),
     ((1, 6), 3, "--gradient_accumulation_steps 2"),
 ])  # fmt: skip
@@ -138,9 +138,9 @@ def test_other_data_are_refused(of_one_process, corpus, tmp_path):
     before = json.loads((out / "run_arguments.json").read_text())
     try:
         os.replace(changed, corpus)
-        with pytest.raises(UserInputError, match=f"other data: their fingerprint is {before['data_fingerprint']} ther"):
+        with pytest.raises(UserInputError, match=f"other data: the fingerprint was {before['data_fingerprint']} and"):
             go_on(corpus, out)
-        with pytest.raises(UserInputError, match="Bring the old files back"):
+        with pytest.raises(UserInputError, match="Restore the old files"):
             run(corpus, out, resume_from_checkpoint=out / "checkpoint-6")
     finally:
         corpus.write_bytes(original)
@@ -172,7 +172,10 @@ def test_a_process_that_the_checkpoint_does_not_know_has_a_random_state_of_its_o
 def test_a_run_can_be_made_longer_and_is_told_what_that_means(of_one_process, corpus, tmp_path, caplog):
     out = before_its_end(of_one_process, tmp_path / "out", 9)
     go_on(corpus, out, max_steps=13)
-    assert "the run was started for 12 steps and goes on for 13 steps in all. Its learning rate changes" in caplog.text
+    assert (
+        "the run was started for 12 steps and now ends after 13 steps in total. From this step on, the learning rate"
+        in caplog.text
+    )
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] == 13
     caplog.clear()

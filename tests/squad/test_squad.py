@@ -183,7 +183,7 @@ def test_a_long_question_is_cut_to_64_tokens(tokenizer):
 @pytest.mark.parametrize(
     "lengths, message",
     [((40, 0), r"--doc_stride \(0\) must be at least 1"), ((0, 7), r"--max_seq_length \(0\) must be at least 1"),
-     ((9, 7), r"--max_seq_length \(9\) leaves no room for a context beside a question of \d+ tokens")],
+     ((9, 7), r"--max_seq_length \(9\) leaves no room for the context after a question of \d+ tokens")],
 )  # fmt: skip
 def test_impossible_lengths_are_refused(tokenizer, lengths, message):
     with pytest.raises(UserInputError, match=message):
@@ -225,7 +225,7 @@ def test_unanswerable_questions_have_no_answers(tmp_path):
         (b"[1, 2]", "not in SQuAD's layout"),
         (b'{"data": []}', "no questions"),
         (b'{"data": [{"paragraphs": [{"context": "x", "qas": ["q"]}]}]}', "not in SQuAD's layout"),
-        (b'{"data": [{"paragraphs": [{"context": null, "qas": [{"id": 1, "question": "q"}]}]}]}', ".*must be texts"),
+        (b'{"data": [{"paragraphs": [{"context": null, "qas": [{"id": 1, "question": "q"}]}]}]}', ".*must be strings"),
         (
             b'{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 1, "question": "q", "answers": '
             b'[{"text": "x", "answer_start": "0"}]}]}]}]}',
@@ -251,16 +251,28 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
 GRACE = {"text": "Grace Hopper", "answer_start": CONTEXT.index("Grace")}
 # fields of a question (None: of its context) -> what is said of it
 BAD_QUESTIONS = {
-    "half a pair in the id": ({"id": "a\ud800"}, r"question 'a\\ud800': not Unicode at character 1: 'a\\ud800'$"),
-    "half a pair in the question": ({"question": "Who\udfff?"}, "question 'a': not Unicode at character 3: "),
-    "half a pair in the context": ({None: CONTEXT + "\ud83d"}, f"'a': not Unicode at character {len(CONTEXT)}: "),
-    "half a pair in an answer": ({"answers": [GRACE | {"text": "\udc00"}]}, "'a': not Unicode at character 0: "),
-    "a list for an id": ({"id": ["a"]}, r"a question's id must be a text, got \['a'\]"),
-    "no id": ({"id": None}, "a question's id must be a text, got None"),
-    "a word for a truth": ({"is_impossible": "false"}, "'a': is_impossible must be true or false, got 'false'"),
-    "a number for a truth": ({"is_impossible": 0}, "'a': is_impossible must be true or false, got 0"),
-    "null for a truth": ({"is_impossible": None}, "'a': is_impossible must be true or false, got None"),
-    "an object for answers": ({"answers": {}}, "'a': answers must be a list, got {}"),
+    "half a pair in the id": (
+        {"id": "a\ud800"},
+        r"question 'a\\ud800': the character at position 1 is not Unicode: 'a\\ud800'$",
+    ),
+    "half a pair in the question": (
+        {"question": "Who\udfff?"},
+        "question 'a': the character at position 3 is not Unicode: ",
+    ),
+    "half a pair in the context": (
+        {None: CONTEXT + "\ud83d"},
+        f"'a': the character at position {len(CONTEXT)} is not Unicode: ",
+    ),
+    "half a pair in an answer": (
+        {"answers": [GRACE | {"text": "\udc00"}]},
+        "'a': the character at position 0 is not Unicode: ",
+    ),
+    "a list for an id": ({"id": ["a"]}, r"the id of a question must be a string, not \['a'\]"),
+    "no id": ({"id": None}, "the id of a question must be a string, not None"),
+    "a word for a truth": ({"is_impossible": "false"}, "'a': is_impossible must be true or false, not 'false'"),
+    "a number for a truth": ({"is_impossible": 0}, "'a': is_impossible must be true or false, not 0"),
+    "null for a truth": ({"is_impossible": None}, "'a': is_impossible must be true or false, not None"),
+    "an object for answers": ({"answers": {}}, "'a': answers must be a list, not {}"),
     "an answer far away": ({"answers": [GRACE | {"answer_start": 10**30}]}, "'Grace Hopper' is not at offset 10{30} "),
 }
 
@@ -277,7 +289,7 @@ def test_a_bad_question_is_refused_in_one_line(tmp_path, name):
 
 def test_texts_that_are_not_unicode_are_refused_where_features_are_made(tokenizer):
     for texts in (("Who\ud800?", CONTEXT), ("Who?", CONTEXT + "\udfff")):
-        with pytest.raises(UserInputError, match="^question and context: not Unicode at character "):
+        with pytest.raises(UserInputError, match="^question and context: the character at position "):
             next(FeatureMaker(tokenizer, 40, 16).encode(*([text] for text in texts)))
 
 
@@ -290,7 +302,9 @@ def test_bad_columns_of_a_data_set_are_refused(tmp_path):
     row = example() | {"answers": {"text": ["Grace Hopper"], "answer_start": ["here"]}}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(UserInputError, match=f"^--dataset_name {tmp_path}/data is not like rajpurkar/squad: "):
+    with pytest.raises(
+        UserInputError, match=f"^--dataset_name {tmp_path}/data does not have the layout of rajpurkar/squad: "
+    ):
         squad.load_squad_hub(str(tmp_path / "data"), None, "train", cache_dir=str(tmp_path / "cache"))
 
 
@@ -307,7 +321,7 @@ def test_bad_questions_are_refused(tmp_path):
 
 def test_scores_need_predictions(tmp_path):
     args = FnlTrainingArguments(output_dir=str(tmp_path / "out"), prediction_loss_only=True, report_to="none")
-    with pytest.raises(UserInputError, match=r"--prediction_loss_only \(True\) leaves no predictions"):
+    with pytest.raises(UserInputError, match=r"--prediction_loss_only \(True\) keeps no predictions"):
         SquadTrainer(None, args, answer_options=AnswerOptions())
     assert not (tmp_path / "out").exists()
 

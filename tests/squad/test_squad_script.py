@@ -204,11 +204,11 @@ def test_several_seeds_are_several_runs_that_go_on_where_they_stood(pretrained, 
         run_squad.run(command)
 
     file.write_text(file.read_text().replace("what jumps", "who jumps", 1))  # one question is another
-    with pytest.raises(UserInputError, match="seed-3 holds a run on other data: their fingerprint is"):
+    with pytest.raises(UserInputError, match="seed-3 contains a run on other data: the fingerprint was"):
         run_squad.run(resumed)
     file.unlink()
     edit("seed-7/run_arguments.json", validation_fingerprint="5a")(tmp_path / "out")
-    with pytest.raises(UserInputError, match="cannot be compared: validation_fingerprint is .*, 5a in .*seed-7"):
+    with pytest.raises(UserInputError, match="are not comparable: validation_fingerprint is .*, 5a in .*seed-7"):
         run_squad.run(resumed)
 
 
@@ -228,7 +228,7 @@ def test_other_questions_to_evaluate_under_the_same_name_are_refused(pretrained,
         for changed in (text.replace("the quick", "the cool!"), text.replace("what jumps", "who jumps", 1)):
             files[name].write_text(changed)
             with pytest.raises(
-                UserInputError, match=rf"out holds a run on other {kind}: their fingerprint is \w+ ther"
+                UserInputError, match=rf"out contains a run on other {kind}: the fingerprint was \w+ and"
             ):
                 run_squad.run(command)
         files[name].write_text(text)
@@ -240,7 +240,10 @@ def test_other_questions_to_evaluate_under_the_same_name_are_refused(pretrained,
     assert f"The run in {out} is finished: nothing to do" in caplog.text
     files["validation_file"].rename(tmp_path / "away")
     run_squad.run(command)
-    assert f"finished run in {out} cannot be compared: {files['validation_file']}: no such file" in caplog.text
+    assert (
+        f"finished run in {out} could not be read to check that they are unchanged: {files['validation_file']}: no"
+        in caplog.text
+    )
     (tmp_path / "away").rename(files["validation_file"])
     assert (out / "all_results.json").read_text() == results
 
@@ -310,7 +313,7 @@ def test_heads_of_other_kinds(pretrained, squad_files, tmp_path):
     for name, flags, message in (
         (folder, {}, "no question answering model in .*classifier: it lacks qa_outputs.bias, which would be random"),
         (pretrained, {}, "it lacks qa_outputs.bias, which would be random"),
-        (None, anew, "--config_name .*classifier begins with random weights: train them"),
+        (None, anew, "--config_name .*classifier starts from random weights: train them"),
     ):
         with pytest.raises(UserInputError, match=message):
             run_squad.run(squad(name, tmp_path / "none", file, do_eval="true", **flags))
@@ -337,17 +340,26 @@ def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
         ({"doc_stride": 0}, r"--doc_stride \(0\) must be at least 1"),
         ({"max_seq_length": 600}, r"--max_seq_length \(600\) exceeds"),
         ({"max_train_samples": -1}, r"--max_train_samples \(-1\) must be at least 1"),
-        ({"config_name": "/no/such"}, "give one of --config_name, --model_name_or_path, not"),
+        ({"config_name": "/no/such"}, "give only one of --config_name, --model_name_or_path, not"),
         ({"learning_rate": "-1e-4"}, r"--learning_rate \(-0.0001\) must be at least 0.0"),
         ({"n_best_size": 0}, r"--n_best_size \(0\) must be at least 1"),
-        ({"prediction_loss_only": "true"}, r"--prediction_loss_only \(True\) leaves no predictions to make answers of"),
-        ({"do_predict": "true", "do_train": "true"}, "no questions to predict: give --test_file"),
-        ({"seeds": 5}, r"--seeds \(5\) must be at least two different ones"),
-        ({"seeds": "3 3"}, r"--seeds \(3 3\) must be at least two different ones"),
+        (
+            {"prediction_loss_only": "true"},
+            r"--prediction_loss_only \(True\) keeps no predictions to compute answers from",
+        ),
+        ({"do_predict": "true", "do_train": "true"}, "no questions for prediction: give --test_file"),
+        ({"seeds": 5}, r"--seeds \(5\) must be two or more different seeds"),
+        ({"seeds": "3 3"}, r"--seeds \(3 3\) must be two or more different seeds"),
         ({"seeds": "3 -1"}, r"--seeds \(-1\) must be at least 0"),
         ({"seeds": "3 5", "do_train": "true"}, "--seeds .* needs --do_train and --do_eval"),
-        ({"seeds": "3 5", "push_to_hub": "true"}, "--push_to_hub: --seeds trains several models"),
-        ({"seeds": "3 5", "resume_from_checkpoint": "x/checkpoint-3"}, "checkpoint of one run: with --seeds, 'auto'"),
+        (
+            {"seeds": "3 5", "push_to_hub": "true"},
+            "--push_to_hub cannot be used with --seeds, which trains several models",
+        ),
+        (
+            {"seeds": "3 5", "resume_from_checkpoint": "x/checkpoint-3"},
+            "checkpoint of one run: use 'auto' with --seeds",
+        ),
     ],
 )
 def test_bad_squad_flags_are_refused(pretrained, squad_files, tmp_path, flags, message):

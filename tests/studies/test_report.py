@@ -16,7 +16,7 @@ from tests.studies.fakes import fake_study
 NONE = {1: 4.0, 2: 4.25, 3: 4.5}
 # up-0.1 is the lowest where it counts and the highest where it is chosen; seed 11 is for the choice.
 LOSSES = {"none": NONE, "up-0.1": {1: 1.0, 2: 1.5, 3: 1.5, 11: 5.0}, "up-1": {1: 3.7, 2: 4.15, 3: 4.3, 11: 4.5}}
-FAILS = "does not hold here: it is"
+FAILS = "not confirmed here:"
 CLAIM = Comparison("Up is lower", "up-*", "none", article=True)
 
 
@@ -62,17 +62,17 @@ def page(tmp_path):
 def test_the_page_says_what_the_lines_say(page, tmp_path):
     text = page()
     difference = "−0.200 [−0.448, +0.048]"  # 4.30265 · 0.1/√3 = 0.2484; 5.36331 · 0.1/√3 = 0.3097
-    verdict = "cannot be told at this scale"
+    verdict = "undecided at this scale"
     row = f"| Up is lower | [up](#up), A | **{verdict}** | up-1 − none | {difference} | 3 | 0.310 |\n"
     assert row in text
     assert (
-        f"**Answer.** A: whether up-1 is better than none {verdict} (a difference of {difference} on 3 seeds, where "
-        "0.310 could have been seen).\n"
+        f"**Answer.** A: whether up-1 is better than none is {verdict} (a difference of {difference} on 3 seeds, "
+        "detectable difference 0.310).\n"
     ) in text
     assert "| none | 4.250 ± 0.250 | 3 | – | – | 4 |\n" in text
     assert f"| up-1 | 4.050 ± 0.312 | 3 | {difference} | 0.310 | 4 |\n" in text  # √(0.195/2)
     assert "| A | up | 1 | 4.050 ± 0.312 | 1.333 | 0.1 |\n" in text
-    assert "Seeds 1, 2, 3; for the choice 11. 11 runs, 2.8 hours. Z80, 1 thread a run; torch 2.9" in text
+    assert "Seeds 1, 2, 3; tuning seeds 11. 11 runs, 2.8 hours. Z80, 1 thread per run; torch 2.9" in text
     assert "make studies STUDY=up\n" in text
     assert (tmp_path / "docs" / "results" / "up.png").read_bytes().startswith(b"\x89PNG")
 
@@ -80,7 +80,7 @@ def test_the_page_says_what_the_lines_say(page, tmp_path):
 @pytest.mark.parametrize(
     "values, better, effect, said, claimed",
     [
-        ((3.79, 4.05, 4.31), "lower", 0.1, "up-1 is better than none", "holds here"),
+        ((3.79, 4.05, 4.31), "lower", 0.1, "up-1 is better than none", "confirmed here"),
         ((3.79, 4.05, 4.31), "higher", 0.1, "up-1 is worse than none", f"{FAILS} worse"),
         ((4.21, 4.45, 4.69), "lower", 0.1, "up-1 is worse than none", f"{FAILS} worse"),
         # 0.2 + 4.30265 · 0.01/√3 = 0.2248
@@ -89,9 +89,9 @@ def test_the_page_says_what_the_lines_say(page, tmp_path):
             "lower",
             0.225,
             "up-1 is as good as none within ± 0.225",
-            "does not hold here: it is as good",
+            f"{FAILS} as good",
         ),
-        ((3.79, 4.05, 4.31), "lower", 0.224, "up-1 is better than none", "holds here"),
+        ((3.79, 4.05, 4.31), "lower", 0.224, "up-1 is better than none", "confirmed here"),
     ],
 )
 def test_the_rule(tmp_path, page, values, better, effect, said, claimed):
@@ -106,14 +106,14 @@ def test_a_claim_of_no_difference(tmp_path):
     losses = LOSSES | {"up-1": {1: 3.79, 2: 4.05, 3: 4.31, 11: 4.5}}
     outcome, claim = Outcome("up", study, lines_of(study, losses)), Comparison("", "up-1", "none", expected="same")
     difference = outcome.compare("A", claim)[2]
-    assert outcome.claim(claim, difference) == "holds here"
+    assert outcome.claim(claim, difference) == "confirmed here"
     smaller = Outcome("up", study_of(tmp_path, effect=0.1), lines_of(study, losses))
-    assert smaller.claim(claim, difference) == "does not hold here: it is better"
+    assert smaller.claim(claim, difference) == f"{FAILS} better"
 
 
 def test_nothing_is_chosen_before_its_tuning_seeds_have_run(page):
     text = page(tuning_seeds=(11, 12))
-    assert "| **too few runs yet** | – | – | – | – |" in text and "**Answer.** A: too few runs yet.\n" in text
+    assert "| **too few runs so far** | – | – | – | – |" in text and "**Answer.** A: too few runs so far.\n" in text
 
 
 def test_lines_of_an_older_definition_do_not_count(tmp_path, page):

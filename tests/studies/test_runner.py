@@ -92,8 +92,8 @@ def test_a_failure_is_told_and_stops_nothing(folder, capfd):
     assert command(folder, "--seeds", "5", arms=arms) == 1
     told = capfd.readouterr().err
     assert "A/broken, seed 5: failed with exit status 1\n" + "  first\n" * 5 + "  what is wrong\n" in told
-    assert "A/empty, seed 5: left no results: FileNotFoundError" in told
-    assert "1 of 3 runs are recorded, 2 left; 2 failed" in told
+    assert "A/empty, seed 5: wrote no results: FileNotFoundError" in told
+    assert "1 of 3 runs recorded, 2 missing; 2 failed" in told
     assert runs_in(lines_of(folder)) == [("A/low", 5)]
 
 
@@ -104,7 +104,7 @@ def test_stopped_by_a_signal_it_ends_its_children_and_resumes_them_later(tmp_pat
     runner.send_signal(signum)
     _, told = runner.communicate(timeout=120)
     assert runner.returncode == 128 + signum, told
-    assert "0 of 3 runs are recorded, 3 left" in told and "failed" not in told
+    assert "0 of 3 runs recorded, 3 missing" in told and "failed" not in told
     assert not any(is_alive(start[-1]) for start in starts(tmp_path))
     assert lines_of(tmp_path) == []
     (tmp_path / "gate").touch()
@@ -174,10 +174,10 @@ def test_the_revision_does_not_change_with_what_studies_write(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nix"], "no study 'nix': one of fake"),
-        ([], "name a study, one of fake, or give --list"),
-        (["fake", "--arms", "C*"], "--arms C*: no such arm of fake: A/low, A/high, B/low"),
-        (["fake", "--seeds", "2", "2"], "--seeds (2 2) must be different ones of at least 0"),
+        (["nix"], "unknown study 'nix': choose from fake"),
+        ([], "give the name of a study (fake) or --list"),
+        (["fake", "--arms", "C*"], "--arms C* matches no arm of fake: A/low, A/high, B/low"),
+        (["fake", "--seeds", "2", "2"], "--seeds (2 2) must be different seeds of at least 0"),
         (["fake", "--workers", "0"], "--workers (0) must be at least 1"),
         (["fake", "--minutes", "nan"], "--minutes (nan) must be above 0"),
     ],
@@ -195,6 +195,6 @@ def test_list_says_what_is_left_and_how_long_it_takes(folder, capfd):
     capfd.readouterr()
     command(folder, "--list", "--workers", "4")
     output = capfd.readouterr()
-    assert "1 of 9 runs recorded, 8 left, about 1.0 h at 1800 s a run and 4 at a time" in output.err
-    assert output.out.splitlines()[0].split() == ["A/low", "done", "1;", "left", "11", "2"]
+    assert "1 of 9 runs recorded, 8 missing, about 1.0 h at 1800 s per run with 4 in parallel" in output.err
+    assert output.out.splitlines()[0].split() == ["A/low", "done", "1;", "missing", "11", "2"]
     assert len(starts(folder)) == 1

@@ -36,7 +36,7 @@ def test_checkpoints_that_both_have(tmp_path):
     keep_weights(tmp_path / "twin", tmp_path / "kept")
     assert distances_of(tmp_path / "own", tmp_path / "kept")["distance"] == [[100, 0.5], [500, 0.5]]
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="no checkpoint of the same step"):
+    with pytest.raises(ValueError, match="no checkpoints of the same step"):
         distances_of(tmp_path / "own", tmp_path / "none")
 
 
@@ -54,7 +54,9 @@ def test_the_twin_is_run_first_and_the_others_are_measured_against_it(tmp_path, 
     (tmp_path / "results" / "fake.jsonl").write_text(json.dumps(lines[0]) + "\n")
     capsys.readouterr()
     assert command(tmp_path, "--seeds", "1", arms=arms, twin="high") == 0
-    assert "1 left; the weights of A/high are gone: delete their lines to run them again" in capsys.readouterr().err
+    assert (
+        "1 missing; the weights of A/high were deleted: delete their lines to run them again" in capsys.readouterr().err
+    )
 
 
 def test_places_are_no_part_of_what_is_recorded(tmp_path, monkeypatch, capsys):

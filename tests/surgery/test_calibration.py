@@ -32,7 +32,7 @@ def positive(groups, size, seed):
 
 def quietly(model, config, batches):
     with warnings.catch_warnings():
-        for text in ("calibration has .* rows", ".* layers get more parameters"):
+        for text in ("the calibration data give .* rows", ".* layers get more parameters"):
             warnings.filterwarnings("ignore", message=text)
         return factorize(model, config, calibration=batches)
 
@@ -178,7 +178,7 @@ def test_the_model_is_left_as_it_was():
     state = {name: value.clone() for name, value in model.state_dict().items()}
     layers = {"dense": model.bert.encoder.layer[1].output.dense}
     dict(collect_moments(model, layers, [text()]))
-    with pytest.raises(ValueError, match="calibration has no batch"):
+    with pytest.raises(ValueError, match="the calibration data have no batch"):
         dict(collect_moments(model, layers, []))
     with pytest.raises(ValueError, match="input_ids"):
         dict(collect_moments(model, layers, [{"attention_mask": torch.ones(2, 3)}]))
@@ -292,13 +292,15 @@ def test_target_ratio_is_kept():
 
 def test_bad_calibrations_are_refused():
     config = FactorizationConfig(mode="wide")
-    with pytest.raises(ValueError, match="calibration is for mode 'low_rank' and init 'spectral', not 'wide'"):
+    with pytest.raises(ValueError, match="calibration needs mode 'low_rank' and init 'spectral', not 'wide'"):
         factorize(bert(), config, calibration=[text()])
-    with pytest.warns(UserWarning, match="calibration has 28 rows for .*, which has 42 inputs"):
+    with pytest.warns(UserWarning, match="calibration data give 28 rows for .*, which has 42 inputs"):
         factorize(bert(), FactorizationConfig(target_ratio=0.5, include=["encoder.*"]), calibration=[text()])
     broken = bert()
     broken.bert.encoder.layer[0].output.dense.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense: calibration needs its weight, which is not finite"):
+    with pytest.raises(
+        ValueError, match=r"layer\.0\.output\.dense: calibration needs the layer's weight, but it is not finite"
+    ):
         factorize(broken, FactorizationConfig(include=["encoder.*dense"]), calibration=[text()])
     model = nn.Sequential(nn.Linear(2, 3), nn.Flatten())
     with pytest.raises(ValueError, match="returns no tensor that depends on the layers"):

@@ -277,13 +277,13 @@ def test_energy_is_kept():
 
 
 def test_growth_is_told():
-    with pytest.warns(UserWarning, match=r"1 of 2 layers get more .*: 0 \(rank 15, at most 12 saves\)"):
+    with pytest.warns(UserWarning, match=r"1 of 2 layers get more .*: 0 \(rank 15, smaller up to 12\)"):
         factorize(
             nn.Sequential(nn.Linear(20, 30), nn.Linear(20, 200), nn.Linear(2, 2)), FactorizationConfig(rank_scale=0.75)
         )
-    with pytest.warns(UserWarning, match=r"target_ratio \(3.0\) is above 1.67, what the largest ranks take"):
+    with pytest.warns(UserWarning, match=r"target_ratio \(3.0\) is above 1.67, which the largest ranks need"):
         quietly(nn.Sequential(nn.Linear(20, 30, bias=False), nn.Linear(2, 2)), FactorizationConfig(target_ratio=3.0))
-    with pytest.warns(UserWarning, match=r"target_ratio \(0.02\) is below 0.\d+, what the smallest ranks take"):
+    with pytest.warns(UserWarning, match=r"target_ratio \(0.02\) is below 0.\d+, which the smallest ranks need"):
         factorize(nn.Sequential(nn.Linear(20, 30), nn.Linear(2, 2)), FactorizationConfig(target_ratio=0.02))
 
 
@@ -385,22 +385,31 @@ def test_factors_of_registered_products_are_left_alone():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: FactorizationConfig(rank_scale=0.1, energy=0.9), "rank_scale and energy are given"),
+        (lambda: FactorizationConfig(rank_scale=0.1, energy=0.9), "rank_scale and energy exclude each other"),
         (lambda: FactorizationConfig(rank_scale=0.0), r"rank_scale \(0.0\) must be above 0 and finite"),
         (lambda: FactorizationConfig(target_ratio=float("nan")), r"target_ratio \(nan\)"),
         (lambda: FactorizationConfig(rank_scale="0.1"), r"rank_scale \('0.1'\) must be"),
         (lambda: FactorizationConfig(ranks={"up": 2.5}), r"the rank of 'up' \(2.5\) must be a whole number"),
-        (lambda: FactorizationConfig(include=[3]), r"include \(\[3\]\) must be a list of types and patterns"),
-        (lambda: FactorizationConfig(include=None), r"include \(None\) must be a list of types and patterns"),
-        (lambda: FactorizationConfig(ranks=[3]), r"ranks \(\[3\]\) must be a mapping of types or patterns to ranks"),
-        (lambda: FactorizationConfig(ranks={3: 2}), "ranks: 3 must be a type or pattern"),
+        (
+            lambda: FactorizationConfig(include=[3]),
+            r"include \(\[3\]\) must be a list of layer types and name patterns",
+        ),
+        (
+            lambda: FactorizationConfig(include=None),
+            r"include \(None\) must be a list of layer types and name patterns",
+        ),
+        (
+            lambda: FactorizationConfig(ranks=[3]),
+            r"ranks \(\[3\]\) must be a mapping of layer types or name patterns to ranks",
+        ),
+        (lambda: FactorizationConfig(ranks={3: 2}), "ranks: 3 must be a layer type or name pattern"),
         (lambda: factorize(nn.Linear(5, 7), {"Linear": 2}), "config must be a FactorizationConfig, not a dict"),
         (lambda: factorize(nn.Linear(5, 7), {}), "config must be a FactorizationConfig, not a dict"),
         (lambda: factorize("bert"), "model must be a torch.nn.Module, not a str"),
         (lambda: merge("bert"), "model must be a torch.nn.Module, not a str"),
         (
             lambda: factorize(Registered(), FactorizationConfig(include=["down"])),
-            r"block.down: its weight is a factor of the product block.lora, which was registered and would lose it",
+            r"block.down: its weight is a factor of the registered product block.lora, which would no longer be found",
         ),
         (
             lambda: factorize(Registered(), FactorizationConfig(ranks={"*": 1})),
@@ -408,23 +417,23 @@ def test_factors_of_registered_products_are_left_alone():
         ),
         (lambda: FactorizationConfig(energy=True), r"energy \(True\) must be above 0"),
         (lambda: FactorizationConfig(energy=1.5), r"energy \(1.5\) must be above 0 and at most 1"),
-        (lambda: FactorizationConfig(mode="wide", energy=0.5), r"energy \(0.5\) chooses .* mode is 'wide'"),
-        (lambda: FactorizationConfig(mode="thin"), "mode must be one of .*, got 'thin'"),
-        (lambda: FactorizationConfig(init="svd"), "init must be one of .*, got 'svd'"),
+        (lambda: FactorizationConfig(mode="wide", energy=0.5), r"energy \(0.5\) needs mode 'low_rank', not 'wide'"),
+        (lambda: FactorizationConfig(mode="thin"), "mode must be one of .*, not 'thin'"),
+        (lambda: FactorizationConfig(init="svd"), "init must be one of .*, not 'svd'"),
         (lambda: FactorizationConfig(include="Linear"), r"include \('Linear'\) must be a list"),
         (
             lambda: factorize(Small(), FactorizationConfig(include=["upp"])),
-            r"'upp' names no layer .* \(nothing at all\); those are table",
+            r"'upp' matches no layer .* \(no module at all\); the layers that can be are table",
         ),
-        (lambda: factorize(Small(), FactorizationConfig(exclude=["upp"])), "'upp' names no layer that can"),
+        (lambda: factorize(Small(), FactorizationConfig(exclude=["upp"])), "'upp' matches no layer that can"),
         (lambda: factorize(Small(), FactorizationConfig(ranks={"up": 8})), r"up: rank \(8\) of a low_rank layer must"),
         (lambda: factorize(nn.Sequential(nn.ReLU())), "Sequential has no layer to factorize"),
-        (lambda: factorize(Small(), FactorizationConfig(include=["norm"])), r"names no layer .* \(LayerNorm\)"),
+        (lambda: factorize(Small(), FactorizationConfig(include=["norm"])), r"matches no layer .* \(LayerNorm\)"),
         (
             lambda: factorize(nn.Sequential(nn.ConvTranspose2d(3, 5, 2)), FactorizationConfig(ranks={"0": 2})),
-            r"'0' names no layer that can be factorized \(ConvTranspose2d\)",
+            r"'0' matches no layer that can be factorized \(ConvTranspose2d\)",
         ),
-        (lambda: factorize(t5(), FactorizationConfig(include=["shared"])), "shared: its table is also that of encoder"),
+        (lambda: factorize(t5(), FactorizationConfig(include=["shared"])), "shared: it shares its table with encoder"),
         (lambda: factorize(with_hook()), "0: it has hooks"),
         (lambda: merge(hooked(factorize(Small()))), "up: it has hooks"),
         (lambda: factorize(with_adapters()), "the model has adapters of PEFT: factorize it first"),

@@ -210,11 +210,11 @@ def test_any_encoder_learns_from_another(kind):
 
 
 UNMATCHED = {
-    "depth": (bert(BertModel), bert(BertModel, num_hidden_layers=3), "student has 2 of size 20, its teacher 3 of size"),
-    "size": (bert(BertModel, hidden_size=30), bert(BertModel), "student has 2 of size 30, its teacher 2 of size 20$"),
+    "depth": (bert(BertModel), bert(BertModel, num_hidden_layers=3), "has 2 layers of size 20, the teacher 3 of"),
+    "size": (bert(BertModel, hidden_size=30), bert(BertModel), "has 2 layers of size 30, the teacher 2 of size 20$"),
     "classes": (
         bert(BertForSequenceClassification, num_labels=3), bert(BertForSequenceClassification),
-        "student's logits have 3 classes, its teacher's 2$",
+        "student's logits have 3 classes, the teacher's 2: they must",
     ),
     "images": (
         bert(BertModel),
@@ -310,14 +310,16 @@ def test_a_run_belongs_to_its_teacher(distilled, corpus, pair, tmp_path):
     out, other = tmp_path / "out", tmp_path / "teacher"
     shutil.copytree(distilled, out)
     shutil.copytree(pair / "teacher", other)
-    with pytest.raises(UserInputError, match="holds another run: teacher_name_or_path is"):
+    with pytest.raises(UserInputError, match="contains another run: teacher_name_or_path was"):
         run_pretrain.run(command(corpus, pair, out, **BEST, teacher_name_or_path=other, resume_from_checkpoint="auto"))
     moved = tmp_path / "pair"
     shutil.copytree(pair, moved)
     run_pretrain.run(command(corpus, moved, tmp_path / "moved", max_steps=1, save_strategy="no"))
     torch.manual_seed(9)
     bert(BertModel).save_pretrained(moved / "teacher")
-    with pytest.raises(UserInputError, match="moved holds a run that has a teacher with other weights: their checksum"):
+    with pytest.raises(
+        UserInputError, match="moved contains a run that has a teacher with other weights: the checksum"
+    ):
         run_pretrain.run(
             command(corpus, moved, tmp_path / "moved", max_steps=1, save_strategy="no", resume_from_checkpoint="auto")
         )
@@ -363,12 +365,12 @@ REFUSED = {
     ),
     "another student": (
         {"config_overrides": "hidden_dropout_prob=0.0"},
-        r"as it is: not with --config_overrides \(hid",
+        r"as it is: leave out --config_overrides \(hid",
     ),
-    "another E": ({"attention_embedding_size": 10}, r"as it is: not with --attention_embedding_size \(10\)$"),
+    "another E": ({"attention_embedding_size": 10}, r"as it is: leave out --attention_embedding_size \(10\)$"),
     "documents in a stock BERT": (
         {"attend_within_documents": "true"},
-        "needs an FNL-BERT, and .*student is a BertModel",
+        "needs an FNL-BERT, but .*student is a BertModel",
     ),
     "positions": ({"max_seq_length": 23}, r"\(23\) exceeds the model's max_position_embeddings \(19\)$"),
     "no such teacher": ({"teacher_name_or_path": "/no/such"}, "^no tokenizer in /no/such: "),
@@ -376,8 +378,11 @@ REFUSED = {
         {"teacher_name_or_path": "<vocabulary>"},
         r"must have the vocabulary of its student: '.*' has",
     ),
-    "another depth": ({"teacher_name_or_path": "<depth>"}, "the student has 2 of size 20, its teacher 3 of size 20$"),
-    "weights of something else": ({"teacher_name_or_path": "<empty>"}, "holds none of the weights of BertModel$"),
+    "another depth": (
+        {"teacher_name_or_path": "<depth>"},
+        "the student has 2 layers of size 20, the teacher 3 of size 20$",
+    ),
+    "weights of something else": ({"teacher_name_or_path": "<empty>"}, "contains none of the weights of BertModel$"),
 }
 
 

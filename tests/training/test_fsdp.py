@@ -165,7 +165,7 @@ def test_parameters_that_are_no_longer_tied_are_refused(trainer, monkeypatch):
         decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
 
     monkeypatch.setattr(Trainer, "_prepare_for_training", untie)
-    tied = "bert.embeddings.word_embeddings.weight and cls.predictions.decoder.weight are one parameter, but in two"
+    tied = "bert.embeddings.word_embeddings.weight and cls.predictions.decoder.weight are one tied parameter, but"
     with pytest.raises(UserInputError, match=tied):
         trainer._prepare_for_training(3, None, None)
 

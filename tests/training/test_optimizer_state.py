@@ -74,7 +74,7 @@ def test_a_run_belongs_to_the_weights_it_started_from(runs, corpus, tmp_path):
     finished = (out / "all_results.json").stat().st_mtime_ns
     trained = (first / "model.safetensors").read_bytes()
     shutil.copy(first / "checkpoint-3" / "model.safetensors", first)
-    with pytest.raises(UserInputError, match="out holds a run that was started from other weights: their checksum is"):
+    with pytest.raises(UserInputError, match="out contains a run that started from other weights: the checksum was"):
         second(corpus, first, out, resume_from_checkpoint="auto")
     (first / "model.safetensors").write_bytes(trained)
     second(corpus, first, out, resume_from_checkpoint="auto")
@@ -97,10 +97,10 @@ def test_moments_are_those_of_the_weights_that_a_run_starts_from(runs, corpus, t
     assert steps(tmp_path / "of the best") == 6 + 5
     shutil.rmtree(first / "checkpoint-6")
     newest = re.escape(str(first / "checkpoint-7"))
-    with pytest.raises(UserInputError, match=f"has the weights .* as --model_name_or_path, the newest is {newest}$"):
+    with pytest.raises(UserInputError, match=f"has the weights .* set --model_name_or_path .* the newest, {newest}$"):
         second(corpus, first, tmp_path / "of none")
     with pytest.raises(
-        UserInputError, match="first: no complete checkpoint there has the weights that this run starts"
+        UserInputError, match="first: no complete checkpoint in it has the weights that this run starts"
     ):
         run(corpus, tmp_path / "from scratch", optimizer_state_from=first, **SECOND)
     assert not (tmp_path / "of none").exists() and not (tmp_path / "from scratch").exists()

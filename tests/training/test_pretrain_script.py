@@ -82,13 +82,13 @@ def test_a_killed_run_resumes_to_the_same_weights(pretrained, corpus, tmp_path):
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"torn")
     resumed = launch("run_pretrain.py", *arguments)
-    assert "checkpoint-11 is passed over: trainer_state.json is missing" in resumed.stderr
+    assert "checkpoint-11: trainer_state.json is missing" in resumed.stderr
     assert_same_weights(folder, pretrained)
     before = (folder / "all_results.json").stat().st_mtime_ns
     for changed in (["--resume_from_checkpoint", folder / "checkpoint-10"], []):
-        with pytest.raises(UserInputError, match="holds another run: adam_beta2 is 0.999 there and 0.5 here"):
+        with pytest.raises(UserInputError, match="contains another run: adam_beta2 was 0.999 and is now 0.5"):
             run_in_process([*arguments, *changed, "--adam_beta2", 0.5])
-    with pytest.raises(UserInputError, match="holds another run: decay_mode is frobenius there and none here"):
+    with pytest.raises(UserInputError, match="contains another run: decay_mode was frobenius and is now none"):
         run_in_process([*arguments, "--decay_mode", "none"])
     again = launch("run_pretrain.py", *arguments)
     assert "is finished: nothing to do" in again.stderr

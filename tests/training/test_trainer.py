@@ -231,7 +231,10 @@ def test_a_process_uses_one_gpu(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     args = FnlTrainingArguments(str(tmp_path), per_device_train_batch_size=5, global_train_batch_size=35)
     assert (args.n_gpu, args.train_batch_size, args.gradient_accumulation_steps) == (1, 5, 7)
-    assert "3 GPUs are visible, but a process trains on one: to use all, start the script with `torchrun" in caplog.text
+    assert (
+        "3 GPUs are visible, but each process trains on one. To use all of them, start the script with `torchrun"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("backend, error, status, left", [
@@ -260,8 +263,8 @@ def test_processes_part_before_they_end_with_a_status(monkeypatch, backend, erro
     [
         (True, None, None, "DeepSpeed and FSDP1 flatten parameters.*use FSDP2"),
         (False, 1, None, "DeepSpeed and FSDP1 flatten parameters.*use FSDP2"),
-        (False, 2, "bf16_full_eval", "--bf16_full_eval and --fp16_full_eval cast the model, which FSDP2"),
-        (False, 2, "fp16_full_eval", "--bf16_full_eval and --fp16_full_eval cast the model, which FSDP2"),
+        (False, 2, "bf16_full_eval", "--bf16_full_eval and --fp16_full_eval cast the model, which does not"),
+        (False, 2, "fp16_full_eval", "--bf16_full_eval and --fp16_full_eval cast the model, which does not"),
         (False, 2, None, None),
         (False, None, "bf16_full_eval", None),
     ],

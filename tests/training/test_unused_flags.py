@@ -1,4 +1,4 @@
-"""Flags that change nothing are named once, each with what would make it count: a row for each, and its opposite."""
+"""Flags that have no effect are named once, each with the reason: a row for each, and its opposite."""
 
 import dataclasses
 import logging
@@ -24,7 +24,7 @@ SCRIPTS = {
 }
 BASE = {"pretrain": "", "squad": "--model_name_or_path m", "image": "--idx_dir d"}
 NEW_TEXT = "--train_file a.jsonl"
-# script, flag, a line on which it changes nothing, one on which it counts (None: there is none)
+# script, flag, a line on which it has no effect, one on which it has (None: there is none)
 CASES = [
     ("pretrain", "mlm_probability", "--mlm_probability 0.3 --objective distill", "--mlm_probability 0.3"),
     ("pretrain", "whole_word_mask", "--whole_word_mask true --objective distill", "--whole_word_mask true"),
@@ -125,10 +125,10 @@ def found(script, words, tmp_path):
 
 
 @pytest.mark.parametrize("script, flag, without, having", CASES, ids=lambda value: str(value)[:40])
-def test_a_flag_without_effect_is_named_with_what_would_make_it_count(script, flag, without, having, tmp_path):
+def test_a_flag_without_effect_is_named_with_the_reason(script, flag, without, having, tmp_path):
     sentences = found(script, without, tmp_path)
     about = [sentence for sentence in sentences if sentence.startswith(f"--{flag} (")]
-    assert len(about) == 1 and " changes nothing here: it counts with " in about[0] and "secret" not in about[0]
+    assert len(about) == 1 and " has no effect here: " in about[0] and "secret" not in about[0]
     if having is not None:
         assert not [sentence for sentence in found(script, having, tmp_path) if sentence.startswith(f"--{flag} (")]
 
@@ -172,22 +172,22 @@ def test_decay_of_a_model_without_products(tmp_path, dimensions, caplog):
         assert caplog.text == ""
         warn_of_unused_decay(argv, args, torch.nn.Linear(3, 2))
     said = [record.getMessage() for record in caplog.records]
-    remedy = "changes nothing here: it counts with a model with products: attention, factorized layers"
-    assert said == [f"--frobenius_decay (0.123) {remedy}", f"--decay_mode (weight) {remedy}"]
+    reason = "has no effect here: it needs a model with products (attention or factorized layers)"
+    assert said == [f"--frobenius_decay (0.123) {reason}", f"--decay_mode (weight) {reason}"]
     caplog.clear()
     frozen = FnlBertForMaskedLM(FnlBertConfig(**dimensions)).requires_grad_(False)
     with caplog.at_level(logging.WARNING):
         warn_of_unused_decay(["--frobenius_decay", "0.124", "--product_norms_steps", "3"], args, frozen)
-    remedy = remedy.replace("products", "trainable products")
-    assert [record.getMessage() for record in caplog.records] == [f"--frobenius_decay (0.124) {remedy}"]
+    reason = reason.replace("products", "trainable products")
+    assert [record.getMessage() for record in caplog.records] == [f"--frobenius_decay (0.124) {reason}"]
 
 
 def test_a_run_warns_once(corpus, tmp_path, caplog):
     # Values of this test alone: what one process has said it does not say again.
     flags = {"max_steps": 1, "hub_model_id": "ada/never", "save_strategy": "no", "save_steps": 7919}
     run_pretrain.run(pretraining(corpus, tmp_path / "out", **flags))
-    said = [record.getMessage() for record in caplog.records if "changes nothing here" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "has no effect here" in record.getMessage()]
     assert said == [
-        "--save_steps (7919) changes nothing here: it counts with --save_strategy steps",
-        "--hub_model_id (ada/never) changes nothing here: it counts with --push_to_hub true",
+        "--save_steps (7919) has no effect here: it needs --save_strategy steps",
+        "--hub_model_id (ada/never) has no effect here: it needs --push_to_hub true",
     ]

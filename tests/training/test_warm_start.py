@@ -144,8 +144,8 @@ def test_a_step_or_a_share_of_the_run(dimensions, tmp_path, at, epochs, steps, e
 
 
 @pytest.mark.parametrize("flags, said", [
-    ({"factorize_mode": "deep", "factorize_init": "ones"}, "init ones is for --factorize_mode low_rank, not deep"),
-    ({"factorize_include": ["pooler.*", "nothing"]}, "include: 'pooler.*' names no layer that can be factorized"),
+    ({"factorize_mode": "deep", "factorize_init": "ones"}, "init ones needs --factorize_mode low_rank, not deep"),
+    ({"factorize_include": ["pooler.*", "nothing"]}, "include: 'pooler.*' matches no layer that can be factorized"),
 ])  # fmt: skip
 def test_what_cannot_be_factorized_is_refused_before_training(dimensions, flags, said):
     model, args = FnlBertForMaskedLM(FnlBertConfig(**dimensions)), SimpleNamespace(seed=0)
@@ -193,24 +193,22 @@ def test_a_run_over_epochs_switches_at_its_share_of_them(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("environment, said", [
-    ({"ACCELERATE_USE_FSDP": "true"}, "here are FSDP$"),
-    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "here are torch.compile$"),
-    ({}, "here are 3 processes$"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "uses FSDP$"),
+    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "uses torch.compile$"),
+    ({}, "uses 3 processes$"),
 ])  # fmt: skip
 def test_what_holds_on_to_layers_is_refused(dimensions, monkeypatch, environment, said):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     args = SimpleNamespace(do_train=True, world_size=1 if environment else 3)
     model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
-    with pytest.raises(
-        UserInputError, match=r"^--factorize_at_step \(4\) is for one process without FSDP and .*" + said
-    ):
+    with pytest.raises(UserInputError, match=r"^--factorize_at_step \(4\) works in one process without FSDP .*" + said):
         plan_warm_start(SimpleNamespace(factorize_at_step=4.0), args, model, range(61))
 
 
 def test_a_model_with_factorized_layers_is_refused(whole, corpus, tmp_path):
     with pytest.raises(
-        UserInputError, match=r"^--factorize_at_step \(4\) is for a dense model: \d+ layers of .*whole are"
+        UserInputError, match=r"^--factorize_at_step \(4\) needs a dense model: \d+ layers of .*whole are"
     ):
         run(corpus, tmp_path / "out", model_name_or_path=whole)
     assert not (tmp_path / "out").exists()
