@@ -167,7 +167,7 @@ def add_export(commands) -> None:
     exporting = add_command(
         commands, "export", run_export, "write a model as ONNX, checked against PyTorch in onnxruntime",
         "Write the forward pass of a BERT or FNL-BERT in float32 as ONNX, for any batch size and length, and run it "
-        "beside PyTorch. Needs pip install 'fnl-hf[onnx]'.",
+        f"beside PyTorch. Needs {export.INSTALL}.",
         "my-bert-squad my-bert-squad.onnx",
     )  # fmt: skip
     exporting.add_argument("model", help="a checkpoint with its head: folder or Hub name")
