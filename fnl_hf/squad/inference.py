@@ -13,7 +13,7 @@ from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.squad.answers import AnswerOptions, answers_from_logits
 from fnl_hf.squad.features import FeatureMaker, evaluation_features
-from fnl_hf.training.models import ANSWER_LOGITS, load_question_answering_model
+from fnl_hf.training.models import ANSWER_LOGITS, load_question_answering_model, usable_positions
 
 
 @overload
@@ -76,7 +76,7 @@ def ask(
         tokenizer = load_tokenizer(tokenizer or str(answering.name_or_path))
     if not questions:
         return []
-    maker = FeatureMaker(tokenizer, min(max_seq_length, answering.config.max_position_embeddings), doc_stride)
+    maker = FeatureMaker(tokenizer, min(max_seq_length, usable_positions(answering) or max_seq_length), doc_stride)
     examples = {"id": list(map(str, range(len(questions)))), "question": questions, "context": contexts}
     features = evaluation_features(examples, maker)
     start, end = _logits(answering, tokenizer, features, batch_size)
