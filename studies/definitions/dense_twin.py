@@ -1,18 +1,12 @@
 """The dense twin: feed-forward layers dense, and from the same weights on the same batches as products of full rank."""
 
-from typing import Any
-
-from studies.study import FEED_FORWARD, Comparison, Study, recipe
+from studies.study import Comparison, Study, overcomplete, recipe
 
 # The mode decays the attention's products, too: each has a dense run of its own, whose attention is decayed likewise.
 # Without decay of the products no matrix is decayed, that of the dense layers neither.
 DECAYS = {"none": 0.0, "weight": 0.1, "frobenius": 0.1}
 DISTURBANCE = 0.001  # of λ: what is left of likeness where a dense run is disturbed by as little
 INITS = ("spectral", "default")
-
-
-def wide(init: str) -> dict[str, Any]:
-    return {"factorize_at_step": 0, "factorize_mode": "wide", "factorize_init": init, "factorize_include": FEED_FORWARD}
 
 
 STUDY = Study(
@@ -26,7 +20,7 @@ STUDY = Study(
             for name, flags in (
                 ("dense", {}),
                 ("dense-disturbed", {"weight_decay": value + DISTURBANCE}),
-                *((f"wide-{init}", wide(init)) for init in INITS),
+                *((f"wide-{init}", overcomplete("wide") | {"factorize_init": init}) for init in INITS),
             )
         }
         for decay, value in DECAYS.items()
