@@ -204,6 +204,7 @@ def add_ask(commands) -> None:
     asking.add_argument("--batch_size", type=int, default=32, help="windows at once (%(default)s)")
     asking.add_argument("--version_2_with_negative", action="store_true", help="a question may have no answer")
     asking.add_argument("--null_score_diff_threshold", type=float, help="none above this score difference (0.0)")
+    asking.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -271,7 +272,10 @@ def run_ask(args: argparse.Namespace) -> None:
         ids, questions, contexts = (examples[name][:] for name in ("id", "question", "context"))
     if not args.version_2_with_negative:
         warn_of_unused(args, "null_score_diff_threshold", "--version_2_with_negative")
-    options = ("max_seq_length", "doc_stride", "batch_size", "version_2_with_negative", "null_score_diff_threshold")
+    options = (
+        "max_seq_length", "doc_stride", "batch_size", "version_2_with_negative", "null_score_diff_threshold",
+        "trust_remote_code",
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     answers = ask(args.model, questions, contexts, **given)
     for name, found in zip(ids, answers, strict=True):

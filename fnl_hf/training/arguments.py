@@ -123,6 +123,13 @@ class FnlTrainingArguments(TrainingArguments):
             "must stay: change --gradient_accumulation_steps the other way."
         },
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the code that comes with a model or tokenizer: read it first. Without this flag, one that "
+            "needs it is refused."
+        },
+    )
     hub_license: str | None = field(
         default=None, metadata={"help": "The licence that the model card names, as apache-2.0. Default: none."}
     )
