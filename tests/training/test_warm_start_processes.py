@@ -1,12 +1,12 @@
 """Dense up to a step, then products, on two processes: as on one, and to the last bit when the run goes on."""
 
 import json
-import shutil
 
 import pytest
 
 import run_pretrain
 from tests.conftest import STREAM, TINY, assert_same_weights, launch, pretraining, weights
+from tests.runs.test_resume import before_its_end
 
 # Adam's ε keeps rounding noise of gradients that are zero in theory (key biases) from becoming whole steps.
 FLAGS = {
@@ -42,11 +42,7 @@ def test_two_processes_train_as_one_does(of_two, corpus, tmp_path):
 
 @pytest.mark.parametrize("stopped", [3, 5])
 def test_they_go_on_from_either_side_of_the_switch_to_the_last_bit(of_two, corpus, tmp_path, stopped):
-    out = tmp_path / "out"
-    shutil.copytree(of_two, out)
-    (out / "all_results.json").unlink()
-    for step in range(stopped + 1, 9):
-        shutil.rmtree(out / f"checkpoint-{step}")
+    out = before_its_end(of_two, tmp_path / "out", stopped)
     launch("run_pretrain.py", *words(corpus, out, resume_from_checkpoint="auto"), processes=2)
     assert_same_weights(of_two, out)
     assert losses(of_two) == losses(out)
