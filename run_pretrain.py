@@ -47,12 +47,12 @@ MASKED = {"compute_metrics": pretraining_metrics, "preprocess_logits_for_metrics
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}
 
 
-def get_tokenizer(model_args, checkpoint, documents, objective):
+def get_tokenizer(model_args, checkpoint, documents, objective, trust_remote_code):
     """The named tokenizer, that of the checkpoint, or one trained on the documents; the same one when a run is
     resumed."""
     name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
     if name is not None:
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, trust_remote_code)
     elif isinstance(documents.train, DocumentStream):
         raise UserInputError("--streaming needs --tokenizer_name: a tokenizer cannot be trained on a stream")
     else:
@@ -85,15 +85,15 @@ def plan_stream(data_args, args, checkpoint):
     return shards, StreamOrder(batch, buffer, seed, args.process_index, args.world_size, state)
 
 
-def choose_model(model_args, data_args, tokenizer):
+def choose_model(model_args, data_args, tokenizer, trust_remote_code):
     """A function that builds the model, and the teacher; bad input is refused here."""
     if data_args.objective != "distill":
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
         return partial(build_pretraining_model, model_args, config, data_args.objective), None
     teacher_name = model_args.teacher_name_or_path
-    validate_same_vocabulary(tokenizer, load_tokenizer(teacher_name))
+    validate_same_vocabulary(tokenizer, load_tokenizer(teacher_name, trust_remote_code))
     student, teacher = [
-        load_text_model(name, tokenizer, data_args.max_seq_length, model_args.attn_implementation)
+        load_text_model(name, tokenizer, data_args.max_seq_length, model_args.attn_implementation, trust_remote_code)
         for name in (model_args.model_name_or_path, teacher_name)
     ]
     if data_args.attend_within_documents:
@@ -126,6 +126,7 @@ def prepare(model_args, data_args, args, checkpoint):
     """Turn documents into batches. Returns them with the tokenizer, the function that builds the model, and the
     teacher; the main process fills the caches."""
     shards, order = plan_stream(data_args, args, checkpoint)
+    trusted = args.trust_remote_code
     cache = {"cache_dir": data_args.cache_dir, "num_proc": data_args.preprocessing_num_workers}
     with args.main_process_first(desc="reading the corpus"):
         source = Source(
@@ -143,8 +144,8 @@ def prepare(model_args, data_args, args, checkpoint):
             strict=data_args.strict,
             **cache,
         )
-        tokenizer = get_tokenizer(model_args, checkpoint, documents, data_args.objective)
-        build_model, teacher = choose_model(model_args, data_args, tokenizer)
+        tokenizer = get_tokenizer(model_args, checkpoint, documents, data_args.objective, trusted)
+        build_model, teacher = choose_model(model_args, data_args, tokenizer, trusted)
         options = RowOptions(
             data_args.max_seq_length, data_args.objective, data_args.max_train_samples, data_args.max_eval_samples
         )

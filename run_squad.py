@@ -265,13 +265,14 @@ def run_one(model_args, data_args, args, planned):
         return
     set_seed(args.seed)
     checkpoint = planned.plan.checkpoint
-    tokenizer = load_tokenizer(checkpoint or model_args.tokenizer_name or model_args.model_name_or_path)
-    model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length, args.do_train)
+    trusted = args.trust_remote_code
+    tokenizer = load_tokenizer(checkpoint or model_args.tokenizer_name or model_args.model_name_or_path, trusted)
+    model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length, args.do_train, trusted)
     if checkpoint is not None:
         validate_resume(checkpoint, model)
     teacher, card_facts = None, {"sequence length": data_args.max_seq_length, "document stride": data_args.doc_stride}
     if model_args.teacher_name_or_path is not None and args.do_train:
-        teacher = load_answer_teacher(model_args.teacher_name_or_path, tokenizer, data_args.max_seq_length)
+        teacher = load_answer_teacher(model_args.teacher_name_or_path, tokenizer, data_args.max_seq_length, trusted)
         card_facts["teacher"], _ = describe_source(model_args.teacher_name_or_path)
     questions, fingerprints = load_splits(data_args, args)
     planned.record_data(fingerprints)

@@ -26,6 +26,21 @@ def validate_bounds(
         raise UserInputError(f"--{name} ({value}) must be {least} {smallest} and below {bound}")
 
 
+def needs_code(error: Exception) -> bool:
+    """Whether Transformers refuses a checkpoint because of the code that comes with it."""
+    return "trust_remote_code=True" in str(error)
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says, with the flag in the place of an argument of Transformers'."""
+    if needs_code(error):
+        return (
+            "it needs the code that comes with it, which only the training scripts and `fnl-hf ask` run, with "
+            "--trust_remote_code: read it first"
+        )
+    return str(error)
+
+
 class TrainingDiverged(RuntimeError):
     """Too many steps of a run had a loss or gradient that is not finite; the scripts exit with status 3.
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
@@ -43,18 +44,19 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
         os.fsync(opened.fileno())
 
 
-def record_of(run: Run, folder: Path, seconds: float, revision: str | None) -> dict[str, Any]:
-    """The line of a finished run, from the files in its folder.
+def record_of(run: Run, folder: Path, seconds: float, revision: str | None, diverged: bool = False) -> dict[str, Any]:
+    """The line of a finished run, from the files in its folder. One that has ``diverged``, or whose metrics are not all
+    finite, has none.
 
     Raises:
         OSError, ValueError, KeyError: a file is missing or not what a run leaves.
     """
-    results, state, provenance = (
-        json.loads((folder / name).read_text(encoding="utf-8"))
-        for name in ("all_results.json", "trainer_state.json", "provenance.json")
-    )
-    start, history = provenance["starts"][-1], state["log_history"]
-    return {
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
+    start = read("provenance.json")["starts"][-1]
+    line = {
         "study": run.study,
         "arm": run.arm,
         "seed": run.seed,
@@ -64,7 +66,14 @@ def record_of(run: Run, folder: Path, seconds: float, revision: str | None) -> d
         "machine": {"cpu": cpu_name(), "threads": 1, "devices": start["devices"], "platform": platform.machine()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
-        "metrics": {name: value for name, value in results.items() if isinstance(value, int | float)},
+    }
+    results = {} if diverged else read("all_results.json")
+    metrics = {name: value for name, value in results.items() if isinstance(value, int | float)}
+    if diverged or not all(map(math.isfinite, metrics.values())):
+        return line | {"diverged": True, "metrics": None}
+    history = read("trainer_state.json")["log_history"]
+    return line | {
+        "metrics": metrics,
         "curves": {
             **{name: points for name in SCORES if (points := curve(history, name))},
             "norms": norm_curves(history),

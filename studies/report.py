@@ -126,15 +126,17 @@ def arms_table(outcome: Outcome, group: str) -> str:
     reference = outcome.values(f"{group}/{study.reference}")
     rows = []
     for name in study.arms[group]:
-        values = outcome.values(f"{group}/{name}")
-        if not values:
+        values, diverged = outcome.values(f"{group}/{name}"), outcome.count_diverged(f"{group}/{name}")
+        if not values and not diverged:
             continue
         difference = paired_difference(values, reference) if name != study.reference else None
-        row = [name, spread(list(values.values()), study.digits), str(len(values))]
+        found = [spread(list(values.values()), study.digits)] * bool(values)
+        found += [f"{diverged} diverged" if values else "diverged"] * bool(diverged)
+        row = [name, ", ".join(found), str(len(values) + diverged)]
         row += [interval(difference, study.digits), detectable(difference, study.digits)]
         for _, path in measures:
-            found = outcome.values(f"{group}/{name}", path)
-            row.append(f"{fmean(found.values()):.3g}" if found else DASH)
+            measured = outcome.values(f"{group}/{name}", path)
+            row.append(f"{fmean(measured.values()):.3g}" if measured else DASH)
         rows.append(row)
     header = [group, study.label, "seeds", f"minus {study.reference} [95% interval]", "detectable difference"]
     return table([*header, *(title for title, _ in measures)], rows)

@@ -27,6 +27,7 @@ from studies.study import ROOT, Run, Study, identity, twin_of
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 120.0  # after SIGTERM, a process saves a checkpoint
 TAIL_LINES = 6
+DIVERGED = 3  # exit status of the scripts
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -223,9 +224,9 @@ class Runner:
 
     def _finish(self, child: Child) -> None:
         seconds, status = child.add_seconds(), child.process.returncode
-        if status == 0:
+        if status in (0, DIVERGED):
             try:
-                self._record(child, seconds)
+                self._record(child, seconds, status == DIVERGED)
                 return
             except (OSError, ValueError, KeyError) as error:
                 self._fail(child, f"wrote no results: {error!r}")
@@ -233,13 +234,14 @@ class Runner:
             self._fail(child, f"failed with exit status {status}")
         child.lock.close()
 
-    def _record(self, child: Child, seconds: float) -> None:
-        record = record_of(child.run, child.folder / "run", seconds, child.revision)
-        if self.study.spectra:
+    def _record(self, child: Child, seconds: float, diverged: bool) -> None:
+        record = record_of(child.run, child.folder / "run", seconds, child.revision, diverged)
+        has_weights = not record.get("diverged")
+        if self.study.spectra and has_weights:
             from studies.spectra import spectra_of  # imports torch, which is only needed here
 
             record["spectra"] = spectra_of(child.folder / "run")
-        if self.study.twin is not None:
+        if self.study.twin is not None and has_weights:
             self._measure_twins(child, record)
         append_line(self.results, record)
         self._release(child.folder, self._place(child.run)[1], child.lock)

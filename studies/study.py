@@ -159,6 +159,11 @@ def recipe(file: str) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if name != "output_dir"}
 
 
+def overcomplete(mode: str) -> dict[str, Any]:
+    """Flags of run_pretrain.py: feed-forward layers are "wide" or "deep" products from the first step on."""
+    return {"factorize_at_step": 0, "factorize_mode": mode, "factorize_include": FEED_FORWARD}
+
+
 def runs_of(name: str, study: Study, seeds: Sequence[int] | None = None, pattern: str = "*") -> list[Run]:
     """The runs in an order that soon gives results: group by group, seed by seed, all arms."""
     seeds = study.ordered_seeds() if seeds is None else seeds

@@ -33,18 +33,26 @@ class Outcome:
         self.name, self.study = name, study
         present = {run.identity for run in runs_of(name, study, sorted({line["seed"] for line in lines}))}
         self.lines = [line for line in lines if identity(line) in present]
+        self.finite = [line for line in self.lines if not line.get("diverged")]
 
     def values(self, arm: str, path: str | None = None, tuning: bool = False) -> dict[int, Any]:
-        """{seed: value} of an arm, by default of the metric, on the reported seeds or the tuning seeds."""
+        """{seed: value} of an arm, by default of the metric, on the reported seeds or the tuning seeds; diverged runs
+        have none."""
         path = path or self.study.metric
         return {
             line["seed"]: functools.reduce(operator.getitem, path.split("/"), line)
-            for line in self.lines
+            for line in self.finite
             if line["arm"] == arm and (line["seed"] in self.study.tuning_seeds) == tuning
         }
 
+    def count_diverged(self, arm: str) -> int:
+        """On the reported seeds."""
+        seeds = [line["seed"] for line in self.lines if line["arm"] == arm and line.get("diverged")]
+        return len({*seeds} - {*self.study.tuning_seeds})
+
     def best(self, arms: Sequence[str]) -> str | None:
-        """The arm with the best mean on the tuning seeds, among the arms that have run on all of them."""
+        """The arm with the best mean on the tuning seeds, among the arms that have run on all of them and have not
+        diverged."""
         if len(arms) < 2:
             return arms[0] if arms else None
         found = {arm: self.values(arm, tuning=True) for arm in arms}

@@ -102,7 +102,8 @@ def load_images(
     prepare = Preparation()
     if name_or_path is not None:
         with as_user_input(name_or_path):
-            prepare = Preparation.of_model(name_or_path, AutoConfig.from_pretrained(name_or_path))
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=args.trust_remote_code)
+            prepare = Preparation.of_model(name_or_path, config)
     if data_args.image_size is not None:
         prepare = prepare.resized(data_args.image_size)
     with args.main_process_first(desc="reading the images"):
@@ -140,7 +141,9 @@ def read_splits(data_args: DataArguments, prepare: Preparation) -> dict[str, Ima
     return load_hub(str(name), config, *columns, prepare, data_args.cache_dir)
 
 
-def build_model(model_args: ModelArguments, images: Images, is_trained: bool) -> PreTrainedModel:
+def build_model(
+    model_args: ModelArguments, images: Images, is_trained: bool, trust_remote_code: bool
+) -> PreTrainedModel:
     """The named model, if it is trained with a new head where it has other classes, or a new ResNet; dense."""
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(images.names)),
@@ -154,9 +157,8 @@ def build_model(model_args: ModelArguments, images: Images, is_trained: bool) ->
             config = CifarResNetConfig(**sizes, num_channels=images.pixels.shape[-1], **labels)
             return CifarResNetForImageClassification(config)
         new_head = is_trained and model_args.method != "pruning"
-        return AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=new_head, **labels
-        )
+        kwargs: dict[str, Any] = {"ignore_mismatched_sizes": new_head, "trust_remote_code": trust_remote_code}
+        return AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32, **kwargs, **labels)
 
 
 def apply_method(model: PreTrainedModel, model_args: ModelArguments, seed: int) -> tuple[Any, list[TrainerCallback]]:
@@ -290,7 +292,8 @@ def run(argv):
     set_seed(args.seed)
     splits, prepare = load_images(data_args, args, name)
     choose_by_validation(args, splits)
-    model, callbacks = apply_method(build_model(model_args, splits["train"], args.do_train), model_args, args.seed)
+    dense = build_model(model_args, splits["train"], args.do_train, args.trust_remote_code)
+    model, callbacks = apply_method(dense, model_args, args.seed)
     checkpoint = planned.plan.checkpoint
     if checkpoint is not None:
         validate_resume(checkpoint, model)

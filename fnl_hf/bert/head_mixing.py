@@ -113,12 +113,7 @@ def activation_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, to
     queries = {name: LayerMoments(attention.self.query) for name, attention in attentions.items()}
     outputs = {name: LayerMoments(attention.output.dense) for name, attention in attentions.items()}
     both = {f"{name}.{kind}": each for kind, part in (("q", queries), ("o", outputs)) for name, each in part.items()}
-    implementation = str(model.config._attn_implementation)
-    model.set_attn_implementation("sdpa")  # flex_attention has no backward pass on a CPU
-    try:
-        measure_moments(model, both, batches)
-    finally:
-        model.set_attn_implementation(implementation)
+    measure_moments(model, both, batches)
     for name, moments in queries.items():
         if not moments.rows:
             raise ValueError(f"calibration of {name}: the text has no tokens")

@@ -23,6 +23,7 @@ from torch import nn
 from .evaluation import evaluation_mode
 
 SEED = 0  # of the directions v
+KERNEL = "_attn_implementation"  # entry of a configuration, which sets those within it, too
 POSITION_LOGITS = ("start_logits", "end_logits")  # (B, S), over the tokens of a sequence
 
 
@@ -95,7 +96,7 @@ def measure_moments(model: nn.Module, moments: Mapping[str, LayerMoments], batch
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(SEED)
     empty = True
-    with evaluation_mode(model), _frozen(model), _recording(moments) as record:
+    with evaluation_mode(model), _frozen(model), _with_backward(model, device), _recording(moments) as record:
         for batch in batches:
             empty = False
             arguments = _arguments(batch, device)
@@ -144,6 +145,22 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _with_backward(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eager attention in the place of flex_attention, which has no backward pass on a CPU."""
+    parts = (getattr(part, "config", None) for part in model.modules())
+    configs = {id(config): config for config in parts if hasattr(config, KERNEL)}
+    before = [(config, getattr(config, KERNEL)) for config in configs.values()]
+    flex = [config for config, kernel in before if kernel == "flex_attention" and device.type == "cpu"]
+    for config in flex:
+        setattr(config, KERNEL, "eager")
+    try:
+        yield
+    finally:
+        for config, kernel in before if flex else ():
+            setattr(config, KERNEL, kernel)
 
 
 def _arguments(batch: Any, device: torch.device) -> dict[str | int, Any]:

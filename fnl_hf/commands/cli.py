@@ -196,7 +196,7 @@ def add_export(commands) -> None:
     exporting = add_command(
         commands, "export", run_export, "export a model to ONNX and check it against PyTorch with ONNX Runtime",
         "Export the forward pass of a BERT or FNL-BERT to ONNX, in float32 and for any batch size and length, and "
-        "compare its outputs with those of PyTorch. Needs pip install 'fnl-hf[onnx]'.",
+        f"compare its outputs with those of PyTorch. Needs {export.INSTALL}.",
         "my-bert-squad my-bert-squad.onnx",
     )  # fmt: skip
     exporting.add_argument("model", help="checkpoint to export, with its head: folder or Hub name")
@@ -243,6 +243,7 @@ def add_ask(commands) -> None:
     asking.add_argument(
         "--null_score_diff_threshold", type=float, help="predict no answer above this score difference (default: 0.0)"
     )
+    asking.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -310,7 +311,10 @@ def run_ask(args: argparse.Namespace) -> None:
         ids, questions, contexts = (examples[name][:] for name in ("id", "question", "context"))
     if not args.version_2_with_negative:
         warn_of_unused(args, "null_score_diff_threshold", "--version_2_with_negative")
-    options = ("max_seq_length", "doc_stride", "batch_size", "version_2_with_negative", "null_score_diff_threshold")
+    options = (
+        "max_seq_length", "doc_stride", "batch_size", "version_2_with_negative", "null_score_diff_threshold",
+        "trust_remote_code",
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     answers = ask(args.model, questions, contexts, **given)
     for name, found in zip(ids, answers, strict=True):

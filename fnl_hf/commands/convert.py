@@ -142,7 +142,8 @@ def load_model(source: str) -> PreTrainedModel:
             something else than BERT's, or weights that do not fit.
     """
     with reading(source):
-        saved_class, *_ = AutoConfig.from_pretrained(source).architectures or ["BertModel"]
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        saved_class, *_ = config.architectures or ["BertModel"]
         fnl_class = _fnl_class(saved_class)
         found: Any = fnl_class.load_bert(source, output_loading_info=True, ignore_mismatched_sizes=True)
         if fnl_class is modeling_fnl_bert.FnlBertModel and head_of(saved_class) != "Model":

@@ -20,6 +20,7 @@ from fnl_hf.errors import UserInputError
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SUFFIX = ".onnx"
+INSTALL = "pip install onnx onnxscript onnxruntime"
 TOLERANCE = 1e-4  # maximum absolute difference between ONNX Runtime and PyTorch
 
 
@@ -75,7 +76,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
-        raise UserInputError(f"exporting to ONNX needs {error.name}: pip install 'fnl-hf[onnx]'") from error
+        raise UserInputError(f"exporting to ONNX needs {error.name}: {INSTALL}") from error
     model = copy.deepcopy(model).float().cpu().eval()
     with without_autocast(model.parameters()):
         return _write_checked(model, file)

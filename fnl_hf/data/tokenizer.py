@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import UserInputError, reason_of
 
 if TYPE_CHECKING:  # models are built even if no library for data sets is installed
     from datasets import Dataset
@@ -106,16 +106,16 @@ def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, 
         )
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A fast tokenizer from a folder or the Hub.
 
     Raises:
         UserInputError: there is none, or it is a slow one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # its files are read without checks
-        raise UserInputError(f"no tokenizer in {name_or_path}: {error}") from error
+        raise UserInputError(f"no tokenizer in {name_or_path}: {reason_of(error)}") from error
     if not tokenizer.is_fast:
         raise UserInputError(
             f"the tokenizer of {name_or_path} ({type(tokenizer).__name__}) is a slow one: a fast tokenizer is needed"

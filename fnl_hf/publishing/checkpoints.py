@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file, logging
 
 from fnl_hf.bert import modeling_fnl_bert
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import UserInputError, reason_of
 from fnl_hf.publishing.cards import PIPELINE_TAGS
 
 IN_PYTHON = (
@@ -50,7 +50,7 @@ def reading(source: str) -> Iterator[None]:
     except Exception as error:
         says_what = isinstance(error, OSError | ValueError)  # a KeyError's message is a key
         kind = "" if says_what else f"it cannot be read: {type(error).__name__}: "
-        raise UserInputError(f"{source}: {kind}{str(error).removeprefix(f'{source}: ')}") from error
+        raise UserInputError(f"{source}: {kind}{reason_of(error).removeprefix(f'{source}: ')}") from error
 
 
 def refuse_misfits(source: str, model: PreTrainedModel, info: Mapping[str, Any], is_guessed: bool = False) -> None:
@@ -84,30 +84,34 @@ def _list_names(weights: Iterable[str]) -> str:
     return ", ".join(names[:NAMED_WEIGHTS]) + ", ..." * (len(names) > NAMED_WEIGHTS)
 
 
-def load_model(source: str, **kwargs: Any) -> PreTrainedModel:
+def load_model(source: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
     """The model of a checkpoint, with its head.
 
     Args:
+        trust_remote_code: run the code that comes with it.
         kwargs: for ``from_pretrained``.
 
     Raises:
         UserInputError: no such checkpoint, one that cannot be read, or weights and class that do not fit.
     """
     with reading(source):
-        model_class = _class_of(source)
-        model, info = model_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **kwargs
-        )
+        model_class = _class_of(source, trust_remote_code)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = model_class.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
     refuse_misfits(source, model, info, model_class is AutoModel)
     return model
 
 
-def _class_of(source: str) -> Any:
+def _class_of(source: str, trust_remote_code: bool) -> Any:
     entries, _ = PreTrainedConfig.get_config_dict(source)
     name = (entries.get("architectures") or ["AutoModel"])[0]
     kind = getattr(modeling_fnl_bert, name, None) or getattr(transformers, name, None)
     is_known = isinstance(kind, type) and issubclass(kind, PreTrainedModel | AutoModel)
-    if entries.get("auto_map") and (not is_known or entries.get("model_type") not in CONFIG_MAPPING):
+    code = entries.get("auto_map")
+    if code and (not is_known or entries.get("model_type") not in CONFIG_MAPPING):
+        if trust_remote_code:
+            autos = (auto for auto, place in code.items() if str(place).endswith(f".{name}"))
+            return getattr(transformers, next(autos, "AutoModel"))
         raise ValueError(f"this checkpoint comes with its own model code, which fnl-hf does not run: {IN_PYTHON}")
     if not is_known:
         raise ValueError(f"config.json names the model class {name}, which Transformers does not have: {IN_PYTHON}")
@@ -124,7 +128,9 @@ def auto_class_of(model: PreTrainedModel) -> str:
             names.append(name)
     # Most language models are listed for pretraining beside what they are for.
     return min(
-        names, key=lambda name: (name == "AutoModelForPreTraining", name not in PIPELINE_TAGS), default="AutoModel"
+        names,
+        key=lambda name: (name == "AutoModelForPreTraining", name not in PIPELINE_TAGS),
+        default=model._auto_class or "AutoModel",
     )
 
 

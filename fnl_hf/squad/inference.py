@@ -13,7 +13,7 @@ from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.squad.answers import AnswerOptions, answers_from_logits
 from fnl_hf.squad.features import FeatureMaker, evaluation_features
-from fnl_hf.training.models import ANSWER_LOGITS, load_question_answering_model
+from fnl_hf.training.models import ANSWER_LOGITS, load_question_answering_model, usable_positions
 
 
 @overload
@@ -39,6 +39,7 @@ def ask(
     version_2_with_negative: bool = False,
     null_score_diff_threshold: float = 0.0,
     batch_size: int = 32,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any] | list[dict[str, Any]]:
     """Answer one question with a span of its context, or each of several questions with a span of its own context.
 
@@ -54,6 +55,7 @@ def ask(
         version_2_with_negative: allow no answer, "" with start = end = 0.
         null_score_diff_threshold: give no answer if its score minus that of the best span is above this.
         batch_size: windows per forward pass.
+        trust_remote_code: run the code that comes with the model or tokenizer.
 
     Returns:
         ``answer`` (text), ``start`` and ``end`` (characters in the context), ``score`` (probability among the n best);
@@ -70,13 +72,13 @@ def ask(
         version_2_with_negative=version_2_with_negative,
         null_score_diff_threshold=null_score_diff_threshold,
     )
-    answering = model if isinstance(model, PreTrainedModel) else _load(str(model))
+    answering = model if isinstance(model, PreTrainedModel) else _load(str(model), trust_remote_code)
     _validate_head(answering)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = load_tokenizer(tokenizer or str(answering.name_or_path))
+        tokenizer = load_tokenizer(tokenizer or str(answering.name_or_path), trust_remote_code)
     if not questions:
         return []
-    maker = FeatureMaker(tokenizer, min(max_seq_length, answering.config.max_position_embeddings), doc_stride)
+    maker = FeatureMaker(tokenizer, min(max_seq_length, usable_positions(answering) or max_seq_length), doc_stride)
     examples = {"id": list(map(str, range(len(questions)))), "question": questions, "context": contexts}
     features = evaluation_features(examples, maker)
     start, end = _logits(answering, tokenizer, features, batch_size)
@@ -102,8 +104,8 @@ def _as_lists(question: str | Sequence[str], context: str | Sequence[str]) -> tu
     return questions, contexts
 
 
-def _load(name: str) -> PreTrainedModel:
-    model: Any = load_question_answering_model(name)
+def _load(name: str, trust_remote_code: bool) -> PreTrainedModel:
+    model: Any = load_question_answering_model(name, trust_remote_code=trust_remote_code)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

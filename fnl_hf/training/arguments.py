@@ -128,6 +128,13 @@ class FnlTrainingArguments(TrainingArguments):
             "stay the same: change --gradient_accumulation_steps to match."
         },
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the code that comes with a model or tokenizer: read it first. Without this flag, one that "
+            "needs it is refused."
+        },
+    )
     hub_license: str | None = field(
         default=None, metadata={"help": "Licence named in the model card, for example apache-2.0. Default: none."}
     )

@@ -19,7 +19,7 @@ from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
 from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
 from fnl_hf.bert.other_names import NAMINGS
 from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, validate_vocabulary, vocabulary_size
-from fnl_hf.errors import UserInputError
+from fnl_hf.errors import UserInputError, needs_code, reason_of
 from fnl_hf.publishing.checkpoints import load_model
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
@@ -67,9 +67,11 @@ def load_bert_config(name_or_path: str) -> FnlBertConfig:
         UserInputError: there is none, or it is another architecture's.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     # configurations are read without checks
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        if needs_code(error):
+            raise UserInputError(f"{name_or_path} is neither a BERT nor an FNL-BERT: it comes with code") from error
         raise UserInputError(f"no usable configuration in {name_or_path}: {_reason(error)}") from error
     if not isinstance(config, BertConfig):
         raise UserInputError(
@@ -195,13 +197,19 @@ def _validate_finite(name_or_path: str, model: PreTrainedModel) -> None:
 
 
 def load_text_model(
-    name_or_path: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, attn_implementation: str = "sdpa"
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A checkpoint of any architecture as a model of its own class, in float32, checked against tokenizer and sequence
     length."""
     # If an architecture has no SDPA, Transformers uses what it has, unless told otherwise.
     kernel = {} if attn_implementation == "sdpa" else {"attn_implementation": attn_implementation}
-    model = load_model(name_or_path, dtype=torch.float32, **kernel)
+    with as_user_input(name_or_path):
+        AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    model = load_model(name_or_path, trust_remote_code, dtype=torch.float32, **kernel)
     _validate_finite(name_or_path, model)
     if not hasattr(model.config, "vocab_size"):
         raise UserInputError(
@@ -212,7 +220,11 @@ def load_text_model(
 
 
 def build_question_answering_model(
-    model_args, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, is_trained: bool
+    model_args,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    is_trained: bool,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A question answering model of any BERT-like architecture, checked against tokenizer and sequence length.
 
@@ -227,20 +239,24 @@ def build_question_answering_model(
     factorized = model_args.model_type == FnlBertConfig.model_type
     config = load_bert_config(name) if factorized else None
     if model_args.model_name_or_path is not None:
-        model = load_question_answering_model(name, config, is_trained, dtype=torch.float32)
+        model = load_question_answering_model(name, config, is_trained, trust_remote_code, dtype=torch.float32)
     elif not is_trained:
         raise UserInputError(f"--config_name {name} starts from random weights: train them (--do_train)")
     else:
         with as_user_input(name):
-            config = config or AutoConfig.from_pretrained(name)
+            config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             config.dtype, config.num_labels = torch.float32, ANSWER_LOGITS
-            model = AutoModelForQuestionAnswering.from_config(config)
+            model = AutoModelForQuestionAnswering.from_config(config, trust_remote_code=trust_remote_code)
     _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
     return model
 
 
 def load_question_answering_model(
-    name: str, config: FnlBertConfig | None = None, is_trained: bool = False, **kwargs: Any
+    name: str,
+    config: FnlBertConfig | None = None,
+    is_trained: bool = False,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """The question answering model of a checkpoint, regardless of the number of labels in its configuration.
 
@@ -255,7 +271,9 @@ def load_question_answering_model(
     kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     with as_user_input(name, "no question answering model in"):
         if config is None:
-            found: Any = AutoModelForQuestionAnswering.from_pretrained(name, num_labels=ANSWER_LOGITS, **kwargs)
+            found: Any = AutoModelForQuestionAnswering.from_pretrained(
+                name, num_labels=ANSWER_LOGITS, trust_remote_code=trust_remote_code, **kwargs
+            )
         else:
             config.num_labels = ANSWER_LOGITS
             found = FnlBertForQuestionAnswering.from_pretrained(name, config=config, **kwargs)
@@ -270,10 +288,12 @@ def load_question_answering_model(
     return model
 
 
-def load_answer_teacher(name: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
+def load_answer_teacher(
+    name: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A fine-tuned question answering model that accepts the inputs of its student."""
-    validate_same_vocabulary(tokenizer, load_tokenizer(name))
-    model = load_question_answering_model(name, dtype=torch.float32)
+    validate_same_vocabulary(tokenizer, load_tokenizer(name, trust_remote_code))
+    model = load_question_answering_model(name, trust_remote_code=trust_remote_code, dtype=torch.float32)
     _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
     return model
 
@@ -284,7 +304,7 @@ def as_user_input(name, problem: str = "no model of the required kind can be bui
     try:
         yield
     except (LookupError, TypeError, ValueError, RuntimeError, ImportError, OSError, *LIBRARY_ERRORS) as error:
-        raise UserInputError(f"{problem} {name}: {error}") from error
+        raise UserInputError(f"{problem} {name}: {reason_of(error)}") from error
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:

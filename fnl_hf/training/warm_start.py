@@ -10,9 +10,9 @@ Shapes: W = U Vᵀ (m, n) with r < min(m, n): U (m, r), V (n, r); G the gradient
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -28,6 +29,7 @@ from fnl_hf.data.masking import MaskedLMDataset, MaskedStream
 from fnl_hf.errors import TrainingDiverged, UserInputError
 from fnl_hf.layers import FactorizedLinear
 from fnl_hf.layers.base import INITS
+from fnl_hf.runs.processes import gather_objects
 from fnl_hf.surgery.checkpoints import factorized_layers, restore_layers
 from fnl_hf.surgery.config import FactorizationConfig
 from fnl_hf.surgery.factorize import factorize, selected_layers
@@ -88,8 +90,8 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
     """The warm start that ``--factorize_at_step`` requests; None without this flag or without training.
 
     Raises:
-        UserInputError: a step that the run does not reach, a model with factorized layers, several processes, FSDP or
-            torch.compile, which hold on to the layers that would go; see also :func:`plan_factorization`.
+        UserInputError: a step that the run does not reach, a model with factorized layers, FSDP or torch.compile, which
+            hold on to the layers that would go; see also :func:`plan_factorization`.
     """
     given = model_args.factorize_at_step
     if given is None or not args.do_train:
@@ -100,13 +102,12 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
             f"{model_args.model_name_or_path} are factorized already"
         )
     held_by = {
-        f"{args.world_size} processes": args.world_size > 1,
         "FSDP": parse_flag_from_env("ACCELERATE_USE_FSDP"),
         "torch.compile": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
     }
     if holders := [what for what, is_used in held_by.items() if is_used]:
         raise UserInputError(
-            f"--factorize_at_step ({given:g}) works in one process without FSDP and torch.compile, which keep "
+            f"--factorize_at_step ({given:g}) works without FSDP and torch.compile, which keep "
             f"references to the layers that it replaces; this run uses {' and '.join(holders)}"
         )
     last = count_steps(args, train_dataset)
@@ -169,6 +170,7 @@ class WarmStartCallback(TrainerCallback):
             factorize(model, self.warm_start.config, calibration)
         except ValueError as error:  # the run's choices were checked before, so weights must be non-finite
             raise TrainingDiverged(f"--factorize_at_step, at step {self.trainer.state.global_step}: {error}") from error
+        reduce_new_gradients(self.trainer)
         state = carry_state(optimizer.state, before, model)
         like = replace_parameters(optimizer, build_optimizer(args, model), state)
         if args.process_index == 0:
@@ -180,11 +182,24 @@ class WarmStartCallback(TrainerCallback):
         return like
 
 
+def reduce_new_gradients(trainer) -> None:
+    """Have DDP, in place because Trainer's loop holds it, average the gradients of the parameters that its module has
+    now. They become those of the first process."""
+    wrapped = trainer.model_wrapped
+    if isinstance(wrapped, DistributedDataParallel):
+        handler = trainer.accelerator.ddp_handler
+        kwargs = {} if handler is None else handler.to_kwargs()
+        devices = {"device_ids": wrapped.device_ids, "output_device": wrapped.output_device}
+        DistributedDataParallel.__init__(wrapped, wrapped.module, **devices, **kwargs)
+
+
 def calibration_batches(dataset: MaskedLMDataset | MaskedStream, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Inputs of some training sequences: evenly spaced in a data set, or the next ones of a stream. Neither the order
-    of the data nor the position in a stream changes."""
+    """Inputs of some training sequences, the same on all processes: evenly spaced in a data set, or the next ones of a
+    stream. Neither the order of the data nor the position in a stream changes."""
+    batches: Iterable[Mapping[str, Any]]
     if isinstance(dataset, MaskedStream):
-        batches: Iterator[Mapping[str, Any]] = islice(iter(dataset), ceil(SAMPLES / batch_size))
+        own = islice(iter(dataset), ceil(SAMPLES / (batch_size * dataset.rows.order.world_size)))
+        batches = chain.from_iterable(zip(*gather_objects(list(own))))
     else:
         chosen = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).astype(int).tolist()
         parts = (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))

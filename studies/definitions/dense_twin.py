@@ -1,19 +1,13 @@
 """The dense twin: feed-forward layers as products of full rank, from the same weights and on the same batches as a
 dense run."""
 
-from typing import Any
-
-from studies.study import FEED_FORWARD, Comparison, Study, recipe
+from studies.study import Comparison, Study, overcomplete, recipe
 
 # The mode also decays the attention products: each mode has its own dense run, whose attention is decayed alike.
 # Without decay of the products, no matrix is decayed, including those of the dense layers.
 DECAYS = {"none": 0.0, "weight": 0.1, "frobenius": 0.1}
 DISTURBANCE = 0.001  # change of λ: shows how similar a dense run stays after such a small disturbance
 INITS = ("spectral", "default")
-
-
-def wide(init: str) -> dict[str, Any]:
-    return {"factorize_at_step": 0, "factorize_mode": "wide", "factorize_init": init, "factorize_include": FEED_FORWARD}
 
 
 STUDY = Study(
@@ -27,7 +21,7 @@ STUDY = Study(
             for name, flags in (
                 ("dense", {}),
                 ("dense-disturbed", {"weight_decay": value + DISTURBANCE}),
-                *((f"wide-{init}", wide(init)) for init in INITS),
+                *((f"wide-{init}", overcomplete("wide") | {"factorize_init": init}) for init in INITS),
             )
         }
         for decay, value in DECAYS.items()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from studies.study import FEED_FORWARD, Comparison, Study, recipe
+from studies.study import Comparison, Study, overcomplete, recipe
 
 LAMBDAS = (0.1, 0.3)
 # Steps of a dense run in the time of the 4,000 steps of a wide and of a deep run, measured on one thread.
@@ -10,8 +10,7 @@ DENSE_STEPS = {"wide": 4400, "deep": 4600}
 
 
 def products(kind: str, mode: str, value: float) -> dict[str, Any]:
-    factorization = {"factorize_at_step": 0, "factorize_mode": kind, "factorize_include": FEED_FORWARD}
-    return {"decay_mode": mode, "weight_decay": value, "frobenius_decay": value, **factorization}
+    return {"decay_mode": mode, "weight_decay": value, "frobenius_decay": value, **overcomplete(kind)}
 
 
 def arms_of(kind: str) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Exported models compute what the model does, for any batch size and length."""
 
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 import fnl_hf
 from fnl_hf.commands import cli
 from fnl_hf.commands.export import export_onnx, export_program
-from tests.conftest import DIMENSIONS
+from tests.conftest import DIMENSIONS, ROOT
 
 
 @pytest.fixture(params=["fnl_bert", "bert"])
@@ -72,6 +74,18 @@ def test_bfloat16_inference_is_close_to_float32(model):
         found = model.bfloat16()(ids, mask, segments).start_logits
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float()[mask.bool()], expected[mask.bool()], atol=0.1 * expected.std(), rtol=0.1)
+
+
+def test_packages_that_are_missing_are_named_as_an_index_has_them(tmp_path, monkeypatch, capsys):
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["onnx"]
+    expected = f"pip install {' '.join(requirement.partition('>=')[0] for requirement in extra)}"
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(fnl_hf.UserInputError, match=f"^exporting to ONNX needs onnxscript: {expected}$"):
+        export_onnx(fnl_hf.FnlBertModel(fnl_hf.FnlBertConfig(**DIMENSIONS)), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["export", "--help"])
+    assert f"Needs {expected}." in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_file_that_differs_is_not_kept_and_the_model_stays_as_it_is(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
-"""The wheel holds everything that an installed fnl_hf needs."""
+"""The wheel holds everything that an installed fnl_hf needs, the sdist all files of the repository."""
 
 import subprocess
 import sys
+import tarfile
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -33,3 +36,16 @@ def test_a_wheel_builds_and_installs(tmp_path):
         [sys.executable, "-P", "-c", code, str(target)], capture_output=True, text=True, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git knows the files of the repository")
+def test_an_sdist_holds_what_the_repository_holds(tmp_path):
+    """Tests and documentation of the sdist run on these files."""
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(build, check=True, capture_output=True, cwd=ROOT)
+    (built,) = tmp_path.glob("fnl_hf-*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    assert {name for name in tracked if (ROOT / name).exists()} - names == set()
+    assert not [name for name in names if name.split("/")[0] in (".git", ".venv", "output", "dist")]

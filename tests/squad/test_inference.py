@@ -59,6 +59,16 @@ def test_many_questions_get_the_answers_that_each_gets_alone(model, tokenizer):
     assert ask(model, [], [], tokenizer) == []
 
 
+def test_windows_are_as_long_as_the_positions_of_a_roberta_allow(tokenizer, dimensions):
+    """Of its 40 positions two are spent on padding: what is asked with more tokens is asked with 38."""
+    dimensions |= {"vocab_size": len(tokenizer), "max_position_embeddings": 40, "pad_token_id": 1}
+    model = transformers.RobertaForQuestionAnswering(transformers.RobertaConfig(**dimensions))
+    shapes = []
+    model.register_forward_pre_hook(lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    asked = [ask(model, QUESTIONS[0], CONTEXT, tokenizer, max_seq_length=size, doc_stride=16) for size in (38, 384)]
+    assert asked[0] == asked[1] and [length for _, length in shapes] == [38, 38]
+
+
 def test_what_cannot_be_asked_is_refused(model, tokenizer, tmp_path):
     with pytest.raises(UserInputError, match="must not be empty, but number 1 is"):
         ask(model, " ", CONTEXT, tokenizer)

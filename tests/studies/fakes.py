@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from studies.__main__ import main
 from studies.study import Study
 
-LOSSES = {"low": 3.25, "high": 4.5, "broken": 0.0, "empty": 0.0}
+LOSSES = {"low": 3.25, "high": 4.5, "broken": 0.0, "empty": 0.0, "stopped": 0.0, "nan": float("nan")}
+PROVENANCE = {"starts": [{"versions": {"torch": "2", "transformers": "5"}, "devices": ["CPU"]}]}
 
 
 def fake_study(folder, **changes):
@@ -63,6 +64,9 @@ def script(flags):
         sys.exit("first\n" * 50 + "what is wrong")
     while not Path(flags["gate"]).exists():
         time.sleep(0.02)
+    if flags["arm"] == "stopped":
+        (folder / "provenance.json").write_text(json.dumps(PROVENANCE))
+        sys.exit(3)  # as a script whose losses are not finite
     if flags["arm"] != "empty":
         write_results(folder, LOSSES[flags["arm"]] + int(flags["seed"]) / 64, len(flags.get("folder", "")))
     if "scale" in flags:
@@ -82,9 +86,8 @@ def write_results(folder, loss, length):
     norms = {"norms/qk/a.qk/nuclear": 2.0, "norms/qk/b.qk/nuclear": 5.0, "norms/vo/a.vo/bound": 7.0}
     norms |= {"norms/qk/a.qk/bound": 4.0, "norms/qk/b.qk/bound": 5.0}
     history = [{"step": 0, **dict.fromkeys(norms, 0.5)}, *losses, {"step": 1000, **norms}]
-    provenance = {"starts": [{"versions": {"torch": "2", "transformers": "5"}, "devices": ["CPU"]}]}
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    (folder / "provenance.json").write_text(json.dumps(provenance))
+    (folder / "provenance.json").write_text(json.dumps(PROVENANCE))
     (folder / "all_results.json").write_text(
         json.dumps({"eval_loss": loss, "note": "of no number"} | ({"folder": length} if length else {}))
     )

@@ -38,7 +38,8 @@ def lines_of(study, losses=LOSSES):
                 "flags": study.flags(f"A/{name}"),
                 "seconds": 900.0,
             }
-            line |= {"metrics": {"eval_loss": loss}, "curves": {"eval_loss": [[500, 6.0], [1000, loss]]}}
+            line |= {"diverged": True} if loss is None else {}
+            line |= {"metrics": loss and {"eval_loss": loss}, "curves": {"eval_loss": [[500, 6.0], [1000, loss]]}}
             line |= {"spectra": {"qk": {"rank": 2.0 * seed}}, "revision": "0123456789ab"}
             line |= {"versions": {"torch": "2.9", "transformers": "5.2"}, "machine": {"cpu": "Z80", "threads": 1}}
             lines.append(line)
@@ -109,6 +110,20 @@ def test_a_claim_of_no_difference(tmp_path):
     assert outcome.claim(claim, difference) == "confirmed here"
     smaller = Outcome("up", study_of(tmp_path, effect=0.1), lines_of(study, losses))
     assert smaller.claim(claim, difference) == f"{FAILS} better"
+
+
+def test_diverged_runs_are_told_and_never_chosen(tmp_path, page):
+    """up-0.1 is chosen by its loss of 4.25 on seed 11 alone; on seed 12 it diverges."""
+    changes = {"tuning_seeds": (11, 12)}
+    losses = {
+        "none": NONE | {2: None, 3: None},
+        "up-0.1": {1: None, 11: 4.25, 12: None},
+        "up-1": {1: 3.75, 2: 4.0, 3: 4.5, 11: 4.5, 12: 4.5},
+    }
+    text = page(lines_of(study_of(tmp_path, **changes), losses), **changes)
+    assert "| A | up | 1 | 4.083 ± 0.382 |" in text  # √(0.2917/2)
+    assert "| up-0.1 | diverged | 1 | – | – | – |\n" in text
+    assert "| none | 4.000, 2 diverged | 3 | – | – | 2 |\n" in text
 
 
 def test_nothing_is_chosen_before_its_tuning_seeds_have_run(page):

@@ -97,6 +97,19 @@ def test_a_failure_is_told_and_stops_nothing(folder, capfd):
     assert runs_in(lines_of(folder)) == [("A/low", 5)]
 
 
+@pytest.mark.parametrize("arm", ["stopped", "nan"])
+def test_a_diverged_run_is_recorded_without_metrics_and_not_run_again(folder, capfd, arm):
+    """Neither products nor the distance to the twin are measured on what it leaves."""
+    changes = {"arms": {"A": {"low": {"arm": "low", "scale": 2}, arm: {"arm": arm}}}, "twin": "low", "spectra": False}
+    for _ in range(2):
+        assert command(folder, "--seeds", "5", **changes) == 0
+        assert "2 of 2 runs are recorded, 0 left\n" in capfd.readouterr().err
+    assert len(starts(folder)) == 2
+    whole, diverged = lines_of(folder)
+    assert (diverged["arm"], diverged["diverged"], diverged["metrics"]) == (f"A/{arm}", True, None)
+    assert "diverged" not in whole and diverged["versions"] == whole["versions"] and diverged["seconds"] > 0
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal_it_ends_its_children_and_resumes_them_later(tmp_path, signum):
     runner = in_background(tmp_path, "--workers", "2", "--arms", "A/low")

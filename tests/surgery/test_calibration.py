@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2Model
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, CLIPConfig, CLIPModel, GPT2Config, GPT2Model
 
 from fnl_hf import FactorizationConfig, factorize, merge
 from fnl_hf.layers import FactorizedLayer
@@ -19,6 +19,7 @@ from fnl_hf.surgery.calibration import collect_moments
 from fnl_hf.surgery.ranks import choose_ranks
 from fnl_hf.surgery.truncation import find_truncations
 from tests.conftest import DIMENSIONS
+from tests.surgery.test_surgery import IDS, IMAGES
 
 
 def draw(*shape, seed=0):
@@ -187,6 +188,27 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_kernels_without_a_backward_pass_are_those_of_the_user_again():
+    """flex_attention has none on a CPU. A CLIP's two towers have kernels of their own."""
+    sizes = {"hidden_size": 28, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 44}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 53, "max_position_embeddings": 20},
+        vision_config={**sizes, "image_size": 20, "patch_size": 5},
+        projection_dim=7,
+    )
+    kernels = {"text_config": "flex_attention", "vision_config": "sdpa"}
+    batch = {"input_ids": IDS, "pixel_values": IMAGES}
+    found = []
+    for kernel in ("flex_attention", "eager"):
+        torch.manual_seed(0)
+        model = CLIPModel(config)
+        model.set_attn_implementation(kernels | {"text_config": kernel})
+        quietly(model, FactorizationConfig(rank_scale=0.25), [batch])
+        assert [getattr(model.config, name)._attn_implementation for name in kernels] == [kernel, "sdpa"]
+        found.append(model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_padding_and_passes_do_not_matter(monkeypatch):

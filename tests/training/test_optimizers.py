@@ -1,13 +1,17 @@
 """The optimizer that the command line describes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from transformers import FNetConfig, FNetForMaskedLM, FNetForQuestionAnswering
 
 from fnl_hf import FnlBertConfig, FnlBertForMaskedLM, UserInputError
 from fnl_hf.optim.base import ProductGroups
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.optimizers import OPTIMIZERS, build_optimizer
-from tests.conftest import needs_muon
+from tests.conftest import ROOT, needs_muon
 
 FLAGS = {"learning_rate": 0.25, "adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 0.125, "use_cpu": True}
 
@@ -94,3 +98,24 @@ def test_a_frobenius_decay_that_finds_no_product_is_bad_input_and_a_dense_model_
     groups = built_for_dense().param_groups
     assert [(group["name"], group["weight_decay"]) for group in groups] == [("decay", 0.1), ("plain", 0.0)]
     assert not caplog.records
+
+
+@pytest.mark.parametrize("script", ["run_pretrain.py", "run_squad.py"])
+def test_the_scripts_say_so_in_one_line_and_end_with_status_2(script, corpus, tokenizer, tmp_path):
+    """An FNet has no attention."""
+    sizes = {"hidden_size": 42, "num_hidden_layers": 1, "intermediate_size": 35, "max_position_embeddings": 64}
+    model_class = FNetForQuestionAnswering if script == "run_squad.py" else FNetForMaskedLM
+    for part in (model_class(FNetConfig(vocab_size=len(tokenizer), **sizes)), tokenizer):
+        part.save_pretrained(tmp_path / "fnet")
+    flags = {"model_name_or_path": tmp_path / "fnet", "output_dir": tmp_path / "out", "frobenius_decay": 0.5}
+    flags |= {"max_seq_length": 50, "max_steps": 2, "report_to": "none", "use_cpu": "true", "max_train_samples": 3}
+    if script == "run_squad.py":
+        flags |= {"doc_stride": 16, "max_eval_samples": 3}
+    else:
+        flags |= {"objective": "distill", "teacher_name_or_path": tmp_path / "fnet", "train_file": corpus}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    ended = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True, cwd=ROOT)
+    (said,) = [line for line in ended.stderr.splitlines() if line.startswith(f"{script}: error: ")]
+    expected = f"frobenius_decay (0.5) has nothing to decay: {model_class.__name__} has no trainable products"
+    assert ended.returncode == 2 and expected in said and "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()
