@@ -118,6 +118,11 @@ CASES = [
 ]  # fmt: skip
 
 
+KNOWN = {field.name for types in SCRIPTS.values() for each in types for field in dataclasses.fields(each)}
+NEWER = {"activation_checkpointing_kwargs"} - KNOWN  # flags that an older Transformers does not have
+CASES = [case for case in CASES if case[1] not in NEWER]
+
+
 def found(script, words, tmp_path):
     """The sentences for a command line."""
     argv = [*words.split(), *BASE[script].split(), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
@@ -134,9 +139,8 @@ def test_a_flag_without_effect_is_named_with_the_reason(script, flag, without, h
 
 
 def test_every_rule_has_a_case_and_names_flags_that_exist():
-    known = {field.name for types in SCRIPTS.values() for each in types for field in dataclasses.fields(each)}
-    flags = {flag for rule in RULES for flag in rule.flags}
-    assert flags == {flag for _, flag, _, _ in CASES} and flags <= known
+    flags = {flag for rule in RULES for flag in rule.flags} - NEWER
+    assert flags == {flag for _, flag, _, _ in CASES} and flags <= KNOWN
 
 
 @pytest.mark.parametrize("names", RECIPES, ids="+".join)
