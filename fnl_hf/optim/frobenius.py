@@ -103,7 +103,10 @@ def _why_not(weight: torch.Tensor) -> str:
 
 
 def _describe_number(group: dict[str, Any]) -> str:
-    return f" (for {group['num_products']} products)" if "num_products" in group else ""
+    if "num_products" not in group:
+        return ""
+    count = group["num_products"]
+    return f" ({count * len(RANK_DIMS[group['product']])} for its {count} products)"
 
 
 def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:

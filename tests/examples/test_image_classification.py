@@ -379,7 +379,7 @@ def test_bad_images_and_labels_are_refused(folders, tmp_path):
         (
             folders / "train",
             tmp_path / "others",
-            r"must have the classes of --train_dir, \['blue', 'red'\], but has \['pink'",
+            r"must have the classes of --train_dir, \['blue', 'green', 'red'\], but has \['pink'",
         ),
     ):
         flags = {"train_dir": train_dir, "validation_dir": validation_dir, "cache_dir": tmp_path / "cache"}

@@ -72,7 +72,7 @@ def test_subsets_are_balanced_and_disjoint():
     assert not set(first.tolist()) & set(second.tolist())
     again, _ = class_balanced(labels, [8, 1], ["a", "b", "c"])
     assert torch.equal(first, again), "the training images do not depend on how many are held out"
-    with pytest.raises(UserInputError, match="need 11 images of class a, there are 9"):
+    with pytest.raises(UserInputError, match="need 11 images of class a, but there are 9"):
         class_balanced(labels, [28, 1], ["a", "b", "c"])
 
 

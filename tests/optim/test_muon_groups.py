@@ -199,7 +199,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(other):
     groups = muon_param_groups(model, **READOUT)
     if other == "adamw":
         saved: torch.optim.Optimizer = FrobeniusAdamW(copy.deepcopy(groups))
-        message = "group 'linear', parameter 0, .* no momentum_buffer: it is another optimizer's"
+        message = "group 'linear', parameter 0, .* no momentum_buffer: it belongs to another kind"
     elif other == "muon":
         saved = torch.optim.Muon([nn.Parameter(torch.ones(2, 3))])
         message = r"has 1 parameter group\(s\), this optimizer 4 \(linear, decay, decay_adamw, plain\)"

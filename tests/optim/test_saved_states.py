@@ -139,7 +139,7 @@ REFUSED = {
     "other sizes": (ADAMW, other_split, {}, "parameter group 'qk' has 4 parameters, .* 3"),
     "another order": (ADAMW, reordered, {}, r"parameter group 'qk', parameter 0, .*\(6, 5\).* exp_avg .*\(6, 7\)"),
     "sgd": (SGD, layout, {"momentum": 0.9}, "parameter group 'qk', parameter 0, .* no step, exp_avg, exp_avg_sq"),
-    "sgd without a state": (SGD, layout, {}, "parameter group 'qk' .* no betas"),
+    "sgd without a state": (SGD, layout, {}, "parameter group 'qk': .* no betas"),
     "adamax": (torch.optim.Adamax, layout, {}, "parameter group 'qk', parameter 0, .* no exp_avg_sq"),
 }
 
@@ -190,14 +190,14 @@ def test_loss_scaling_goes_on_with_the_kernels_of_the_state(ours, other, overflo
 def test_sgd_takes_no_state_of_adam():
     ours = FrobeniusAdamW(our_groups(parameters())).state_dict()
     for state in (saved_by(ADAMW, parameters()), ours):
-        assert_refused(FrobeniusSGD, state, "parameter group 'qk' .* no dampening, momentum")
+        assert_refused(FrobeniusSGD, state, "parameter group 'qk': .* no dampening, momentum")
 
 
 @pytest.mark.parametrize("ours", [Lamb, FrobeniusLamb])
 def test_lamb_does_not_minimize_what_the_state_maximizes(ours):
     params = parameters()
     optimizer = ours([{"params": group} for group in layout(params)], lr=0.7)
-    with pytest.raises(ValueError, match="parameter group 0 .* maximize"):
+    with pytest.raises(ValueError, match="parameter group 0: .* maximize"):
         optimizer.load_state_dict(saved_by(ADAMW, params, maximize=True))
     assert optimizer.param_groups[0]["lr"] == 0.7 and not optimizer.state
 

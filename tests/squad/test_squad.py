@@ -223,7 +223,7 @@ def test_unanswerable_questions_have_no_answers(tmp_path):
         (b"\xff\xfe", "cannot be read"),
         (b'{"version": 1}', "not in SQuAD's layout .* KeyError\\('data'\\)"),
         (b"[1, 2]", "not in SQuAD's layout"),
-        (b'{"data": []}', "no questions"),
+        (b'{"data": []}', "contains no questions"),
         (b'{"data": [{"paragraphs": [{"context": "x", "qas": ["q"]}]}]}', "not in SQuAD's layout"),
         (b'{"data": [{"paragraphs": [{"context": null, "qas": [{"id": 1, "question": "q"}]}]}]}', ".*must be strings"),
         (
