@@ -232,9 +232,10 @@ def describe_model(model, model_args, data_args, warm_start):
     if data_args.objective == "distill":
         teacher, _ = describe_source(model_args.teacher_name_or_path)
         return {
-            "facts": {"objective": "hidden states, and logits where both models have them", "teacher": teacher} | facts,
+            "facts": {"objective": "hidden states, and logits where both models have them"} | facts,
             "description": f"Distilled from {teacher} on text without labels.",
             "auto_class": auto_class_of(model),
+            "teacher": model_args.teacher_name_or_path,
         }
     if warm_start is not None:
         facts["warm start"] = str(warm_start)

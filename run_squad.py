@@ -16,7 +16,6 @@ from fnl_hf import UserInputError
 from fnl_hf.data.rows import first_rows
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import validate_bounds
-from fnl_hf.publishing.cards import describe_source
 from fnl_hf.runs.command_line import parse_arguments, run_script
 from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
@@ -270,10 +269,9 @@ def run_one(model_args, data_args, args, planned):
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length, args.do_train, trusted)
     if checkpoint is not None:
         validate_resume(checkpoint, model)
-    teacher, card_facts = None, {"sequence length": data_args.max_seq_length, "document stride": data_args.doc_stride}
+    teacher = None
     if model_args.teacher_name_or_path is not None and args.do_train:
         teacher = load_answer_teacher(model_args.teacher_name_or_path, tokenizer, data_args.max_seq_length, trusted)
-        card_facts["teacher"], _ = describe_source(model_args.teacher_name_or_path)
     questions, fingerprints = load_splits(data_args, args)
     planned.record_data(fingerprints)
     features = make_features(data_args, args, tokenizer, questions)
@@ -293,12 +291,13 @@ def run_one(model_args, data_args, args, planned):
         trainer,
         metrics,
         source=data_args.dataset_name or data_args.train_file or "the embedded sample of fnl_hf",
-        facts=card_facts,
+        facts={"sequence length": data_args.max_seq_length, "document stride": data_args.doc_stride},
         title=f"{Path(args.output_dir).resolve().name} (question answering)",
         description="Fine-tuned for extractive question answering.",
         auto_class="AutoModelForQuestionAnswering",
         dataset=data_args.dataset_name,
         base_model=model_args.model_name_or_path,
+        teacher=model_args.teacher_name_or_path,
     )
 
 

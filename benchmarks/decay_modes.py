@@ -21,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from fnl_hf.reports.plots import series
+from fnl_hf.reports.history import series
 
 ROOT = Path(__file__).parent.parent
 MODES = ("frobenius", "weight", "none")

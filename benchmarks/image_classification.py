@@ -26,7 +26,7 @@ import transformers
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from fnl_hf.reports.plots import series
+from fnl_hf.reports.history import series
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "image_classification" / "train.py"

@@ -264,7 +264,7 @@ def save_merged(
     write_run_card(
         folder,
         model=merged,
-        facts=model_facts(merged, args, source) | run_facts(read_starts(args.output_dir)[-1], metrics["train"]),
+        facts=model_facts(merged, args, source) | run_facts(read_starts(args.output_dir), metrics["train"]),
         metrics={name.replace("merged_", "eval_"): value for name, value in metrics["merged"].items()},
         license=args.hub_license,
         **card | {"description": f"{card['description']} This version is multiplied out: its layers are dense."},

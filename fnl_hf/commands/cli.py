@@ -11,6 +11,7 @@ from fnl_hf.commands.calibration import LENGTH, SAMPLES
 from fnl_hf.commands.compress import Compression, factorize_checkpoint, merge_checkpoint
 from fnl_hf.commands.convert import SPECTRA_FILE, as_bert, convert_checkpoint, load_model, truncation_table
 from fnl_hf.commands.folders import refuse_bad_file
+from fnl_hf.commands.report import SUFFIXES, report_runs
 from fnl_hf.errors import UserInputError
 from fnl_hf.layers.base import INITS, MODES
 from fnl_hf.publishing.checkpoints import reading
@@ -22,7 +23,8 @@ from fnl_hf.surgery.config import DEFAULT_RANK_SCALES, TYPES, FactorizationConfi
 from fnl_hf.surgery.factorize import factorization_table
 from fnl_hf.version import __version__
 
-PLACES = ("source", "folder", "model", "file", "name", "questions_file", "calibration_file")  # what is read or written
+# what is read or written
+PLACES = ("source", "folder", "model", "file", "name", "questions_file", "calibration_file", "runs", "output")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +69,8 @@ def warn_of_unused(args: argparse.Namespace, flag: str, remedy: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fnl-hf",
-        description="Convert, factorize, export, upload and query models whose layers are products of matrices.",
+        description="Convert, factorize, export, upload and query models whose layers are products of matrices; "
+        "draw their training runs.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -77,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_push(commands)
     add_ask(commands)
+    add_report(commands)
     return parser
 
 
@@ -246,6 +250,19 @@ def add_ask(commands) -> None:
     asking.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
 
+def add_report(commands) -> None:
+    reporting = add_command(
+        commands, "report", run_report, "draw several training runs in one picture",
+        "Draw loss, held-out scores, throughput and the norms of the products against the steps, in one color per run. "
+        "The legend names each run by the flags that differ between the runs. Unfinished runs are drawn up to their "
+        "newest checkpoint. A single run gets its own report.",
+        "output/frobenius output/weight --output compare.png",
+    )  # fmt: skip
+    reporting.add_argument("runs", nargs="+", metavar="run", help="output folder of a run, or a checkpoint")
+    reporting.add_argument("--output", required=True, help=f"picture to write: {', '.join(SUFFIXES)}")
+    reporting.add_argument("--overwrite", action="store_true", help="replace an earlier picture")
+
+
 def run_convert(args: argparse.Namespace) -> None:
     original, model, truncations = convert_checkpoint(
         args.source,
@@ -320,3 +337,12 @@ def run_ask(args: argparse.Namespace) -> None:
     for name, found in zip(ids, answers, strict=True):
         answer = " ".join(found["answer"].split())  # one line, one field
         print(*([] if name is None else [name]), answer, f"{found['score']:.3f}", sep="\t")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    runs = report_runs(args.runs, Path(args.output), args.overwrite)
+    for name, run in runs.items():
+        losses = {"training loss": run.last("loss"), "held-out loss": run.last("eval_loss")}
+        figures = "".join(f", {label} {loss:.4g}" for label, loss in losses.items() if loss is not None)
+        print(f"{name}: {run.steps:,} steps{figures}; in {run.folder}")
+    print(args.output)

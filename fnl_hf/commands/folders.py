@@ -26,11 +26,19 @@ def refuse_bad_file(file: Path, suffix: str) -> None:
     Raises:
         UserInputError: it has another suffix, exists, or cannot be made.
     """
-    if file.suffix != suffix:
-        raise UserInputError(f"{file}: the file name must end in {suffix}")
-    _refuse_bad_place(file)
+    refuse_bad_name(file, suffix)
     if file.exists():
         raise UserInputError(f"{file} exists: choose another file name")
+
+
+def refuse_bad_name(file: Path, *suffixes: str) -> None:
+    """
+    Raises:
+        UserInputError: it has another suffix, or cannot be made.
+    """
+    if file.suffix not in suffixes:
+        raise UserInputError(f"{file}: the file name must end in {' or '.join(suffixes)}")
+    _refuse_bad_place(file)
 
 
 def _refuse_bad_place(path: Path) -> None:

@@ -4,7 +4,7 @@ Its text is in ``card_template.md``.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.utils import cached_file, logging
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of
 from fnl_hf.bert.modeling_fnl_bert import FnlBertPreTrainedModel
 from fnl_hf.products.discovery import find_products
+from fnl_hf.reports.overview import describe_decay, describe_optimizer, duration
 from fnl_hf.surgery.checkpoints import factorized_layers
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,12 @@ HUB_METRICS = {
     "eval_accuracy": ("accuracy", "Accuracy"),
     "eval_perplexity": ("perplexity", "Perplexity of masked tokens"),
     "eval_nsp_accuracy": ("accuracy", "Accuracy of next sentence prediction"),
+}
+# metric -> its name in the table of results, where it needs another
+RESULTS = {
+    **{metric: name for metric, (_, name) in HUB_METRICS.items()},
+    "eval_loss": "Held-out loss",
+    "unigram_entropy": "Unigram entropy of the held-out text",
 }
 
 
@@ -130,6 +137,8 @@ def write_run_card(
     language: str | None = None,
     base_model: str | None = None,
     plot: str | None = None,
+    teacher: str | None = None,
+    section: str = "",
 ) -> None:
     """Write the card of a trained model: how it was trained, on what, and how good it is.
 
@@ -141,15 +150,21 @@ def write_run_card(
         dataset: the Hub's name of the data; None for the user's own.
         license: the Hub's identifier, as "apache-2.0"; None for none.
         language: that of the data, as "en".
+        teacher: the checkpoint that it was distilled from: folder or Hub name. For the Hub it is a base model, too.
+        section: as for :func:`write_card`.
     """
     if dataset is not None and os.path.exists(dataset):  # one of the user's own
         dataset = None
     kept: dict[str, Any] = {}
+    origin: dict[str, str] = {}
     if base_model is not None:
-        name, kept = describe_source(base_model)
-        facts = {"base model": name, **facts}
+        origin["base model"], kept = describe_source(base_model)
         if license is not None:
             kept = {entry: value for entry, value in kept.items() if not entry.startswith("license")}
+    if teacher is not None:
+        origin["teacher"], of_teacher = describe_source(teacher)
+        bases = dict.fromkeys([*_as_list(kept.get("base_model")), *_as_list(of_teacher.get("base_model"))])
+        kept["base_model"] = next(iter(bases), None) if len(bases) < 2 else list(bases)
     given = {"license": license, "language": language}
     metadata = {
         **kept,
@@ -159,14 +174,18 @@ def write_run_card(
         "eval_results": evaluation_results(metrics, PIPELINE_TAGS.get(auto_class), dataset, facts["data"]) or None,
     }
     results = {
-        name: f"{value:.4g}" if isinstance(value, float) else value
+        RESULTS.get(name, name): f"{value:.4g}" if isinstance(value, float) else value
         for name, value in metrics.items()
         if not name.endswith(("_runtime", "_per_second", "epoch"))
     }
     write_card(
-        folder, title, description, auto_class, model, facts, metadata,
-        repository=repository, results=results, plot=plot,
+        folder, title, description, auto_class, model, {**origin, **facts}, metadata,
+        repository=repository, results=results, plot=plot, section=section,
     )  # fmt: skip
+
+
+def _as_list(entry: Any) -> list[str]:
+    return entry if isinstance(entry, list) else [] if entry is None else [entry]
 
 
 def evaluation_results(
@@ -224,8 +243,10 @@ def architecture_facts(model) -> dict[str, Any]:
     return facts
 
 
-def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
-    """The rows that describe software, data and speed: from ``provenance.json``'s last start and training metrics."""
+def run_facts(starts: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, str]:
+    """The rows that describe software, data and speed: from ``provenance.json``'s starts, of which the last counts, and
+    training metrics."""
+    start = starts[-1]
     versions = start["versions"]
     names = ("fnl_hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "python")
     facts = {"versions": ", ".join(f"{name} {versions[name]}" for name in names)}
@@ -234,6 +255,9 @@ def run_facts(start: dict[str, Any], metrics: dict[str, Any]) -> dict[str, str]:
             facts[name] = start[key]
     devices = ", ".join(sorted(set(start["devices"])))
     facts["trained on"] = f"{start['world_size']} process{'es' * (start['world_size'] > 1)}, {devices}"
+    if "train_runtime" in metrics:
+        since = f", since the last of {len(starts)} starts" if len(starts) > 1 else ""
+        facts["training time"] = duration(metrics["train_runtime"]) + since
     for unit, name in (("tokens", "non-padding tokens"), ("images", "images")):
         if f"train_{unit}_per_second" in metrics:
             rate, waited = metrics[f"train_{unit}_per_second"], metrics["train_data_wait"]
@@ -251,22 +275,7 @@ def model_facts(model, args, data: str) -> dict[str, Any]:
         "data": Path(data).name if os.path.exists(data) else data,  # not where it lies on this machine
         "optimizer": describe_optimizer(args),
     }
-    decay = describe_decay(model, args)
-    return facts if decay is None else facts | {"decay of the products": decay}
-
-
-def describe_optimizer(args) -> str:
-    """Its name, arguments, peak rate and decay."""
-    options = f" ({args.optim_args})" if args.optim_args else ""
-    return f"{args.optimizer}{options}, learning rate {args.learning_rate}, weight decay {args.weight_decay}"
-
-
-def describe_decay(model, args) -> str | None:
-    """How the products of a model are decayed; None if it has none."""
-    if not find_products(model):
-        return None
-    decay = args.weight_decay if args.frobenius_decay is None else args.frobenius_decay
-    return args.decay_mode + (f", λ = {decay}" if args.decay_mode != "none" else "")
+    return facts | ({"decay of the products": describe_decay(args)} if find_products(model) else {})
 
 
 def training_facts(args, steps: int) -> dict[str, Any]:

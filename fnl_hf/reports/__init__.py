@@ -4,7 +4,7 @@ from typing import Any
 
 from fnl_hf.reports.callbacks import ProductNormsCallback
 
-__all__ = ["ProductNormsCallback", "plot_report"]
+__all__ = ["ProductNormsCallback", "plot_report", "plot_runs"]
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from fnl_hf.reports.plots import plot_report
 
         return plot_report
+    if name == "plot_runs":
+        from fnl_hf.reports.comparison import plot_runs
+
+        return plot_runs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -48,12 +48,30 @@ def describe_start(trainer, facts: Mapping[str, str], notice: str | None = None)
             f"{together:,} = {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation step(s) x "
             f"{args.world_size} process(es)"
         )
-    rows["precision"] = PRECISIONS.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+    rows["precision"] = describe_precision(trainer)
     rows["device"] = _device(args)
     rows["folder"] = str(args.output_dir)
     width = max(map(len, rows))
     lines = [f"  {label:<{width}}  {text}" for label, text in rows.items()]
     return "\n".join(["", *lines, *([f"  {notice}"] if notice else []), ""])
+
+
+def describe_recipe(args, has_products: bool) -> str:
+    """Optimizer, peak rate and decays in one line, for the title of a picture."""
+    decay = f"; decay of the products: {describe_decay(args)}" if has_products else ""
+    return describe_optimizer(args) + decay
+
+
+def describe_optimizer(args) -> str:
+    """Its name, arguments, peak rate and decay."""
+    options = f" ({args.optim_args})" if args.optim_args else ""
+    return f"{args.optimizer}{options}, peak learning rate {args.learning_rate}, weight decay {args.weight_decay}"
+
+
+def describe_decay(args) -> str:
+    """How products are decayed."""
+    decay = args.weight_decay if args.frobenius_decay is None else args.frobenius_decay
+    return args.decay_mode + (f", λ = {decay}" if args.decay_mode != "none" else "")
 
 
 def describe_end(args, seconds: float, metrics: Mapping[str, Mapping[str, Any]]) -> str:
@@ -70,7 +88,12 @@ def describe_end(args, seconds: float, metrics: Mapping[str, Mapping[str, Any]])
     }
     listed = ", ".join(f"{name} {_figure(value)}" for name, value in results.items())
     done = "trained and saved" if args.do_train else "done, results"
-    return f"{done} in {args.output_dir}, in {_duration(seconds)}" + (f": {listed}" if listed else "")
+    return f"{done} in {args.output_dir}, in {duration(seconds)}" + (f": {listed}" if listed else "")
+
+
+def describe_precision(trainer) -> str:
+    """Of the matrix multiplications; weights are float32."""
+    return PRECISIONS.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
 
 
 def _steps(args, state) -> str:
@@ -94,7 +117,8 @@ def _figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As "1 h 2 min 3 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(hours or minutes) + [f"{rest} s"]

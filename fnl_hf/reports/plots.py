@@ -1,7 +1,10 @@
-"""The report of a training run: one picture, made from a Trainer's log history."""
+"""Pictures of training runs: the report of one, and several in one picture, from their Trainers' log histories."""
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -12,8 +15,10 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fnl_hf.reports.callbacks import NORM_PREFIX
+from fnl_hf.reports.history import KINDS, LogHistory, logged_products, mean_diagnostic, series
 
 REPORT_FILE = "training_report.png"
+CREATOR = "fnl_hf training report"  # in the metadata of a picture
 # diagnostic -> title, whether its axis is logarithmic
 PANELS = {
     "frobenius": ("Frobenius norm", False),
@@ -21,14 +26,22 @@ PANELS = {
     "effective_step": ("effective step η/‖W‖²", True),
     "non_orthogonality": ("non-orthogonality of the factors", False),
 }
-KIND_TITLES = {
-    "qk": "$QK^T$",
-    "vo": "$VO^T$",
-    "rotary": "$QRK^T$",
-    "linear": "$UV^T$",
-    "uv": "$UV^T$",
-    "deep": "$UMV^T$",
+# what several runs are compared by, where it was logged -> title, whether the axis begins at 0
+COMPARED = {
+    "loss": ("training loss (nats)", False),
+    "eval_loss": ("held-out loss (nats)", False),
+    "eval_validation_loss": ("validation loss (nats)", False),
+    "eval_f1": ("held-out F1 (%)", False),
+    "eval_accuracy": ("held-out accuracy", False),
+    "eval_validation_accuracy": ("validation accuracy", False),
+    "tokens_per_second": ("throughput (tokens per second)", True),
+    "images_per_second": ("throughput (images per second)", True),
 }
+COMPARED_NORMS = ("frobenius", "nuclear")
+# Okabe and Ito's, without the yellow that is faint on white; told apart with any colour vision.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = ("-", ":")  # dashed is the bound
+MOST_RUNS = len(COLORS) * len(LINE_STYLES)
 # logged counts of what a loss curve does not show -> marker, label
 EVENTS = {
     "skipped_steps": ("x", "skipped steps"),
@@ -36,62 +49,71 @@ EVENTS = {
     "factorized_layers": ("|", "layers become products"),
 }
 MOST_LABELS = 6  # in a legend: of more products, the first, the last and some between are named
-
-
-def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one logged quantity."""
-    entries = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-    return [step for step, _ in entries], [value for _, value in entries]
-
-
-def logged_products(log_history: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Names of the products whose diagnostics were logged, in the model's order, by kind."""
-    found: dict[str, list[str]] = {}
-    for key in (key for entry in log_history for key in entry if key.startswith(NORM_PREFIX)):
-        kind, name = key.removeprefix(NORM_PREFIX).split("/")[:2]
-        if name not in found.setdefault(kind, []):
-            found[kind].append(name)
-    return found
+WIDTH, NARROW, ROW, LINE = 12.0, 10.2, 2.7, 0.21  # inches: four columns and two; a row of panels, a legend's line
+LEGEND_WIDTH = 115  # characters
+Panel = Callable[[Any], None]  # draws on axes
 
 
 def plot_report(
-    log_history: list[dict[str, Any]],
+    log_history: LogHistory,
     file: str | Path,
     unigram_entropy: float | None = None,
     title: str | None = None,
 ) -> None:
-    """Write a PNG: loss, learning rate and throughput; below, for each kind of product, its diagnostics over the steps,
-    one curve a product. ``title`` says which run it is."""
-    kinds = logged_products(log_history)
-    figure = plt.figure(figsize=(16, 3.6 * (1 + len(kinds))), layout="constrained")
-    if title is not None:
-        figure.suptitle(title, fontsize=11)
-    top, *below = figure.subfigures(1 + len(kinds), squeeze=False)[:, 0]
-    axes = top.subplots(1, 3)
-    plot_loss(axes[0], log_history, unigram_entropy)
-    plot_optimizer(axes[1], log_history)
-    plot_throughput(axes[2], log_history)
-    for row, (kind, names) in zip(below, kinds.items()):
-        for axes, panel in zip(row.subplots(1, len(PANELS)), PANELS):
-            plot_products(axes, log_history, kind, names, panel)
-        row.axes[0].legend(fontsize=8)
-    last = max((entry["step"] for entry in log_history), default=0) or 1
-    for axes in figure.axes:
-        axes.set_xlabel("step")
-        axes.set_xlim(-0.04 * last, 1.04 * last)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    """Write a picture of one run: loss, learning rate and throughput; below, for each kind of product, its diagnostics
+    over the steps, one curve a product. ``title`` says which run it is."""
+    rows: list[list[Panel]] = [
+        [
+            partial(plot_loss, log_history=log_history, unigram_entropy=unigram_entropy),
+            partial(plot_optimizer, log_history=log_history),
+            partial(plot_throughput, log_history=log_history),
+        ]
+    ]
+    for kind, names in logged_products(log_history).items():
+        rows.append(
+            [partial(plot_products, log_history=log_history, kind=kind, names=names, panel=panel) for panel in PANELS]
+        )
+    _draw(rows, [log_history], file, WIDTH, title)
 
 
-def plot_loss(axes, log_history: list[dict[str, Any]], unigram_entropy: float | None = None) -> None:
+def plot_comparison(
+    runs: Mapping[str, LogHistory], file: str | Path, unigram_entropies: Sequence[float | None] = ()
+) -> None:
+    """Write a picture of several runs, each in a colour of its own: loss, scores and throughput, and for each kind of
+    product the norms, which are means over the run's products of this kind.
+
+    Args:
+        runs: names for the legend -> log histories, of ``MOST_RUNS`` runs at most.
+        unigram_entropies: of the held-out texts, as far as they are known; one that is the same for all is a line.
+    """
+    histories = list(runs.values())
+    entropies = {round(entropy, 6) for entropy in unigram_entropies if entropy is not None}
+    shared = entropies.pop() if len(entropies) == 1 else None
+    logged = {key for history in histories for entry in history for key in entry}
+    panels: list[Panel] = [
+        partial(compare_runs, histories=histories, key=key, unigram_entropy=shared if key == "eval_loss" else None)
+        for key in COMPARED
+        if key in logged
+    ]
+    rows = [panels[index : index + 2] for index in range(0, len(panels), 2)]
+    products = [logged_products(history) for history in histories]
+    for kind in dict.fromkeys(kind for kinds in products for kind in kinds):
+        names = [kinds.get(kind, []) for kinds in products]
+        rows.append(
+            [partial(compare_norms, histories=histories, kind=kind, names=names, norm=n) for n in COMPARED_NORMS]
+        )
+    _draw(rows, histories, file, NARROW, legend=list(runs))
+
+
+# ---- the panels of one run ----
+
+
+def plot_loss(axes, log_history: LogHistory, unigram_entropy: float | None = None) -> None:
     """Training and held-out loss; where steps were skipped or the loss had spikes, marks at the bottom."""
-    _plot(axes, log_history, "loss", label="training", alpha=0.6)
+    _plot(axes, log_history, "loss", label="training", color=COLORS[0], alpha=0.7)
     if any("eval_loss" in entry for entry in log_history):
-        _plot(axes, log_history, "eval_loss", label="held out", marker="o", markersize=4)
-    if unigram_entropy is not None:
-        axes.axhline(unigram_entropy, color="gray", linestyle=":", label="unigram entropy (held out)")
+        _plot(axes, log_history, "eval_loss", label="held out", color=COLORS[1], marker="o", markersize=4)
+    _plot_entropy(axes, unigram_entropy)
     for row, (key, (marker, label)) in enumerate(EVENTS.items()):
         marked = [step for step, count in zip(*series(log_history, key)) if count]
         if marked:
@@ -102,35 +124,34 @@ def plot_loss(axes, log_history: list[dict[str, Any]], unigram_entropy: float | 
     axes.legend(fontsize=8)
 
 
-def plot_optimizer(axes, log_history: list[dict[str, Any]]) -> None:
+def plot_optimizer(axes, log_history: LogHistory) -> None:
     """Learning rate on the left axis, norm of the gradient before clipping on the right one."""
-    _plot_from_zero(axes, log_history, "learning_rate", "learning rate", "tab:blue")
-    _plot_from_zero(axes.twinx(), log_history, "grad_norm", "gradient norm", "tab:orange", headroom=1.25)
+    _plot_from_zero(axes, log_history, "learning_rate", "learning rate", COLORS[0])
+    _plot_from_zero(axes.twinx(), log_history, "grad_norm", "gradient norm", COLORS[1], headroom=1.25)
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     axes.set_title("optimizer", fontsize=10)
     axes.grid(alpha=0.3)
 
 
-def plot_throughput(axes, log_history: list[dict[str, Any]]) -> None:
+def plot_throughput(axes, log_history: LogHistory) -> None:
     """Non-padding tokens, or images, a second on the left axis, share of the time waiting for data on the right one."""
     right = axes.twinx()
     unit = "images" if any("images_per_second" in entry for entry in log_history) else "tokens"
-    _plot_from_zero(axes, log_history, f"{unit}_per_second", f"{unit} per second", "tab:blue")
-    label = "share of the time waiting for data"
-    _plot_from_zero(right, log_history, "data_wait", label, "tab:orange", headroom=1.25)
+    _plot_from_zero(axes, log_history, f"{unit}_per_second", f"{unit} per second", COLORS[0])
+    _plot_from_zero(right, log_history, "data_wait", "time waiting for data", COLORS[1], headroom=1.25)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.yaxis.set_major_formatter(lambda share, position: f"{100 * share:.3g}%")
     axes.set_title("throughput", fontsize=10)
     axes.grid(alpha=0.3)
 
 
-def plot_products(axes, log_history: list[dict[str, Any]], kind: str, names: list[str], panel: str) -> None:
+def plot_products(axes, log_history: LogHistory, kind: str, names: list[str], panel: str) -> None:
     """One diagnostic (a key of ``PANELS``) of products of one kind over training; the nuclear norm with its bound.
 
     "nuclear" is figure 2 of the article on Khodak et al.: under weight decay on the factors the bound is tight.
     """
     colors = plt.get_cmap("viridis")
-    title, is_logarithmic = PANELS[panel]
+    is_logarithmic = PANELS[panel][1]
     every = -(-len(names) // MOST_LABELS)
     for index, name in enumerate(names):
         color = colors(0.9 * index / max(1, len(names) - 1))
@@ -139,7 +160,86 @@ def plot_products(axes, log_history: list[dict[str, Any]], kind: str, names: lis
         _plot(axes, log_history, f"{stem}/{panel}", is_logarithmic, color=color, label=label)
         if panel == "nuclear":
             _plot(axes, log_history, f"{stem}/bound", color=color, linestyle="--")
-    axes.set_title(f"{KIND_TITLES.get(kind, kind)}: {title}", fontsize=10)
+    _finish_products(axes, kind, panel)
+    if panel == next(iter(PANELS)):
+        axes.legend(fontsize=8)
+
+
+# ---- the panels of several runs ----
+
+
+def compare_runs(axes, histories: Sequence[LogHistory], key: str, unigram_entropy: float | None = None) -> None:
+    """One quantity (a key of ``COMPARED``), a curve for each run that has logged it."""
+    title, begins_at_zero = COMPARED[key]
+    points = {"marker": "o", "markersize": 3.5} if key.startswith("eval_") else {}
+    for style, history in zip(_run_styles(len(histories)), histories):
+        _plot(axes, history, key, **style, **points)
+    _plot_entropy(axes, unigram_entropy)
+    if unigram_entropy is not None:
+        axes.legend(fontsize=8)
+    if begins_at_zero:
+        _begin_at_zero(axes)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+
+
+def compare_norms(axes, histories: Sequence[LogHistory], kind: str, names: Sequence[Sequence[str]], norm: str) -> None:
+    """A norm's mean over each run's products of one kind, whose names are given; the nuclear norm with its bound."""
+    for style, history, own in zip(_run_styles(len(histories)), histories, names):
+        _plot(axes, mean_diagnostic(history, kind, own, norm), norm, **style)
+        if norm == "nuclear":
+            _plot(axes, mean_diagnostic(history, kind, own, "bound"), "bound", **style | {"linestyle": "--"})
+    _finish_products(axes, kind, norm, "mean ")
+
+
+def _run_styles(count: int) -> list[dict[str, Any]]:
+    """One for each run; the earlier is the wider, so that it shows below one that runs along it."""
+    widths = np.linspace(min(1.2 + 0.4 * (count - 1), 2.4), 1.2, count).tolist()
+    looks = [(style, color) for style in LINE_STYLES for color in COLORS]
+    return [{"color": color, "linestyle": style, "linewidth": w} for (style, color), w in zip(looks, widths)]
+
+
+# ---- what all pictures share ----
+
+
+def _draw(
+    rows: Sequence[Sequence[Panel]],
+    histories: Sequence[LogHistory],
+    file: str | Path,
+    width: float,
+    title: str | None = None,
+    legend: Sequence[str] = (),
+) -> None:
+    """Rows of panels against the steps of the longest run; above them a title or the legend of the runs."""
+    names = [fill(name, LEGEND_WIDTH) for name in legend]
+    columns = next((n for n in (3, 2) if max(map(len, names), default=0) < LEGEND_WIDTH / n), 1)
+    lines = sum(name.count("\n") + 1 for name in names) / columns
+    heights = [LINE * (lines + 2)] * bool(names) + [ROW] * len(rows)
+    figure = plt.figure(figsize=(width, sum(heights)))
+    figure.set_layout_engine("constrained", w_pad=0.08)
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
+    strips = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0].tolist()
+    if names:
+        handles = [plt.Line2D([], [], **style, label=name) for style, name in zip(_run_styles(len(names)), names)]
+        strips.pop(0).legend(handles=handles, loc="center", ncols=columns, fontsize=9)
+    last = max((entry["step"] for history in histories for entry in history), default=0) or 1
+    for strip, panels in zip(strips, rows):
+        for axes, panel in zip(strip.subplots(1, len(panels), squeeze=False)[0], panels):
+            panel(axes)
+    for axes in figure.axes:
+        axes.set_xlabel("step")
+        axes.set_xlim(-0.04 * last, 1.04 * last)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.savefig(file, dpi=125, metadata={"Creator": CREATOR})
+    plt.close(figure)
+
+
+def _finish_products(axes, kind: str, panel: str, which: str = "") -> None:
+    title, is_logarithmic = PANELS[panel]
+    axes.set_title(f"{KINDS[kind][0] if kind in KINDS else kind}: {which}{title}", fontsize=9.5)
     if is_logarithmic:
         axes.set_yscale("log")
         if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
@@ -167,6 +267,11 @@ def _plot(axes, log_history, key, is_logarithmic=False, **style):
     alone = np.flatnonzero(is_drawn[1:-1] & ~is_drawn[:-2] & ~is_drawn[2:])
     points = {"marker": ".", "markevery": alone.tolist()} if len(alone) else {}
     axes.plot(steps, drawn, **points | style)
+
+
+def _plot_entropy(axes, unigram_entropy: float | None) -> None:
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, color="gray", linestyle=":", label="unigram entropy (held out)")
 
 
 def _begin_at_zero(axes, headroom=1.0):

@@ -7,17 +7,19 @@ from typing import Any
 
 from transformers.utils import logging
 
-from fnl_hf.publishing.cards import (
-    describe_decay,
-    describe_optimizer,
-    model_facts,
-    run_facts,
-    training_facts,
-    write_run_card,
-)
+from fnl_hf.products.discovery import find_products
+from fnl_hf.publishing.cards import CARD_FILE, model_facts, run_facts, training_facts, write_run_card
 from fnl_hf.publishing.hub import push_finished
-from fnl_hf.reports.overview import OverviewCallback, describe_end, describe_start
+from fnl_hf.reports.history import norms_table
+from fnl_hf.reports.overview import (
+    OverviewCallback,
+    describe_end,
+    describe_precision,
+    describe_recipe,
+    describe_start,
+)
 from fnl_hf.reports.plots import REPORT_FILE, plot_report
+from fnl_hf.runs.checkpoints import checksum
 from fnl_hf.runs.ownership import output_of, record_written
 from fnl_hf.runs.plan import (
     START_WEIGHTS,
@@ -56,6 +58,8 @@ class ScriptRun:
         self.description = describe_run(args, *script_arguments)
         self.plan = plan_run(args, self.description, also)
         self.output = output_of(args, *also)
+        self._card_before: str | None = None
+        self._is_card_kept = False  # the user's own
 
     def is_finished(self, model_name_or_path: str | None, teacher_name_or_path: str | None = None) -> bool:
         """Whether nothing is left to do; an upload that failed is repeated.
@@ -94,6 +98,7 @@ class ScriptRun:
 
         def start() -> None:
             start_run(self.args, self.plan, self.description)
+            self._card_before = self._card()
             if self.args.do_train:
                 record_start(self.args, self.plan.checkpoint, self.argv, self.description)
 
@@ -123,24 +128,7 @@ class ScriptRun:
             **card: what else :func:`write_run_card` takes; without any no card is written.
         """
         if self.args.do_train and trainer.is_world_process_zero():
-            folder, held_out = Path(self.args.output_dir), metrics.get("eval", {})
-            plot_report(
-                trainer.state.log_history, folder / REPORT_FILE, held_out.get("unigram_entropy"), self._title(trainer)
-            )
-            if card:
-                facts = model_facts(trainer.model, self.args, source) | (facts or {})
-                facts |= training_facts(self.args, trainer.state.global_step)
-                write_run_card(
-                    folder,
-                    model=trainer.model,
-                    facts=facts | run_facts(read_starts(folder)[-1], metrics["train"]),
-                    metrics=held_out,
-                    repository=trainer.hub_model_id,
-                    license=self.args.hub_license,
-                    language=self.args.hub_language or language,
-                    plot=REPORT_FILE,
-                    **card,
-                )
+            self._report(trainer, metrics, source, facts or {}, language, card)
         for split, values in metrics.items():
             trainer.log_metrics(split, values)
             trainer.save_metrics(split, values)
@@ -153,10 +141,40 @@ class ScriptRun:
                 trainer.push_to_hub()
         finally:  # even if the upload fails
             if trainer.is_world_process_zero():
-                record_written(Path(self.args.output_dir), self.output.patterns)
+                kept = (CARD_FILE,) if self._is_card_kept else ()
+                record_written(Path(self.args.output_dir), [n for n in self.output.patterns if n not in kept])
 
-    def _title(self, trainer) -> str:
-        """The title of the report."""
-        decay = describe_decay(trainer.model, self.args)
-        products = "" if decay is None else f"; decay of the products: {decay}"
-        return f"{Path(self.args.output_dir).resolve().name}: {describe_optimizer(self.args)}{products}"
+    def _report(
+        self, trainer, metrics: Mapping[str, dict[str, Any]], source: str, facts: dict[str, Any],
+        language: str | None, card: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """The picture and, if it is asked for, the card."""
+        args, folder, held_out = self.args, Path(self.args.output_dir), metrics.get("eval", {})
+        history = trainer.state.log_history
+        title = f"{folder.resolve().name}: {describe_recipe(args, bool(find_products(trainer.model)))}"
+        plot_report(history, folder / REPORT_FILE, held_out.get("unigram_entropy"), title)
+        if not card:
+            return
+        self._is_card_kept = self._card() != self._card_before
+        if self._is_card_kept:
+            logger.warning(f"{folder / CARD_FILE} has changed since the run started: it is kept, and no card written")
+            return
+        facts = model_facts(trainer.model, args, source) | facts | training_facts(args, trainer.state.global_step)
+        facts["precision"] = describe_precision(trainer)
+        write_run_card(
+            folder,
+            model=trainer.model,
+            facts=facts | run_facts(read_starts(folder), metrics["train"]),
+            metrics=held_out,
+            repository=trainer.hub_model_id,
+            license=args.hub_license,
+            language=args.hub_language or language,
+            plot=REPORT_FILE,
+            section=norms_table(history),
+            **card,
+        )
+
+    def _card(self) -> str | None:
+        """The checksum of what has the model card's name in the output folder."""
+        file = Path(self.args.output_dir, CARD_FILE)
+        return checksum(file) if file.is_file() else None

@@ -54,6 +54,12 @@ def test_the_version(capsys):
         (["ask", "{here}", "Who?", "Ada."], "no question answering model in {here}"),
         (["ask", "{here}", "--questions_file", "{here}"], "{here}: not a file"),
         (["ask", "{here}", "--questions_file", ""], "questions_file is empty: give a name"),
+        (["report", "{here}", "--output", "{here}/a.png"], "{here} contains no run: neither it nor a checkpoint"),
+        (["report", "{file}", "--output", "{here}/new/a.png"], "text.txt contains no run"),
+        (["report", "{here}", "--output", "{here}/a.jpg"], "a.jpg: the file name must end in .png or .pdf or .svg"),
+        (["report", "{here}", "--output", "{file}/a.png"], "text.txt/a.png: {file} is not a folder"),
+        (["report", "", "--output", "{here}/a.png"], "runs is empty: give a name"),
+        (["report", "{here}", "--output", "{here}/" + "x" * 300 + ".png"], "File name too long"),
     ],
 )
 def test_files_and_folders_that_are_no_use_are_refused_in_one_line(tmp_path, capsys, words, message):

@@ -324,7 +324,7 @@ def test_image_folders_and_any_model_of_transformers(folders, tmp_path):
     assert {name: saved[name] for name in entries} == entries
     cards = [(tmp_path / "out" / name / "README.md").read_text(encoding="utf-8") for name in ("", "merged")]
     assert ["import fnl_hf" in card for card in cards] == [True, False] and "multiplied out" in cards[1]
-    assert "pipeline_tag: image-classification" in cards[1] and "| eval_accuracy |" in cards[1]
+    assert "pipeline_tag: image-classification" in cards[1] and "| Accuracy |" in cards[1]
     assert str(tmp_path) not in cards[1]
     assert results(tmp_path / "out")["merged_loss"] == pytest.approx(results(tmp_path / "out")["eval_loss"], rel=1e-4)
 

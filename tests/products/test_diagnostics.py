@@ -7,7 +7,8 @@ from torch import nn
 
 from fnl_hf import FnlBertConfig, FnlBertModel, diagnose_products, find_products, product_norms, register_product
 from fnl_hf.products.diagnostics import non_orthogonality
-from fnl_hf.reports.plots import logged_products, plot_report, plt
+from fnl_hf.reports.history import logged_products
+from fnl_hf.reports.plots import plot_report, plt
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments
 from tests.conftest import ROOT, SENTENCES
 from tests.publishing.hub_server import Hub
+from tests.reports.test_comparison import write_run
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PRETRAINING = (ModelArguments, DataArguments, FnlTrainingArguments)
@@ -58,6 +59,7 @@ LEFT = {
     "docs/squad.md": ["answers.tsv"],
     "docs/text_classification.md": ["my-classifier/model.safetensors", "served/model.safetensors"],
     "docs/pretraining_data.md": ["wikipedia-bert/model.safetensors", "wikipedia-books-bert/model.safetensors"],
+    "docs/training.md": ["compare.png"],
 }
 TO_THE_END = "docs/compress_and_serve.md"  # has a test of its own
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -163,6 +165,8 @@ def desk(models, hub, monkeypatch, tmp_path):
     paragraphs = [{"context": "Ada Lovelace wrote it in 1843.", "qas": qas}]
     questions = {"version": "1.1", "data": [{"title": "it", "paragraphs": paragraphs}]}
     (folder / "questions.json").write_text(json.dumps(questions))
+    for mode in ("frobenius", "weight"):
+        write_run(folder / "output" / mode, 5, [{"step": 5, "loss": 3.0}], decay_mode=mode)
     monkeypatch.chdir(folder)
     write_data_sets()
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))

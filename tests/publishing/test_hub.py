@@ -201,7 +201,13 @@ def test_the_command_uploads_the_model_alone(hub, here, published, tmp_path, cap
     assert capsys.readouterr().out.strip() == f"{hub.url}/ada/by-command"
     files = hub.files("ada/by-command")
     assert hub.repositories["ada/by-command"].private
-    assert {"model.safetensors", "tokenizer.json", "README.md", "provenance.json"} <= files.keys()
+    assert {
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "training_report.png",
+        "provenance.json",
+    } <= files.keys()
     others = ("checkpoint-", "optimizer", "scheduler", "rng_state", "training_args", "run_arguments", "_", "checksums")
     assert not [path for path in files if path.startswith(others)]
     with pytest.raises(UserInputError, match="ada/answers exists and is public: make it private"):
@@ -258,8 +264,11 @@ def test_a_card_says_how_the_model_was_trained_and_from_what(dimensions, tmp_pat
         card = ModelCard.load(tmp_path / "README.md")
         assert (card.data.license, card.data.language, card.data.base_model) == (*found, "google/bert")
         assert "| base model | base |" in card.text and "| schedule | cosine, 350 steps of warm-up |" in card.text
-    write_run_card(*common, base_model="google-bert/none")
-    assert ModelCard.load(tmp_path / "README.md").data.base_model == "google-bert/none"
+    both = ["google/bert", "google-bert/none"]
+    for given, found in (({"base_model": both[1]}, both[1]), ({"base_model": str(base), "teacher": both[1]}, both)):
+        write_run_card(*common, **given)
+        assert ModelCard.load(tmp_path / "README.md").data.base_model == found
+    assert "| teacher | google-bert/none |" in (tmp_path / "README.md").read_text()
 
 
 # ---- failures ----

@@ -76,7 +76,8 @@ def test_the_card_names_the_data_and_leaves_out_what_is_not_known(tmp_path):
     args = FnlTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     record_start(args, None, [], {"data_fingerprint": "abc123"})
     (start,) = read_starts(tmp_path)
-    facts = run_facts(start | {"git_revision": None}, {"train_loss": 3.0})
+    facts = run_facts([{}, start | {"git_revision": None}], {"train_loss": 3.0, "train_runtime": 75.0})
+    assert facts["training time"] == "1 min 15 s, since the last of 2 starts"
     assert facts["data fingerprint"] == "abc123" and facts["trained on"] == "1 process, CPU"
     assert not {"git revision", "throughput", "model FLOPs utilisation", "peak memory"} & facts.keys()
 

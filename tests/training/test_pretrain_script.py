@@ -34,7 +34,7 @@ def test_pretraining_leaves_a_complete_folder(pretrained):
     with open(pretrained / "training_report.png", "rb") as plot:
         assert plot.read(8) == b"\x89PNG\r\n\x1a\n"
     card = (pretrained / "README.md").read_text()
-    assert "library_name: transformers" in card and "16 (50% of d)" in card and "eval_loss" in card
+    assert "library_name: transformers" in card and "16 (50% of d)" in card and "| Held-out loss |" in card
     assert "| data | corpus.txt |" in card and "runtime" not in card
     assert (
         "| sequence length | 16 |" in card and "| masked | 15.0% of the tokens |" in card and "| steps | 12 |" in card
