@@ -103,7 +103,7 @@ def test_a_diverged_run_is_recorded_without_metrics_and_not_run_again(folder, ca
     changes = {"arms": {"A": {"low": {"arm": "low", "scale": 2}, arm: {"arm": arm}}}, "twin": "low", "spectra": False}
     for _ in range(2):
         assert command(folder, "--seeds", "5", **changes) == 0
-        assert "2 of 2 runs are recorded, 0 left\n" in capfd.readouterr().err
+        assert "2 of 2 runs recorded, 0 missing\n" in capfd.readouterr().err
     assert len(starts(folder)) == 2
     whole, diverged = lines_of(folder)
     assert (diverged["arm"], diverged["diverged"], diverged["metrics"]) == (f"A/{arm}", True, None)
