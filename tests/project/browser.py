@@ -9,12 +9,12 @@ from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SECONDS = 120  # that an answer may take
-LOCAL = ("file:", "data:", "http://127.0.0.1:")
+LOCAL = ("file:", "data:")
 PROBLEMS = ("Runtime.exceptionThrown", "Network.loadingFailed", "Log.entryAdded")
 
 
 class Browser:
-    """One tab. ``problems`` are errors of scripts, requests that failed and those that left the machine."""
+    """One tab. ``problems`` are errors of scripts, requests that failed and those that left the disk."""
 
     def __init__(self, folder: Path):
         read, self._commands = os.pipe()
