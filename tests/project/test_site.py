@@ -1,29 +1,12 @@
 """The documentation site: it builds without a warning, names all that is public and loads nothing from elsewhere."""
 
-import os
 import re
-import subprocess
-import sys
 import zlib
-
-import pytest
 
 import fnl_hf
 from fnl_hf import commands, reports, training
 from fnl_hf.commands import convert
 from tests.conftest import ROOT
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Built as ``make docs`` does; a reference that leads nowhere is a warning, and a warning is an error."""
-    pytest.importorskip("sphinx")
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "docs", str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (built.returncode, built.stderr) == (0, "")
-    return folder
 
 
 def test_every_public_name_is_in_the_reference(site):
