@@ -44,7 +44,7 @@ def visit_math(translator, node):
     try:
         mathml = tex2mathml(node.astext())
     except (SyntaxError, ValueError) as error:  # of docutils before and since 0.22
-        logger.warning("%s in the formula %s", error, node.astext(), location=node)
+        logger.warning("formula %s: %s", node.astext(), error, location=node)
         raise nodes.SkipNode from error
     if isinstance(node, nodes.math_block):
         mathml = '<div class="math">' + mathml.replace("<math", '<math display="block"', 1) + "</div>"

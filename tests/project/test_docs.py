@@ -294,7 +294,8 @@ def test_flags_exist():
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_fit_the_site(page):
     """A line of more than 90 characters has to be scrolled there, on a desktop, too."""
-    assert [line for block in blocks_of(page) for line in block.text.splitlines() if len(line) > 90] == []
+    blocks = [block for block in blocks_of(page) if block.language != "math"]
+    assert [line for block in blocks for line in block.text.splitlines() if len(line) > 90] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
