@@ -62,7 +62,7 @@ def claims_table(outcomes: Sequence[Outcome]) -> str:
     rows, waiting = [], []
     for outcome in outcomes:
         for comparison in (comparison for comparison in outcome.study.comparisons if comparison.article):
-            if not outcome.lines:
+            if not outcome.reported_lines:
                 waiting.append(f"- {comparison.claim} ([{outcome.name}](#{outcome.name}))")
                 continue
             for index, group in enumerate(outcome.study.arms):
@@ -138,6 +138,8 @@ def arms_table(outcome: Outcome, group: str) -> str:
             measured = outcome.values(f"{group}/{name}", path)
             row.append(f"{fmean(measured.values()):.3g}" if measured else DASH)
         rows.append(row)
+    if not rows:
+        return ""
     header = [group, study.label, "seeds", f"minus {study.reference} [95% interval]", "detectable difference"]
     return table([*header, *(title for title, _ in measures)], rows)
 
@@ -190,13 +192,14 @@ def section(outcome: Outcome, docs: Path) -> str:
         from studies.costs import COST_HEADER, cost_rows  # imports torch, which nothing else here needs
 
         parts.append(table(COST_HEADER, cost_rows(study.costs)))
-    if not outcome.lines:
-        return "\n\n".join([*parts, "Not run yet.", command(outcome)]) + "\n"
+    if not outcome.reported_lines:
+        tuned = f" {len(outcome.lines)} tuning runs are recorded." if outcome.lines else ""
+        return "\n\n".join([*parts, f"Not run yet.{tuned}", command(outcome)]) + "\n"
     picture = Path("results") / f"{outcome.name}.png"
     plot_study(outcome, docs / picture)
     parts += [f"**Answer.** {answer(outcome)}", f"Smallest difference that counts: {study.effect:g} in {study.label}."]
     parts += [f"![{outcome.name}]({picture.as_posix()})", comparisons_table(outcome)]
-    parts += [arms_table(outcome, group) for group in study.arms]
+    parts += filter(None, (arms_table(outcome, group) for group in study.arms))
     if study.axis is not None:
         parts.append(valleys_table(outcome))
     return "\n\n".join([*parts, origins(outcome), command(outcome)]) + "\n"

@@ -35,6 +35,10 @@ class Outcome:
         self.lines = [line for line in lines if identity(line) in present]
         self.finite = [line for line in self.lines if not line.get("diverged")]
 
+    @property
+    def reported_lines(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["seed"] not in self.study.tuning_seeds]
+
     def values(self, arm: str, path: str | None = None, tuning: bool = False) -> dict[int, Any]:
         """{seed: value} of an arm, by default of the metric, on the reported seeds or the tuning seeds; diverged runs
         have none."""

@@ -122,7 +122,7 @@ def test_windows_and_the_run_by_hand(clock, tmp_path):
     assert metrics["train_tokens_per_second"] == pytest.approx(2 * tokens / seconds)
     assert metrics["train_mfu"] == pytest.approx(2 * flops / (seconds * PEAK))
     assert metrics["train_data_wait"] == pytest.approx(4 * FETCH / seconds)
-    assert metrics["train_mfu_peak"] == "1e-06 TFLOP/s a device: by hand"
+    assert metrics["train_mfu_peak"] == "1e-06 TFLOP/s per device: by hand"
 
 
 def test_accumulation_ends_of_epochs_and_a_rest_without_a_log(clock, tmp_path):

@@ -69,7 +69,7 @@ def test_every_start_is_saved_with_the_model_and_its_checkpoints(corpus, tmp_pat
         assert "hf_secret" not in path.read_text() and str(corpus.parent) not in path.read_text()
     card = (folder / "README.md").read_text()
     assert f"torch {torch.__version__}" in card and (first["git_revision"] or "") in card
-    assert "non-padding tokens/s" in card and "TFLOP/s a device: measured on CPU, float32" in card
+    assert "non-padding tokens/s" in card and "TFLOP/s per device: measured on CPU, float32" in card
 
 
 def test_the_card_names_the_data_and_leaves_out_what_is_not_known(tmp_path):

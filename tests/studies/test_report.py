@@ -142,6 +142,13 @@ def test_a_study_without_lines_is_not_run_yet(page, tmp_path):
     assert not (tmp_path / "docs" / "results").exists()
 
 
+def test_tuning_runs_alone_answer_nothing(page, tmp_path):
+    tuning = [line for line in lines_of(study_of(tmp_path)) if line["seed"] == 11]
+    text = page(tuning)
+    assert "Is it lower?\n\nNot run yet. 2 tuning runs are recorded.\n" in text and "- Up is lower ([up](#up))\n" in text
+    assert not (tmp_path / "docs" / "results").exists()
+
+
 def test_what_is_drawn(tmp_path):
     study = study_of(tmp_path)
     _, axis = plt.subplots()
