@@ -328,7 +328,8 @@ def test_image_folders_and_any_model_of_transformers(folders, tmp_path):
     assert str(tmp_path) not in cards[1]
     assert results(tmp_path / "out")["merged_loss"] == pytest.approx(results(tmp_path / "out")["eval_loss"], rel=1e-4)
 
-    with pytest.raises(UserInputError, match=r"images of 12 sizes, such as \(16, 19\) and \(17, 19\): give --image_size"):
+    message = r"images of 12 sizes, such as \(16, 19\) and \(17, 19\): give --image_size"
+    with pytest.raises(UserInputError, match=message):
         train.run(command(tmp_path / "none", **flags))
     train.run(command(tmp_path / "resnet", **flags, image_size=9))
     assert load_file(tmp_path / "resnet" / "model.safetensors")["resnet.stem.weight"].shape == (16, 3, 3, 3)
