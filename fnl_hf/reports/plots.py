@@ -119,7 +119,9 @@ def plot_loss(axes, log_history: LogHistory, unigram_entropy: float | None = Non
         if marked:
             heights = [0.03 + 0.05 * row] * len(marked)
             axes.plot(marked, heights, marker, color="tab:red", label=label, transform=axes.get_xaxis_transform())
-    axes.set_title("loss (nats)", fontsize=10)
+    # a distillation's loss has a relative squared error in it
+    is_distilled = any("eval_hidden_loss" in entry for entry in log_history)
+    axes.set_title("loss" if is_distilled else "loss (nats)", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 

@@ -74,7 +74,9 @@ class FactorizationConfig:
         given = [name for name in SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: give only one of them")
-        for name, largest in (("rank_scale", inf), ("target_ratio", inf), ("model_ratio", inf), ("energy", 1.0)):
+        of_parameters = 1.0 if self.mode == "low_rank" else inf
+        bounds = {"rank_scale": inf, "target_ratio": of_parameters, "model_ratio": of_parameters, "energy": 1.0}
+        for name, largest in bounds.items():
             value = getattr(self, name)
             if value is not None and not (is_number(value, Real) and 0.0 < value <= largest and value < inf):
                 raise ValueError(

@@ -193,14 +193,11 @@ def _ranks_of_ratio(sizes: Mapping[str, LayerSize], ratio: float, mode: str) -> 
     low, high = 0.0, 1.0  # scales of the rank: at most 1, except for "wide" and "deep"
     while mode != "low_rank" and parameters(ranks_at(high)) <= budget:
         high *= 2
-    least, most = parameters(ranks_at(low)), parameters(ranks_at(high))
+    least = parameters(ranks_at(low))
     if least > budget:
         what = (
             f"target_ratio ({ratio}) is below {least / dense:.3g}, which the smallest ranks need: all layers get these"
         )
-        warnings.warn(what, stacklevel=4)
-    if most < budget:
-        what = f"target_ratio ({ratio}) is above {most / dense:.3g}, which the largest ranks need: all layers get these"
         warnings.warn(what, stacklevel=4)
     for _ in range(60):  # halvings, down to the precision of a float
         scale = (low + high) / 2

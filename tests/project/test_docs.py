@@ -218,7 +218,7 @@ def run_command(line):
     elif words[0] == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
     elif words[0] == "pip":
-        assert words[1:] == ["install", "-e", "."]
+        assert words[1:] == ["install", "-e", ".[onnx]"]
     else:
         assert words[0] == "fnl-hf", f"no way to run {line!r}"
         if words[1] == "export":

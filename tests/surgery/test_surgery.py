@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
@@ -231,7 +231,9 @@ def test_a_target_ratio_is_reached_within_one_step_of_a_rank(sizes, data):
         (FactorizationConfig(mode=mode, rank_scale=scale)) for scale in (1e-9, 1.0 if mode == "low_rank" else 2.0)
     )
     low, high = (layer_total(quietly(copy.deepcopy(model), c)) for c in (least, largest))
-    ratio = data.draw(st.floats(low[0] / low[1], high[0] / high[1]))
+    most = high[0] / high[1]
+    ratio = data.draw(st.floats(low[0] / low[1], max(low[0] / low[1], min(most, 1.0 if mode == "low_rank" else most))))
+    assume(mode != "low_rank" or ratio <= 1)
     model = quietly(model, FactorizationConfig(mode=mode, target_ratio=ratio))
     own, dense, unit = layer_total(model, mode)
     assert -1e-6 <= ratio * dense - own <= unit
@@ -263,7 +265,7 @@ def test_a_budget_pays_for_ranks_in_steps_of_eight():
     assert ranks(0.5, nn.Linear(64, 64, bias=False)) == [16]
     assert ranks(0.7, nn.Linear(64, 64, bias=False)) == [16]  # 2867 parameters: 22 directions
     assert ranks(0.1, nn.Linear(64, 64, bias=False)) == [3]
-    assert ranks(2.0, nn.Linear(66, 66, bias=False)) == [66] and ranks(1.98, nn.Linear(66, 66, bias=False)) == [64]
+    assert ranks(1.0, nn.Linear(66, 66, bias=False)) == [32]  # 4356 parameters: 33 directions
     assert ranks(0.7, nn.Linear(32, 32, bias=False)) == [11]
 
 
@@ -281,8 +283,6 @@ def test_growth_is_told():
         factorize(
             nn.Sequential(nn.Linear(20, 30), nn.Linear(20, 200), nn.Linear(2, 2)), FactorizationConfig(rank_scale=0.75)
         )
-    with pytest.warns(UserWarning, match=r"target_ratio \(3.0\) is above 1.67, which the largest ranks need"):
-        quietly(nn.Sequential(nn.Linear(20, 30, bias=False), nn.Linear(2, 2)), FactorizationConfig(target_ratio=3.0))
     with pytest.warns(UserWarning, match=r"target_ratio \(0.02\) is below 0.\d+, which the smallest ranks need"):
         factorize(nn.Sequential(nn.Linear(20, 30), nn.Linear(2, 2)), FactorizationConfig(target_ratio=0.02))
 
@@ -416,6 +416,8 @@ def test_factors_of_registered_products_are_left_alone():
             "block.(up|down): its weight is a factor",
         ),
         (lambda: FactorizationConfig(energy=True), r"energy \(True\) must be above 0"),
+        (lambda: FactorizationConfig(target_ratio=1.1), r"target_ratio \(1.1\) must be above 0 and at most 1"),
+        (lambda: FactorizationConfig(model_ratio=5), r"model_ratio \(5\) must be above 0 and at most 1"),
         (lambda: FactorizationConfig(energy=1.5), r"energy \(1.5\) must be above 0 and at most 1"),
         (lambda: FactorizationConfig(mode="wide", energy=0.5), r"energy \(0.5\) needs mode 'low_rank', not 'wide'"),
         (lambda: FactorizationConfig(mode="thin"), "mode must be one of .*, not 'thin'"),
