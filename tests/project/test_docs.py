@@ -200,7 +200,7 @@ def parse_launch(words):
     if launch.training_script == "run_pretrain.py":
         parse_arguments(PRETRAINING, words)
         if "distill" in words or HERE & set(words):
-            small = {} if "distill" in words else SMALL
+            small = {"max_seq_length": 16} if "distill" in words else SMALL
             for name, value in ({"max_steps": 2, "report_to": "none"} | small).items():
                 words += [f"--{name}", str(value)]
             run_pretrain.run(words)

@@ -17,4 +17,4 @@ def test_four_kills_change_nothing(corpus, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     kills, saves = map(int, re.search(r"(\d+) kills, (\d+) of them during a save", result.stdout).groups())
     assert kills == 4 and saves >= 2
-    assert "700 steps; weights equal to the last bit" in result.stdout
+    assert "700 steps; weights bit-identical" in result.stdout
