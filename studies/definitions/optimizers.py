@@ -51,7 +51,7 @@ STUDY = Study(
             if name != "adamw"
         ),
     ),
-    seeds=(1, 2, 3),
+    seeds=(1, 2, 3, 4, 5),
     tuning_seeds=(101,),
     measures={"training": {"seconds": "metrics/train_runtime"}},
     axis="learning_rate",
