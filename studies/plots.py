@@ -56,15 +56,21 @@ def titled(title: str, parts: Mapping[str, str]) -> str:
 
 
 def curve_colors(outcome: Outcome) -> dict[str, tuple[float, float, float]]:
-    """Colors for the curves of all groups, or for the arms if the study has no axis."""
-    names = dict.fromkeys(curve for group in outcome.study.arms for curve in outcome.study.curves(group))
+    """Colors for the curves of all groups that have values, or for the arms if the study has no axis."""
+    names = dict.fromkeys(
+        curve
+        for group in outcome.study.arms
+        for curve, places in outcome.study.curves(group).items()
+        if any(outcome.values(arm) for _, arm in places)
+    )
     return {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
 
 
 def plot_panel(axis, outcome: Outcome, group: str, parts: Mapping[str, str], colors: Mapping) -> None:
     """One measure, with a color for each curve; each part has its own line style and marker."""
     study = outcome.study
-    for index, (curve, places) in enumerate(study.curves(group).items()):
+    curves = {curve: places for curve, places in study.curves(group).items() if curve in colors}
+    for index, (curve, places) in enumerate(curves.items()):
         for style, marker, path in zip(STYLES, MARKERS, parts.values()):
             found = [(place, list(outcome.values(arm, path).values())) for place, arm in places]
             found = [(beside(place, index, study.axis), values) for place, values in found if values]
@@ -76,9 +82,10 @@ def plot_panel(axis, outcome: Outcome, group: str, parts: Mapping[str, str], col
         axis.set_xticks([])
         axis.margins(x=0.1)
     else:
-        places = {place for of in study.curves(group).values() for place, _ in of if place is not None}
+        places = {place for of in curves.values() for place, arm in of if place is not None and outcome.values(arm)}
         axis.set_xscale("log")
         axis.set_xticks(sorted(places), [f"{place:g}" for place in sorted(places)])
+        axis.margins(x=0.2)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel(study.axis)
     if len(parts) > 1:

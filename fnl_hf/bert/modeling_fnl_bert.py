@@ -72,7 +72,8 @@ class FnlBertPreTrainedModel(BertConversion):
         encoder = getattr(self, "bert", None)
         if isinstance(encoder, BertModel) and not isinstance(encoder, FnlBertModel):
             self.bert = FnlBertModel(self.config, add_pooling_layer=encoder.pooler is not None)
-            if encoder.is_gradient_checkpointing:  # which has removed the flag from the configuration
+            # The encoder has removed the flag from the configuration.
+            if any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules()):
                 self.bert.gradient_checkpointing_enable()
         super().post_init()
 

@@ -255,7 +255,6 @@ def test_every_block_runs(page, desk, hub):
         assert hub.repositories["me/my-bert-squad"].private
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_the_end_of_the_road_is_what_sentence_transformers_computes(desk, hub):
     """The page's function on the page's file, by the pooling that its folder names, in torch; and by their class."""
     page, names = TO_THE_END, {}
