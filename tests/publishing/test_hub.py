@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard, constants
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 from transformers.integrations import is_tensorboard_available
@@ -373,6 +375,8 @@ def test_large_files_go_over_xet_to_a_hub_that_has_it(hub, here, published, tmp_
     copy = shutil.copytree(published / "answers", tmp_path / "copy")
     save_file({"unsent": torch.arange(9_000)}, copy / "model.safetensors")  # no other test has stored it
     weights = (copy / "model.safetensors").read_bytes()
+    if Version(version("huggingface_hub")) < Version("1.6"):
+        pytest.skip("an older huggingface_hub falls back to Git LFS by itself")
     refused = run_python(hub, tmp_path, WITH_XET, copy, cas, token=hub.token)
     remedy = "set HF_HUB_DISABLE_XET=1 to upload them through Git LFS. "
     assert remedy + f"{copy} is unchanged" in refused.stderr and hub.messages(name) == ["initial commit"]

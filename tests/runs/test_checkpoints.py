@@ -17,7 +17,7 @@ from fnl_hf.runs.checkpoints import (
 )
 from fnl_hf.training.trainer import FnlTrainer
 from tests.bad_inputs import edit
-from tests.conftest import assert_same_weights, launch, pretraining
+from tests.conftest import RESUMES_ON_CPUS, assert_same_weights, launch, pretraining
 
 
 def run(corpus, folder, **flags):
@@ -125,6 +125,7 @@ def test_a_tampered_checkpoint_is_passed_over_and_written_anew(whole, copied, co
     assert names(copied) == ["_abandoned-checkpoint-10", *names(whole)]
 
 
+@RESUMES_ON_CPUS
 def test_two_processes_write_one_checkpoint_and_resume_to_the_same_weights(corpus, tmp_path):
     """Each process has its own random state, and all of them are in the list of what belongs to the checkpoint."""
     flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}

@@ -21,7 +21,7 @@ from fnl_hf.runs.command_line import run_script
 from fnl_hf.runs.preemption import PreemptionCallback
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.trainer import FnlTrainer
-from tests.conftest import ROOT, assert_same_weights, launch, pretraining
+from tests.conftest import RESUMES_ON_CPUS, ROOT, assert_same_weights, launch, pretraining
 
 # Seven steps an epoch; the default dropout is on.
 FLAGS = {"max_train_samples": 61, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 4}
@@ -341,6 +341,7 @@ def test_a_launched_run_with_workers_ends_with_75(corpus, tmp_path):
     assert_same_weights(tmp_path / "whole", out)
 
 
+@RESUMES_ON_CPUS
 def test_two_processes_stop_together_when_one_is_told(corpus, tmp_path):
     out, flags = tmp_path / "out", {"per_device_train_batch_size": 4}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -2,9 +2,10 @@
 
 import json
 
-from tests.conftest import assert_same_weights, launch, pretraining
+from tests.conftest import RESUMES_ON_CPUS, assert_same_weights, launch, pretraining
 
 
+@RESUMES_ON_CPUS
 def test_processes_fail_together_and_go_on_from_the_same_checkpoint(corpus, tmp_path):
     """Each process would otherwise wait for another one, or go on from elsewhere."""
     flags = {

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import run_pretrain
-from tests.conftest import STREAM, TINY, assert_same_weights, launch, pretraining, weights
+from tests.conftest import RESUMES_ON_CPUS, STREAM, TINY, assert_same_weights, launch, pretraining, weights
 from tests.runs.test_resume import before_its_end
 
 # Adam's ε keeps rounding noise of gradients that are zero in theory (key biases) from becoming whole steps.
@@ -40,6 +40,7 @@ def test_two_processes_train_as_one_does(of_two, corpus, tmp_path):
     assert dense != factorized == set(weights(of_two))
 
 
+@RESUMES_ON_CPUS
 @pytest.mark.parametrize("stopped", [3, 5])
 def test_they_go_on_from_either_side_of_the_switch_to_the_last_bit(of_two, corpus, tmp_path, stopped):
     out = before_its_end(of_two, tmp_path / "out", stopped)
