@@ -42,13 +42,13 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         *(
-            Comparison(f"With {name}, Frobenius decay beats no decay", f"{name}-frobenius-*", f"{name}-none-*")
-            for name in OPTIMIZERS
+            Comparison(f"{name} reaches a lower loss than AdamW", f"{name}-[nf]*", "adamw-*")
+            for name in reversed(OPTIMIZERS)
+            if name != "adamw"
         ),
         *(
-            Comparison(f"{name} reaches a lower loss than AdamW", f"{name}-[nf]*", "adamw-*")
+            Comparison(f"With {name}, Frobenius decay beats no decay", f"{name}-frobenius-*", f"{name}-none-*")
             for name in OPTIMIZERS
-            if name != "adamw"
         ),
     ),
     seeds=(1, 2, 3, 4, 5),
