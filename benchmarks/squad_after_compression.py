@@ -128,9 +128,10 @@ def main():
     args = parser.parse_args()
     args.model = args.model or default_model()
     args.output_dir = os.path.abspath(args.output_dir)
+    done = {(line["arm"], line["seed"]) for line in recorded(args.results)}
     for seed in args.seeds:
         for arm in args.arms:
-            if not any((line["arm"], line["seed"]) == (arm, seed) for line in recorded(args.results)):
+            if (arm, seed) not in done:
                 line = json.dumps(line_of(arm, seed, args))
                 with args.results.open("a") as file:
                     file.write(f"{line}\n")

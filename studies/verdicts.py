@@ -33,7 +33,7 @@ class Outcome:
         self.name, self.study = name, study
         present = {run.identity for run in runs_of(name, study, sorted({line["seed"] for line in lines}))}
         self.lines = [line for line in lines if identity(line) in present]
-        self.finite = [line for line in self.lines if not line.get("diverged")]
+        self.finite = [line for line in self.lines if "diverged" not in line]
 
     @property
     def reported_lines(self) -> list[dict[str, Any]]:
@@ -51,8 +51,7 @@ class Outcome:
 
     def count_diverged(self, arm: str) -> int:
         """On the reported seeds."""
-        seeds = [line["seed"] for line in self.lines if line["arm"] == arm and line.get("diverged")]
-        return len({*seeds} - {*self.study.tuning_seeds})
+        return sum(line["arm"] == arm and "diverged" in line for line in self.reported_lines)
 
     def best(self, arms: Sequence[str]) -> str | None:
         """The arm with the best mean on the tuning seeds, among the arms that have run on all of them and have not

@@ -28,9 +28,9 @@ PANELS = {
 }
 # what several runs are compared by, where it was logged -> title, whether the axis begins at 0
 COMPARED = {
-    "loss": ("training loss (nats)", False),
-    "eval_loss": ("held-out loss (nats)", False),
-    "eval_validation_loss": ("validation loss (nats)", False),
+    "loss": ("training loss", False),
+    "eval_loss": ("held-out loss", False),
+    "eval_validation_loss": ("validation loss", False),
     "eval_f1": ("held-out F1 (%)", False),
     "eval_accuracy": ("held-out accuracy", False),
     "eval_validation_accuracy": ("validation accuracy", False),
@@ -119,9 +119,7 @@ def plot_loss(axes, log_history: LogHistory, unigram_entropy: float | None = Non
         if marked:
             heights = [0.03 + 0.05 * row] * len(marked)
             axes.plot(marked, heights, marker, color="tab:red", label=label, transform=axes.get_xaxis_transform())
-    # a distillation's loss has a relative squared error in it
-    is_distilled = any("eval_hidden_loss" in entry for entry in log_history)
-    axes.set_title("loss" if is_distilled else "loss (nats)", fontsize=10)
+    axes.set_title(f"loss{_loss_unit([log_history])}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -182,7 +180,7 @@ def compare_runs(axes, histories: Sequence[LogHistory], key: str, unigram_entrop
     if begins_at_zero:
         _begin_at_zero(axes)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title + (_loss_unit(histories) if key.endswith("loss") else ""), fontsize=10)
     axes.grid(alpha=0.3)
 
 
@@ -193,6 +191,11 @@ def compare_norms(axes, histories: Sequence[LogHistory], kind: str, names: Seque
         if norm == "nuclear":
             _plot(axes, mean_diagnostic(history, kind, own, "bound"), "bound", **style | {"linestyle": "--"})
     _finish_products(axes, kind, norm, "mean ")
+
+
+def _loss_unit(histories: Sequence[LogHistory]) -> str:
+    """Part of a title; "" with a distillation among the runs, whose loss has a relative squared error in it."""
+    return "" if any("eval_hidden_loss" in entry for history in histories for entry in history) else " (nats)"
 
 
 def _run_styles(count: int) -> list[dict[str, Any]]:

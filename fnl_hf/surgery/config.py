@@ -28,9 +28,9 @@ class FactorizationConfig:
             at least full rank).
         rank_scale: the rank is max(1, round(rank_scale · full rank)). Default: 0.25 for "low_rank", otherwise 1.
         target_ratio: parameters of all factorized layers, divided by those of the dense layers; ranks are proportional
-            to the full ranks.
+            to the full ranks. At most 1 with mode ``low_rank``.
         model_ratio: parameters of the whole model, divided by those before; the factorized layers compensate for
-            everything that stays dense.
+            everything that stays dense. At most 1 with mode ``low_rank``.
         energy: the minimum share of Σσ² that each layer keeps, above 0 and at most 1; if calibrated, of the loss.
         ranks: {type or pattern: rank}; only matching layers are factorized, and the first match counts.
         init: "spectral" (the paper's) or "default" (its baseline); see

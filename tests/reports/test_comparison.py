@@ -138,6 +138,16 @@ def test_a_folder_twice_and_too_many_are_refused(tmp_path):
 # ---- pictures ----
 
 
+@pytest.mark.parametrize("count, title", [(1, "loss"), (2, "held-out loss")])
+def test_the_loss_of_a_distillation_has_no_unit(tmp_path, figures, count, title):
+    """A relative squared error is part of it, in the picture of one run and of several."""
+    history = [{"step": 5, "loss": 7.0}, {"step": 5, "eval_loss": 6.5, "eval_hidden_loss": 0.5}]
+    runs = [write_run(tmp_path / str(index), 5, history, seed=index) for index in range(count)]
+    plot_runs(runs, tmp_path / "c.png")
+    titles = [axes.get_title() for axes in figures[0].axes]
+    assert title in titles and not [each for each in titles if "nats" in each]
+
+
 def test_each_panel_has_a_curve_for_each_run_that_logged_it(tmp_path, figures):
     """Of different lengths; the norms are means over two layers, and the third run has none."""
     long = [norms(0, 2.0, 4.0), {"step": 5, "loss": 7.0, "tokens_per_second": 3e4}, norms(5, 3.0, 7.0)]
