@@ -27,11 +27,18 @@ from fnl_hf.version import __version__
 PLACES = ("source", "folder", "model", "file", "name", "questions_file", "calibration_file", "runs", "output")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """argparse would print the usage as well and exit."""
+        command = self.prog.partition(" ")[2]
+        raise UserInputError(f"{command}: {message}" if command else message)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit status 2 and one line on stderr for bad input."""
     parser = build_parser()
-    args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
     try:
+        args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
         take_places(args)
         args.run(args)
     except UserInputError as error:
@@ -67,7 +74,7 @@ def warn_of_unused(args: argparse.Namespace, flag: str, remedy: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fnl-hf",
         description="Convert, factorize, export, upload and query models whose layers are products of matrices; "
         "draw their training runs.",
@@ -163,7 +170,10 @@ def add_factorize(commands) -> None:
     scales = ", ".join(f"{mode} {scale}" for mode, scale in DEFAULT_RANK_SCALES.items())
     sizes.add_argument("--rank_scale", type=float, help=f"rank as a share of the full rank (default: {scales})")
     sizes.add_argument(
-        "--target_ratio", type=float, help="parameters of the factorized layers as a share of those of the dense layers"
+        "--target_ratio",
+        type=float,
+        help="parameters of the factorized layers as a share of those of the dense layers; above 0, with low_rank at "
+        "most 1",
     )
     sizes.add_argument("--model_ratio", type=float, help="parameters of the whole model as a share of the original")
     sizes.add_argument("--energy", type=float, help="share of the squared singular values that each layer keeps")
@@ -177,9 +187,10 @@ def add_factorize(commands) -> None:
         "--include",
         nargs="+",
         default=list(TYPES),
-        help=f"layers to factorize: types or name patterns ({' '.join(TYPES)})",
+        help="layers to factorize: types (Linear, Conv1D, Conv2d, Embedding) or shell-style patterns of names, for "
+        f"example 'encoder.*' (default: {' '.join(TYPES)})",
     )
-    factorizing.add_argument("--exclude", nargs="+", default=[], help="layers to leave dense: types or name patterns")
+    factorizing.add_argument("--exclude", nargs="+", default=[], help="layers to leave dense: types or patterns")
     factorizing.add_argument(
         "--seed", type=int, default=0, help="seed for factors drawn at random (default: %(default)s)"
     )

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
+from fnl_hf.data.readers import check_file
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, describe_source, write_card
 from fnl_hf.publishing.checkpoints import auto_class_of, copy_companions, find_companions, find_files, load_model
@@ -60,6 +61,8 @@ def factorize_checkpoint(
     """
     validate_bounds("calibration_samples", calibration_samples, 1)
     validate_bounds("max_seq_length", max_seq_length, 1)
+    for file in calibration_files:  # before the model is loaded
+        check_file(file)
 
     def batches(model, tokenizer):
         if not calibration_files:

@@ -19,6 +19,7 @@ from fnl_hf.bert.head_mixing import Truncation
 from fnl_hf.bert.other_names import NAMINGS, head_of
 from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
+from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, describe_source, write_card
@@ -82,6 +83,8 @@ def convert_checkpoint(
         raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
     validate_bounds("calibration_samples", calibration_samples, 1)
     validate_bounds("max_seq_length", max_seq_length, 1)
+    for file in calibration_files:  # before the model is loaded
+        check_file(file)
     tokenizer, companions = load_tokenizer(source), find_companions(source)
     original = load_model(source)
     fnl_class = _fnl_class(type(original).__name__)

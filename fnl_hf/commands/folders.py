@@ -18,7 +18,8 @@ def refuse_bad_folder(folder: Path) -> None:
     """
     _refuse_bad_place(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserInputError(f"{folder} is in use: choose a folder that is empty or does not exist")
+        fault = "is not empty" if folder.is_dir() else "is a file"
+        raise UserInputError(f"{folder} {fault}: choose a folder that is empty or does not exist")
 
 
 def refuse_bad_file(file: Path, suffix: str) -> None:

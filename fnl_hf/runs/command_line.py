@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,12 @@ NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # as argparse knows it before P
 # flags that name a file, a folder, something on the Hub or a package
 NAMES = ("output_dir", "cache_dir", "train_file", "validation_file", "dataset_name", "tokenizer_name", "config_name",
          "model_name_or_path", "resume_from_checkpoint", "optimizer_state_from", "report_to")  # fmt: skip
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        """None is no default that a reader can use: the help says what it means."""
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
@@ -41,7 +48,7 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
         if "\0" in word:
             raise UserInputError(f"{flag} ({word!r}) must not contain a null byte")
     argv = join_negative_numbers(argv)
-    parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser = _Parser(dataclass_types, formatter_class=_HelpFormatter, allow_abbrev=False)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UserInputError:

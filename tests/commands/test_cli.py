@@ -2,6 +2,8 @@
 
 import argparse
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,10 +28,9 @@ def test_every_command_says_what_it_does_and_shows_how(name, capsys):
     assert program == "fnl-hf" and cli.build_parser().parse_args(words).run is command.get_default("run")
 
 
-def test_the_version(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
-    assert capsys.readouterr().out == f"fnl-hf {fnl_hf.__version__}\n"
+def test_the_version():
+    printed = subprocess.run([sys.executable, "-m", "fnl_hf", "--version"], capture_output=True, text=True, check=True)
+    assert printed.stdout == f"fnl-hf {fnl_hf.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_the_version(capsys):
     [
         (["convert", "", "new"], "source is empty: give a name"),
         (["convert", "{here}", ""], "folder is empty: give a name"),
-        (["merge", "{here}", "{file}"], "text.txt is in use: choose a folder that is empty or does not exist"),
+        (["merge", "{here}", "{file}"], "text.txt is a file: choose a folder that is empty or does not exist"),
         (["factorize", "{here}", "{file}/new"], "text.txt/new: {file} is not a folder"),
         (["convert", "{here}", "{file}/new"], "text.txt/new: {file} is not a folder"),
         (["convert", "{here}", "{here}/" + "x" * 300], "File name too long"),
@@ -48,6 +49,10 @@ def test_the_version(capsys):
             for command in ("convert", "factorize", "merge", "export", "push", "ask")
         ],
         (["ask", "{here}", "--questions_file", "{here}/" + "x" * 300], "questions_file: "),
+        (["factorize", "nobody/nothing", "{here}/new", "--calibration_file", "{here}/a.txt"], "a.txt: no such file"),
+        (["convert", "nobody/nothing", "{here}/new", "--calibration_file", "{here}/a.txt"], "a.txt: no such file"),
+        (["factorize", "{here}", "{here}/new", "--target_ratio", "50%"], "--target_ratio: invalid float value: '50%'"),
+        (["factorize", "{here}"], "the following arguments are required: folder"),
         (["convert", "{here}", "{here}/new", "--calibration_file", ""], "calibration_file is empty: give a name"),
         (["push", "", "me/mine"], "folder is empty: give a name"),
         (["push", "{file}", "me/mine"], "text.txt contains no saved model"),

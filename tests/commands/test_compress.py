@@ -153,7 +153,7 @@ def test_bad_input_leaves_nothing(fitting, tmp_path, capsys, command, words, mes
 def test_a_folder_in_use_is_left_alone(checkpoint, capsys):
     with pytest.raises(SystemExit):
         cli.main(["factorize", str(checkpoint), str(checkpoint)])
-    assert "is in use" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_bad_conversions_are_refused_and_nothing_is_written(checkpoint, tokenize
             cli.main(["convert", str(source), str(new), *words])
         assert message in capsys.readouterr().err and not new.exists()
     before = (checkpoint / "config.json").read_text()
-    with pytest.raises(fnl_hf.UserInputError, match="is in use"):
+    with pytest.raises(fnl_hf.UserInputError, match="is not empty"):
         convert_checkpoint(str(checkpoint), checkpoint)
     assert (checkpoint / "config.json").read_text() == before and json.loads(before)["model_type"] == "bert"
 

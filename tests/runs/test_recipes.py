@@ -35,6 +35,13 @@ def test_config_files_by_hand(tmp_path):
         assert with_config_files(argv) == argv
 
 
+def test_the_help_gives_the_defaults_that_are_values(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run_pretrain.main(["--help"])
+    lines = " ".join(capsys.readouterr().out.split())
+    assert "trained on the corpus. (default: 30522)" in lines and "(default: None)" not in lines
+
+
 def parse_recipe(names, *flags):
     """The arguments of a recipe, on a machine without a GPU."""
     files = [str(CONFIGS / f"{name}.yaml") for name in names]
