@@ -37,7 +37,7 @@ def test_config_files_by_hand(tmp_path):
 
 def test_the_help_gives_the_defaults_that_are_values(capsys):
     with pytest.raises(SystemExit, match="0"):
-        run_pretrain.main(["--help"])
+        parse_arguments((run_pretrain.ModelArguments, run_pretrain.DataArguments), ["--help"])
     lines = " ".join(capsys.readouterr().out.split())
     assert "trained on the corpus. (default: 30522)" in lines and "(default: None)" not in lines
 
