@@ -158,10 +158,10 @@ def candidates(name, ratios, calibration, folders, with_ablations):
     return models | {folder: load(folder) for folder in folders}
 
 
-def launch(script, flags, folder):
+def launch(script, flags, folder, resume=True):
     """Start or resume a script of the repository in ``folder``."""
     command = [sys.executable, str(ROOT / script), *map(str, flags), "--output_dir", str(folder)]
-    subprocess.run([*command, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
+    subprocess.run(command + ["--resume_from_checkpoint", "auto"] * resume, check=True, cwd=ROOT)
 
 
 def distil(start, teacher, files, folder):

