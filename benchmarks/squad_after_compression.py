@@ -112,7 +112,8 @@ def line_of(name, seed, args):
         "f1": result["eval_f1"],
         "exact_match": result["eval_exact_match"],
         "minutes": round(result.get("train_runtime", 0.0) / 60, 1),
-        "recipe": f"{RECIPE} --pad_to_max_length false --max_seq_length {args.max_seq_length} --doc_stride {args.doc_stride}",
+        "recipe": f"{RECIPE} --pad_to_max_length false --max_seq_length {args.max_seq_length} "
+        f"--doc_stride {args.doc_stride}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
     }
