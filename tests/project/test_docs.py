@@ -57,7 +57,7 @@ LEFT = {
     "docs/index.md": ["my-bert/spectra.png", "served/model.safetensors"],
     "docs/conversion.md": ["my-bert/spectra.png", "served/model.safetensors", "my-bert-squad.onnx"],
     "docs/squad.md": ["answers.tsv"],
-    "docs/text_classification.md": ["my-classifier/model.safetensors", "served/model.safetensors"],
+    "docs/text_classification.md": ["served/model.safetensors", "small-classifier.onnx"],
     "docs/pretraining_data.md": ["wikipedia-bert/model.safetensors", "wikipedia-books-bert/model.safetensors"],
     "docs/training.md": ["compare.png"],
 }
