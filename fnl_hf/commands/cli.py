@@ -133,7 +133,8 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
         "--calibration_file",
         nargs="+",
         default=[],
-        help="text files to calibrate the truncation on, so that a trained model loses little",
+        help="text to calibrate the truncation on, so that a trained model loses little: txt (one document per line), "
+        "or json, jsonl, csv or parquet with a column text",
     )
     command.add_argument(
         "--calibration_samples", type=int, help=f"number of documents to calibrate on (default: {SAMPLES})"
@@ -187,8 +188,8 @@ def add_factorize(commands) -> None:
         "--include",
         nargs="+",
         default=list(TYPES),
-        help="layers to factorize: types (Linear, Conv1D, Conv2d, Embedding) or shell-style patterns of names, for "
-        f"example 'encoder.*' (default: {' '.join(TYPES)})",
+        help="layers to factorize: types (Linear, Conv1D, Conv2d, Embedding) or shell-style patterns of names or their "
+        f"ends after a dot, for example 'encoder.*' (default: {' '.join(TYPES)})",
     )
     factorizing.add_argument("--exclude", nargs="+", default=[], help="layers to leave dense: types or patterns")
     factorizing.add_argument(
@@ -210,8 +211,9 @@ def add_merge(commands) -> None:
 def add_export(commands) -> None:
     exporting = add_command(
         commands, "export", run_export, "export a model to ONNX and check it against PyTorch with ONNX Runtime",
-        "Export the forward pass of a BERT or FNL-BERT to ONNX, in float32 and for any batch size and length, and "
-        f"compare its outputs with those of PyTorch. Needs {export.INSTALL}.",
+        "Export the forward pass of an FNL-BERT, or of a model that `fnl-hf convert` reads, to ONNX, in float32 and "
+        "for any batch size and length, and compare its outputs with those of PyTorch. Needs "
+        f"{export.INSTALL}.",
         "my-bert-squad my-bert-squad.onnx",
     )  # fmt: skip
     exporting.add_argument("model", help="checkpoint to export, with its head: folder or Hub name")

@@ -26,7 +26,10 @@ NAMES = ("output_dir", "cache_dir", "train_file", "validation_file", "dataset_na
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        """None is no default that a reader can use: the help says what it means."""
+        """None is no default that a reader can use: the help says what it means. HfArgumentParser gives ``--no_flag``
+        the help of ``--flag``."""
+        if action.nargs == 0 and action.const is False:
+            return f"The same as --{action.dest} false."
         return action.help if action.default is None else super()._get_help_string(action)
 
 

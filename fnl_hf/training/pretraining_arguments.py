@@ -33,7 +33,11 @@ class ModelArguments:
         default=None, metadata={"help": "Configuration of a new model: folder, JSON file or Hub name."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Continue training this FNL-BERT or BERT checkpoint: folder or Hub name."}
+        default=None,
+        metadata={
+            "help": "Continue training this FNL-BERT or BERT checkpoint; with --objective distill, the student, of any "
+            "architecture. Folder or Hub name."
+        },
     )
     teacher_name_or_path: str | None = field(
         default=None,

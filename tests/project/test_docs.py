@@ -57,7 +57,7 @@ LEFT = {
     "docs/index.md": ["my-bert/spectra.png", "served/model.safetensors"],
     "docs/conversion.md": ["my-bert/spectra.png", "served/model.safetensors", "my-bert-squad.onnx"],
     "docs/squad.md": ["answers.tsv"],
-    "docs/text_classification.md": ["my-classifier/model.safetensors", "served/model.safetensors"],
+    "docs/text_classification.md": ["served/model.safetensors", "small-classifier.onnx"],
     "docs/pretraining_data.md": ["wikipedia-bert/model.safetensors", "wikipedia-books-bert/model.safetensors"],
     "docs/training.md": ["compare.png"],
 }
@@ -184,6 +184,7 @@ def names_of_the_reader():
         "block": nn.ModuleDict(factors),
         "net": nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 5, 1)),
         "adapter": nn.ModuleDict(factors),
+        "lora": nn.ModuleDict({name: nn.ModuleDict({"default": nn.Linear(5, 5)}) for name in ("lora_A", "lora_B")}),
         "attention": nn.ModuleDict({name: nn.Linear(24, 24) for name in ("wq", "wk", "wv", "wo")}),
         "fused": nn.ModuleDict({"qkv": nn.Linear(24, 72), "wo": nn.Linear(24, 24)}),
         "questions": ["Who wrote it?", "Who?"],

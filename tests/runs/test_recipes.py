@@ -40,6 +40,7 @@ def test_the_help_gives_the_defaults_that_are_values(capsys):
         parse_arguments((run_pretrain.ModelArguments, run_pretrain.DataArguments), ["--help"])
     lines = " ".join(capsys.readouterr().out.split())
     assert "trained on the corpus. (default: 30522)" in lines and "(default: None)" not in lines
+    assert "The same as --sparse_prediction false." in lines
 
 
 def parse_recipe(names, *flags):
