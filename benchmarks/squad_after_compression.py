@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the F1 that a smaller encoder loses on SQuAD: E halved, and all layers at half of their parameters.
+"""Measure the F1 that a smaller encoder loses on SQuAD: E halved, and all layers at half or a quarter of their size.
 
     .venv/bin/python benchmarks/squad_after_compression.py --text_file text.jsonl --seeds 1 2 \
         --train_file train.json --validation_file dev.json --results squad.jsonl
@@ -55,9 +55,8 @@ STEPS = {
     "after-taught": Arm("", calibrated=True, taught=True, after=True),
 }
 ARMS = {"stock": Arm(None), "full-E": Arm("full-E")}
-ARMS |= {
-    f"{method}-{step}": arm._replace(method=method) for method in ("half-E", "half") for step, arm in STEPS.items()
-}
+RATIOS = {"half": 0.5, "quarter": 0.25}
+ARMS |= {f"{method}-{step}": arm._replace(method=method) for method in ("half-E", *RATIOS) for step, arm in STEPS.items()}
 
 
 def start_of(arm, seed, args):
@@ -69,8 +68,9 @@ def start_of(arm, seed, args):
         source, name = fine_tune("stock", seed, args), f"{name}-after-seed-{seed}"
     made = Path(args.output_dir) / name / "start"
     text = args.text_file if arm.calibrated else ()
-    if not made.exists() and arm.method == "half":
-        factorize_checkpoint(str(source), made, FactorizationConfig(target_ratio=0.5, include=["encoder.*"]), text)
+    if not made.exists() and arm.method in RATIOS:
+        config = FactorizationConfig(target_ratio=RATIOS[arm.method], include=["encoder.*"])
+        factorize_checkpoint(str(source), made, config, text)
     elif not made.exists():
         size = transformers.AutoConfig.from_pretrained(args.model).hidden_size
         convert_checkpoint(str(source), made, "fnl_bert", size // 2 if arm.method == "half-E" else size, text)
