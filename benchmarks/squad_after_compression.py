@@ -56,7 +56,8 @@ STEPS = {
 }
 ARMS = {"stock": Arm(None), "full-E": Arm("full-E")}
 RATIOS = {"half": 0.5, "quarter": 0.25}
-ARMS |= {f"{method}-{step}": arm._replace(method=method) for method in ("half-E", *RATIOS) for step, arm in STEPS.items()}
+METHODS = ("half-E", *RATIOS)
+ARMS |= {f"{method}-{step}": arm._replace(method=method) for method in METHODS for step, arm in STEPS.items()}
 
 
 def start_of(arm, seed, args):
