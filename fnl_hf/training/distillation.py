@@ -134,7 +134,8 @@ class Teacher:
         """The teacher's outputs for a student's inputs, without labels and without token types that the teacher does
         not accept."""
         left_out = {*LABEL_NAMES, *({"token_type_ids"} - set(self.parameters))}
-        return self.model(**{name: value for name, value in inputs.items() if name not in left_out}, **kwargs)
+        given = {name: value for name, value in inputs.items() if name not in left_out}
+        return self.model(**given, return_dict=True, **kwargs)
 
 
 def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -172,7 +173,7 @@ def _probe(model: PreTrainedModel) -> Any:
     ids = torch.tensor([[0, 1]], device=model.device)
     try:
         with _evaluating_eagerly(model), torch.enable_grad():
-            outputs = model(input_ids=ids, output_hidden_states=True)
+            outputs = model(input_ids=ids, output_hidden_states=True, return_dict=True)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise UserInputError(f"{type(model).__name__} cannot be distilled: {error}") from error
     if outputs.get("hidden_states") is None:
@@ -234,7 +235,8 @@ class DistillationTrainer(PretrainingTrainer):
         """The loss and, as outputs, the rows of :func:`distillation_sums`."""
         with self.accelerator.autocast():
             target = self.teacher(inputs, output_hidden_states=True)
-        rows = distillation_sums(model(**inputs, output_hidden_states=True), target, token_mask(inputs))
+        outputs = model(**inputs, output_hidden_states=True, return_dict=True)
+        rows = distillation_sums(outputs, target, token_mask(inputs))
         processes = self.processes_to_average() if items else 1
         items = items or {"tokens": rows[:, 0].sum(), "sequences": len(rows)}
         loss = rows[:, 1].sum() / items["tokens"]

@@ -186,6 +186,17 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn(tmp_path):
     assert before["eval_cosine"] == pytest.approx(1.0) and max(g.abs().max() for g in gradients.values()) < 1e-6
 
 
+def test_models_that_return_tuples_learn_as_those_that_return_mappings(tmp_path):
+    """``return_dict: false`` is in the configurations of some checkpoints."""
+    student, teacher = bert(BertForMaskedLM), bert(BertForMaskedLM)
+    losses = []
+    for kind in ("mappings", "tuples"):
+        student.config.return_dict = teacher.config.return_dict = kind == "mappings"
+        logged, _, before = one_step(student, teacher, tmp_path / kind, 8, 1)
+        losses.append((before["eval_loss"], next(entry["loss"] for entry in logged if "loss" in entry)))
+    assert losses[0] == losses[1]
+
+
 # ---- which models ----
 
 
