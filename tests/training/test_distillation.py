@@ -16,9 +16,11 @@ from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    ElectraForPreTraining,
     GPT2Config,
     GPT2Model,
     RobertaConfig,
@@ -212,12 +214,31 @@ def small(kind):
 def test_any_encoder_learns_from_another(kind):
     student, teacher = small(kind), bert(BertModel)
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
-    match_models(student, teacher)
+    logits = match_models(student, teacher)
+    assert logits == []
     outputs = [model(input_ids=torch.arange(7)[None], output_hidden_states=True) for model in (student, teacher)]
-    distillation_sums(*outputs, torch.ones(1, 7)).sum().backward()
+    distillation_sums(*outputs, torch.ones(1, 7), logits).sum().backward()
     reached = {name for name, p in student.named_parameters() if p.grad is not None}
     assert reached == {name for name, p in student.named_parameters() if p.requires_grad} <= trainable
     assert student.config._attn_implementation == small(kind).config._attn_implementation
+
+
+@pytest.mark.parametrize("kind, entries, expected", [
+    (BertForMaskedLM, {}, ["logits"]), (BertForQuestionAnswering, {}, ["start_logits", "end_logits"]),
+    (BertForSequenceClassification, {}, ["logits"]), (BertForSequenceClassification, {"num_labels": 3}, ["logits"]),
+    (BertForSequenceClassification, {"num_labels": 1}, []), (BertForTokenClassification, {"num_labels": 1}, []),
+    (ElectraForPreTraining, {"embedding_size": 20}, []),
+])  # fmt: skip
+def test_logits_are_compared_where_they_are_of_classes(kind, entries, expected):
+    """A regression's number, or one of each token, has no distribution: the head stays as it is."""
+    config = kind.config_class(**SIZES | entries)
+    student, teacher = kind(config), kind(config)
+    assert match_models(student, teacher) == expected
+    heads = ("cls", "qa_outputs", "classifier", "discriminator_predictions")
+    assert {p.requires_grad for name, p in student.named_parameters() if name.startswith(heads)} == {expected != []}
+    inputs = {"input_ids": torch.randint(60, (5, 7)), "output_hidden_states": True}
+    rows = distillation_sums(student(**inputs), teacher(**inputs), torch.ones(5, 7), expected)
+    assert rows.shape == (5, 5 if expected else 3)
 
 
 UNMATCHED = {
