@@ -404,7 +404,19 @@ REFUSED = {
         {"attend_within_documents": "true"},
         "needs an FNL-BERT, but .*student is a BertModel",
     ),
-    "positions": ({"max_seq_length": 23}, r"\(23\) exceeds the model's max_position_embeddings \(19\)$"),
+    "positions": ({"max_seq_length": 23}, r"\(23\) exceeds /.*/student's max_position_embeddings \(19\)$"),
+    "positions of the teacher": (
+        {"teacher_name_or_path": "<short>"},
+        r"^--max_seq_length \(16\) exceeds /.*/short's max_position_embeddings \(9\)$",
+    ),
+    "a teacher's table that is too small": (
+        {"teacher_name_or_path": "<narrow>"},
+        r"needs a vocabulary of 60, more than /.*/narrow's vocab_size \(59\)$",
+    ),
+    "a teacher without tokenizer": (
+        {"teacher_name_or_path": "<bare>"},
+        "^the tokenizer of /.*/bare has only its 5 special tokens and no vocabulary$",
+    ),
     "no such teacher": ({"teacher_name_or_path": "/no/such"}, "^no tokenizer in /no/such: "),
     "another vocabulary": (
         {"teacher_name_or_path": "<vocabulary>"},
@@ -421,14 +433,20 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_distillations_are_refused(name, corpus, pair, tmp_path):
     flags, message = REFUSED[name]
-    places = {f"<{kind}>": tmp_path / kind for kind in ("vocabulary", "depth", "empty")}
+    places = {f"<{kind}>": tmp_path / kind for kind in ("vocabulary", "depth", "empty", "short", "narrow", "bare")}
     for kind, place in places.items():
         if kind in flags.values():
             shutil.copytree(pair / "teacher", place)
     if "<vocabulary>" in flags.values():
         train_tokenizer(texts_of(corpus), 50, model_max_length=64).save_pretrained(tmp_path / "vocabulary")
-    if "<depth>" in flags.values():
-        bert(BertModel, num_hidden_layers=3).save_pretrained(tmp_path / "depth")
+    for kind, entries in (
+        ("depth", {"num_hidden_layers": 3}), ("short", {"max_position_embeddings": 9}), ("narrow", {"vocab_size": 59}),
+    ):  # fmt: skip
+        if f"<{kind}>" in flags.values():
+            bert(BertModel, **entries).save_pretrained(tmp_path / kind)
+    if "<bare>" in flags.values():
+        for file in (tmp_path / "bare").glob("tokenizer*"):
+            file.unlink()
     if "<empty>" in flags.values():
         save_file({"x": torch.ones(3)}, tmp_path / "empty" / "model.safetensors", metadata={"format": "pt"})
     flags = {flag: places.get(value, value) for flag, value in flags.items()}
