@@ -20,7 +20,7 @@ from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTrain
 from fnl_hf.bert.other_names import NAMINGS
 from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, validate_vocabulary, vocabulary_size
 from fnl_hf.errors import UserInputError, needs_code, reason_of
-from fnl_hf.publishing.checkpoints import load_model
+from fnl_hf.publishing.checkpoints import load_model, needed_kernel
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
 PRESETS = {
@@ -268,8 +268,8 @@ def load_question_answering_model(
     Raises:
         UserInputError: no such model, one whose head is of another kind, or a head that nobody has trained.
     """
-    kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     with as_user_input(name, "no question answering model in"):
+        kwargs = needed_kernel(name) | kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
         if config is None:
             found: Any = AutoModelForQuestionAnswering.from_pretrained(
                 name, num_labels=ANSWER_LOGITS, trust_remote_code=trust_remote_code, **kwargs
