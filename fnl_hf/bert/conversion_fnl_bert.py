@@ -210,7 +210,9 @@ def embedding_size_of(config: PreTrainedConfig) -> int:
 
 
 def _config_entries(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in OWN_ENTRIES}
+    entries = {name: value for name, value in config.to_dict().items() if name not in OWN_ENTRIES}
+    # No other kernel has the attention weights that a configuration may ask for.
+    return entries | ({"attn_implementation": "eager"} if entries.get("output_attentions") else {})
 
 
 def _display_name(model: Any) -> str:

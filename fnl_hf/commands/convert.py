@@ -23,7 +23,7 @@ from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError, validate_bounds
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, describe_source, write_card
-from fnl_hf.publishing.checkpoints import copy_companions, find_companions, reading, refuse_misfits
+from fnl_hf.publishing.checkpoints import copy_companions, find_companions, needed_kernel, reading, refuse_misfits
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.factorize import merge
 
@@ -148,7 +148,9 @@ def load_model(source: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         saved_class, *_ = config.architectures or ["BertModel"]
         fnl_class = _fnl_class(saved_class)
-        found: Any = fnl_class.load_bert(source, output_loading_info=True, ignore_mismatched_sizes=True)
+        found: Any = fnl_class.load_bert(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **needed_kernel(source)
+        )
         if fnl_class is modeling_fnl_bert.FnlBertModel and head_of(saved_class) != "Model":
             logger.warning(
                 f"{source}: the head of {saved_class} is left out, because FNL-BERT has no head for its task"

@@ -25,22 +25,28 @@ TOLERANCE = 1e-4  # maximum absolute difference between ONNX Runtime and PyTorch
 
 
 class _PositionalModel(nn.Module):
-    """A model with the three inputs in order and a tuple of tensors as outputs, as exporters require."""
+    """A model with the three inputs in order and a tuple of tensors as outputs, as exporters require: without what is
+    no tensor, such as the hidden states that some configurations ask for."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids, attention_mask, token_type_ids):
+        return tuple(self.named(input_ids, attention_mask, token_type_ids).values())
+
+    def named(self, input_ids, attention_mask, token_type_ids) -> dict[str, torch.Tensor]:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        return tuple(self.model(**inputs, return_dict=True).values())
+        outputs = self.model(**inputs, return_dict=True)
+        return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
 def export_program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     """The forward pass as a program of (input_ids, attention_mask, token_type_ids), (B, S) each; B and S are free. The
     program is of evaluation mode; the mode of the model does not change.
 
-    It returns the model's outputs as a tuple, logits first.
+    It returns the model's outputs as a tuple, logits first, without the hidden states and attention weights of single
+    layers.
 
     Raises:
         UserInputError: no model of Transformers, or a head for multiple choice, whose inputs have one dimension more.
@@ -92,7 +98,7 @@ def _validate_model(model: Any) -> None:
 def _write_checked(model: PreTrainedModel, file: Path) -> float:
     import onnxruntime
 
-    names = list(_PositionalModel(model).model(**dict(zip(INPUTS, _example_inputs(model, 2, 5))), return_dict=True))
+    names = list(_PositionalModel(model).named(*_example_inputs(model, 2, 5)))
     with warnings.catch_warnings(action="ignore"):
         program: Any = torch.onnx.export(
             export_program(model), input_names=list(INPUTS), output_names=names, dynamo=True, verbose=False

@@ -133,12 +133,12 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(vocabulary_ids(tokenizer)[-1]) + 1
 
 
-def validate_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def validate_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, whose: str = "the model's") -> None:
     """Raise UserInputError for a tokenizer with ids outside of the model's vocabulary."""
     size = vocabulary_size(tokenizer)
     if size > vocab_size:
         raise UserInputError(
-            f"the largest token id of the tokenizer needs a vocabulary of {size}, more than the model's vocab_size "
+            f"the largest token id of the tokenizer needs a vocabulary of {size}, more than {whose} vocab_size "
             f"({vocab_size})"
         )
 
@@ -157,6 +157,7 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase, needed: Sequence[str]
 
 def validate_same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
     """Raise UserInputError unless each token has the same id for the teacher and the student."""
+    validate_tokenizer(other, ())
     here, there = tokenizer.get_vocab(), other.get_vocab()
     if here != there:
         token = min(here.items() ^ there.items(), key=lambda entry: entry[1])[0]

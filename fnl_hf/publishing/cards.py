@@ -22,6 +22,7 @@ from fnl_hf.surgery.checkpoints import factorized_layers
 logger = logging.get_logger(__name__)
 CARD_FILE = "README.md"
 TEMPLATE_FILE = Path(__file__).with_name("card_template.md")
+SIGNATURE = "<!-- Written by fnl_hf -->"
 PLACEHOLDER = "path/to/this/model"  # where the repository is not known
 KEPT_METADATA = ("license", "license_name", "license_link", "language", "base_model")  # of the original's card
 FACTORIZED_LAYERS = "factorized layers"
@@ -106,6 +107,7 @@ def write_card(
     card = ModelCard.from_template(
         data,
         str(TEMPLATE_FILE),
+        signature=SIGNATURE,
         title=title,
         description=description,
         facts=facts,
@@ -221,9 +223,12 @@ def describe_source(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def name_repository(card: Path, repository: str) -> None:
-    """Let a card that was written before its model had a place on the Hub load it from there."""
-    if card.is_file() and PLACEHOLDER in (text := card.read_text(encoding="utf-8")):
-        card.write_text(text.replace(PLACEHOLDER, repository), encoding="utf-8")
+    """Let a card of ours that was written before its model had a place on the Hub load it from there; a user's own
+    stays as it is."""
+    placeholder = f'from_pretrained("{PLACEHOLDER}"'.encode()
+    content = card.read_bytes() if card.is_file() else b""
+    if SIGNATURE.encode() in content and placeholder in content:
+        card.write_bytes(content.replace(placeholder, f'from_pretrained("{repository}"'.encode()))
 
 
 def architecture_facts(model) -> dict[str, Any]:

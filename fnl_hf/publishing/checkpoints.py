@@ -84,6 +84,13 @@ def _list_names(weights: Iterable[str]) -> str:
     return ", ".join(names[:NAMED_WEIGHTS]) + ", ..." * (len(names) > NAMED_WEIGHTS)
 
 
+def needed_kernel(source: str) -> dict[str, str]:
+    """``attn_implementation`` for a checkpoint whose configuration asks for attention weights: only eager attention has
+    them, and with another kernel Transformers would not save it again."""
+    entries, _ = PreTrainedConfig.get_config_dict(source)
+    return {"attn_implementation": "eager"} if entries.get("output_attentions") else {}
+
+
 def load_model(source: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
     """The model of a checkpoint, with its head.
 
@@ -96,7 +103,7 @@ def load_model(source: str, trust_remote_code: bool = False, **kwargs: Any) -> P
     """
     with reading(source):
         model_class = _class_of(source, trust_remote_code)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        kwargs = needed_kernel(source) | kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
     refuse_misfits(source, model, info, model_class is AutoModel)
     return model

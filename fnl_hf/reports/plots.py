@@ -224,11 +224,12 @@ def _draw(
     figure = plt.figure(figsize=(width, sum(heights)))
     figure.set_layout_engine("constrained", w_pad=0.08)
     if title is not None:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, parse_math=False)  # a folder's name may have dollar signs
     strips = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0].tolist()
     if names:
         handles = [plt.Line2D([], [], **style, label=name) for style, name in zip(_run_styles(len(names)), names)]
-        strips.pop(0).legend(handles=handles, loc="center", ncols=columns, fontsize=9)
+        for text in strips.pop(0).legend(handles=handles, loc="center", ncols=columns, fontsize=9).get_texts():
+            text.set_parse_math(False)
     last = max((entry["step"] for history in histories for entry in history), default=0) or 1
     for strip, panels in zip(strips, rows):
         for axes, panel in zip(strip.subplots(1, len(panels), squeeze=False)[0], panels):

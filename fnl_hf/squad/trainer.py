@@ -57,9 +57,9 @@ class SquadTrainer(FnlTrainer):
         self.metric = evaluate.load(fnl_squad.__file__, version, experiment_id=f"rank{self.args.process_index}")
 
     def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
-        loss, outputs = super()._loss_and_outputs(model, inputs, items)
         if self.teacher is None:
-            return loss, outputs
+            return super()._loss_and_outputs(model, inputs, items)
+        loss, outputs = super()._loss_and_outputs(model, {**inputs, "return_dict": True}, items)
         with self.accelerator.autocast():
             target = self.teacher(inputs)
         divergence = answer_divergence(outputs, target, token_mask(inputs), TEMPERATURE)  # (B,)

@@ -70,12 +70,13 @@ def _at_tokens(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(mask == 0, torch.finfo(logits.dtype).min)
 
 
-def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor) -> torch.Tensor:
+def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor, logits: Sequence[str]) -> torch.Tensor:
     """The terms of the loss, one row per sequence.
 
     Args:
-        student, teacher: outputs of the models, with ``hidden_states`` and, where both have them, logits of one shape.
+        student, teacher: outputs of the models, with ``hidden_states`` and these logits, of one shape.
         mask: (B, S), 0 at padding.
+        logits: names of the logits to compare, see :func:`match_models`.
 
     Returns:
         (B, 3), sums over a sequence's tokens: 1, :func:`hidden_state_errors`, cosine of the last hidden states. With
@@ -87,10 +88,9 @@ def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor) -> torch.T
         last, target = student.hidden_states[-1].float(), teacher.hidden_states[-1].float()
         cosines = functional.cosine_similarity(last, target, dim=-1)
     columns = [mask.sum(dim=1), errors, (cosines * mask).sum(dim=1)]
-    shared = shared_logits(student, teacher)
-    if shared:
+    if logits:
         of_tokens, of_sequences = torch.zeros_like(errors), torch.zeros_like(errors)
-        for name in shared:
+        for name in logits:
             own, other = student[name], teacher[name]
             if own.dim() == 3:
                 of_tokens = of_tokens + (logit_divergence(own, other) * mask).sum(dim=1)
@@ -100,11 +100,6 @@ def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor) -> torch.T
                 of_sequences = of_sequences + logit_divergence(own, other)
         columns += [of_tokens, of_sequences]
     return torch.stack(columns, dim=1)
-
-
-def shared_logits(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
-    """Names of the logits that both models return."""
-    return [name for name in student if name.endswith("logits") and name in teacher]
 
 
 def distillation_metrics(prediction: Any) -> dict[str, float]:
@@ -134,19 +129,25 @@ class Teacher:
         """The teacher's outputs for a student's inputs, without labels and without token types that the teacher does
         not accept."""
         left_out = {*LABEL_NAMES, *({"token_type_ids"} - set(self.parameters))}
-        return self.model(**{name: value for name, value in inputs.items() if name not in left_out}, **kwargs)
+        given = {name: value for name, value in inputs.items() if name not in left_out}
+        return self.model(**given, return_dict=True, **kwargs)
 
 
-def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> list[str]:
     """Check that the layers of two models can be compared: each layer of the student with one layer of the teacher, or
     with the last of k layers. Freeze parameters of the student that the loss does not reach, such as the pooler if
     hidden states are compared: DDP waits for the gradients of all trainable parameters.
+
+    Returns:
+        The names of the logits that both models have, without those that are no distribution over classes: one of a
+        sequence (a regression) or one of each token (ELECTRA's discriminator).
 
     Raises:
         UserInputError: a model without hidden states, a number of layers that is no multiple of the student's, other
             sizes, or logits of other shapes.
     """
-    own, other = _probe(student), _probe(teacher.requires_grad_(False))
+    tokens = 2 + (student.config.num_labels == 2)  # another number than that of the classes
+    own, other = _probe(student, tokens), _probe(teacher.requires_grad_(False), tokens)
     sizes = [(len(found.hidden_states) - 1, found.hidden_states[-1].shape[-1]) for found in (own, other)]
     (layers, size), (teachers_layers, teachers_size) = sizes
     if size != teachers_size or layers == 0 or teachers_layers % layers:
@@ -154,25 +155,33 @@ def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             "the teacher must have as many layers as the student, or a multiple, and the same hidden size: the "
             f"student has {layers} layers of size {size}, the teacher {teachers_layers} of size {teachers_size}"
         )
-    for name in shared_logits(own, other):
+    shared = [name for name in own if name.endswith("logits") and name in other]
+    for name in shared:
         if own[name].shape != other[name].shape:
             raise UserInputError(
                 f"the student's {name} have {own[name].shape[-1]} classes, the teacher's {other[name].shape[-1]}: "
                 "they must have the same number"
             )
-    compared = [*own.hidden_states, *(own[name] for name in shared_logits(own, other))]
+    logits = [name for name in shared if _is_of_classes(name, own[name], tokens)]
+    compared = [*own.hidden_states, *(own[name] for name in logits)]
     weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
     total = torch.stack([values.float().sum() for values in compared]).sum()
     for weight, gradient in zip(weights, torch.autograd.grad(total, weights, allow_unused=True)):
         weight.requires_grad_(gradient is not None)
+    return logits
 
 
-def _probe(model: PreTrainedModel) -> Any:
-    """The outputs for a text of two tokens."""
-    ids = torch.tensor([[0, 1]], device=model.device)
+def _is_of_classes(name: str, logits: torch.Tensor, tokens: int) -> bool:
+    of_each_token = logits.dim() == 2 and logits.shape[1] == tokens and name not in POSITION_LOGITS
+    return logits.shape[-1] > 1 and not of_each_token
+
+
+def _probe(model: PreTrainedModel, tokens: int) -> Any:
+    """The outputs for a text."""
+    ids = torch.arange(tokens, device=model.device)[None] % 2
     try:
         with _evaluating_eagerly(model), torch.enable_grad():
-            outputs = model(input_ids=ids, output_hidden_states=True)
+            outputs = model(input_ids=ids, output_hidden_states=True, return_dict=True)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise UserInputError(f"{type(model).__name__} cannot be distilled: {error}") from error
     if outputs.get("hidden_states") is None:
@@ -218,7 +227,7 @@ class DistillationTrainer(PretrainingTrainer):
     """
 
     def __init__(self, model: PreTrainedModel, args=None, *, teacher: PreTrainedModel, **kwargs):
-        match_models(model, teacher)  # before Trainer's constructor makes the output folder
+        self.logits = match_models(model, teacher)  # before Trainer's constructor makes the output folder
         drop_nothing(model)
         super().__init__(model, args, **kwargs)
         self.teacher = Teacher(teacher, self.args.device)
@@ -234,7 +243,8 @@ class DistillationTrainer(PretrainingTrainer):
         """The loss and, as outputs, the rows of :func:`distillation_sums`."""
         with self.accelerator.autocast():
             target = self.teacher(inputs, output_hidden_states=True)
-        rows = distillation_sums(model(**inputs, output_hidden_states=True), target, token_mask(inputs))
+        outputs = model(**inputs, output_hidden_states=True, return_dict=True)
+        rows = distillation_sums(outputs, target, token_mask(inputs), self.logits)
         processes = self.processes_to_average() if items else 1
         items = items or {"tokens": rows[:, 0].sum(), "sequences": len(rows)}
         loss = rows[:, 1].sum() / items["tokens"]

@@ -20,7 +20,7 @@ from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTrain
 from fnl_hf.bert.other_names import NAMINGS
 from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, validate_vocabulary, vocabulary_size
 from fnl_hf.errors import UserInputError, needs_code, reason_of
-from fnl_hf.publishing.checkpoints import load_model
+from fnl_hf.publishing.checkpoints import load_model, needed_kernel
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
 PRESETS = {
@@ -215,7 +215,7 @@ def load_text_model(
         raise UserInputError(
             f"{name_or_path} is a {model.config.model_type!r} checkpoint: its model does not read text"
         )
-    _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
+    _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model), f"{name_or_path}'s")
     return model
 
 
@@ -268,8 +268,8 @@ def load_question_answering_model(
     Raises:
         UserInputError: no such model, one whose head is of another kind, or a head that nobody has trained.
     """
-    kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     with as_user_input(name, "no question answering model in"):
+        kwargs = needed_kernel(name) | kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
         if config is None:
             found: Any = AutoModelForQuestionAnswering.from_pretrained(
                 name, num_labels=ANSWER_LOGITS, trust_remote_code=trust_remote_code, **kwargs
@@ -294,7 +294,7 @@ def load_answer_teacher(
     """A fine-tuned question answering model that accepts the inputs of its student."""
     validate_same_vocabulary(tokenizer, load_tokenizer(name, trust_remote_code))
     model = load_question_answering_model(name, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
+    _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model), f"{name}'s")
     return model
 
 
@@ -315,9 +315,9 @@ def usable_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _validate_sizes(config, tokenizer, max_seq_length, positions):
-    validate_vocabulary(tokenizer, config.vocab_size)
+def _validate_sizes(config, tokenizer, max_seq_length, positions, whose="the model's"):
+    validate_vocabulary(tokenizer, config.vocab_size, whose)
     if positions is not None and max_seq_length > positions:
         raise UserInputError(
-            f"--max_seq_length ({max_seq_length}) exceeds the model's max_position_embeddings ({positions})"
+            f"--max_seq_length ({max_seq_length}) exceeds {whose} max_position_embeddings ({positions})"
         )

@@ -103,7 +103,7 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
         )
     held_by = {
         "FSDP": parse_flag_from_env("ACCELERATE_USE_FSDP"),
-        "torch.compile": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
+        "torch.compile": args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
     }
     if holders := [what for what, is_used in held_by.items() if is_used]:
         raise UserInputError(

@@ -4,11 +4,20 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertForPreTraining, BertModel
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModel,
+    BertConfig,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertModel,
+)
 
 import fnl_hf
 from fnl_hf.commands import cli
@@ -16,6 +25,7 @@ from fnl_hf.commands.calibration import calibration_batches
 from fnl_hf.commands.convert import convert_checkpoint, truncation_table
 from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.publishing.cards import name_repository
+from fnl_hf.training.models import load_question_answering_model
 from tests.bert.conversions import assert_same_outputs, random_weights
 from tests.conftest import DIMENSIONS
 
@@ -44,6 +54,22 @@ def test_legacy_names_and_bin_files_load(bert, batch, checkpoint, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     torch.save(state, checkpoint / "pytorch_model.bin")
     assert_same_outputs(fnl_hf.FnlBertForPreTraining.from_bert(str(checkpoint)), bert, batch, atol=0)
+
+
+def test_a_checkpoint_that_asks_for_attention_weights_goes_through_every_command(tokenizer, dimensions, tmp_path):
+    """Only eager attention has them, and Transformers does not save such a configuration with another kernel."""
+    asked = {"output_attentions": True, "attn_implementation": "eager"}
+    place = {name: str(tmp_path / name) for name in ("bert", "small", "back", "factorized", "merged", "answers")}
+    BertForQuestionAnswering(BertConfig(**dimensions, **asked)).save_pretrained(place["bert"])
+    tokenizer.save_pretrained(place["bert"])
+    cli.main(["convert", place["bert"], place["small"], "--attention_embedding_size", "21"])
+    cli.main(["convert", place["small"], place["back"], "--to", "bert"])
+    cli.main(["factorize", place["bert"], place["factorized"], "--target_ratio", "0.5"])
+    cli.main(["merge", place["factorized"], place["merged"]])
+    load_question_answering_model(place["small"]).save_pretrained(place["answers"])
+    for folder in place.values():
+        config = json.loads((Path(folder) / "config.json").read_text())
+        assert config["output_attentions"] and config["architectures"][0].endswith("BertForQuestionAnswering")
 
 
 def test_the_command_converts_there_and_back(bert, batch, checkpoint, tmp_path, capsys, documents):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel
 
 import fnl_hf
 from fnl_hf.commands import cli
@@ -65,6 +66,19 @@ def test_factorized_layers_are_exported_for_any_size(mode):
         given = inputs(*sizes)
         for theirs, ours in zip(model(*given).to_tuple(), program(*given), strict=True):
             torch.testing.assert_close(ours[given[1].bool()], theirs[given[1].bool()], atol=1e-5, rtol=0)
+
+
+def test_what_a_configuration_asks_for_of_single_layers_is_left_out(tmp_path):
+    """And the cache of a decoder: tuples are no outputs of a program."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    asked = {"output_hidden_states": True, "output_attentions": True, "attn_implementation": "eager"}
+    model = BertLMHeadModel(BertConfig(**DIMENSIONS, **asked, is_decoder=True)).eval()
+    given = inputs(3, 5)
+    logits = model(*given).logits
+    (found,) = export_program(model).module()(*given)
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
+    assert export_onnx(model, tmp_path / "model.onnx") < 1e-4
 
 
 def test_bfloat16_inference_is_close_to_float32(model):

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 # From the ground up. A file of ``fnl_hf`` itself stands for its own name; ``__init__`` gathers the public names.
 ORDER = ("errors", "version", "bert", "products", "layers", "optim", "surgery", "data", "runs", "reports", "publishing",
-         "training", "squad", "commands")  # fmt: skip
+         "training", "squad", "commands", "__main__")  # fmt: skip
 # What ``import fnl_hf`` imports: no data, no training.
 MODELS_AND_OPTIMIZERS = ORDER[: ORDER.index("data")]
 PACKAGE = ROOT / "fnl_hf"

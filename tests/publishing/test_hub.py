@@ -224,10 +224,16 @@ def test_the_command_uploads_the_model_alone(hub, here, published, tmp_path, cap
 
 
 def test_a_card_of_no_repository_names_the_one_it_is_pushed_to(hub, here, published, tmp_path):
+    """A user's own stays as it is, whatever is in it."""
     copy = shutil.copytree(published / "answers", tmp_path / "copy")
-    (copy / "README.md").write_text('from_pretrained("path/to/this/model")')
+    card = copy / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace("ada/answers", "path/to/this/model"), encoding="utf-8")
     push_folder(copy, "named")
-    assert hub.files("ada/named")["README.md"] == b'from_pretrained("ada/named")'
+    text = hub.files("ada/named")["README.md"].decode()
+    assert text.count('from_pretrained("ada/named"') == 3 and "path/to" not in text
+    card.write_text('from_pretrained("path/to/this/model")')
+    push_folder(copy, "named")
+    assert hub.files("ada/named")["README.md"] == b'from_pretrained("path/to/this/model")'
 
 
 def test_a_converted_model_is_pushed_with_its_card_which_says_how_it_loads(hub, here, tokenizer, dimensions, tmp_path):

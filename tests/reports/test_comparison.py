@@ -204,6 +204,13 @@ def test_one_run_gets_its_own_report(tmp_path, figures):
     assert (tmp_path / "two.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_dollar_signs_in_a_name_are_no_formula(tmp_path):
+    """In the title of one run, which a training script draws at its end, and in the legend of two."""
+    runs = [write_run(tmp_path / name, 5, [{"step": 5, "loss": 3.0}]) for name in ("lr$1e-3_{a$", "other")]
+    assert plot_runs(runs[:1], tmp_path / "one.png") == ["lr$1e-3_{a$"]
+    assert plot_runs(runs, tmp_path / "two.png") == ["lr$1e-3_{a$", "other"]
+
+
 # ---- the table of norms ----
 
 

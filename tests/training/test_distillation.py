@@ -16,9 +16,11 @@ from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    ElectraForPreTraining,
     GPT2Config,
     GPT2Model,
     RobertaConfig,
@@ -186,6 +188,17 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn(tmp_path):
     assert before["eval_cosine"] == pytest.approx(1.0) and max(g.abs().max() for g in gradients.values()) < 1e-6
 
 
+def test_models_that_return_tuples_learn_as_those_that_return_mappings(tmp_path):
+    """``return_dict: false`` is in the configurations of some checkpoints."""
+    student, teacher = bert(BertForMaskedLM), bert(BertForMaskedLM)
+    losses = []
+    for kind in ("mappings", "tuples"):
+        student.config.return_dict = teacher.config.return_dict = kind == "mappings"
+        logged, _, before = one_step(student, teacher, tmp_path / kind, 8, 1)
+        losses.append((before["eval_loss"], next(entry["loss"] for entry in logged if "loss" in entry)))
+    assert losses[0] == losses[1]
+
+
 # ---- which models ----
 
 
@@ -201,12 +214,31 @@ def small(kind):
 def test_any_encoder_learns_from_another(kind):
     student, teacher = small(kind), bert(BertModel)
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
-    match_models(student, teacher)
+    logits = match_models(student, teacher)
+    assert logits == []
     outputs = [model(input_ids=torch.arange(7)[None], output_hidden_states=True) for model in (student, teacher)]
-    distillation_sums(*outputs, torch.ones(1, 7)).sum().backward()
+    distillation_sums(*outputs, torch.ones(1, 7), logits).sum().backward()
     reached = {name for name, p in student.named_parameters() if p.grad is not None}
     assert reached == {name for name, p in student.named_parameters() if p.requires_grad} <= trainable
     assert student.config._attn_implementation == small(kind).config._attn_implementation
+
+
+@pytest.mark.parametrize("kind, entries, expected", [
+    (BertForMaskedLM, {}, ["logits"]), (BertForQuestionAnswering, {}, ["start_logits", "end_logits"]),
+    (BertForSequenceClassification, {}, ["logits"]), (BertForSequenceClassification, {"num_labels": 3}, ["logits"]),
+    (BertForSequenceClassification, {"num_labels": 1}, []), (BertForTokenClassification, {"num_labels": 1}, []),
+    (ElectraForPreTraining, {"embedding_size": 20}, []),
+])  # fmt: skip
+def test_logits_are_compared_where_they_are_of_classes(kind, entries, expected):
+    """A regression's number, or one of each token, has no distribution: the head stays as it is."""
+    config = kind.config_class(**SIZES | entries)
+    student, teacher = kind(config), kind(config)
+    assert match_models(student, teacher) == expected
+    heads = ("cls", "qa_outputs", "classifier", "discriminator_predictions")
+    assert {p.requires_grad for name, p in student.named_parameters() if name.startswith(heads)} == {expected != []}
+    inputs = {"input_ids": torch.randint(60, (5, 7)), "output_hidden_states": True}
+    rows = distillation_sums(student(**inputs), teacher(**inputs), torch.ones(5, 7), expected)
+    assert rows.shape == (5, 5 if expected else 3)
 
 
 UNMATCHED = {
@@ -372,7 +404,19 @@ REFUSED = {
         {"attend_within_documents": "true"},
         "needs an FNL-BERT, but .*student is a BertModel",
     ),
-    "positions": ({"max_seq_length": 23}, r"\(23\) exceeds the model's max_position_embeddings \(19\)$"),
+    "positions": ({"max_seq_length": 23}, r"\(23\) exceeds /.*/student's max_position_embeddings \(19\)$"),
+    "positions of the teacher": (
+        {"teacher_name_or_path": "<short>"},
+        r"^--max_seq_length \(16\) exceeds /.*/short's max_position_embeddings \(9\)$",
+    ),
+    "a teacher's table that is too small": (
+        {"teacher_name_or_path": "<narrow>"},
+        r"needs a vocabulary of 60, more than /.*/narrow's vocab_size \(59\)$",
+    ),
+    "a teacher without tokenizer": (
+        {"teacher_name_or_path": "<bare>"},
+        "^the tokenizer of /.*/bare has only its 5 special tokens and no vocabulary$",
+    ),
     "no such teacher": ({"teacher_name_or_path": "/no/such"}, "^no tokenizer in /no/such: "),
     "another vocabulary": (
         {"teacher_name_or_path": "<vocabulary>"},
@@ -389,14 +433,20 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_distillations_are_refused(name, corpus, pair, tmp_path):
     flags, message = REFUSED[name]
-    places = {f"<{kind}>": tmp_path / kind for kind in ("vocabulary", "depth", "empty")}
+    places = {f"<{kind}>": tmp_path / kind for kind in ("vocabulary", "depth", "empty", "short", "narrow", "bare")}
     for kind, place in places.items():
         if kind in flags.values():
             shutil.copytree(pair / "teacher", place)
     if "<vocabulary>" in flags.values():
         train_tokenizer(texts_of(corpus), 50, model_max_length=64).save_pretrained(tmp_path / "vocabulary")
-    if "<depth>" in flags.values():
-        bert(BertModel, num_hidden_layers=3).save_pretrained(tmp_path / "depth")
+    for kind, entries in (
+        ("depth", {"num_hidden_layers": 3}), ("short", {"max_position_embeddings": 9}), ("narrow", {"vocab_size": 59}),
+    ):  # fmt: skip
+        if f"<{kind}>" in flags.values():
+            bert(BertModel, **entries).save_pretrained(tmp_path / kind)
+    if "<bare>" in flags.values():
+        for file in (tmp_path / "bare").glob("tokenizer*"):
+            file.unlink()
     if "<empty>" in flags.values():
         save_file({"x": torch.ones(3)}, tmp_path / "empty" / "model.safetensors", metadata={"format": "pt"})
     flags = {flag: places.get(value, value) for flag, value in flags.items()}

@@ -192,14 +192,15 @@ def test_a_run_over_epochs_switches_at_its_share_of_them(corpus, tmp_path):
     assert json.loads((out / "trainer_state.json").read_text())["max_steps"] == 11
 
 
-@pytest.mark.parametrize("environment, said", [
-    ({"ACCELERATE_USE_FSDP": "true"}, "uses FSDP$"),
-    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "uses torch.compile$"),
+@pytest.mark.parametrize("environment, compiled, said", [
+    ({"ACCELERATE_USE_FSDP": "true"}, False, "uses FSDP$"),
+    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, False, "uses torch.compile$"),
+    ({}, True, "uses torch.compile$"),
 ])  # fmt: skip
-def test_what_holds_on_to_layers_is_refused(dimensions, monkeypatch, environment, said):
+def test_what_holds_on_to_layers_is_refused(dimensions, monkeypatch, environment, compiled, said):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    args = SimpleNamespace(do_train=True)
+    args = SimpleNamespace(do_train=True, torch_compile=compiled)
     model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
     with pytest.raises(UserInputError, match=r"^--factorize_at_step \(4\) works without FSDP .*" + said):
         plan_warm_start(SimpleNamespace(factorize_at_step=4.0), args, model, range(61))
