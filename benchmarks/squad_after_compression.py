@@ -126,7 +126,7 @@ def recorded(path):
 
 def table(lines):
     """Means over the seeds, and the difference from stock of the same seeds."""
-    rows = ["| model | parameters | seeds | F1 | exact match | F1 below stock |", "|---|---|---|---|---|---|"]
+    rows = ["| arm | parameters | seeds | F1 | exact match | F1 below stock |", "|---|---|---|---|---|---|"]
     stock = {line["seed"]: line["f1"] for line in lines if line["arm"] == "stock"}
     for arm in ARMS:
         runs = [line for line in lines if line["arm"] == arm]

@@ -75,6 +75,13 @@ def test_the_compression_table_is_what_was_recorded():
         assert f"| {' | '.join(cells)} |" in page, cells
 
 
+def test_the_table_of_squad_is_what_was_recorded():
+    files = [word for name in ("train", "validation", "text") for word in (f"--{name}_file", "none")]
+    script = [sys.executable, "benchmarks/squad_after_compression.py", "--arms", "--model", "none", *files]
+    printed = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert len(printed.splitlines()) > 5 and printed in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
 def test_the_picture_of_a_head_can_be_drawn_again(tmp_path):
     command = [sys.executable, "docs/head_diagram.py", str(tmp_path / "head.svg")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
