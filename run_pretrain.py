@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain an FNL-BERT: masked language modelling, with or without next sentence prediction. Or distil: a compressed
+"""Pretrain an FNL-BERT: masked language modeling, with or without next sentence prediction. Or distill: a compressed
 model of any architecture learns from its original.
 
 accelerate launch run_pretrain.py                        # the embedded corpus, configs/quickstart.yaml
@@ -41,7 +41,7 @@ from fnl_hf.training.warm_start import WarmStartCallback, plan_warm_start, take_
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
-OBJECTIVES = {"mlm": "masked language modelling", "mlm_nsp": "masked language modelling and next sentence prediction"}
+OBJECTIVES = {"mlm": "masked language modeling", "mlm_nsp": "masked language modeling and next sentence prediction"}
 SPECIAL_TOKENS = ("cls_token", "sep_token")  # of which rows consist
 MASKED = {"compute_metrics": pretraining_metrics, "preprocess_logits_for_metrics": pretraining_statistics}
 OWN_RECIPE = {"dataset_name", "train_file", "config_name", "model_name_or_path"}

@@ -164,7 +164,7 @@ def launch(script, flags, folder, resume=True):
     subprocess.run(command + ["--resume_from_checkpoint", "auto"] * resume, check=True, cwd=ROOT)
 
 
-def distil(start, teacher, files, folder):
+def distill(start, teacher, files, folder):
     """Train the model in ``start`` towards its teacher's hidden states, if that is not done yet."""
     if not (folder / "all_results.json").exists():
         flags = ["--objective", "distill", "--model_name_or_path", start, "--teacher_name_or_path", teacher]
@@ -178,7 +178,7 @@ def distilled(models, name, tokenizer, args):
         folder = Path(args.distilled_dir).resolve() / label
         for part in (models[label], tokenizer):
             part.save_pretrained(folder / "start")
-        distil(folder / "start", name, map(os.path.abspath, args.calibration_file), folder / "distilled")
+        distill(folder / "start", name, map(os.path.abspath, args.calibration_file), folder / "distilled")
         found[f"{label}, distilled"] = load(folder / "distilled")
     return found
 
@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--questions_file", required=True, help="questions in SQuAD's layout")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25])
     parser.add_argument("--folders", nargs="*", default=[], help="folders of more models to measure")
-    parser.add_argument("--distilled_dir", default=None, help="also distil models, in this folder")
+    parser.add_argument("--distilled_dir", default=None, help="also distill models, in this folder")
     parser.add_argument("--ablations", action="store_true", help="also measure calibration without some of its parts")
     parser.add_argument("--samples", type=int, default=256, help="number of documents to calibrate on")
     parser.add_argument("--held_out_samples", type=int, default=128)

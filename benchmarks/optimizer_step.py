@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/optimizer_step.py                       # BERT-Base and Large, E full and halved
     .venv/bin/python benchmarks/optimizer_step.py --models base --training_step
 
-Both sides of each comparison run alternately in one process. Prints medians, minima, the median ratio of neighbouring
+Both sides of each comparison run alternately in one process. Prints medians, minima, the median ratio of neighboring
 runs, and the memory that a step needs. Uses a CUDA device if there is one.
 
 The comparisons are:

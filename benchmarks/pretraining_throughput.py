@@ -158,9 +158,9 @@ def compare(args, model, folder):
             config.attention_embedding_size = config.hidden_size // 2
         masked = round(0.15 * length)
         flops = training_flops(config, length, masked, None if side == "stock" else masked)
-        utilisation = rate / length * flops / peak
+        utilization = rate / length * flops / peak
         spread = f"{batch * length / high:,.0f} to {batch * length / low:,.0f}"
-        print(f"| {side} | {rate:,.0f} | {spread} | {rate / rates['stock']:.2f} | {utilisation:.2f} |", flush=True)
+        print(f"| {side} | {rate:,.0f} | {spread} | {rate / rates['stock']:.2f} | {utilization:.2f} |", flush=True)
     print(f"\nE halved / E = d: {rates['ours, E halved'] / rates['ours']:.2f}")
 
 

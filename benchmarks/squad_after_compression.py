@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from compression import distil, launch
+from compression import distill, launch
 from conversion import default_model
 from decay_modes import spread
 
@@ -78,7 +78,7 @@ def start_of(arm, seed, args):
     if not arm.distilled:
         return str(made)
     distilled = Path(args.output_dir) / f"{arm.method}-distilled" / "start"
-    distil(made, args.model, args.text_file, distilled)
+    distill(made, args.model, args.text_file, distilled)
     return str(distilled)
 
 
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--model", default=None)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--validation_file", required=True)
-    parser.add_argument("--text_file", nargs="+", required=True, help="text to calibrate on and to distil with")
+    parser.add_argument("--text_file", nargs="+", required=True, help="text to calibrate on and to distill with")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--max_seq_length", type=int, default=192)

@@ -40,7 +40,7 @@ html_show_search_summary = False  # it is fetched, which a page on the disk may 
 
 
 def visit_math(translator, node):
-    """MathML, which browsers lay out by themselves: it takes no script and no font, and has the text's colour."""
+    """MathML, which browsers lay out by themselves: it takes no script and no font, and has the text's color."""
     try:
         mathml = tex2mathml(node.astext())
     except (SyntaxError, ValueError) as error:  # of docutils before and since 0.22

@@ -4,7 +4,7 @@
     .venv/bin/python docs/head_diagram.py docs/_static/head.svg
 
 The bars on the right are computed. For targets σ, gradient descent on ½‖UVᵀ - T‖² ends at σ/(1 + λ) under Frobenius
-decay and at max(σ - λ, 0) under weight decay of the factors; tests/optim/test_decay_behaviour.py runs both.
+decay and at max(σ - λ, 0) under weight decay of the factors; tests/optim/test_decay_behavior.py runs both.
 """
 
 import sys

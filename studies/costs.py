@@ -8,7 +8,7 @@ from fnl_hf.training.models import preset_config
 from studies.study import recipe
 
 GPU = "H100"
-UTILISATION = 0.4  # of the peak, assumed
+UTILIZATION = 0.4  # of the peak, assumed
 GPUS = (1, 8, 64)
 
 
@@ -37,8 +37,8 @@ def cost_rows(recipes: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
         for file in phases:
             flags |= {flag: value for flag, value in recipe(file).items() if value is not None}
             total += recipe_flops(flags)
-        hours = [total / (UTILISATION * peak * count * 3600) for count in GPUS]
+        hours = [total / (UTILIZATION * peak * count * 3600) for count in GPUS]
         yield [name, f"{total:.2g}", *(f"{value:.3g}" for value in hours)]
 
 
-COST_HEADER = ["", "FLOPs", *(f"hours on {count} {GPU} at {UTILISATION:.0%} of the peak" for count in GPUS)]
+COST_HEADER = ["", "FLOPs", *(f"hours on {count} {GPU} at {UTILIZATION:.0%} of the peak" for count in GPUS)]

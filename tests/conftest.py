@@ -218,7 +218,7 @@ def idx_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Pictures of several sizes, some of them grey: train/red/0.png, ..."""
+    """Pictures of several sizes, some of them gray: train/red/0.png, ..."""
     root, generator = tmp_path_factory.mktemp("folders"), np.random.default_rng(2)
     for split, count in (("train", 12), ("test", 5)):
         for label, color in enumerate(("blue", "green", "red")):

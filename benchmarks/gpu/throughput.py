@@ -78,8 +78,8 @@ def measure_throughput(run: Recorder, preset: str, length: int) -> None:
             run.record(f"{side}, {kind}", statistics.median(rates), quartiles(rates), "tokens/s", goal)
             masked = max(1, round(MASKED * length_here))
             flops = training_flops(models[side].config, length_here, masked, None if side == "stock" else masked)
-            utilisation = statistics.median(rates) / length_here * flops / peak
-            run.record(f"{side}, {kind}, model FLOPs utilisation", utilisation)
+            utilization = statistics.median(rates) / length_here * flops / peak
+            run.record(f"{side}, {kind}, model FLOPs utilization", utilization)
         for side in ("ours", "ours, E halved"):
             ratios = [stock / own for stock, own in zip(times["stock"], times[side])]
             goal = ">= 2" if (preset, side, kind) == ("base", "ours", "sdpa") and length == 128 else ""

@@ -1,4 +1,4 @@
-"""Images in memory: from IDX files, folders or the Hub; cropped, flipped and normalised a batch at a time.
+"""Images in memory: from IDX files, folders or the Hub; cropped, flipped and normalized a batch at a time.
 
 All images of a split are one uint8 tensor. Shapes: N images, B of a batch, height H, width W, C channels.
 """
@@ -214,7 +214,7 @@ def to_images(
         arrays = [prepare(picture) for picture in pictures]
     except (OSError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         raise UserInputError(f"{where}: an image cannot be read: {error}") from error
-    if len({array.shape[2] for array in arrays}) > 1:  # grey ones among others
+    if len({array.shape[2] for array in arrays}) > 1:  # gray ones among others
         arrays = [np.broadcast_to(array, (*array.shape[:2], 3)) for array in arrays]
     sizes = sorted({array.shape[:2] for array in arrays})
     if len(sizes) > 1:
@@ -265,7 +265,7 @@ def crop_and_flip(pixels: torch.Tensor, words: np.ndarray, padding: int, flip: b
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Normalised images (B, C, H, W), channels last in memory; a batch is fetched at once: use it with
+    """Normalized images (B, C, H, W), channels last in memory; a batch is fetched at once: use it with
     :func:`fnl_hf.data.masking.collate_batch`.
 
     Crops and flips are a function of (seed, epoch, sample), so that they do not depend on workers and resumes.

@@ -1,4 +1,4 @@
-"""How a model wants its images. Transformers' processor scales and crops them, batches are normalised later."""
+"""How a model wants its images. Transformers' processor scales and crops them, batches are normalized later."""
 
 import copy
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Preparation:
 
     Args:
         processor: one of Transformers, for Pillow (those for torchvision need it); None takes images as they are.
-        channels: 1 (grey) or 3.
-        mean, std: what the processor normalises the channels by, for pixels from 0 to 1; None if it does not.
+        channels: 1 (gray) or 3.
+        mean, std: what the processor normalizes the channels by, for pixels from 0 to 1; None if it does not.
     """
 
     processor: Any = None
@@ -33,7 +33,7 @@ class Preparation:
         """As the processor beside a model's weights says; without one, at the model's size.
 
         Raises:
-            UserInputError: a processor that does more than scale, crop and normalise.
+            UserInputError: a processor that does more than scale, crop and normalize.
         """
         entries, channels = get_image_processor_config(name), getattr(config, "num_channels", 3)
         if not entries:
@@ -93,20 +93,20 @@ class Preparation:
             raise ValueError(f"it has 32-bit pixels (mode {image.mode}) of unknown range")
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        grey = image.mode in ("1", "L") if self.channels is None else self.channels == 1
-        image = image.convert("L" if grey else "RGB")
+        gray = image.mode in ("1", "L") if self.channels is None else self.channels == 1
+        image = image.convert("L" if gray else "RGB")
         if self.processor is None:
             pixels = np.asarray(image)
-            return pixels[:, :, None] if grey else pixels
+            return pixels[:, :, None] if gray else pixels
         pixels = self.processor(image, return_tensors="np")["pixel_values"][0]
-        if self.mean is not None:  # back to bytes, as they were between scaling and normalising
+        if self.mean is not None:  # back to bytes, as they were between scaling and normalizing
             mean, std = (np.array(values)[:, None, None] for values in (self.mean, self.std))
             pixels = np.clip(np.rint(255 * (pixels * std + mean)), 0, 255)
         return pixels.astype(np.uint8).transpose(1, 2, 0)
 
 
 def cropping_processor(size: int | tuple[int, int]) -> Any:
-    """Scales the shorter side to ``size`` and cuts the longer one, or stretches to (H, W). Normalises nothing."""
+    """Scales the shorter side to ``size`` and cuts the longer one, or stretches to (H, W). Normalizes nothing."""
     plain: dict[str, Any] = {"resample": Image.Resampling.BILINEAR, "do_rescale": False, "do_normalize": False}
     if not isinstance(size, int):
         return transformers.ViTImageProcessorPil(size={"height": size[0], "width": size[1]}, **plain)
@@ -124,10 +124,10 @@ def _processor_of(name: str, entries: dict[str, Any]) -> Any:
 
 
 def _prepared_blank(name: str, processor: Any, channels: int) -> np.ndarray:
-    """A black and a white image (2, C, H, W) as the processor makes them: normalising is the line between the two.
+    """A black and a white image (2, C, H, W) as the processor makes them: normalizing is the line between the two.
 
     Raises:
-        UserInputError: they are not of one colour then, or no images at all.
+        UserInputError: they are not of one color then, or no images at all.
     """
     blanks = [Image.new("L", (300, 260), level) for level in (0, 255)]
     try:
@@ -138,6 +138,6 @@ def _prepared_blank(name: str, processor: Any, channels: int) -> np.ndarray:
     is_plain = made.ndim == 4 and made.shape[1] == channels and np.ptp(made, axis=(2, 3)).max() < 1e-5
     if not is_plain or not (made[1] > made[0]).all():
         raise UserInputError(
-            f"{name}: {type(processor).__name__} must only scale, crop and normalise images, but does more"
+            f"{name}: {type(processor).__name__} must only scale, crop and normalize images, but does more"
         )
     return made

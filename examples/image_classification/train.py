@@ -186,7 +186,7 @@ def accuracy(prediction) -> dict[str, float]:
 def make_datasets(
     splits: dict[str, Images], data_args: DataArguments, prepare: Preparation, seed: int
 ) -> dict[str, ImageDataset]:
-    """The splits, normalised; those to train on are augmented."""
+    """The splits, normalized; those to train on are augmented."""
     datasets = {name: ImageDataset(images, prepare) for name, images in splits.items()}
     augmentation = data_args.crop_padding, data_args.horizontal_flip
     return datasets | {"train": ImageDataset(splits["train"], prepare, seed, *augmentation)}

@@ -1,7 +1,7 @@
 # Copyright 2026 The fnl_hf authors. Licensed under the Apache License, Version 2.0.
 """The layers of FNL-BERT: factorized attention, optionally within documents and for selected positions only.
 
-This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
+This file travels with checkpoints: it imports only torch, transformers, and its neighbors by relative name.
 
 Shapes: B batch, S sequence, K output positions, H heads, d hidden size, E attention embedding size, r = E/H.
 """

@@ -24,8 +24,8 @@ class FnlBertConfig(BertConfig):
             will be removed once measured. ``"folded"`` is spectral with Q_h K_hᵀ times √(r·H/d), so that scores are the
             closest to those at full head size. ``"rescaled"`` is folded and also scales both products to their
             Frobenius norm before truncation, so that scores and outputs have their variance at full head size.
-        sparse_prediction: with labels, run the masked language modelling head on the labelled positions only.
-            The loss is the same; ``logits`` then has shape (labelled positions, vocabulary).
+        sparse_prediction: with labels, run the masked language modeling head on the labeled positions only.
+            The loss is the same; ``logits`` then has shape (labeled positions, vocabulary).
         sparse_last_layer: if the masked positions are given, run the last layer for these positions only. The
             predictions are the same, but dropout draws other numbers. The last layer's hidden state and attentions
             then cover only these positions (with next sentence prediction also the first token).

@@ -2,7 +2,7 @@
 """``from_bert`` and ``to_bert``: every FNL-BERT class from its stock counterpart or from RoBERTa and others, optionally
 with a smaller E, and back.
 
-This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
+This file travels with checkpoints: it imports only torch, transformers, and its neighbors by relative name.
 """
 
 import copy

@@ -10,7 +10,7 @@ derivative with respect to q: LᵀL = E[q qᵀ] and RᵀR = E[Jᵀ J]. RᵀR ref
 what all keys of a query share, which does not affect a softmax. For the context, LᵀL is its covariance and RᵀR = E[O Jᵀ
 J Oᵀ], with J the derivative with respect to the output. No decomposed matrix is larger than r×r.
 
-This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
+This file travels with checkpoints: it imports only torch, transformers, and its neighbors by relative name.
 
 Shapes: H heads, r rank of a head, r' wanted rank, d hidden size, B batch, S sequence.
 """

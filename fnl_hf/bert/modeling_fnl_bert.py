@@ -2,7 +2,7 @@
 """BERT whose self-attention is 2H factorized layers with an adjustable embedding dimension.
 
 Khodak, Tenenholtz, Mackey and Fusi, "Initialization and Regularization of Factorized Neural Layers", ICLR 2021.
-This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
+This file travels with checkpoints: it imports only torch, transformers, and its neighbors by relative name.
 
 Shapes: B batch, S sequence, K masked positions, V vocabulary, H heads, d hidden size, E attention embedding size,
 r = E/H, m and n outer sizes of a product.
@@ -205,7 +205,7 @@ def add_loss(outputs: ModelOutput, loss) -> ModelOutput:
     return type(outputs)(**{**outputs, "loss": loss})
 
 
-class _LabelledHead:
+class _LabeledHead:
     """Forward of the heads whose only target is ``labels``: the stock logits, the loss over the global batch."""
 
     @can_return_tuple
@@ -232,25 +232,25 @@ class _LabelledHead:
         return mean_cross_entropy(logits, labels, num_items)
 
 
-class FnlBertForNextSentencePrediction(_LabelledHead, FnlBertPreTrainedModel, BertForNextSentencePrediction):
+class FnlBertForNextSentencePrediction(_LabeledHead, FnlBertPreTrainedModel, BertForNextSentencePrediction):
     """Next sentence prediction; the loss is the mean over the sentence pairs of the global batch."""
 
     _auto_class = "AutoModelForNextSentencePrediction"
 
 
-class FnlBertForTokenClassification(_LabelledHead, FnlBertPreTrainedModel, BertForTokenClassification):
-    """Token classification; the loss is the mean over the labelled tokens of the global batch."""
+class FnlBertForTokenClassification(_LabeledHead, FnlBertPreTrainedModel, BertForTokenClassification):
+    """Token classification; the loss is the mean over the labeled tokens of the global batch."""
 
     _auto_class = "AutoModelForTokenClassification"
 
 
-class FnlBertForMultipleChoice(_LabelledHead, FnlBertPreTrainedModel, BertForMultipleChoice):
+class FnlBertForMultipleChoice(_LabeledHead, FnlBertPreTrainedModel, BertForMultipleChoice):
     """Multiple choice; the loss is the mean over the questions of the global batch."""
 
     _auto_class = "AutoModelForMultipleChoice"
 
 
-class FnlBertForSequenceClassification(_LabelledHead, FnlBertPreTrainedModel, BertForSequenceClassification):
+class FnlBertForSequenceClassification(_LabeledHead, FnlBertPreTrainedModel, BertForSequenceClassification):
     """Sequence classification or regression; the loss is the mean over the labels of the global batch."""
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -294,16 +294,16 @@ class _MaskedLanguageModel:
         return outputs, outputs.last_hidden_state[:, 1:] if has_pooler else outputs.last_hidden_state
 
     def _predict(self, head, hidden, labels, masked_positions):
-        """Logits and labels; without ``masked_positions``, ``config.sparse_prediction`` selects the labelled
+        """Logits and labels; without ``masked_positions``, ``config.sparse_prediction`` selects the labeled
         positions."""
         if labels is not None and masked_positions is None and self.config.sparse_prediction:
-            is_labelled = labels != -100  # (B, S)
-            hidden, labels = hidden[is_labelled], labels[is_labelled]  # (labelled, d), (labelled,)
+            is_labeled = labels != -100  # (B, S)
+            hidden, labels = hidden[is_labeled], labels[is_labeled]  # (labeled, d), (labeled,)
         return head(hidden), labels
 
 
 class FnlBertForMaskedLM(_MaskedLanguageModel, FnlBertPreTrainedModel, BertForMaskedLM):
-    """Masked language modelling; the loss is the mean over the masked tokens of the global batch."""
+    """Masked language modeling; the loss is the mean over the masked tokens of the global batch."""
 
     _auto_class = "AutoModelForMaskedLM"
 
@@ -339,7 +339,7 @@ class FnlBertForMaskedLM(_MaskedLanguageModel, FnlBertPreTrainedModel, BertForMa
 
 
 class FnlBertForPreTraining(_MaskedLanguageModel, FnlBertPreTrainedModel, BertForPreTraining):
-    """Masked language modelling and next sentence prediction; each loss is a mean over the global batch."""
+    """Masked language modeling and next sentence prediction; each loss is a mean over the global batch."""
 
     _auto_class = "AutoModelForPreTraining"
 

@@ -7,7 +7,7 @@ independent: the Gauss-Newton approximation with Kronecker factors (Martens and 
 the unit of the model's outputs for all layers, so they can share a budget. No labels are needed: Jᵀ J is the second
 moment of Jᵀ v for random directions v of the outputs with E[v vᵀ] = I.
 
-This file travels with checkpoints: it imports only torch, and its neighbours by relative name.
+This file travels with checkpoints: it imports only torch, and its neighbors by relative name.
 
 Shapes: B batch, S sequence, N rows that a layer is applied to, K groups of a convolution, else 1, n inputs and c
 outputs of a group.

@@ -4,7 +4,7 @@
 RoBERTa (Liu et al. 2019), XLM-R (Conneau et al. 2020), CamemBERT (Martin et al. 2020), DistilBERT (Sanh et al. 2019)
 and ELECTRA (Clark et al. 2020) compute the same as a BERT, except for what :data:`NAMINGS` lists.
 
-This file travels with checkpoints: it imports only torch, transformers, and its neighbours by relative name.
+This file travels with checkpoints: it imports only torch, transformers, and its neighbors by relative name.
 """
 
 from collections.abc import Mapping

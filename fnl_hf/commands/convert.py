@@ -161,7 +161,7 @@ def load_model(source: str) -> PreTrainedModel:
 
 
 def _write_conversion_card(folder: Path, source: str, result: Conversion, calibration: str | None) -> None:
-    """Write ``folder/README.md``; licence, language and base model are those of the original's card.
+    """Write ``folder/README.md``; license, language and base model are those of the original's card.
 
     Args:
         calibration: the text whose activations weighed the truncation; None for a truncation by the weights alone.

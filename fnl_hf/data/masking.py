@@ -1,4 +1,4 @@
-"""Dynamic masking for masked language modelling, as a pure function of (seed, epoch, sample).
+"""Dynamic masking for masked language modeling, as a pure function of (seed, epoch, sample).
 
 Masks drawn from a global generator depend on workers, processes and the time of a resume. Here, each token's draw is a
 hash of (seed, epoch, sample, position), so a mask is the same wherever and whenever it is computed.

@@ -32,7 +32,7 @@ class Lamb(CheckedOptimizer):
         u = m̂/(√v̂ + ε) + λw
         w ← w − η · φ(‖w‖)/‖u‖ · u
 
-    Parameters with fewer than two dimensions (biases, normalisation) get neither decay nor trust ratio. The
+    Parameters with fewer than two dimensions (biases, normalization) get neither decay nor trust ratio. The
     ratio is 1 if either norm is 0. Gradients are first clipped to a global norm, in place.
 
     Args:

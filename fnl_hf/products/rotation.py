@@ -1,4 +1,4 @@
-"""Whether and how rotary embeddings rotate rows of queries and keys, from the source and behaviour of ``forward``."""
+"""Whether and how rotary embeddings rotate rows of queries and keys, from the source and behavior of ``forward``."""
 
 import ast
 import functools

@@ -145,7 +145,7 @@ def write_run_card(
     """Write the card of a trained model: how it was trained, on what, and how good it is.
 
     Args:
-        base_model: the checkpoint that it started from: folder or Hub name. What its card says of base model, licence
+        base_model: the checkpoint that it started from: folder or Hub name. What its card says of base model, license
             and language holds here, too, where nothing else is given.
         facts: as for :func:`write_card`; their "data" is what the metrics are said to be measured on.
         metrics: of the evaluation.
@@ -268,7 +268,7 @@ def run_facts(starts: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> dict
             rate, waited = metrics[f"train_{unit}_per_second"], metrics["train_data_wait"]
             facts["throughput"] = f"{rate:,.0f} {name}/s, waiting for data {waited:.1%} of the time"
     if "train_mfu" in metrics:
-        facts["model FLOPs utilisation"] = f"{metrics['train_mfu']:.1%} of {metrics['train_mfu_peak']}"
+        facts["model FLOPs utilization"] = f"{metrics['train_mfu']:.1%} of {metrics['train_mfu_peak']}"
     if "train_peak_memory_gb" in metrics:
         facts["peak memory"] = f"{metrics['train_peak_memory_gb']:.2f} GB a process"
     return facts

@@ -46,7 +46,7 @@ class LoggedRun:
 def plot_runs(folders: Sequence[str | Path], file: str | Path) -> list[str]:
     """Write one picture of the runs in output folders: losses, scores, throughput and products' norms over the steps.
 
-    Each run has one colour, and the legend names it by the flags whose values differ between the runs, or by its folder
+    Each run has one color, and the legend names it by the flags whose values differ between the runs, or by its folder
     if none do. One run alone gets its own report, as :func:`plot_report` draws it. A run that is not finished is drawn
     up to its newest checkpoint. Runs of a stock Trainer, which record no flags, are named by their folders.
 

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: the operations of a training step, and the peak rate of a device."""
+"""Model FLOPs utilization: the operations of a training step, and the peak rate of a device."""
 
 import functools
 import re
@@ -45,7 +45,7 @@ def training_flops(
 
     With S = ``sequence_length``, of layers of hidden size d, attention embedding size E and feed-forward size i:
     query, key, value and output 8·S·d·E, scores and mixing 4·S²·E, feed-forward 4·S·d·i; of the masked language
-    modelling head, of a vocabulary of V, 2·d·(d + V) for each of ``predicted_positions``. The same for stock BERT,
+    modeling head, of a vocabulary of V, 2·d·(d + V) for each of ``predicted_positions``. The same for stock BERT,
     where E = d. A last layer that is run for ``last_layer_positions`` alone (``sparse_last_layer``) has keys and values
     everywhere, all else there. Whole S × S attention is counted, whatever is masked out of it; recomputed activations
     are not.

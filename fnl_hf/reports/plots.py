@@ -38,7 +38,7 @@ COMPARED = {
     "images_per_second": ("throughput (images per second)", True),
 }
 COMPARED_NORMS = ("frobenius", "nuclear")
-# Okabe and Ito's, without the yellow that is faint on white; told apart with any colour vision.
+# Okabe and Ito's, without the yellow that is faint on white; told apart with any color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", ":")  # dashed is the bound
 MOST_RUNS = len(COLORS) * len(LINE_STYLES)
@@ -79,7 +79,7 @@ def plot_report(
 def plot_comparison(
     runs: Mapping[str, LogHistory], file: str | Path, unigram_entropies: Sequence[float | None] = ()
 ) -> None:
-    """Write a picture of several runs, each in a colour of its own: loss, scores and throughput, and for each kind of
+    """Write a picture of several runs, each in a color of its own: loss, scores and throughput, and for each kind of
     product the norms, which are means over the run's products of this kind.
 
     Args:
@@ -262,7 +262,7 @@ def _label(name: str) -> str:
 
 
 def _plot(axes, log_history, key, is_logarithmic=False, **style):
-    """One logged quantity; values without neighbours, of which no line can be drawn, are points.
+    """One logged quantity; values without neighbors, of which no line can be drawn, are points.
 
     On a logarithmic axis what is not positive is left out: a rate of 0, before warm-up and at the end.
     """

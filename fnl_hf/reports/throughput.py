@@ -1,4 +1,4 @@
-"""Speed of a training run: tokens or images per second, model FLOPs utilisation, waiting for data, memory.
+"""Speed of a training run: tokens or images per second, model FLOPs utilization, waiting for data, memory.
 
 Shapes: P processes, B batch, S sequence, d hidden size.
 """
@@ -30,7 +30,7 @@ class Window:
     waited: float = 0.0  # part of these seconds, waiting for batches
     tokens: int | torch.Tensor = 0  # or images
     flops: int = 0
-    predicted: int | torch.Tensor = 0  # positions of the masked language modelling head that ``flops`` does not include
+    predicted: int | torch.Tensor = 0  # positions of the masked language modeling head that ``flops`` does not include
 
     def __add__(self, other: "Window") -> "Window":
         return Window(**{name: value + getattr(other, name) for name, value in vars(self).items()})
@@ -42,10 +42,10 @@ class ThroughputMeter:
 
     The clock starts with the first batch and stands still in :meth:`paused`. Reading figures is a collective operation
     and waits for the device; counting never does. Positions beyond the sequence's end are computed, so that they count
-    for utilisation, but are no tokens.
+    for utilization, but are no tokens.
 
     Args:
-        model: figures of utilisation are given for BERT, ours or stock, unless it has factorized layers.
+        model: figures of utilization are given for BERT, ours or stock, unless it has factorized layers.
         device: where this process trains.
         dtype: of the matrix multiplications.
         gather: concatenates tensors (1, n) of all processes along the first dimension.

@@ -108,7 +108,7 @@ def best_spans(
 
     Combines the ``n_best_size`` best starts of all tokens with as many ends. Keeps spans that are in the context, have
     text (a space that is a token of bytes has none) and start where ``may_start`` is true, so that a window does not
-    answer with text that a neighbouring window shows with more context.
+    answer with text that a neighboring window shows with more context.
     """
     starts = np.argsort(-start, kind="stable")[:n_best_size]
     ends = np.argsort(-end, kind="stable")[:n_best_size]

@@ -254,7 +254,7 @@ class FeatureMaker:
                 [context],
                 truncation="only_second",
                 max_length=self.max_seq_length,
-                # the tokenizer's stride: tokens that neighbouring windows share
+                # the tokenizer's stride: tokens that neighboring windows share
                 stride=max(0, window - self.doc_stride),
                 return_overflowing_tokens=True,
                 **options,

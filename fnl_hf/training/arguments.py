@@ -136,7 +136,7 @@ class FnlTrainingArguments(TrainingArguments):
         },
     )
     hub_license: str | None = field(
-        default=None, metadata={"help": "Licence named in the model card, for example apache-2.0. Default: none."}
+        default=None, metadata={"help": "License named in the model card, for example apache-2.0. Default: none."}
     )
     hub_language: str | None = field(
         default=None,

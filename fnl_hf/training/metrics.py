@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy of masked language modelling and next sentence prediction, weighted by token and pair."""
+"""Held-out loss and accuracy of masked language modeling and next sentence prediction, weighted by token and pair."""
 
 import numpy as np
 import torch

@@ -196,7 +196,7 @@ class DataArguments:
     objective: str = field(
         default="mlm",
         metadata={
-            "help": "Masked language modelling on packed text (mlm), masked language modelling and next sentence "
+            "help": "Masked language modeling on packed text (mlm), masked language modeling and next sentence "
             "prediction on pairs of segments (mlm_nsp), or distillation from a teacher on packed text (distill).",
             "choices": list(OBJECTIVES),
         },

@@ -1,4 +1,4 @@
-"""Decay during distillation: a factorized encoder learns its teacher's hidden states on unlabelled text."""
+"""Decay during distillation: a factorized encoder learns its teacher's hidden states on unlabeled text."""
 
 from typing import Any
 

@@ -86,7 +86,7 @@ def test_each_head_computes_what_it_did(name, head, batch):
         for expected, found in zip(outputs(model, inputs), outputs(other, inputs)):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     theirs, config = model.config, converted.config
-    shift = theirs.pad_token_id + 1 if "bert" in name and "Distil" not in name else 0
+    shift = theirs.pad_token_id + 1 if "bert" in name and "Distill" not in name else 0
     assert config.max_position_embeddings == 19 - shift and config.num_labels == theirs.num_labels
     for entry in ("pad_token_id", "bos_token_id", "eos_token_id", "hidden_size", "num_attention_heads", "vocab_size",
                   "num_hidden_layers", "tie_word_embeddings", "initializer_range"):  # fmt: skip

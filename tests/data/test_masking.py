@@ -115,7 +115,7 @@ def test_masking_follows_80_10_10_and_spares_special_tokens(sparse, whole_word_m
     assert counts.std() / counts.mean() < 0.5, "random tokens come from the whole vocabulary"
     frequency = chosen[1::2, 1:-1].mean(0)
     assert frequency.std() < 0.02, "no position is preferred"
-    if not whole_word_mask:  # neighbours are independent, but for the fixed number a row: -1/(n - 1)
+    if not whole_word_mask:  # neighbors are independent, but for the fixed number a row: -1/(n - 1)
         correlation = np.corrcoef(chosen[1::2, 1:-2].ravel(), chosen[1::2, 2:-1].ravel())[0, 1]
         assert correlation == pytest.approx(-1 / 98, abs=0.01)
         assert np.corrcoef(chosen[:-2].ravel(), chosen[2:].ravel())[0, 1] == pytest.approx(0, abs=0.02)

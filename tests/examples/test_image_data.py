@@ -98,7 +98,7 @@ def test_all_but_the_held_out_images_are_trained_on():
     ],
 )
 def test_images_are_prepared_as_transformers_does(kind, entries, resized, tmp_path):
-    """Scaled, cropped and normalised by its processor for Pillow, and by the one that is saved."""
+    """Scaled, cropped and normalized by its processor for Pillow, and by the one that is saved."""
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps(entries | {"image_processor_type": f"{kind}ImageProcessor"})
     )

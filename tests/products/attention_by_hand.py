@@ -71,7 +71,7 @@ def halves(size):
     return [(i, i + size // 2) for i in range(size // 2)]
 
 
-def neighbours(size):
+def neighbors(size):
     return [(i, i + 1) for i in range(0, size, 2)]
 
 

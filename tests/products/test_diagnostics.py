@@ -120,7 +120,7 @@ def test_inside_autocast_the_figures_are_the_same(model):
 
 
 def drawn_points(axes):
-    """What can be seen of an axes' lines: values with a neighbour, and those with a marker."""
+    """What can be seen of an axes' lines: values with a neighbor, and those with a marker."""
     seen = []
     for line in axes.lines:
         values = np.asarray(line.get_ydata(), dtype=float)

@@ -252,7 +252,7 @@ def test_a_converted_model_is_pushed_with_its_card_which_says_how_it_loads(hub, 
 
 
 def test_a_card_says_how_the_model_was_trained_and_from_what(dimensions, tmp_path):
-    """Steps, batch, length, masks, schedule, seed and language; base model, licence and language of its base's card."""
+    """Steps, batch, length, masks, schedule, seed and language; base model, license and language of its base's card."""
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: de\nbase_model: google/bert\n---\n# BERT")

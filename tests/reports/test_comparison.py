@@ -46,7 +46,7 @@ def figures(monkeypatch):
 
 
 def curves(figure):
-    """Title of each panel -> its curves, as (colour, points)."""
+    """Title of each panel -> its curves, as (color, points)."""
     return {
         axes.get_title(): [
             (line.get_color(), list(zip(line.get_xdata(), line.get_ydata())))

@@ -236,7 +236,7 @@ def test_flops_of_each_head(clock, model_class, entries, target, positions):
         assert figures["mfu"] == pytest.approx(flops / (8.0 * PEAK))
 
 
-def test_no_utilisation_of_factorized_layers(clock):
+def test_no_utilization_of_factorized_layers(clock):
     model = fnl_hf.factorize(FnlBertForMaskedLM(FnlBertConfig(**DIMENSIONS)))
     own = meter(model)
     take(own, clock, {"input_ids": torch.ones(ROWS, LENGTH, dtype=torch.long)}, 6.0)

@@ -79,7 +79,7 @@ def test_the_card_names_the_data_and_leaves_out_what_is_not_known(tmp_path):
     facts = run_facts([{}, start | {"git_revision": None}], {"train_loss": 3.0, "train_runtime": 75.0})
     assert facts["training time"] == "1 min 15 s, since the last of 2 starts"
     assert facts["data fingerprint"] == "abc123" and facts["trained on"] == "1 process, CPU"
-    assert not {"git revision", "throughput", "model FLOPs utilisation", "peak memory"} & facts.keys()
+    assert not {"git revision", "throughput", "model FLOPs utilization", "peak memory"} & facts.keys()
 
 
 def test_starts_of_a_torn_record_are_none(tmp_path):

@@ -273,8 +273,8 @@ def test_evaluation_alone_and_prediction_without_answers(pretrained, squad_files
     for paragraph in content["data"][0]["paragraphs"]:
         for question in paragraph["qas"]:
             del question["answers"]
-    (tmp_path / "unlabelled.json").write_text(json.dumps(content))
-    flags = {"do_predict": "true", "test_file": tmp_path / "unlabelled.json"}
+    (tmp_path / "unlabeled.json").write_text(json.dumps(content))
+    flags = {"do_predict": "true", "test_file": tmp_path / "unlabeled.json"}
     run_squad.run(squad(tmp_path / "model", tmp_path / "predict", **flags))
     predicted = json.loads((tmp_path / "predict" / "predict_predictions.json").read_text())
     assert predicted == json.loads((tmp_path / "model" / "eval_predictions.json").read_text())
@@ -282,7 +282,7 @@ def test_evaluation_alone_and_prediction_without_answers(pretrained, squad_files
 
     paragraph = content["data"][0]["paragraphs"][0]
     paragraph["qas"] *= 2
-    (tmp_path / "unlabelled.json").write_text(json.dumps(content))
+    (tmp_path / "unlabeled.json").write_text(json.dumps(content))
     with pytest.raises(UserInputError, match="question id 'q0' occurs 2 times among the test questions"):
         run_squad.run(squad(tmp_path / "model", tmp_path / "twice", **flags))
 

@@ -179,7 +179,7 @@ def test_iterators_over_data_leave_the_generator_of_dropout_alone(tmp_path, dime
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """A model with a buffer that is seen, and a gradient that is left from somewhere."""
 
     def __init__(self):
@@ -199,7 +199,7 @@ class Normalised(nn.Module):
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_evaluation_in_half_precision_leaves_the_model_as_it_was(tmp_path, flag, dtype, fails):
     """Trainer casts it in place; what trains, evaluates, predicts or saves afterwards must not see that."""
-    model = Normalised()
+    model = Normalized()
     tensors = [*model.parameters(), *model.buffers(), model.linear.bias.grad]
     before = [tensor.clone() for tensor in tensors]
     args = FnlTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **{flag: True})
