@@ -54,7 +54,7 @@ PRETRAINING = (ModelArguments, DataArguments, FnlTrainingArguments)
 # What the commands of a page leave, as the page says.
 LEFT = {
     "README.md": ["encoder/onnx/model.onnx", "served/model.safetensors"],
-    "docs/index.md": ["my-bert/spectra.png", "served/model.safetensors"],
+    "docs/index.md": ["my-bert/spectra.png", "served/model.safetensors", "small.onnx"],
     "docs/conversion.md": ["my-bert/spectra.png", "served/model.safetensors", "my-bert-squad.onnx"],
     "docs/squad.md": ["answers.tsv"],
     "docs/text_classification.md": ["served/model.safetensors", "small-classifier.onnx"],
