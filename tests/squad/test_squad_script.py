@@ -290,12 +290,13 @@ def test_evaluation_alone_and_prediction_without_answers(pretrained, squad_files
 def test_the_commands_of_the_documentation_parse(tmp_path):
     text = (ROOT / "docs" / "squad.md").read_text(encoding="utf-8").replace("\\\n", " ")
     scripts = re.findall(r"^accelerate launch run_squad.py (.*)$", text, flags=re.MULTILINE)
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     for words in scripts:
         model_args, _, args = parse_arguments(run_squad.ARGUMENTS, [*shlex.split(words), "--use_cpu", "true"])
         assert model_args.model_name_or_path and (args.seeds is None or len(commands_of_seeds([], args)) == 3)
     asking = re.findall(r"^fnl-hf ([^>#\n]*)", text, flags=re.MULTILINE)
-    assert [cli.build_parser().parse_args(shlex.split(words)).run for words in asking] == [cli.run_ask] * 2
+    runs = [cli.build_parser().parse_args(shlex.split(words)).run for words in asking]
+    assert runs == [cli.run_ask, cli.run_ask, cli.run_factorize]
 
 
 def test_heads_of_other_kinds(pretrained, squad_files, tmp_path):
