@@ -159,6 +159,14 @@ def recipe(file: str) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if name != "output_dir"}
 
 
+def decay_arms(values: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Arms without decay of the products, and with decay of the factors or of the products at each λ."""
+    arms: dict[str, dict[str, Any]] = {"none": {"decay_mode": "none"}}
+    for mode in ("weight", "frobenius"):
+        arms |= {f"{mode}-{value}": {"decay_mode": mode, "frobenius_decay": value} for value in values}
+    return arms
+
+
 def overcomplete(mode: str) -> dict[str, Any]:
     """Flags of run_pretrain.py: feed-forward layers are "wide" or "deep" products from the first step on."""
     return {"factorize_at_step": 0, "factorize_mode": mode, "factorize_include": FEED_FORWARD}

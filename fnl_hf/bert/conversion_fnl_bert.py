@@ -211,8 +211,13 @@ def embedding_size_of(config: PreTrainedConfig) -> int:
 
 def _config_entries(config: PreTrainedConfig) -> dict[str, Any]:
     entries = {name: value for name, value in config.to_dict().items() if name not in OWN_ENTRIES}
-    # No other kernel has the attention weights that a configuration may ask for.
-    return entries | ({"attn_implementation": "eager"} if entries.get("output_attentions") else {})
+    return entries | needed_kernel(entries)
+
+
+def needed_kernel(entries: Mapping[str, Any]) -> dict[str, str]:
+    """``attn_implementation`` for a configuration whose entries ask for attention weights: only eager attention has
+    them, and with another kernel Transformers would not save the model."""
+    return {"attn_implementation": "eager"} if entries.get("output_attentions") else {}
 
 
 def _display_name(model: Any) -> str:

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fnl_hf.data.corpus import load_text_files
+from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import validate_vocabulary
 from fnl_hf.errors import validate_bounds
 from fnl_hf.training.models import usable_positions
@@ -32,6 +33,18 @@ def calibration_batches(
                 return_tensors="pt",
             )
         )
+
+
+def validate_calibration(files: Sequence[str], samples: int, max_seq_length: int) -> None:
+    """What can be known before a model is loaded.
+
+    Raises:
+        UserInputError: a number below 1, or a file that cannot be read.
+    """
+    validate_bounds("calibration_samples", samples, 1)
+    validate_bounds("max_seq_length", max_seq_length, 1)
+    for file in files:
+        check_file(file)
 
 
 def describe_calibration(files: Sequence[str], documents: int, max_seq_length: int) -> str:

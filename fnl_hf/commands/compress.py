@@ -8,10 +8,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
+from fnl_hf.commands.calibration import (
+    LENGTH,
+    SAMPLES,
+    calibration_batches,
+    describe_calibration,
+    usable_length,
+    validate_calibration,
+)
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
-from fnl_hf.data.readers import check_file
-from fnl_hf.errors import UserInputError, validate_bounds
+from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, describe_source, write_card
 from fnl_hf.publishing.checkpoints import auto_class_of, copy_companions, find_companions, find_files, load_model
 from fnl_hf.surgery.checkpoints import factorized_layers
@@ -59,10 +65,7 @@ def factorize_checkpoint(
         UserInputError: a folder in use or one that cannot be written, no such checkpoint, one that cannot be read or
             has code of its own, a configuration that does not fit it, or text for a model that reads none.
     """
-    validate_bounds("calibration_samples", calibration_samples, 1)
-    validate_bounds("max_seq_length", max_seq_length, 1)
-    for file in calibration_files:  # before the model is loaded
-        check_file(file)
+    validate_calibration(calibration_files, calibration_samples, max_seq_length)
 
     def batches(model, tokenizer):
         if not calibration_files:

@@ -14,16 +14,22 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from fnl_hf.bert import modeling_fnl_bert
-from fnl_hf.bert.conversion_fnl_bert import embedding_size_of, read_as_bert
+from fnl_hf.bert.conversion_fnl_bert import embedding_size_of, needed_kernel, read_as_bert
 from fnl_hf.bert.head_mixing import Truncation
 from fnl_hf.bert.other_names import NAMINGS, head_of
-from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches, describe_calibration, usable_length
+from fnl_hf.commands.calibration import (
+    LENGTH,
+    SAMPLES,
+    calibration_batches,
+    describe_calibration,
+    usable_length,
+    validate_calibration,
+)
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
-from fnl_hf.data.readers import check_file
 from fnl_hf.data.tokenizer import load_tokenizer
-from fnl_hf.errors import UserInputError, validate_bounds
+from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, architecture_facts, describe_source, write_card
-from fnl_hf.publishing.checkpoints import copy_companions, find_companions, needed_kernel, reading, refuse_misfits
+from fnl_hf.publishing.checkpoints import copy_companions, find_companions, reading, refuse_misfits
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.surgery.factorize import merge
 
@@ -81,10 +87,7 @@ def convert_checkpoint(
     refuse_bad_folder(folder)
     if to == "bert" and (attention_embedding_size is not None or calibration_files):
         raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
-    validate_bounds("calibration_samples", calibration_samples, 1)
-    validate_bounds("max_seq_length", max_seq_length, 1)
-    for file in calibration_files:  # before the model is loaded
-        check_file(file)
+    validate_calibration(calibration_files, calibration_samples, max_seq_length)
     tokenizer, companions = load_tokenizer(source), find_companions(source)
     original = load_model(source)
     fnl_class = _fnl_class(type(original).__name__)
@@ -149,7 +152,7 @@ def load_model(source: str) -> PreTrainedModel:
         saved_class, *_ = config.architectures or ["BertModel"]
         fnl_class = _fnl_class(saved_class)
         found: Any = fnl_class.load_bert(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **needed_kernel(source)
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **needed_kernel(config.to_dict())
         )
         if fnl_class is modeling_fnl_bert.FnlBertModel and head_of(saved_class) != "Model":
             logger.warning(

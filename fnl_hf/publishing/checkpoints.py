@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file, logging
 
 from fnl_hf.bert import modeling_fnl_bert
+from fnl_hf.bert.conversion_fnl_bert import needed_kernel
 from fnl_hf.errors import UserInputError, reason_of
 from fnl_hf.publishing.cards import PIPELINE_TAGS
 
@@ -84,13 +85,6 @@ def _list_names(weights: Iterable[str]) -> str:
     return ", ".join(names[:NAMED_WEIGHTS]) + ", ..." * (len(names) > NAMED_WEIGHTS)
 
 
-def needed_kernel(source: str) -> dict[str, str]:
-    """``attn_implementation`` for a checkpoint whose configuration asks for attention weights: only eager attention has
-    them, and with another kernel Transformers would not save it again."""
-    entries, _ = PreTrainedConfig.get_config_dict(source)
-    return {"attn_implementation": "eager"} if entries.get("output_attentions") else {}
-
-
 def load_model(source: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
     """The model of a checkpoint, with its head.
 
@@ -102,15 +96,16 @@ def load_model(source: str, trust_remote_code: bool = False, **kwargs: Any) -> P
         UserInputError: no such checkpoint, one that cannot be read, or weights and class that do not fit.
     """
     with reading(source):
-        model_class = _class_of(source, trust_remote_code)
-        kwargs = needed_kernel(source) | kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        entries, _ = PreTrainedConfig.get_config_dict(source)
+        model_class = _class_of(entries, trust_remote_code)
+        kwargs = needed_kernel(entries) | kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
     refuse_misfits(source, model, info, model_class is AutoModel)
     return model
 
 
-def _class_of(source: str, trust_remote_code: bool) -> Any:
-    entries, _ = PreTrainedConfig.get_config_dict(source)
+def _class_of(entries: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """The class of the model whose configuration has these entries."""
     name = (entries.get("architectures") or ["AutoModel"])[0]
     kind = getattr(modeling_fnl_bert, name, None) or getattr(transformers, name, None)
     is_known = isinstance(kind, type) and issubclass(kind, PreTrainedModel | AutoModel)

@@ -10,17 +10,19 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     BertConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN
 
 from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES, FnlBertConfig
+from fnl_hf.bert.conversion_fnl_bert import needed_kernel
 from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTraining, FnlBertForQuestionAnswering
 from fnl_hf.bert.other_names import NAMINGS
 from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, validate_vocabulary, vocabulary_size
 from fnl_hf.errors import UserInputError, needs_code, reason_of
-from fnl_hf.publishing.checkpoints import load_model, needed_kernel
+from fnl_hf.publishing.checkpoints import load_model
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
 PRESETS = {
@@ -269,7 +271,8 @@ def load_question_answering_model(
         UserInputError: no such model, one whose head is of another kind, or a head that nobody has trained.
     """
     with as_user_input(name, "no question answering model in"):
-        kwargs = needed_kernel(name) | kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        entries, _ = PreTrainedConfig.get_config_dict(name)
+        kwargs = needed_kernel(entries) | kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
         if config is None:
             found: Any = AutoModelForQuestionAnswering.from_pretrained(
                 name, num_labels=ANSWER_LOGITS, trust_remote_code=trust_remote_code, **kwargs

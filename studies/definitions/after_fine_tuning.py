@@ -1,15 +1,9 @@
 """Decay during fine-tuning: a pretrained MiniLM on questions of SQuAD v1.1, from the same weights with each decay."""
 
-from typing import Any
-
-from studies.study import Comparison, Study
+from studies.study import Comparison, Study, decay_arms
 
 # 147 batches per epoch: with linear decay of the rate, Σηλ is about 0.2 and 1.
 LAMBDAS = (4, 20)
-
-arms: dict[str, dict[str, Any]] = {"none": {"decay_mode": "none"}}
-for mode in ("weight", "frobenius"):
-    arms |= {f"{mode}-{value}": {"decay_mode": mode, "frobenius_decay": value} for value in LAMBDAS}
 
 STUDY = Study(
     question="Does decay of the attention products during fine-tuning raise F1?",
@@ -30,7 +24,7 @@ STUDY = Study(
         "save_steps": 150,
         "save_total_limit": 1,
     },
-    arms={"MiniLM": arms},
+    arms={"MiniLM": decay_arms(LAMBDAS)},
     reference="none",
     effect=0.5,
     comparisons=(

@@ -1,8 +1,6 @@
 """Decay of BERT's attention products: none, weight decay on the factors, Frobenius decay, each over λ."""
 
-from typing import Any
-
-from studies.study import Comparison, Study, recipe
+from studies.study import Comparison, Study, decay_arms, recipe
 
 LAMBDAS = (0.03, 0.1, 0.3, 1, 3, 10)
 SIZES = (128, 64)  # E = d, and half of it
@@ -11,10 +9,7 @@ KINDS = {"QKᵀ": "qk", "VOᵀ": "vo"}
 
 
 def arms_at(size):
-    arms: dict[str, dict[str, Any]] = {"none": {"decay_mode": "none"}}
-    for mode in ("weight", "frobenius"):
-        arms |= {f"{mode}-{value}": {"decay_mode": mode, "frobenius_decay": value} for value in LAMBDAS}
-    return {name: {"attention_embedding_size": size, **flags} for name, flags in arms.items()}
+    return {name: {"attention_embedding_size": size, **flags} for name, flags in decay_arms(LAMBDAS).items()}
 
 
 def of_both_kinds(measure):

@@ -1,14 +1,8 @@
 """Decay during distillation: a factorized encoder learns its teacher's hidden states on unlabeled text."""
 
-from typing import Any
-
-from studies.study import Comparison, Study
+from studies.study import Comparison, Study, decay_arms
 
 LAMBDAS = (1, 10)  # in 200 steps with cosine decay of the rate, Σηλ is about 0.1 and 1
-
-arms: dict[str, dict[str, Any]] = {"none": {"decay_mode": "none"}}
-for mode in ("weight", "frobenius"):
-    arms |= {f"{mode}-{value}": {"decay_mode": mode, "frobenius_decay": value} for value in LAMBDAS}
 
 STUDY = Study(
     question="Does decay of the products help a factorized encoder to learn its teacher's hidden states?",
@@ -30,7 +24,7 @@ STUDY = Study(
         "save_steps": 100,
         "save_total_limit": 1,
     },
-    arms={"MiniLM": arms},
+    arms={"MiniLM": decay_arms(LAMBDAS)},
     reference="none",
     effect=0.002,
     comparisons=(
