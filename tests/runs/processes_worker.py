@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,6 +11,7 @@ from transformers import Trainer
 import run_pretrain
 from fnl_hf import UserInputError
 from fnl_hf.runs import plan as runs
+from fnl_hf.runs.command_line import run_script
 
 RANK = int(os.environ["RANK"])
 
@@ -47,8 +47,9 @@ def without_checkpoints(rank, command):
         return run(command)
 
 
-if __name__ == "__main__":
-    folder, command = Path(sys.argv[1]), sys.argv[2:]
+def say(argv):
+    """Write what this process says in each of these cases."""
+    folder, command = Path(argv[0]), argv[1:]
     auto = [*command, "--resume_from_checkpoint", "auto"]
     said = {
         "first fails": in_a_full_disk("_save", 0, command),
@@ -61,3 +62,7 @@ if __name__ == "__main__":
         said[f"{name} fails at the end"] = in_a_full_disk(method, rank, auto, at_the_end=True)
     said["goes on"] = run(auto)
     (folder / f"{RANK}.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(say)  # ends the process group before the interpreter
