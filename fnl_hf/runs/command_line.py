@@ -1,5 +1,6 @@
 """Command lines of the scripts: dataclasses, optional YAML or JSON files, overriding flags, and the exit status."""
 
+import gc
 import json
 import os
 import re
@@ -161,12 +162,15 @@ def _end_process_group(together: bool = True) -> None:
     A thread of gloo that has just finished the last collective frees its tensors, for which it needs the interpreter;
     if the interpreter is shutting down, the process aborts after all work is done. NCCL does not need this, and may
     wait for the other processes: it is ended only if all of them get here ``together``.
+
+    gloo's threads end with the last reference to the group. The wrapped model holds one, and is in reference cycles.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     if together or torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
-        time.sleep(0.1)  # gives that thread the interpreter
+        gc.collect()
+        time.sleep(0.1)  # the traceback of an error may hold the model, too: gives that thread the interpreter
 
 
 def _stop_at_once(signum: int, frame: Any) -> None:

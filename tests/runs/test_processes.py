@@ -24,3 +24,5 @@ def test_processes_fail_together_and_go_on_from_the_same_checkpoint(corpus, tmp_
             assert said in first[f"{process} {name}"]
     assert (tmp_path / "out" / "all_results.json").is_file()
     assert_same_weights(tmp_path / "whole", tmp_path / "out")
+    for rank in range(2):
+        assert "gloo" not in (tmp_path / f"threads-{rank}.json").read_text()
