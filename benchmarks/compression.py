@@ -40,7 +40,7 @@ from transformers import AutoModel
 
 from fnl_hf import FactorizationConfig, factorize
 from fnl_hf.bert.moments import LayerMoments
-from fnl_hf.commands.calibration import calibration_batches
+from fnl_hf.commands.calibration import CalibrationText
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.layers import FactorizedLayer
 from fnl_hf.squad.features import read_squad_file
@@ -202,8 +202,8 @@ def main():
     torch.set_num_threads(args.threads)
     name = args.model or default_model()
     tokenizer = load_tokenizer(name)
-    calibration = list(calibration_batches(tokenizer, args.calibration_file, args.samples, 128))
-    held_out = list(calibration_batches(tokenizer, args.held_out_file, args.held_out_samples, 128))
+    calibration = list(CalibrationText(args.calibration_file, args.samples, 128).batches(tokenizer))
+    held_out = list(CalibrationText(args.held_out_file, args.held_out_samples, 128).batches(tokenizer))
     examples = read_squad_file(args.questions_file)
     models = candidates(name, args.ratios, calibration, args.folders, args.ablations)
     if args.distilled_dir:

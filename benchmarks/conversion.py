@@ -18,7 +18,7 @@ import transformers
 from transformers import BertModel
 
 from fnl_hf import FnlBertModel
-from fnl_hf.commands.calibration import calibration_batches
+from fnl_hf.commands.calibration import CalibrationText
 from fnl_hf.data.tokenizer import load_tokenizer
 
 
@@ -61,9 +61,9 @@ def main():
     name = args.model or default_model()
     tokenizer, original = load_tokenizer(name), BertModel.from_pretrained(name).eval()
     calibration = list(
-        calibration_batches(tokenizer, args.calibration_file, args.calibration_samples, args.max_seq_length)
+        CalibrationText(args.calibration_file, args.calibration_samples, args.max_seq_length).batches(tokenizer)
     )
-    held_out = list(calibration_batches(tokenizer, args.held_out_file, args.held_out_samples, args.max_seq_length))
+    held_out = list(CalibrationText(args.held_out_file, args.held_out_samples, args.max_seq_length).batches(tokenizer))
     print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"calibrated on {args.calibration_samples} documents, {args.held_out_samples} held out\n")
     print("| E | parameters | cosine, plain SVD | calibrated | 5% quantile | calibrated | to_bert() differs by |")

@@ -31,7 +31,7 @@ from optimizer_step import measure
 from transformers import BertForQuestionAnswering
 
 from fnl_hf import FactorizationConfig, FnlBertForQuestionAnswering, factorize
-from fnl_hf.commands.calibration import LENGTH, SAMPLES, calibration_batches
+from fnl_hf.commands.calibration import LENGTH, SAMPLES, CalibrationText
 from fnl_hf.commands.export import INPUTS, export_onnx
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.squad.features import read_squad_file
@@ -109,7 +109,7 @@ def question_answering(args, folder):
 def encoder_files(args, tokenizer, folder):
     """name -> ONNX file."""
     name = args.model or default_model()
-    calibration = list(calibration_batches(tokenizer, args.calibration_file, SAMPLES, LENGTH)) or None
+    calibration = list(CalibrationText(args.calibration_file, SAMPLES, LENGTH).batches(tokenizer)) or None
     config = FactorizationConfig(target_ratio=args.ratio, include=ENCODER)
     models = {"original": load(name), f"factorized, {args.ratio}": factorize(load(name), config, calibration)}
     models |= {each: load(each) for each in args.folders}

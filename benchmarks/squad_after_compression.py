@@ -27,6 +27,7 @@ from conversion import default_model
 from decay_modes import spread
 
 from fnl_hf import FactorizationConfig
+from fnl_hf.commands.calibration import CalibrationText
 from fnl_hf.commands.compress import factorize_checkpoint
 from fnl_hf.commands.convert import convert_checkpoint, load_model
 
@@ -68,7 +69,7 @@ def start_of(arm, seed, args):
     if arm.after:
         source, name = fine_tune("stock", seed, args), f"{name}-after-seed-{seed}"
     made = Path(args.output_dir) / name / "start"
-    text = args.text_file if arm.calibrated else ()
+    text = CalibrationText(args.text_file if arm.calibrated else ())
     if not made.exists() and arm.method in RATIOS:
         config = FactorizationConfig(target_ratio=RATIOS[arm.method], include=["encoder.*"])
         factorize_checkpoint(str(source), made, config, text)

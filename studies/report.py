@@ -14,10 +14,11 @@ from studies.verdicts import UNKNOWN, Outcome
 
 HEAD = """# Results
 
-This page tests the article's claims at a small scale, on tasks and runs of this project, and says how certain each
-result is. `make results` renders it from `studies/results`, which has one line per run. `studies/definitions` defines
-the studies, and `make studies` runs the missing runs of a study. All arms of a study have the same data in the same
-order and the same budget. Except for what is compared, they also have the same hyperparameters.
+This page tests the claims of the article (Khodak et al., "Initialization and Regularization of Factorized Neural
+Layers", ICLR 2021) at a small scale, on tasks and runs of this project, and says how certain each result is. `make
+results` renders it from `studies/results`, which has one line per run. `studies/definitions` defines the studies, and
+`make studies` runs the missing runs of a study. All arms of a study have the same data in the same order and the same
+budget. Except for what is compared, they also have the same hyperparameters.
 
 Differences are paired: each is between runs with the same seed. The brackets contain the 95% interval of the mean, by
 Student's t and not corrected for the number of comparisons. A fixed rule gives the verdict:

@@ -1,6 +1,7 @@
 """Text from files as the calibration data of conversions and factorizations."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,42 +16,60 @@ BATCH_SIZE = 16
 SAMPLES, LENGTH = 256, 128  # unless the user sets them
 
 
-def calibration_batches(
-    tokenizer: PreTrainedTokenizerBase, files: Sequence[str], samples: int, max_seq_length: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs from the first ``samples`` documents of text files, each cut to ``max_seq_length`` tokens: the
-    ``calibration`` of ``from_bert`` and :func:`fnl_hf.factorize`."""
-    texts = load_text_files(list(files))["text"][:samples] if files else []
-    can_pad = tokenizer.pad_token is not None
-    size = BATCH_SIZE if can_pad else 1
-    for start in range(0, len(texts), size):
-        yield dict(
-            tokenizer(
-                texts[start : start + size],
-                truncation=True,
-                max_length=max_seq_length,
-                padding=can_pad,
-                return_tensors="pt",
-            )
-        )
+@dataclass(frozen=True)
+class CalibrationText:
+    """Documents on which a trained model's truncation is calibrated.
 
-
-def validate_calibration(files: Sequence[str], samples: int, max_seq_length: int) -> None:
-    """What can be known before a model is loaded.
-
-    Raises:
-        UserInputError: a number below 1, or a file that cannot be read.
+    Args:
+        files: text files; none if the weights alone say which directions count.
+        samples: the number of documents, from the first one on.
+        max_seq_length: to which each document is cut, in tokens, special ones included.
+        text_column: the column with the text in files that have columns.
     """
-    validate_bounds("calibration_samples", samples, 1)
-    validate_bounds("max_seq_length", max_seq_length, 1)
-    for file in files:
-        check_file(file)
+
+    files: Sequence[str] = ()
+    samples: int = SAMPLES
+    max_seq_length: int = LENGTH
+    text_column: str = "text"
+
+    def validate(self) -> None:
+        """What can be known before a model is loaded.
+
+        Raises:
+            UserInputError: a number below 1, or a file that cannot be read.
+        """
+        validate_bounds("calibration_samples", self.samples, 1)
+        validate_bounds("max_seq_length", self.max_seq_length, 1)
+        for file in self.files:
+            check_file(file)
+
+    def batches(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, torch.Tensor]]:
+        """The ``calibration`` of ``from_bert`` and :func:`fnl_hf.factorize`.
+
+        Raises:
+            UserInputError: see :func:`fnl_hf.data.corpus.load_text_files`.
+        """
+        texts = load_text_files(list(self.files), self.text_column)["text"][: self.samples] if self.files else []
+        can_pad = tokenizer.pad_token is not None
+        size = BATCH_SIZE if can_pad else 1
+        for start in range(0, len(texts), size):
+            yield dict(
+                tokenizer(
+                    texts[start : start + size],
+                    truncation=True,
+                    max_length=self.max_seq_length,
+                    padding=can_pad,
+                    return_tensors="pt",
+                )
+            )
+
+    def describe(self, documents: int) -> str:
+        """What a model card says of it."""
+        names = ", ".join(name.rpartition("/")[2] for name in self.files)
+        return f"{documents} documents of {names}, up to {self.max_seq_length} tokens each"
 
 
-def describe_calibration(files: Sequence[str], documents: int, max_seq_length: int) -> str:
-    """The calibration data in a model card."""
-    names = ", ".join(name.rpartition("/")[2] for name in files)
-    return f"{documents} documents of {names}, up to {max_seq_length} tokens each"
+WEIGHTS_ALONE = CalibrationText()
 
 
 def usable_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_seq_length: int) -> int:

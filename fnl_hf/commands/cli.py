@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fnl_hf.commands import export
-from fnl_hf.commands.calibration import LENGTH, SAMPLES
+from fnl_hf.commands.calibration import LENGTH, SAMPLES, CalibrationText
 from fnl_hf.commands.compress import Compression, factorize_checkpoint, merge_checkpoint
 from fnl_hf.commands.convert import SPECTRA_FILE, as_bert, convert_checkpoint, load_model, truncation_table
 from fnl_hf.commands.folders import refuse_bad_file
@@ -134,21 +134,22 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         help="text to calibrate the truncation on, so that a trained model loses little: txt (one document per line), "
-        "or json, jsonl, csv or parquet with a column text",
+        "or json, jsonl, csv or parquet",
     )
     command.add_argument(
         "--calibration_samples", type=int, help=f"number of documents to calibrate on (default: {SAMPLES})"
     )
     command.add_argument("--max_seq_length", type=int, help=f"maximum tokens per document (default: {LENGTH})")
+    command.add_argument("--text_column_name", help="column with the text (default: text)")
 
 
-def calibration_of(args: argparse.Namespace) -> tuple[list[str], int, int]:
-    """Files, documents and tokens of each."""
+def calibration_of(args: argparse.Namespace) -> CalibrationText:
+    given = {"samples": "calibration_samples", "max_seq_length": "max_seq_length", "text_column": "text_column_name"}
     if not args.calibration_file:
-        for flag in ("calibration_samples", "max_seq_length"):
+        for flag in given.values():
             warn_of_unused(args, flag, "--calibration_file")
-    samples = SAMPLES if args.calibration_samples is None else args.calibration_samples
-    return args.calibration_file, samples, LENGTH if args.max_seq_length is None else args.max_seq_length
+    values = {name: getattr(args, flag) for name, flag in given.items() if getattr(args, flag) is not None}
+    return CalibrationText(args.calibration_file, **values)
 
 
 def add_factorize(commands) -> None:
@@ -282,7 +283,7 @@ def run_convert(args: argparse.Namespace) -> None:
         args.folder,
         args.to,
         args.attention_embedding_size,
-        *calibration_of(args),
+        calibration_of(args),
     )
     if truncations:
         print(truncation_table(truncations))
@@ -297,7 +298,7 @@ def run_factorize(args: argparse.Namespace) -> None:
         config = FactorizationConfig(**{name: getattr(args, name) for name in names})
     except ValueError as error:
         raise UserInputError(f"--{error}") from error
-    result = factorize_checkpoint(args.source, args.folder, config, *calibration_of(args))
+    result = factorize_checkpoint(args.source, args.folder, config, calibration_of(args))
     print(factorization_table(result.model))
     print_sizes(result, args.folder)
 

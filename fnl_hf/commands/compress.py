@@ -1,6 +1,7 @@
 """Factorize or merge the layers of a checkpoint on disk or on the Hub, and save it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,14 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fnl_hf.commands.calibration import (
-    LENGTH,
-    SAMPLES,
-    calibration_batches,
-    describe_calibration,
-    usable_length,
-    validate_calibration,
-)
+from fnl_hf.commands.calibration import WEIGHTS_ALONE, CalibrationText, usable_length
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
 from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, describe_source, write_card
@@ -51,36 +45,33 @@ def factorize_checkpoint(
     source: str,
     folder: str | Path,
     config: FactorizationConfig,
-    calibration_files: Sequence[str] = (),
-    calibration_samples: int = SAMPLES,
-    max_seq_length: int = LENGTH,
+    calibration: CalibrationText = WEIGHTS_ALONE,
 ) -> Compression:
     """:func:`fnl_hf.factorize` a checkpoint of any architecture, with its head, and save it in ``folder``.
 
     Args:
-        calibration_files: text whose first ``calibration_samples`` documents, cut to ``max_seq_length`` tokens, say
-            which directions of a trained model count; without any, the weights do.
+        calibration: text that says which directions of a trained model count; without any, the weights do.
 
     Raises:
         UserInputError: a folder in use or one that cannot be written, no such checkpoint, one that cannot be read or
             has code of its own, a configuration that does not fit it, or text for a model that reads none.
     """
-    validate_calibration(calibration_files, calibration_samples, max_seq_length)
+    calibration.validate()
 
     def batches(model, tokenizer):
-        if not calibration_files:
+        if not calibration.files:
             return None
         if tokenizer is None:
             raise ValueError(
                 f"{source} has no tokenizer, so --calibration_file cannot be used: calibrate it in Python, on its own "
                 "inputs"
             )
-        length = usable_length(tokenizer, model, max_seq_length)
-        return list(calibration_batches(tokenizer, calibration_files, calibration_samples, length))
+        length = usable_length(tokenizer, model, calibration.max_seq_length)
+        return list(replace(calibration, max_seq_length=length).batches(tokenizer))
 
     what = "with factorized layers; not trained afterwards"
-    if calibration_files:
-        text = describe_calibration(calibration_files, calibration_samples, max_seq_length)
+    if calibration.files:
+        text = calibration.describe(calibration.samples)
         what = f"with factorized layers, calibrated on at most {text}; not trained afterwards"
     return _save_changed(source, folder, lambda model, data: factorize(model, config, data), what, batches)
 

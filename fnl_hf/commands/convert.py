@@ -3,6 +3,7 @@ back to BERT."""
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,7 @@ from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of, needed_kernel, read_as_bert
 from fnl_hf.bert.head_mixing import Truncation
 from fnl_hf.bert.other_names import NAMINGS, head_of
-from fnl_hf.commands.calibration import (
-    LENGTH,
-    SAMPLES,
-    calibration_batches,
-    describe_calibration,
-    usable_length,
-    validate_calibration,
-)
+from fnl_hf.commands.calibration import WEIGHTS_ALONE, CalibrationText, usable_length
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError
@@ -61,9 +55,7 @@ def convert_checkpoint(
     folder: str | Path,
     to: str = "fnl_bert",
     attention_embedding_size: int | None = None,
-    calibration_files: Sequence[str] = (),
-    calibration_samples: int = SAMPLES,
-    max_seq_length: int = LENGTH,
+    calibration: CalibrationText = WEIGHTS_ALONE,
 ) -> Conversion:
     """Convert the checkpoint ``source``, with its head, and save it in ``folder``, with its tokenizer and other files
     such as those of sentence-transformers.
@@ -71,9 +63,8 @@ def convert_checkpoint(
     Args:
         to: "fnl_bert" or "bert", whose layers are dense: factorized ones are multiplied out.
         attention_embedding_size: E of an FNL-BERT; by default that of ``source``.
-        calibration_files: text whose first ``calibration_samples`` documents, cut to ``max_seq_length`` tokens, say
-            which directions count; without any, the weights do. At the same E they count for nothing, with a warning.
-        max_seq_length: special tokens included; at most what ``source`` reads.
+        calibration: text that says which directions count; without any, the weights do. At the same E it has no
+            effect, with a warning. Its documents are cut to what ``source`` reads.
 
     Returns:
         Both models, and what each product lost. The folder has a model card, too; where E became smaller, the spectra
@@ -85,30 +76,31 @@ def convert_checkpoint(
     """
     folder = Path(folder)
     refuse_bad_folder(folder)
-    if to == "bert" and (attention_embedding_size is not None or calibration_files):
+    if to == "bert" and (attention_embedding_size is not None or calibration.files):
         raise UserInputError("a BERT has no attention_embedding_size of its own: truncate first, then convert to BERT")
-    validate_calibration(calibration_files, calibration_samples, max_seq_length)
+    calibration.validate()
     tokenizer, companions = load_tokenizer(source), find_companions(source)
     original = load_model(source)
     fnl_class = _fnl_class(type(original).__name__)
-    if calibration_files and attention_embedding_size in (None, embedding_size_of(original.config)):
+    if calibration.files and attention_embedding_size in (None, embedding_size_of(original.config)):
         logger.warning("calibration_file has no effect: only a smaller attention_embedding_size truncates")
-        calibration_files = ()
-    if calibration_files:
-        max_seq_length = usable_length(tokenizer, original, max_seq_length)
+        calibration = WEIGHTS_ALONE
+    if calibration.files:
+        length = usable_length(tokenizer, original, calibration.max_seq_length)
+        calibration = replace(calibration, max_seq_length=length)
     try:
-        calibration = list(calibration_batches(tokenizer, calibration_files, calibration_samples, max_seq_length))
+        batches = list(calibration.batches(tokenizer))
         if to == "bert":
             result = Conversion(original, _to_bert(original), [])
         else:
-            converted = fnl_class.from_bert(original, attention_embedding_size, calibration or None, True)
+            converted = fnl_class.from_bert(original, attention_embedding_size, batches or None, True)
             result = Conversion(original, *converted)
     except UserInputError:
         raise
     except (OSError, ValueError) as error:
         raise UserInputError(str(error)) from error
-    documents = sum(len(batch["input_ids"]) for batch in calibration)
-    text = describe_calibration(calibration_files, documents, max_seq_length) if documents else None
+    documents = sum(len(batch["input_ids"]) for batch in batches)
+    text = calibration.describe(documents) if documents else None
     with complete_or_removed(folder):
         result.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -157,9 +157,7 @@ def _parse_whole_lines(piece: Piece) -> Iterator[Any]:
 
 
 def missing_column(where: str, column: str, columns: Sequence[str]) -> UserInputError:
-    return UserInputError(
-        f"{where}: no column {column!r}, only {list(columns)}: set --text_column_name of run_pretrain.py, or rename one"
-    )
+    return UserInputError(f"{where}: no column {column!r}, only {list(columns)}: set --text_column_name, or rename one")
 
 
 def hash_files(files: Sequence[str]) -> list[str]:

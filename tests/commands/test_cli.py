@@ -93,6 +93,7 @@ def test_the_home_folder_is_taken_for_a_tilde(tmp_path, monkeypatch):
         (["convert", "a", "b", "--calibration_samples", "5"], ["calibration_samples"]),
         (["convert", "a", "b", "--max_seq_length", "5", "--calibration_samples", "5"],
          ["calibration_samples", "max_seq_length"]),
+        (["convert", "a", "b", "--text_column_name", "c"], ["text_column_name"]),
         (["convert", "a", "b", "--max_seq_length", "5", "--calibration_file", "c"], []),
         (["ask", "a", "b", "c", "--null_score_diff_threshold", "0"], ["null_score_diff_threshold"]),
         (["ask", "a", "b", "c", "--null_score_diff_threshold", "0", "--version_2_with_negative"], []),

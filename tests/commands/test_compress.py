@@ -103,18 +103,12 @@ def fitting(checkpoint, tokenizer):
 
 def test_calibration(fitting, tmp_path, capsys):
     """70% of the whole model, by a text: other factors, attention's among them, sizes before and after."""
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"the {word} of a list keeps {word} and {word}s" for word in "abcdefgh" * 9))
-    words = [
-        "factorize",
-        str(fitting),
-        str(tmp_path / "new"),
-        "--model_ratio",
-        "0.7",
-        "--calibration_file",
-        str(text),
-    ]
-    cli.main([*words, "--calibration_samples", "70", "--max_seq_length", "11"])
+    text, table = tmp_path / "text.txt", tmp_path / "table.jsonl"
+    lines = [f"the {word} of a list keeps {word} and {word}s" for word in "abcdefgh" * 9]
+    text.write_text("\n\n".join(lines))
+    table.write_text("".join(json.dumps({"title": "the list", "abstract": line}) + "\n" for line in lines))
+    options = ["--model_ratio", "0.7", "--calibration_samples", "70", "--max_seq_length"]
+    cli.main(["factorize", str(fitting), str(tmp_path / "new"), "--calibration_file", str(text), *options, "11"])
     printed = capsys.readouterr().out
     before, after = (
         BertForMaskedLM.from_pretrained(fitting).num_parameters(),
@@ -128,9 +122,18 @@ def test_calibration(fitting, tmp_path, capsys):
     card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
     assert "calibrated on at most 70 documents of text.txt, up to 11 tokens each" in card
     factors = BertForMaskedLM.from_pretrained(tmp_path / "new").state_dict()
-    cli.main(["factorize", str(fitting), str(tmp_path / "short"), *words[3:], "--max_seq_length", "5"])
-    others = BertForMaskedLM.from_pretrained(tmp_path / "short").state_dict()
-    assert any(name not in others or not torch.equal(others[name], value) for name, value in factors.items())
+
+    def differs(folder, *flags):
+        cli.main(["factorize", str(fitting), str(tmp_path / folder), "--calibration_file", *flags])
+        others = BertForMaskedLM.from_pretrained(tmp_path / folder).state_dict()
+        return any(name not in others or not torch.equal(others[name], value) for name, value in factors.items())
+
+    assert differs("short", str(text), *options, "5")
+    for column, same in (("title", False), ("abstract", True)):
+        assert differs(column, str(table), "--text_column_name", column, *options, "11") != same
+    with pytest.raises(SystemExit):
+        differs("none", str(table), *options, "11")
+    assert "no column 'text', only ['title', 'abstract']: set --text_column_name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

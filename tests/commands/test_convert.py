@@ -21,7 +21,7 @@ from transformers import (
 
 import fnl_hf
 from fnl_hf.commands import cli
-from fnl_hf.commands.calibration import calibration_batches
+from fnl_hf.commands.calibration import CalibrationText
 from fnl_hf.commands.convert import convert_checkpoint, truncation_table
 from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.publishing.cards import name_repository
@@ -81,7 +81,7 @@ def test_the_command_converts_there_and_back(bert, batch, checkpoint, tmp_path, 
     printed = capsys.readouterr().out
     assert "bert.encoder.layer.1.attention.vo" in printed and (small / "spectra.png").is_file()
     cli.main(["convert", str(small), str(back), "--to", "bert"])
-    calibration = calibration_batches(train_tokenizer(documents, 53, model_max_length=19), [str(text)], 5, 11)
+    calibration = CalibrationText([str(text)], 5, 11).batches(train_tokenizer(documents, 53, model_max_length=19))
     expected, lost = fnl_hf.FnlBertForPreTraining.from_bert(bert, 21, calibration, output_truncations=True)
     assert truncation_table(lost) in printed
     before, after = bert.num_parameters(), expected.num_parameters()
@@ -158,9 +158,8 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(bert, checkpoint,
     (checkpoint / "README.md").write_text(f"---\n{head}\n---\n# A BERT\n")
     before = bert.num_parameters()
     after = before - 2 * (3 * (42 * 21 + 21) + 21 * 42)  # two layers: query, key and value with biases, output
-    calibrated = convert_checkpoint(
-        str(checkpoint), tmp_path / "calibrated", "fnl_bert", 21, [str(tmp_path / "text.txt")], 5, 11
-    )
+    text = CalibrationText([str(tmp_path / "text.txt")], 5, 11)
+    calibrated = convert_checkpoint(str(checkpoint), tmp_path / "calibrated", "fnl_bert", 21, text)
     convert_checkpoint(str(checkpoint), tmp_path / "plain", "fnl_bert", 21)
     convert_checkpoint(str(tmp_path / "plain"), tmp_path / "back", "bert")
     (checkpoint / "README.md").write_text("---\n[broken\n---\n# A BERT\n")
@@ -239,8 +238,8 @@ def test_a_real_legacy_checkpoint_is_converted():
 
 def test_long_calibration_texts_are_cut_to_what_the_model_reads(checkpoint, tmp_path, caplog):
     (tmp_path / "text.txt").write_text("some text of words " * 99)
-    files = {"calibration_files": [str(tmp_path / "text.txt")]}
-    small = convert_checkpoint(str(checkpoint), tmp_path / "small", attention_embedding_size=21, **files)
+    text = CalibrationText([str(tmp_path / "text.txt")])
+    small = convert_checkpoint(str(checkpoint), tmp_path / "small", attention_embedding_size=21, calibration=text)
     assert len(small.truncations) == 4 and "has no effect" not in caplog.text
-    same = convert_checkpoint(str(checkpoint), tmp_path / "same", **files)
+    same = convert_checkpoint(str(checkpoint), tmp_path / "same", calibration=text)
     assert same.truncations == [] and "calibration_file has no effect" in caplog.text
