@@ -158,6 +158,22 @@ def test_outputs_that_do_not_count_are_given_up():
     assert (after - before).norm() < 0.02 * before.norm()
 
 
+class Routed(nn.Module):
+    """A layer of whose output only the largest entry counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.router, self.head = nn.Linear(11, 7), nn.Linear(11, 5), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.up(x) + self.router(x).argmax(-1, keepdim=True))
+
+
+def test_a_layer_without_derivatives_gets_the_common_ratio():
+    model = quietly(Routed(), FactorizationConfig(target_ratio=0.6, include=["up", "router"]), [draw(50, 11).float()])
+    assert isinstance(model.router, FactorizedLayer) and model.router.rank == 1
+
+
 def bert(**entries):
     torch.manual_seed(0)
     return BertForMaskedLM(BertConfig(**DIMENSIONS, **entries))
@@ -324,6 +340,15 @@ def test_bad_calibrations_are_refused():
         ValueError, match=r"layer\.0\.output\.dense: calibration needs the layer's weight, but it is not finite"
     ):
         factorize(broken, FactorizationConfig(include=["encoder.*dense"]), calibration=[text()])
+    for given, message in (
+        (text(), "a batch must be a mapping, a tuple or a tensor, not 'input_ids': give a list of such batches"),
+        ([{name: value.tolist() for name, value in text().items()}], "attention_mask must be a tensor, not a list"),
+        ([text() | {"attention_mask": torch.zeros(3, 11)}], "the calibration data reach none of the layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quietly(bert(), FactorizationConfig(include=["encoder.*"]), given)
+    with pytest.raises(ValueError, match="inputs of 0, or derivatives by its outputs, are not finite"):
+        quietly(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2)), None, [torch.full((11, 7), math.inf)])
     model = nn.Sequential(nn.Linear(2, 3), nn.Flatten())
     with pytest.raises(ValueError, match="returns no tensor that depends on the layers"):
         dict(collect_moments(model, {"other": nn.Linear(2, 3)}, [torch.ones(1, 2)]))
