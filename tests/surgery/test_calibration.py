@@ -186,6 +186,26 @@ def text(seed=0, padding=0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def test_biases_stay_the_same_parameters():
+    """One that is tied, whose hook still sees its gradient, and one of two layers, which get two."""
+    model, seen = bert().eval(), []
+    model.cls.predictions.bias.register_hook(seen.append)
+    config = FactorizationConfig(include=["decoder", "encoder.*"], rank_scale=0.5)
+    quietly(model, config, [text(seed) for seed in range(3)])
+    before = model(**text()).logits
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias and model.cls.predictions.bias.any()
+    model.tie_weights()
+    assert torch.equal(model(**text()).logits, before)
+    before.sum().backward()
+    assert len(seen) == 1
+    net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 2))
+    net[1].bias = net[0].bias
+    x = draw(50, 5).float() + 1
+    mean = net[0](x).mean(dim=0)
+    quietly(net, FactorizationConfig(rank_scale=0.5), [x])
+    torch.testing.assert_close(net[0](x).mean(dim=0), mean, rtol=0, atol=1e-4)
+
+
 def test_the_model_is_left_as_it_was():
     """Modes of its parts, frozen parameters, gradients, hooks, weights; also when calibration fails."""
     model = bert()
@@ -340,13 +360,13 @@ def test_bad_calibrations_are_refused():
         ValueError, match=r"layer\.0\.output\.dense: calibration needs the layer's weight, but it is not finite"
     ):
         factorize(broken, FactorizationConfig(include=["encoder.*dense"]), calibration=[text()])
-    for given, message in (
+    for data, message in (
         (text(), "a batch must be a mapping, a tuple or a tensor, not 'input_ids': give a list of such batches"),
         ([{name: value.tolist() for name, value in text().items()}], "attention_mask must be a tensor, not a list"),
         ([text() | {"attention_mask": torch.zeros(3, 11)}], "the calibration data reach none of the layers"),
     ):
         with pytest.raises(ValueError, match=message):
-            quietly(bert(), FactorizationConfig(include=["encoder.*"]), given)
+            quietly(bert(), FactorizationConfig(include=["encoder.*"]), data)
     with pytest.raises(ValueError, match="inputs of 0, or derivatives by its outputs, are not finite"):
         quietly(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2)), None, [torch.full((11, 7), math.inf)])
     model = nn.Sequential(nn.Linear(2, 3), nn.Flatten())
