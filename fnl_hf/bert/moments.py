@@ -91,7 +91,7 @@ def measure_moments(model: nn.Module, moments: Mapping[str, LayerMoments], batch
             ``attention_mask`` (B, S) tells padding. Labels are of no use.
 
     Raises:
-        ValueError: no batch, or outputs without a tensor that depends on the layers.
+        ValueError: no batch, text that is not tokenized, or outputs without a tensor that depends on the layers.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(SEED)
@@ -118,6 +118,8 @@ class _Recorder:
                 moments.add_inputs(x.detach(), self.is_token)
             if not output.requires_grad:  # parameters are frozen: gradients start at the first of the layers
                 output = output.detach().requires_grad_()
+            if not isinstance(moments.outputs, torch.Tensor):  # zeros, if nothing depends on the layer
+                moments.add_gradients(torch.zeros_like(output))
             output.register_hook(moments.add_gradients)
             return output.clone()  # which may be changed in place
 
@@ -165,6 +167,10 @@ def _with_backward(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _arguments(batch: Any, device: torch.device) -> dict[str | int, Any]:
     """The arguments of a call, by name or position, on the model's device."""
+    if isinstance(batch, str):  # the names in a mapping, if the user gave a batch instead of a list of them
+        raise ValueError(
+            f"calibration: a batch must be a mapping, a tuple or a tensor, not {batch!r}: give a list of such batches"
+        )
     values = batch if isinstance(batch, tuple | list | Mapping) else (batch,)
     named = values.items() if isinstance(values, Mapping) else enumerate(values)
     # Lengths of documents are numbers.
@@ -178,6 +184,11 @@ def _call(model: nn.Module, arguments: Mapping[str | int, Any]) -> Any:
 
 def _mask_of(arguments: Mapping[str | int, Any]) -> torch.Tensor | None:
     mask = arguments.get("attention_mask")
+    if not isinstance(mask, torch.Tensor | None):
+        raise ValueError(
+            f"calibration: attention_mask must be a tensor, not a {type(mask).__name__}: tokenize with "
+            "return_tensors='pt'"
+        )
     return mask.bool() if mask is not None and mask.dim() == 2 else None
 
 

@@ -80,7 +80,7 @@ def usable_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, ma
     """
     config = model.config
     bounds = (getattr(config, "max_position_embeddings", None), usable_positions(model))
-    length = min(max_seq_length, *filter(None, bounds))
+    length = min([max_seq_length, *filter(None, bounds)])
     validate_bounds("max_seq_length", length, tokenizer.num_special_tokens_to_add() + 1)
     if hasattr(config, "vocab_size"):
         validate_vocabulary(tokenizer, config.vocab_size)

@@ -120,13 +120,16 @@ def _save_changed(
     return result
 
 
-@torch.no_grad()
 def _size_of(model: PreTrainedModel, batches: Any) -> ModelSize:
     weights = {id(p): p for p in [*model.parameters(), *model.buffers()]}.values()  # tied ones are saved once
     flops = None
     if batches:
-        with FlopCounterMode(display=False) as counter:
-            model(**batches[0])
+        # With gradients: without them, the counter refuses slices of weights as inputs of layers (DeBERTa).
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            try:
+                model(**batches[0])
+            except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+                raise ValueError(f"{type(model).__name__} cannot be calibrated on text: {error}") from error
         flops = counter.get_total_flops()
     return ModelSize(model.num_parameters(), sum(w.numel() * w.element_size() for w in weights), flops)
 

@@ -49,8 +49,12 @@ class FactorizedLayersConfig(QuantizationConfigMixin):
 class FactorizedLayersLoader(HfQuantizer):
     """Rebuilds the structure in ``from_pretrained``, on the meta device; afterwards the model is an ordinary one."""
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config: Any = self.quantization_config
+        saved = _names_of_weights(checkpoint_files or ())
+        # A dense model that was made from the configuration of a factorized one, or a part that was merged, is saved
+        # with the old list.
+        config.layers = {name: entry for name, entry in config.layers.items() if not _is_dense(name, model, saved)}
         rebuild_layers(model, config.layers)
         untie_factorized(model)
         # Loading replaces these parameters by others, of whatever shape the checkpoint has.
@@ -72,6 +76,8 @@ class FactorizedLayersLoader(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
+        if not model.config.quantization_config.layers:
+            del model.config.quantization_config
         return model
 
     def is_serializable(self):
@@ -80,6 +86,21 @@ class FactorizedLayersLoader(HfQuantizer):
     @property
     def is_trainable(self):
         return True
+
+
+def _names_of_weights(files: Collection[str]) -> set[str]:
+    names: set[str] = set()
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, "pt") as weights:
+                names.update(weights.keys())
+    return names
+
+
+def _is_dense(name: str, model: PreTrainedModel, saved: Collection[str]) -> bool:
+    """Whether a checkpoint with these weights has a dense one for the layer of this name."""
+    full_names = (name, f"{model.base_model_prefix}.{name}")
+    return any(f"{full}.weight" in saved and f"{full}.left" not in saved for full in full_names)
 
 
 def factorized_layers(model: nn.Module) -> dict[str, dict[str, Any]]:

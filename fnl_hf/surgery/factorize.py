@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -29,6 +30,7 @@ from fnl_hf.surgery.ranks import FACTORIZED, TYPE_NAMES, LayerSize, choose_ranks
 from fnl_hf.surgery.truncation import CalibratedLayer, calibrate
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
 
 
@@ -90,6 +92,8 @@ def factorize(
     if config.mode == "low_rank":
         _warn_of_growth(layers, ranks)
     history = [*factorizations(model), config.settings() | ({} if calibration is None else {"calibrated": True})]
+    for name in ranks:
+        _keep_bias(layers, name, factorized[id(layers[name])])
     model = replace_modules(model, factorized)
     untie_factorized(model)
     record_layers(model, history)
@@ -109,6 +113,16 @@ def _factorize_layer(
         return new.to(layer.weight.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+@torch.no_grad()
+def _keep_bias(layers: dict[str, Any], name: str, new: Any) -> None:
+    """Write a calibrated layer's bias into the parameter of the dense layer, which may be tied and have hooks."""
+    bias = getattr(layers[name], "bias", None)
+    shared = [layer for layer in layers.values() if bias is not None and getattr(layer, "bias", None) is bias]
+    if len(shared) == 1 and new.bias is not bias:  # layers with one bias get two, as each loses a mean of its own
+        bias.copy_(new.bias)
+        new.bias = bias
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -229,11 +243,19 @@ def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refuse_hooks(name: str, layer: nn.Module) -> None:
-    """Refuse hooks, including those of offloading: they belong to the layer that would be replaced."""
-    if any(getattr(layer, hooks) for hooks in HOOKS) or hasattr(layer, "_hf_hook"):
+    """Refuse hooks, including those of offloading and of the weights, and a ``forward`` that was set on the layer: they
+    belong to the layer that would be replaced. Its bias stays the same parameter."""
+    if any(getattr(layer, hooks) for hooks in HOOKS) or {"_hf_hook", "forward"} & set(vars(layer)):
         raise ValueError(
-            f"{name}: it has hooks, which the new layer would not have: remove them, and add them again afterwards"
+            f"{name}: it has hooks or a forward of its own, which the new layer would not have: remove them, and add "
+            "them again afterwards"
         )
+    for own, weight in layer.named_parameters(recurse=False):
+        if own != "bias" and any(getattr(weight, hooks, None) for hooks in PARAMETER_HOOKS):
+            raise ValueError(
+                f"{name}: its {own} has hooks, which the new layer's weights would not have: remove them, and add "
+                "them again afterwards"
+            )
 
 
 def _refuse_unsupported(model: nn.Module) -> None:

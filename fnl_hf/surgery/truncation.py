@@ -139,7 +139,8 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
     """Name -> calibrated layer, without layers that the data do not reach.
 
     Raises:
-        ValueError: see :func:`fnl_hf.surgery.calibration.collect_moments`; weights on the meta device or not finite.
+        ValueError: see :func:`fnl_hf.surgery.calibration.collect_moments`; weights on the meta device or not finite;
+            inputs or derivatives that are not finite; data that reach no layer.
     """
     for name, layer in layers.items():
         weight: Any = layer.weight
@@ -153,7 +154,11 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         if moments.rows < inputs:
             few[name] = (inputs, moments.rows)
         if moments.rows:
+            if not (moments.inputs.isfinite().all() and moments.outputs.isfinite().all()):
+                raise ValueError(f"calibration: inputs of {name}, or derivatives by its outputs, are not finite")
             found[name] = CalibratedLayer(layers[name], moments)
+    if not found:
+        raise ValueError("the calibration data reach none of the layers: is everything padding (attention_mask)?")
     if few:
         name = max(few, key=lambda name: few[name])
         inputs, rows = few[name]

@@ -196,6 +196,9 @@ def drop_nothing(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # T5's and ModernBERT's attention has a number instead
+                setattr(module, name, 0.0)
 
 
 @contextmanager

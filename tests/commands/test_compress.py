@@ -15,8 +15,14 @@ from transformers import (
     AutoModelForImageClassification,
     AutoProcessor,
     AutoTokenizer,
+    BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    T5Config,
+    T5EncoderModel,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
@@ -151,6 +157,43 @@ def test_bad_input_leaves_nothing(fitting, tmp_path, capsys, command, words, mes
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, str(fitting), str(tmp_path / "new"), *words])
     assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def deberta(**sizes):
+    return DebertaV2ForMaskedLM(
+        DebertaV2Config(**DIMENSIONS | sizes, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    )
+
+
+def t5_encoder(vocab_size):
+    sizes = {"d_model": 42, "d_kv": 6, "d_ff": 54, "num_layers": 1, "num_heads": 7}
+    return T5EncoderModel(T5Config(vocab_size=vocab_size, **sizes))
+
+
+def multiple_choice(**sizes):
+    return BertForMultipleChoice(BertConfig(**DIMENSIONS | sizes))
+
+
+@pytest.mark.parametrize(
+    "make, error",
+    [
+        (deberta, None),
+        (t5_encoder, None),
+        (multiple_choice, "BertForMultipleChoice cannot be calibrated on text: "),
+    ],
+)
+def test_models_of_many_kinds_are_calibrated_or_refused(make, error, checkpoint, tokenizer, tmp_path, capsys):
+    """Relative positions that are weights, no positions at all, inputs of three dimensions."""
+    make(vocab_size=len(tokenizer)).save_pretrained(checkpoint)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the {word} of a list" for word in "abcdefgh" * 9))
+    command = ["factorize", str(checkpoint), str(tmp_path / "new"), "--calibration_file", str(tmp_path / "text.txt")]
+    if error is None:
+        cli.main(command)
+        assert " GFLOP for the first calibration batch" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert error in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_a_folder_in_use_is_left_alone(checkpoint, capsys):

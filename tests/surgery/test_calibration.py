@@ -158,6 +158,22 @@ def test_outputs_that_do_not_count_are_given_up():
     assert (after - before).norm() < 0.02 * before.norm()
 
 
+class Routed(nn.Module):
+    """A layer of whose output only the largest entry counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.router, self.head = nn.Linear(11, 7), nn.Linear(11, 5), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.up(x) + self.router(x).argmax(-1, keepdim=True))
+
+
+def test_a_layer_without_derivatives_gets_the_common_ratio():
+    model = quietly(Routed(), FactorizationConfig(target_ratio=0.6, include=["up", "router"]), [draw(50, 11).float()])
+    assert isinstance(model.router, FactorizedLayer) and model.router.rank == 1
+
+
 def bert(**entries):
     torch.manual_seed(0)
     return BertForMaskedLM(BertConfig(**DIMENSIONS, **entries))
@@ -168,6 +184,26 @@ def text(seed=0, padding=0):
     mask = torch.ones_like(ids)
     ids[1, 6:], mask[1, 6:] = padding, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_biases_stay_the_same_parameters():
+    """One that is tied, whose hook still sees its gradient, and one of two layers, which get two."""
+    model, seen = bert().eval(), []
+    model.cls.predictions.bias.register_hook(seen.append)
+    config = FactorizationConfig(include=["decoder", "encoder.*"], rank_scale=0.5)
+    quietly(model, config, [text(seed) for seed in range(3)])
+    before = model(**text()).logits
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias and model.cls.predictions.bias.any()
+    model.tie_weights()
+    assert torch.equal(model(**text()).logits, before)
+    before.sum().backward()
+    assert len(seen) == 1
+    net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 2))
+    net[1].bias = net[0].bias
+    x = draw(50, 5).float() + 1
+    mean = net[0](x).mean(dim=0)
+    quietly(net, FactorizationConfig(rank_scale=0.5), [x])
+    torch.testing.assert_close(net[0](x).mean(dim=0), mean, rtol=0, atol=1e-4)
 
 
 def test_the_model_is_left_as_it_was():
@@ -324,6 +360,15 @@ def test_bad_calibrations_are_refused():
         ValueError, match=r"layer\.0\.output\.dense: calibration needs the layer's weight, but it is not finite"
     ):
         factorize(broken, FactorizationConfig(include=["encoder.*dense"]), calibration=[text()])
+    for data, message in (
+        (text(), "a batch must be a mapping, a tuple or a tensor, not 'input_ids': give a list of such batches"),
+        ([{name: value.tolist() for name, value in text().items()}], "attention_mask must be a tensor, not a list"),
+        ([text() | {"attention_mask": torch.zeros(3, 11)}], "the calibration data reach none of the layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quietly(bert(), FactorizationConfig(include=["encoder.*"]), data)
+    with pytest.raises(ValueError, match="inputs of 0, or derivatives by its outputs, are not finite"):
+        quietly(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2)), None, [torch.full((11, 7), math.inf)])
     model = nn.Sequential(nn.Linear(2, 3), nn.Flatten())
     with pytest.raises(ValueError, match="returns no tensor that depends on the layers"):
         dict(collect_moments(model, {"other": nn.Linear(2, 3)}, [torch.ones(1, 2)]))

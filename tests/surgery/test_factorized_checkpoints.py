@@ -161,6 +161,22 @@ def test_a_model_that_shares_its_configuration_stays_dense(tmp_path):
     assert factorized_names(BertForMaskedLM.from_pretrained(tmp_path)) == []
 
 
+def test_dense_weights_are_loaded_whatever_the_configuration_lists(tmp_path):
+    """Of a model that was made from a factorized one's configuration, and of a part that was merged by itself."""
+    model = factorize(bert(BertForSequenceClassification))
+    dense = BertForSequenceClassification(model.config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert torch.equal(again(IDS).logits, dense(IDS).logits) and not hasattr(again.config, "quantization_config")
+    merge(model.bert.encoder)
+    model.save_pretrained(tmp_path / "partly", max_shard_size="10KB")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "partly")
+    assert torch.equal(again(IDS).logits, model(IDS).logits) and factorized_names(again) == ["bert.pooler.dense"]
+    assert list(again.config.quantization_config.layers) == ["pooler.dense"]
+    encoder = AutoModel.from_pretrained(tmp_path / "partly")
+    assert torch.equal(encoder(IDS).pooler_output, model.bert(IDS).pooler_output)
+
+
 def test_what_a_checkpoint_lacks_is_initialized(tmp_path):
     """One factor of a layer, whose others stay as they are; a head that was factorized, for other classes."""
     model = bert(BertForSequenceClassification)

@@ -354,6 +354,23 @@ def hooked(model):
     return model
 
 
+def with_hook_of_a_weight():
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
+    model[0].weight.register_hook(lambda gradient: gradient / 2)
+    return model
+
+
+def hooked_factor(model):
+    model.up.left.register_post_accumulate_grad_hook(lambda _: None)
+    return model
+
+
+def with_own_forward():
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
+    model[0].forward = lambda x: x.repeat(1, 2)[:, :7]
+    return model
+
+
 def with_adapters():
     kind = type("Linear", (nn.Module,), {"__module__": "peft.tuners.lora.layer"})
     return nn.Sequential(nn.Linear(5, 7), kind(), nn.Linear(7, 2))
@@ -438,6 +455,9 @@ def test_factors_of_registered_products_are_left_alone():
         (lambda: factorize(t5(), FactorizationConfig(include=["shared"])), "shared: it shares its table with encoder"),
         (lambda: factorize(with_hook()), "0: it has hooks"),
         (lambda: merge(hooked(factorize(Small()))), "up: it has hooks"),
+        (lambda: factorize(with_hook_of_a_weight()), "0: its weight has hooks"),
+        (lambda: merge(hooked_factor(factorize(Small()))), "up: its left has hooks"),
+        (lambda: factorize(with_own_forward()), "0: it has hooks or a forward of its own"),
         (lambda: factorize(with_adapters()), "the model has adapters of PEFT: factorize it first"),
         (lambda: factorize(with_infinity()), "0: its weight has values that are not finite"),
         (

@@ -26,6 +26,7 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
+    T5EncoderModel,
     T5Model,
     ViTConfig,
     ViTModel,
@@ -43,6 +44,7 @@ from fnl_hf.training.distillation import (
     answer_divergence,
     distillation_metrics,
     distillation_sums,
+    drop_nothing,
     hidden_state_errors,
     logit_divergence,
     match_models,
@@ -186,6 +188,14 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn(tmp_path):
     logged, gradients, before = one_step(model, model, tmp_path, 8, 1)
     assert next(entry["loss"] for entry in logged if "loss" in entry) == before["eval_loss"] == 0.0
     assert before["eval_cosine"] == pytest.approx(1.0) and max(g.abs().max() for g in gradients.values()) < 1e-6
+
+
+def test_attention_whose_dropout_is_a_number_drops_nothing():
+    sizes = {"d_model": 20, "d_kv": 4, "d_ff": 33, "num_layers": 2, "num_heads": 5}
+    model = T5EncoderModel(T5Config(vocab_size=60, dropout_rate=0.5, **sizes)).train()
+    drop_nothing(model)
+    ids = torch.arange(7)[None]
+    assert torch.equal(*(model(input_ids=ids).last_hidden_state for _ in range(2))) and model.config.dropout_rate == 0.5
 
 
 def test_models_that_return_tuples_learn_as_those_that_return_mappings(tmp_path):
