@@ -255,7 +255,7 @@ def _get(module: nn.Module, path: str, parent: nn.Module | None = None) -> Any:
     """The layer or parameter at ``path``, or None."""
     owner: Any = parent if path.startswith("../") else module
     for name in path.removeprefix("../").split("."):
-        found = owner._modules | owner._parameters if isinstance(owner, nn.Module) else {}
+        found: dict[str, Any] = {**owner._modules, **owner._parameters} if isinstance(owner, nn.Module) else {}
         owner = found.get(name)
     return owner
 
