@@ -106,7 +106,7 @@ def _describe_number(group: dict[str, Any]) -> str:
     if "num_products" not in group:
         return ""
     count = group["num_products"]
-    return f" ({count * len(RANK_DIMS[group['product']])} for its {count} products)"
+    return f" ({count * len(RANK_DIMS[group['product']])}, because its num_products is {count})"
 
 
 def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:

@@ -171,7 +171,7 @@ def validate_views(group: dict[str, Any], where: str) -> None:
     if len(params) != size * group.get("num_products", len(params) // size):
         raise ValueError(
             f"{where}: its attention layers have {size} parameters each, but {len(params)} are given for "
-            f"{group.get('num_products', 'a whole number')} of them: FSDP1, DeepSpeed ZeRO or "
+            f"{group.get('num_products', 'a whole number')} of them (num_products): FSDP1, DeepSpeed ZeRO or "
             "ZeroRedundancyOptimizer flattened or distributed the parameters"
         )
     for start in range(0, len(params), size):

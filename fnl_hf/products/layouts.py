@@ -201,7 +201,8 @@ def find_pairs(module: nn.Module, parent: nn.Module | None, path: str = "") -> t
             continue
         output = next(filter(None, (_locate(module, name, parent) for name in layout.outputs)), None)
         if output is None:
-            others.append(next(filter(None, (_get(module, name, parent) for name in layout.outputs)), None))
+            layers = (_get(module, name, parent) for name in layout.outputs)
+            others.append(next((layer for layer in layers if layer is not None), None))
             # The name of a fused weight alone does not determine the order of its rows.
             if others[-1] is None and len(layout.parts) < 3:
                 continue
@@ -254,7 +255,8 @@ def _get(module: nn.Module, path: str, parent: nn.Module | None = None) -> Any:
     """The layer or parameter at ``path``, or None."""
     owner: Any = parent if path.startswith("../") else module
     for name in path.removeprefix("../").split("."):
-        owner = (owner._modules.get(name) or owner._parameters.get(name)) if isinstance(owner, nn.Module) else None
+        found: dict[str, Any] = {**owner._modules, **owner._parameters} if isinstance(owner, nn.Module) else {}
+        owner = found.get(name)
     return owner
 
 

@@ -24,6 +24,18 @@ def validate_scoring(args) -> None:
         raise UserInputError("--prediction_loss_only (True) keeps no predictions to compute answers from: leave it out")
 
 
+def validate_size(args, features: Dataset | None) -> None:
+    """Raise UserInputError if ``args`` drop all of the features to train on."""
+    if args is None or features is None or not args.dataloader_drop_last:
+        return
+    batch = args.train_batch_size * args.world_size
+    if len(features) < batch:
+        raise UserInputError(
+            f"--dataloader_drop_last (True): the training data are {len(features)} windows, fewer than one batch of "
+            f"{batch}: leave it out, or use a smaller batch"
+        )
+
+
 class SquadTrainer(FnlTrainer):
     """FnlTrainer whose ``evaluate`` reports exact match and F1.
 
@@ -34,7 +46,7 @@ class SquadTrainer(FnlTrainer):
             ½ CE(labels) + ½ :func:`fnl_hf.training.distillation.answer_divergence` at temperature 2 (as DistilBERT's).
 
     Raises:
-        UserInputError: see :func:`validate_scoring`.
+        UserInputError: see :func:`validate_scoring` and :func:`validate_size`.
     """
 
     def __init__(
@@ -48,6 +60,7 @@ class SquadTrainer(FnlTrainer):
         **kwargs,
     ):
         validate_scoring(args)  # before Trainer's constructor makes the output folder
+        validate_size(args, kwargs.get("train_dataset"))
         super().__init__(model, args, **kwargs)
         self.eval_examples = eval_examples
         self.answer_options = answer_options

@@ -149,6 +149,13 @@ class FnlTrainingArguments(TrainingArguments):
             "tensorboard if it is installed."
         },
     )
+    # None: not given
+    do_train: bool = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Train. Default: if neither evaluation nor prediction is asked for."}
+    )
+    do_eval: bool = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Evaluate. Default: if neither training nor prediction is asked for."}
+    )
     max_skipped_steps: int = field(
         default=10,
         metadata={
@@ -172,8 +179,7 @@ class FnlTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if not (self.do_train or self.do_eval or self.do_predict):  # before an eval_strategy sets do_eval
-            self.do_train = self.do_eval = True
+        self._choose_work()  # before an eval_strategy sets do_eval
         self._validate_flags()
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
@@ -189,6 +195,15 @@ class FnlTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
         elif not given:  # without this, the host waits for each batch to be copied
             accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    def _choose_work(self) -> None:
+        """If nothing is asked for, do what is not switched off."""
+        is_default = not (self.do_train or self.do_eval or self.do_predict)
+        if is_default and self.do_train is False and self.do_eval is False:
+            raise UserInputError("--do_train false --do_eval false: there is nothing to do")
+        self.do_train, self.do_eval = (
+            is_default if given is None else given for given in (self.do_train, self.do_eval)
+        )
 
     def _validate_flags(self) -> None:
         for name, (smallest, bound) in BOUNDS.items():

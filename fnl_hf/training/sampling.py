@@ -1,6 +1,7 @@
 """The order of the training data, independent of the number of processes and of interruptions."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
@@ -74,6 +75,17 @@ def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:
     global_batch = batch_size * args.world_size * args.gradient_accumulation_steps
     seed = args.seed if args.data_seed is None else args.data_seed
     return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
+
+
+@contextmanager
+def keeping_last_batch(args) -> Iterator[None]:
+    """``dataloader_drop_last`` is for training: what is evaluated is all samples, but Trainer drops the last there,
+    too."""
+    given, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = given
 
 
 def count_steps(args, dataset) -> int:

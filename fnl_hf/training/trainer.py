@@ -33,7 +33,7 @@ from fnl_hf.training.optimizers import build_optimizer, validate_optimization
 from fnl_hf.training.precision import keeping_weights
 from fnl_hf.training.pushing import PushCallback, PushingTrainer
 from fnl_hf.training.resuming import ResumeCallback, complete_metrics, loading_tied_weights, without_mended_warnings
-from fnl_hf.training.sampling import EpochCallback
+from fnl_hf.training.sampling import EpochCallback, keeping_last_batch
 
 MATMUL_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The label arguments of BERT's heads; each loss is a mean over the entries of one of them.
@@ -185,10 +185,12 @@ class FnlTrainer(PushingTrainer):
         return self._with_own_generator(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
-        return self._with_own_generator(super().get_eval_dataloader(*args, **kwargs))
+        with keeping_last_batch(self.args):
+            return self._with_own_generator(super().get_eval_dataloader(*args, **kwargs))
 
     def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
-        return self._with_own_generator(super().get_test_dataloader(*args, **kwargs))
+        with keeping_last_batch(self.args):
+            return self._with_own_generator(super().get_test_dataloader(*args, **kwargs))
 
     def _with_own_generator(self, loader: DataLoader) -> DataLoader:
         """The loader with its own generator, and workers that ignore SIGTERM."""

@@ -121,6 +121,11 @@ RULES = (
     Rule(("seed",), lambda run: getattr(run, "seeds", None) is not None, "--seeds replaces it"),
     # the data
     Rule(("remove_unused_columns",), lambda run: True, "the data of these scripts have no unused columns"),
+    Rule(
+        ("dataloader_drop_last",),
+        lambda run: not hasattr(run, "test_file"),
+        "an epoch consists of whole global batches anyway",
+    ),
     Rule(("dataloader_pin_memory",), lambda run: run.device.type == "cpu", "it needs an accelerator"),
     Rule(
         ("length_column_name",),

@@ -98,6 +98,18 @@ def test_wrapped_layers_are_named_and_quantized_ones_are_nothing_to_decay():
     assert found_in(PlainAttention(Quantized)) == ([], [])
 
 
+def compiled(*sizes, bias):
+    """Unlike a layer, what torch makes of it has a length, and asks the layer for it."""
+    return torch.compile(nn.Linear(*sizes, bias=bias), backend="eager")
+
+
+def test_layers_that_are_compiled_one_by_one_are_named():
+    attention = PlainAttention(compiled)
+    assert found_in(attention) == ([], ["PlainAttention"])
+    attention.q_proj, attention.k_proj, attention.v_proj = (nn.Linear(12, 12) for _ in range(3))
+    assert found_in(attention) == (["qk"], ["PlainAttention"])
+
+
 @pytest.mark.parametrize(
     "include, kinds",
     [

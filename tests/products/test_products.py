@@ -347,7 +347,9 @@ def test_products_dealt_out_to_processes_are_refused(optimizer_class):
                                        intermediate_size=5, max_position_embeddings=7))  # fmt: skip
     groups = frobenius_param_groups(model, 0.1)
     groups[0]["params"] = groups[0]["params"][::2]
-    with pytest.raises(ValueError, match="'qk': .* \\(4 for its 2 products\\), but has 2: .*ZeroRedundancyOptimizer"):
+    with pytest.raises(
+        ValueError, match="'qk': .* \\(4, because its num_products is 2\\), but has 2: .*ZeroRedundancyOptimizer"
+    ):
         optimizer_class(groups, lr=0.1)
 
 

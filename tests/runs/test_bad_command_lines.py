@@ -57,6 +57,7 @@ FLAGS = {
     "beta above 1": (flags(adam_beta1=2), r"^--adam_beta1 \(2.0\) must be at least 0.0 and below 1.0$"),
     "warm-up without end": (flags(warmup_steps="inf"), r"^--warmup_steps \(inf\) must be at least 0.0 and below inf$"),
     "seed too large": (flags(seed=2**32), r"^--seed \(4294967296\) must be at least 0 and below 4294967296$"),
+    "nothing to do": (flags(do_train="false", do_eval="false"), "^--do_train false --do_eval false: there is nothing"),
     "no steps": (flags(max_steps=0), r"^--max_steps \(0\) must be at least 1"),
     "no epochs": (flags(max_steps=None, num_train_epochs=0), r"^--num_train_epochs \(0.0\) must be above 0"),
     "no saving": (flags(save_steps=0), r"^--save_steps \(0.0\) must be above 0"),

@@ -43,6 +43,25 @@ def test_the_help_gives_the_defaults_that_are_values(capsys):
     assert "The same as --sparse_prediction false." in lines
 
 
+@pytest.mark.parametrize(
+    "given, trains, evaluates",
+    [
+        ("", True, True),
+        ("--do_train", True, False),
+        ("--do_eval true", False, True),
+        ("--do_train false", False, True),
+        ("--do_eval false", True, False),
+        ("--do_predict", False, False),
+        ("--do_predict --do_eval false", False, False),
+        ("--do_train --eval_strategy steps", True, True),
+    ],
+)
+def test_what_is_not_switched_off_is_done_when_nothing_is_asked_for(tmp_path, given, trains, evaluates):
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", *given.split()]
+    (args,) = parse_arguments(FnlTrainingArguments, flags)
+    assert (args.do_train, args.do_eval) == (trains, evaluates)
+
+
 def parse_recipe(names, *flags):
     """The arguments of a recipe, on a machine without a GPU."""
     files = [str(CONFIGS / f"{name}.yaml") for name in names]

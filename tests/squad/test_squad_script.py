@@ -351,6 +351,10 @@ def test_a_flag_takes_every_number_that_python_knows(tmp_path, written):
             {"prediction_loss_only": "true"},
             r"--prediction_loss_only \(True\) keeps no predictions to compute answers from",
         ),
+        (
+            {"dataloader_drop_last": "true", "per_device_train_batch_size": 99},
+            r"--dataloader_drop_last \(True\): the training data are \d+ windows, fewer than one batch of 99",
+        ),
         ({"do_predict": "true", "do_train": "true"}, "no questions for prediction: give --test_file"),
         ({"seeds": 5}, r"--seeds \(5\) must be two or more different seeds"),
         ({"seeds": "3 3"}, r"--seeds \(3 3\) must be two or more different seeds"),

@@ -179,6 +179,17 @@ def test_iterators_over_data_leave_the_generator_of_dropout_alone(tmp_path, dime
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_last_batch_is_dropped_in_training_alone(tmp_path, dimensions):
+    args = FnlTrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", dataloader_drop_last=True,
+        per_device_train_batch_size=3, per_device_eval_batch_size=3,
+    )  # fmt: skip
+    model, data = build("FnlBert", "ForMaskedLM", dimensions), rows("ForMaskedLM")  # 8
+    trainer = FnlTrainer(model, args, train_dataset=data, data_collator=collate_batch)
+    loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader(data), trainer.get_test_dataloader(data)
+    assert [len(loader) for loader in loaders] == [2, 3, 3] and args.dataloader_drop_last
+
+
 class Normalized(nn.Module):
     """A model with a buffer that is seen, and a gradient that is left from somewhere."""
 

@@ -81,6 +81,7 @@ CASES = [
     ("pretrain", "hub_revision", "--hub_revision a", "--hub_revision a --push_to_hub true"),
     ("squad", "seed", "--seed 3 --seeds 4 5", "--seed 3"),
     ("pretrain", "remove_unused_columns", "--remove_unused_columns true", None),
+    ("pretrain", "dataloader_drop_last", "--dataloader_drop_last true", None),
     ("pretrain", "dataloader_pin_memory", "--dataloader_pin_memory true", None),
     ("squad", "length_column_name", "--length_column_name a",
      "--length_column_name a --train_sampling_strategy group_by_length"),
