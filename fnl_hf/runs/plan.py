@@ -176,6 +176,11 @@ def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> Ru
             f"--output_dir {folder} is not empty and contains no run to resume: {_remedies(folder, args, output)}"
         )
     refuse_others_files(folder, output, anew=False)
+    if checkpoint is None and os.path.isfile(folder / RESULTS_FILE):
+        raise UserInputError(
+            f"--resume_from_checkpoint auto: the run in {folder} has ended and left no checkpoint to continue from: "
+            f"{_remedies(folder, args, output)}"
+        )
     if checkpoint is None:
         return RunPlan(continued=folder)
     _warn_of_another_length(folder, description)
@@ -215,6 +220,10 @@ def _validate_place(folder: Path) -> None:
 def _plan_from_checkpoint(
     checkpoint: Path, folder: Path, in_use: bool, description: dict[str, Any], allow_other_world_size: bool
 ) -> RunPlan:
+    if not os.path.isdir(checkpoint):
+        raise UserInputError(
+            f"--resume_from_checkpoint {checkpoint}: no such folder ('auto' resumes from the newest checkpoint)"
+        )
     fault = find_fault(checkpoint)
     if fault is not None:
         raise UserInputError(f"--resume_from_checkpoint {checkpoint}: not a complete checkpoint: {fault}")

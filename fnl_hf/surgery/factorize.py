@@ -118,7 +118,7 @@ def _factorize_layer(
 @torch.no_grad()
 def _keep_bias(layers: dict[str, Any], name: str, new: Any) -> None:
     """Write a calibrated layer's bias into the parameter of the dense layer, which may be tied and have hooks."""
-    bias = getattr(layers[name], "bias", None)
+    bias: Any = getattr(layers[name], "bias", None)
     shared = [layer for layer in layers.values() if bias is not None and getattr(layer, "bias", None) is bias]
     if len(shared) == 1 and new.bias is not bias:  # layers with one bias get two, as each loses a mean of its own
         bias.copy_(new.bias)

@@ -1,5 +1,7 @@
 """Checkpoints and output folders that run_pretrain.py refuses."""
 
+import shutil
+
 import pytest
 
 import run_pretrain
@@ -37,11 +39,19 @@ def card_beside_its_checkpoint(out):
     holding("README.md")(out)
 
 
+def ended_without_a_checkpoint(out):
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "all_results.json").write_text("{}")
+
+
 # name -> what makes the bad input, and what the message says of it
 FOLDERS = {
-    "none": (flags(resume_from_checkpoint="/no/such"), "^--resume_from_checkpoint /no/such: not a complete checkpoint"),
+    "none": (flags(resume_from_checkpoint="/no/such"), "^--resume_from_checkpoint /no/such: no such folder"),
     "a run's folder": (
         resumed(resume_from_checkpoint="<here>/out"), "not a complete checkpoint: trainer_state.json is missing$"
+    ),
+    "ended without a checkpoint": (
+        resumed(ended_without_a_checkpoint, max_steps=9), "the run in .*out has ended and left no checkpoint to conti"
     ),
     "bit flipped": (
         from_checkpoint(flip_a_bit), "optimizer.pt was changed after it was written: its checksum"
@@ -196,7 +206,7 @@ FOLDERS = {
     "going on over a card, from a checkpoint": (
         from_checkpoint(card_beside_its_checkpoint), "out: README.md was not"
     ),
-    "checkpoint with too long a name": (flags(resume_from_checkpoint="x" * 300), "not a complete checkpoint: trai"),
+    "checkpoint with too long a name": (flags(resume_from_checkpoint="x" * 300), "x: no such folder"),
     "model with too long a name": (flags(model_name_or_path="x" * 300, config_overrides=None), "no tokenizer in xxxx"),
     # What is advised is not refused in its turn.
     "folder in use, advice": (
