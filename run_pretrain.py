@@ -26,7 +26,8 @@ from fnl_hf.publishing.cards import describe_source
 from fnl_hf.publishing.checkpoints import auto_class_of, copy_companions, find_companions
 from fnl_hf.runs.command_line import parse_arguments, run_script
 from fnl_hf.runs.locks import folders_in_use
-from fnl_hf.runs.plan import DATA_FINGERPRINT, validate_resume
+from fnl_hf.runs.plan import DATA_FINGERPRINT
+from fnl_hf.runs.same_model import validate_same_model
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.distillation import DistillationTrainer, distillation_metrics, match_models
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
@@ -204,7 +205,7 @@ def make_trainer(model, teacher, tokenizer, args, batches, plan, warm_start):
     if plan.checkpoint is not None:
         if warm_start is not None:
             take_structure(model, plan.checkpoint)
-        validate_resume(plan.checkpoint, model)
+        validate_same_model(plan.checkpoint, model)
     state_from = optimizer_checkpoint(args, model) if plan.checkpoint is None else None
     trainer_class, kind = PretrainingTrainer, MASKED
     if teacher is not None:

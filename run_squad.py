@@ -18,7 +18,8 @@ from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import validate_bounds
 from fnl_hf.runs.command_line import parse_arguments, run_script
 from fnl_hf.runs.locks import folders_in_use
-from fnl_hf.runs.plan import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
+from fnl_hf.runs.plan import DATA_FINGERPRINT, TEST_FINGERPRINT, VALIDATION_FINGERPRINT
+from fnl_hf.runs.same_model import validate_same_model
 from fnl_hf.runs.seeds import commands_of_seeds, summarize_seeds
 from fnl_hf.squad.answers import AnswerOptions
 from fnl_hf.squad.features import (
@@ -268,7 +269,7 @@ def run_one(model_args, data_args, args, planned):
     tokenizer = load_tokenizer(checkpoint or model_args.tokenizer_name or model_args.model_name_or_path, trusted)
     model = build_question_answering_model(model_args, tokenizer, data_args.max_seq_length, args.do_train, trusted)
     if checkpoint is not None:
-        validate_resume(checkpoint, model)
+        validate_same_model(checkpoint, model)
     teacher = None
     if model_args.teacher_name_or_path is not None and args.do_train:
         teacher = load_answer_teacher(model_args.teacher_name_or_path, tokenizer, data_args.max_seq_length, trusted)

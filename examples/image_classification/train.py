@@ -26,8 +26,9 @@ from fnl_hf.layers import FactorizedLayer
 from fnl_hf.publishing.cards import model_facts, run_facts, write_run_card
 from fnl_hf.runs.command_line import parse_arguments, run_script
 from fnl_hf.runs.locks import folders_in_use
-from fnl_hf.runs.plan import DATA_FINGERPRINT, VALIDATION_FINGERPRINT, validate_resume
+from fnl_hf.runs.plan import DATA_FINGERPRINT, VALIDATION_FINGERPRINT
 from fnl_hf.runs.provenance import read_starts
+from fnl_hf.runs.same_model import validate_same_model
 from fnl_hf.training.models import as_user_input
 from fnl_hf.training.sampling import epoch_sampler
 from fnl_hf.training.scripts import ScriptRun
@@ -296,7 +297,7 @@ def run(argv):
     model, callbacks = apply_method(dense, model_args, args.seed)
     checkpoint = planned.plan.checkpoint
     if checkpoint is not None:
-        validate_resume(checkpoint, model)
+        validate_same_model(checkpoint, model)
     used = {"train": (args.do_train, DATA_FINGERPRINT), "test": (args.do_eval, VALIDATION_FINGERPRINT)}
     planned.record_data({name: splits[split].fingerprint() for split, (is_used, name) in used.items() if is_used})
     datasets = make_datasets(splits, data_args, prepare, args.seed)

@@ -3,16 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from fnl_hf.bert.configuration_fnl_bert import ORIGIN_ENTRIES
 from fnl_hf.errors import UserInputError
 from fnl_hf.runs.checkpoints import (
     STAGING_FOLDER,
@@ -80,22 +77,7 @@ VALIDATION_FINGERPRINT = "validation_fingerprint"
 TEST_FINGERPRINT = "test_fingerprint"
 START_WEIGHTS = "start_weights"
 TEACHER_WEIGHTS = "teacher_weights"
-# Arguments on which the optimizer state depends.
-ARCHITECTURE = (
-    "model_type",
-    "architectures",
-    "vocab_size",
-    "type_vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "attention_embedding_size",
-)
 EPOCH_ROUNDING = 1e-6  # the steps of an epoch are whole numbers, their share of it is not
-# Entries of a configuration that Trainer sets before it saves a model.
-SET_BY_TRAINER = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -392,26 +374,3 @@ def is_finished(folder: Path, args) -> bool:
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return (state.epoch or 0.0) >= args.num_train_epochs - EPOCH_ROUNDING  # Trainer's num_train_epochs is rounded up
-
-
-def validate_resume(checkpoint: str | Path, model: PreTrainedModel, names: Collection[str] | None = None) -> None:
-    """Compare class and configuration of a checkpoint's model with ``model``'s; only the entries ``names``, if given.
-
-    Raises:
-        UserInputError: they differ, or the checkpoint's cannot be read.
-    """
-    here = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    try:
-        saved = dict(json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8")))
-        there = type(model.config).from_dict(saved).to_dict()  # most defaults are not saved
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise UserInputError(f"checkpoint {checkpoint}: config.json cannot be read: {error}") from error
-    there |= {name: saved.get(name) for name in ("model_type", "architectures")}
-    ignored = {*ORIGIN_ENTRIES, *SET_BY_TRAINER} - {*ARCHITECTURE}
-    differences = [
-        f"{name} is {there.get(name)} in the checkpoint and {here.get(name)} in this model"
-        for name in names or sorted(here.keys() - ignored)
-        if there.get(name) != here.get(name) and not name.startswith("_")
-    ]
-    if differences:
-        raise UserInputError(f"checkpoint {checkpoint} belongs to another model: {'; '.join(differences)}")

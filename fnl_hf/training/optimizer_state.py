@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.runs.checkpoints import find_fault, list_checkpoints, newest_complete_checkpoint
-from fnl_hf.runs.plan import ARCHITECTURE, read_started, validate_resume
+from fnl_hf.runs.plan import read_started
+from fnl_hf.runs.same_model import ARCHITECTURE, validate_same_model
 
 
 def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
@@ -36,7 +37,7 @@ def optimizer_checkpoint(args, model: PreTrainedModel) -> Path | None:
             f"--optimizer_state_from {folder}: that run uses --optimizer {other}, this one {args.optimizer}: use the "
             "same"
         )
-    validate_resume(newest, model, ARCHITECTURE)
+    validate_same_model(newest, model, ARCHITECTURE)
     for checkpoint in list_checkpoints(Path(folder)):
         if has_weights(checkpoint, model) and (checkpoint == newest or find_fault(checkpoint) is None):
             return checkpoint
