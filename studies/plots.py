@@ -27,7 +27,7 @@ def plot_study(outcome: Outcome, file: Path) -> None:
     legend for all panels. Without an axis each arm has a place and a color of its own."""
     study = outcome.study
     panels = {study.label: {"": study.metric}, **study.measures}
-    groups, rows = list(study.arms), len(panels) + len(study.courses)
+    groups, rows = outcome.groups, len(panels) + len(study.courses)
     colors = curve_colors(outcome)
     column_width = min(max(COLUMNS[0], WIDTH / len(groups)), COLUMNS[1])
     size = (column_width * len(groups) + 0.09 * max(map(len, colors)) + 0.6, ROW * rows)

@@ -66,7 +66,7 @@ def claims_table(outcomes: Sequence[Outcome]) -> str:
             if not outcome.reported_lines:
                 waiting.append(f"- {comparison.claim} ([{outcome.name}](#{outcome.name}))")
                 continue
-            for index, group in enumerate(outcome.study.arms):
+            for index, group in enumerate(outcome.groups):
                 claim = "" if index else comparison.claim
                 study = f"[{outcome.name}](#{outcome.name}), {group}"
                 rows.append([claim, study, *claim_cells(outcome, group, comparison)])
@@ -80,7 +80,7 @@ def comparisons_table(outcome: Outcome) -> str:
     rows = [
         ["" if index else comparison.claim, group, *claim_cells(outcome, group, comparison)]
         for comparison in outcome.study.comparisons
-        for index, group in enumerate(outcome.study.arms)
+        for index, group in enumerate(outcome.groups)
     ]
     return table(["claim", "", *CLAIM_HEADER], rows)
 
@@ -101,7 +101,7 @@ def claim_cells(outcome: Outcome, group: str, comparison: Comparison) -> list[st
 def answer(outcome: Outcome) -> str:
     """One sentence, from the first comparison of the study."""
     parts = []
-    for group in outcome.study.arms:
+    for group in outcome.groups:
         arm, reference, difference = outcome.compare(group, outcome.study.comparisons[0])
         said = outcome.rule(difference)
         if difference is None:
@@ -198,7 +198,12 @@ def section(outcome: Outcome, docs: Path) -> str:
         return "\n\n".join([*parts, f"Not run yet.{tuned}", command(outcome)]) + "\n"
     picture = Path("results") / f"{outcome.name}.png"
     plot_study(outcome, docs / picture)
-    parts += [f"**Answer.** {answer(outcome)}", f"Smallest difference that counts: {study.effect:g} in {study.label}."]
+    waiting = [group for group in study.arms if group not in outcome.groups]
+    left = f" Not run yet: {', '.join(waiting)}." if waiting else ""
+    parts += [
+        f"**Answer.** {answer(outcome)}{left}",
+        f"Smallest difference that counts: {study.effect:g} in {study.label}.",
+    ]
     parts += [f"![{outcome.name}]({picture.as_posix()})", comparisons_table(outcome)]
     parts += filter(None, (arms_table(outcome, group) for group in study.arms))
     if study.axis is not None:

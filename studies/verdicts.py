@@ -39,6 +39,12 @@ class Outcome:
     def reported_lines(self) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["seed"] not in self.study.tuning_seeds]
 
+    @property
+    def groups(self) -> list[str]:
+        """The groups with reported runs."""
+        found = {line["arm"].partition("/")[0] for line in self.reported_lines}
+        return [group for group in self.study.arms if group in found]
+
     def values(self, arm: str, path: str | None = None, tuning: bool = False) -> dict[int, Any]:
         """{seed: value} of an arm, by default of the metric, on the reported seeds or the tuning seeds; diverged runs
         have none."""

@@ -47,7 +47,7 @@ class CalibrationText:
         """The ``calibration`` of ``from_bert`` and :func:`fnl_hf.factorize`.
 
         Raises:
-            UserInputError: see :func:`fnl_hf.data.corpus.load_text_files`.
+            UserInputError: a file without text, or without the column.
         """
         texts = load_text_files(list(self.files), self.text_column)["text"][: self.samples] if self.files else []
         can_pad = tokenizer.pad_token is not None
