@@ -139,8 +139,6 @@ def arms_table(outcome: Outcome, group: str) -> str:
             measured = outcome.values(f"{group}/{name}", path)
             row.append(f"{fmean(measured.values()):.3g}" if measured else DASH)
         rows.append(row)
-    if not rows:
-        return ""
     header = [group, study.label, "seeds", f"minus {study.reference} [95% interval]", "detectable difference"]
     return table([*header, *(title for title, _ in measures)], rows)
 
@@ -205,7 +203,7 @@ def section(outcome: Outcome, docs: Path) -> str:
         f"Smallest difference that counts: {study.effect:g} in {study.label}.",
     ]
     parts += [f"![{outcome.name}]({picture.as_posix()})", comparisons_table(outcome)]
-    parts += filter(None, (arms_table(outcome, group) for group in study.arms))
+    parts += [arms_table(outcome, group) for group in outcome.groups]
     if study.axis is not None:
         parts.append(valleys_table(outcome))
     return "\n\n".join([*parts, origins(outcome), command(outcome)]) + "\n"

@@ -1,7 +1,7 @@
 """Text from files as the calibration data of conversions and factorizations."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,20 +68,19 @@ class CalibrationText:
         names = ", ".join(name.rpartition("/")[2] for name in self.files)
         return f"{documents} documents of {names}, up to {self.max_seq_length} tokens each"
 
+    def cut_for(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> "CalibrationText":
+        """The same documents, cut to the positions of ``model``.
+
+        Raises:
+            UserInputError: no room for a token beside the special ones, or a tokenizer with ids that the model has not.
+        """
+        config = model.config
+        bounds = (getattr(config, "max_position_embeddings", None), usable_positions(model))
+        length = min([self.max_seq_length, *filter(None, bounds)])
+        validate_bounds("max_seq_length", length, tokenizer.num_special_tokens_to_add() + 1)
+        if hasattr(config, "vocab_size"):
+            validate_vocabulary(tokenizer, config.vocab_size)
+        return replace(self, max_seq_length=length)
+
 
 WEIGHTS_ALONE = CalibrationText()
-
-
-def usable_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_seq_length: int) -> int:
-    """``max_seq_length``, limited by the model's positions.
-
-    Raises:
-        UserInputError: no room for a token beside the special ones, or a tokenizer with ids that the model has not.
-    """
-    config = model.config
-    bounds = (getattr(config, "max_position_embeddings", None), usable_positions(model))
-    length = min([max_seq_length, *filter(None, bounds)])
-    validate_bounds("max_seq_length", length, tokenizer.num_special_tokens_to_add() + 1)
-    if hasattr(config, "vocab_size"):
-        validate_vocabulary(tokenizer, config.vocab_size)
-    return length

@@ -1,7 +1,6 @@
 """Factorize or merge the layers of a checkpoint on disk or on the Hub, and save it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fnl_hf.commands.calibration import WEIGHTS_ALONE, CalibrationText, usable_length
+from fnl_hf.commands.calibration import WEIGHTS_ALONE, CalibrationText
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
 from fnl_hf.errors import UserInputError
 from fnl_hf.publishing.cards import FACTORIZED_LAYERS, describe_source, write_card
@@ -66,8 +65,7 @@ def factorize_checkpoint(
                 f"{source} has no tokenizer, so --calibration_file cannot be used: calibrate it in Python, on its own "
                 "inputs"
             )
-        length = usable_length(tokenizer, model, calibration.max_seq_length)
-        return list(replace(calibration, max_seq_length=length).batches(tokenizer))
+        return list(calibration.cut_for(tokenizer, model).batches(tokenizer))
 
     what = "with factorized layers; not trained afterwards"
     if calibration.files:

@@ -3,7 +3,6 @@ back to BERT."""
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import embedding_size_of, needed_kernel, read_as_bert
 from fnl_hf.bert.head_mixing import Truncation
 from fnl_hf.bert.other_names import NAMINGS, head_of
-from fnl_hf.commands.calibration import WEIGHTS_ALONE, CalibrationText, usable_length
+from fnl_hf.commands.calibration import WEIGHTS_ALONE, CalibrationText
 from fnl_hf.commands.folders import complete_or_removed, refuse_bad_folder
 from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.errors import UserInputError
@@ -86,8 +85,7 @@ def convert_checkpoint(
         logger.warning("calibration_file has no effect: only a smaller attention_embedding_size truncates")
         calibration = WEIGHTS_ALONE
     if calibration.files:
-        length = usable_length(tokenizer, original, calibration.max_seq_length)
-        calibration = replace(calibration, max_seq_length=length)
+        calibration = calibration.cut_for(tokenizer, original)
     try:
         batches = list(calibration.batches(tokenizer))
         if to == "bert":

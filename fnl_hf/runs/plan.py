@@ -147,26 +147,32 @@ def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> Ru
     if is_finished(folder, args):
         return RunPlan(finished=True, continued=folder)
     checkpoint = newest_complete_checkpoint(folder)
-    if checkpoint is None and (faulty := list_checkpoints(folder)):
+    if checkpoint is None:
+        return _plan_without_checkpoint(folder, args, output)
+    refuse_others_files(folder, output, anew=False)
+    _warn_of_another_length(folder, description)
+    return RunPlan(checkpoint=str(checkpoint), continued=folder)
+
+
+def _plan_without_checkpoint(folder: Path, args, output: Output) -> RunPlan:
+    """Start the run in ``folder`` again, if it was stopped before its first checkpoint."""
+    if faulty := list_checkpoints(folder):
         raise UserInputError(
             f"--resume_from_checkpoint auto: {folder} has no complete checkpoint: "
             f"{'; '.join(f'{path.name}: {find_fault(path)}' for path in faulty)}. To start a new run, "
             f"{_remedies(folder, args, output)}"
         )
-    if checkpoint is None and not holds_run(folder):
+    if not holds_run(folder):
         raise UserInputError(
             f"--output_dir {folder} is not empty and contains no run to resume: {_remedies(folder, args, output)}"
         )
     refuse_others_files(folder, output, anew=False)
-    if checkpoint is None and os.path.isfile(folder / RESULTS_FILE):
+    if os.path.isfile(folder / RESULTS_FILE):
         raise UserInputError(
             f"--resume_from_checkpoint auto: the run in {folder} has ended and left no checkpoint to continue from: "
             f"{_remedies(folder, args, output)}"
         )
-    if checkpoint is None:
-        return RunPlan(continued=folder)
-    _warn_of_another_length(folder, description)
-    return RunPlan(checkpoint=str(checkpoint), continued=folder)
+    return RunPlan(continued=folder)
 
 
 def _remedies(folder: Path, args, output: Output) -> str:
