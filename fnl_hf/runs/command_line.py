@@ -164,12 +164,16 @@ def _end_process_group(together: bool = True) -> None:
     wait for the other processes: it is ended only if all of them get here ``together``.
 
     gloo's threads end with the last reference to the group. The wrapped model holds one, and is in reference cycles.
+    It must not be the last: a wrapped model that ends waits for these threads without releasing the interpreter, for
+    which a thread that is freeing its tensors may be waiting.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     if together or torch.distributed.get_backend() == "gloo":
+        group = torch.distributed.group.WORLD
         torch.distributed.destroy_process_group()
         gc.collect()
+        del group  # releases the interpreter while it waits
         time.sleep(0.1)  # the traceback of an error may hold the model, too: gives that thread the interpreter
 
 

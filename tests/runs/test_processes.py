@@ -1,6 +1,8 @@
 """Several processes go on, and end, together, whatever one of them alone sees or fails at."""
 
 import json
+import subprocess
+import sys
 
 from tests.conftest import RESUMES_ON_CPUS, assert_same_weights, launch, pretraining
 
@@ -26,3 +28,25 @@ def test_processes_fail_together_and_go_on_from_the_same_checkpoint(corpus, tmp_
     assert_same_weights(tmp_path / "whole", tmp_path / "out")
     for rank in range(2):
         assert "gloo" not in (tmp_path / f"threads-{rank}.json").read_text()
+
+
+# A thread of gloo that frees the tensors of the last collective waits for the interpreter, here for longer than it has.
+END_OF_A_RUN = """
+import sys
+import torch
+from fnl_hf.runs.command_line import run_script
+
+def run(argv):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+    wrapped.itself = wrapped
+    del wrapped
+    sys.setswitchinterval(1000)
+    torch.distributed.all_reduce(torch.ones(1000))
+
+run_script(run)
+"""
+
+
+def test_a_wrapped_model_that_ends_leaves_the_interpreter_to_gloo():
+    subprocess.run([sys.executable, "-c", END_OF_A_RUN], check=True, timeout=120)
