@@ -32,8 +32,7 @@ def test_processes_fail_together_and_go_on_from_the_same_checkpoint(corpus, tmp_
 
 # A thread of gloo that frees the tensors of the last collective waits for the interpreter, here for longer than it has.
 END_OF_A_RUN = """
-import sys
-import torch
+import gc, sys, torch
 from fnl_hf.runs.command_line import run_script
 
 def run(argv):
@@ -44,7 +43,10 @@ def run(argv):
     sys.setswitchinterval(1000)
     torch.distributed.all_reduce(torch.ones(1000))
 
-run_script(run)
+gc.freeze()
+for _ in range(20):
+    sys.setswitchinterval(0.005)
+    run_script(run)
 """
 
 
