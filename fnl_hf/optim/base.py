@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from fnl_hf.bert.factorization import RANK_DIMS
 from fnl_hf.optim.checked import CheckedOptimizer, get_lr, group_name, validate_number
@@ -20,6 +21,8 @@ from fnl_hf.optim.local_factors import LocalProduct
 from fnl_hf.optim.stability import StabilityCheck
 from fnl_hf.optim.view_decay import ViewUnit
 from fnl_hf.products.views import VIEWS
+
+logger = logging.get_logger(__name__)
 
 # A group's entries: kind of product (None: ordinary parameters), heads, number of products, the places of factors that
 # are parts of parameters, λ, decay of factors and other rows if it is applied here, and an entry of SGD.
@@ -50,6 +53,7 @@ class ProductGroups(CheckedOptimizer):
         # so our defaults belong there, too.
         for name, value in self.__dict__.get("_own_defaults", {}).items():
             self.defaults.setdefault(name, value)
+        self._knows_products = vars(self).get("_knows_products", False) or "product" in param_group
         is_product = param_group.setdefault("product", None) is not None
         param_group.setdefault("num_heads", 1)
         decay = param_group.setdefault("frobenius_decay", self.defaults["frobenius_decay"] if is_product else 0.0)
@@ -140,12 +144,22 @@ class ProductGroups(CheckedOptimizer):
                 if group.get("differentiable") or any(_is_undecayable(p) for p in group["params"]):
                     validate_product_group(group, group_name(group, index))
                 groups.append(group)
-        if self.defaults["frobenius_decay"] and all(group["product"] is None for group in self.param_groups):
-            raise ValueError(
-                f"frobenius_decay ({self.defaults['frobenius_decay']}) has nothing to decay: no parameter group "
-                "contains products. Make the groups with frobenius_param_groups(model, ...)"
-            )
+        if all(group["product"] is None for group in self.param_groups):
+            self._report_no_products()
         return groups
+
+    def _report_no_products(self) -> None:
+        remedy = "Make the groups with frobenius_param_groups(model, ...)"
+        if decay := self.defaults["frobenius_decay"]:
+            raise ValueError(
+                f"frobenius_decay ({decay}) has nothing to decay: no parameter group contains products. {remedy}"
+            )
+        if not vars(self).get("_knows_products", True):  # a model without products was reported with its groups
+            logger.warning_once(
+                f"{type(self).__name__} does only what its base class does: no parameter group says what its products "
+                f"are. {remedy}; transformers.Trainer makes groups of its own unless it gets the optimizer itself, as "
+                "optimizers=(optimizer, None)"
+            )
 
     def _base_step(self) -> None:
         # ``Optimizer`` wraps the ``step`` of every class that it instantiates with the user's hooks; our ``step`` runs

@@ -41,13 +41,14 @@ Examine = Callable[[LocalProduct | LocalPair, Sequence[torch.Tensor], Sequence[t
 
 
 def validate_product_group(group: dict[str, Any], where: str = "parameter group") -> None:
-    """Check a parameter group's ``product``, ``num_heads``, ``frobenius_decay`` and the shapes of its products.
+    """Check a parameter group's ``product``, ``num_heads``, both decays and the shapes of its products.
 
     Raises:
         ValueError: naming the entry and its value.
     """
     decay = group["frobenius_decay"]
-    validate_number("frobenius_decay", decay, f"{where}: ")
+    for name in ("frobenius_decay", "weight_decay"):
+        validate_number(name, group[name], f"{where}: ")
     kind, params = group["product"], group["params"]
     if kind is None:
         if decay != 0.0:

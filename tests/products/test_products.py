@@ -279,6 +279,7 @@ def refusals():
         ({"frobenius_decay": -0.1}, r"group 1: frobenius_decay \(-0.1\) must be finite and at least 0"),
         ({"frobenius_decay": float("nan")}, r"group 1: frobenius_decay \(nan\)"),
         ({"frobenius_decay": float("inf"), "name": "attention"}, r"group 'attention': frobenius_decay \(inf\)"),
+        ({"weight_decay": float("inf")}, r"weight_decay \(inf\) must be finite and at least 0"),
         ({"product": "qq"}, r"group 1: product must be one of \['conv', .*'vo'\] or None, not 'qq'"),
         ({"product": None, "use_muon": True, "frobenius_decay": 0.1}, r"group 1: .* \(0.1\) applies to products"),
         ({"num_heads": 4}, rf"group 1, product 0 \(qk\): shapes {shapes}, a multiple of num_heads \(4\)"),
@@ -328,6 +329,20 @@ def test_a_decay_without_products_is_refused(optimizer_class):
         optimizer.step()
     optimizer.add_param_group(pair_group())
     optimizer.step()
+
+
+@OPTIMIZERS
+def test_groups_that_name_no_products_are_told(optimizer_class, caplog):
+    """Such as those that transformers.Trainer makes of an optimizer's class: nothing would be decayed, silently."""
+    model = nn.Linear(5, 7, bias=False)
+    known = [group | {"use_muon": True} for group in frobenius_param_groups(model, 0.0)]
+    for groups, expected in ((known, []), ([{"params": [model.weight], "use_muon": True}], [optimizer_class.__name__])):
+        optimizer = optimizer_class(groups, lr=0.1)
+        set_gradients([model.weight])
+        caplog.clear()
+        for each in (optimizer, copy.deepcopy(optimizer)):
+            each.step()
+        assert [r.message.split(" does only")[0] for r in caplog.records if "does only" in r.message] == expected
 
 
 @OPTIMIZERS
