@@ -44,10 +44,8 @@ STUDY = Study(
         ),
     ),
     # λ is chosen on other seeds than the reported ones, not on other documents: the noise of the seeds is much larger
-    # than
-    # that of the choice of documents. If λ were chosen on the reported seeds, a λ that was lucky in the choice would
-    # also
-    # be lucky in the report.
+    # than that of the choice of documents. On the reported seeds, a λ that was lucky in the choice would be lucky in
+    # the report, too.
     tuning_seeds=(101, 102),
     measures={
         "effective rank": of_both_kinds("effective_rank"),
