@@ -106,6 +106,8 @@ def build_pretraining_config(model_args, tokenizer: PreTrainedTokenizerBase, max
         config = load_bert_config(name)
     else:
         config = make_config(preset_config(model_args.preset or "tiny") | {"vocab_size": vocabulary_size(tokenizer)})
+    if model_args.config_name is not None:
+        _refuse_other_layers(config, name)
     requested = model_args.attention_embedding_size
     if model_args.model_name_or_path and requested not in (None, config.mha_embedding_size):
         raise UserInputError(
@@ -141,6 +143,15 @@ def _refuse_two_sources(model_args, names):
     given = [f"--{name}" for name in names if getattr(model_args, name) is not None]
     if len(given) > 1:
         raise UserInputError(f"give only one of {', '.join(f'--{name}' for name in names)}, not {' and '.join(given)}")
+
+
+def _refuse_other_layers(config: PreTrainedConfig, name: str) -> None:
+    """A model made from a configuration alone has dense layers."""
+    if getattr(config, "quantization_config", None):
+        raise UserInputError(
+            f"--config_name {name} is of a model with factorized or quantized layers, which a configuration alone does "
+            f"not make: use --model_name_or_path {name}, or remove quantization_config from its config.json"
+        )
 
 
 def _override(config: FnlBertConfig, overrides: str | None) -> FnlBertConfig:
@@ -247,6 +258,7 @@ def build_question_answering_model(
     else:
         with as_user_input(name):
             config = config or AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            _refuse_other_layers(config, name)
             config.dtype, config.num_labels = torch.float32, ANSWER_LOGITS
             model = AutoModelForQuestionAnswering.from_config(config, trust_remote_code=trust_remote_code)
     _validate_sizes(model.config, tokenizer, max_seq_length, usable_positions(model))
@@ -306,6 +318,8 @@ def as_user_input(name, problem: str = "no model of the required kind can be bui
     """Turn errors of Transformers for a configuration or checkpoint into UserInputError."""
     try:
         yield
+    except UserInputError:  # a ValueError, and says all
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError, ImportError, OSError, *LIBRARY_ERRORS) as error:
         raise UserInputError(f"{problem} {name}: {reason_of(error)}") from error
 

@@ -61,6 +61,10 @@ MODELS = {
     "override of nothing": (
         flags(config_overrides="attention_embedding_size=4"), "^--config_overrides attention_embedding_size=4: "
     ),
+    "a configuration of products": (
+        bert(quantization_config={"quant_method": "fnl_factorized", "layers": {}}),
+        "^--config_name .* is of a model with factorized or quantized layers, .*: use --model_name_or_path .*.json$",
+    ),
     "two sources": (flags(preset="base", config_name="x"), "^give only one of --preset, .* and --config_name$"),
     "another E": (pretrained(attention_embedding_size=8), r"\(8\) differs from that of .* \(32\)$"),
     "other shapes": (
