@@ -118,12 +118,12 @@ def plot_curve(
 
 
 def plot_courses(axis, outcome: Outcome, group: str, parts: Mapping[str, str], colors: Mapping) -> None:
-    """A measure over the steps, the mean over the seeds, of the arms that are compared, one of each curve; its parts in
+    """A measure over the steps, the mean over the seeds, of the arm of each curve that is compared first; its parts in
     lines of their own."""
     compared = [outcome.compare(group, comparison)[:2] for comparison in outcome.study.comparisons]
-    names = {f"{group}/{name}" for pair in compared for name in pair if name is not None}
+    names = [f"{group}/{name}" for pair in compared for name in pair if name is not None]
     for curve, places in outcome.study.curves(group).items():
-        for arm in [arm for _, arm in places if arm in names][:1]:
+        for arm in [name for name in names if name in {arm for _, arm in places}][:1]:
             for style, path in zip(STYLES, parts.values()):
                 courses = list(outcome.values(arm, path).values())
                 if courses:

@@ -89,6 +89,9 @@ def claim_cells(outcome: Outcome, group: str, comparison: Comparison) -> list[st
     """Below ``CLAIM_HEADER``."""
     arm, reference, difference = outcome.compare(group, comparison)
     digits = outcome.study.digits
+    if arm is not None and arm == reference:
+        said = outcome.claim(comparison, difference)
+        return [f"**{said}, on the tuning seeds only**", f"both are {arm}", DASH, DASH, DASH]
     return [
         f"**{outcome.claim(comparison, difference)}**",
         f"{arm} − {reference}" if arm and reference else DASH,
@@ -104,6 +107,9 @@ def answer(outcome: Outcome) -> str:
     for group in outcome.groups:
         arm, reference, difference = outcome.compare(group, outcome.study.comparisons[0])
         said = outcome.rule(difference)
+        if arm is not None and arm == reference:
+            parts.append(f"{group}: {arm} is the best on the tuning seeds")
+            continue
         if difference is None:
             parts.append(f"{group}: {said}")
             continue

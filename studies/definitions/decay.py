@@ -42,6 +42,14 @@ STUDY = Study(
             expected="same",
             article=True,
         ),
+        *(
+            Comparison(
+                f"At λ = {decay}, Frobenius decay reaches a lower loss than weight decay",
+                f"frobenius-{decay}",
+                f"weight-{decay}",
+            )
+            for decay in LAMBDAS
+        ),
     ),
     # λ is chosen on other seeds than the reported ones, not on other documents: the noise of the seeds is much larger
     # than that of the choice of documents. On the reported seeds, a λ that was lucky in the choice would be lucky in

@@ -112,6 +112,13 @@ def test_a_claim_of_no_difference(tmp_path):
     assert smaller.claim(claim, difference) == f"{FAILS} better"
 
 
+def test_an_arm_is_not_compared_with_itself(page):
+    """The choice on the tuning seeds says all there is: no interval, and no detectable difference of 0."""
+    text = page(comparisons=(Comparison("One rate", "up-1", "up-*", expected="same", article=True),))
+    row = "**confirmed here, on the tuning seeds only** | both are up-1 | – | – | – |"
+    assert text.count(row) == 2 and "+0.000" not in text
+
+
 def test_diverged_runs_are_told_and_never_chosen(tmp_path, page):
     """up-0.1 is chosen by its loss of 4.25 on seed 11 alone; on seed 12 it diverges."""
     changes = {"tuning_seeds": (11, 12)}
