@@ -91,7 +91,8 @@ def convert_checkpoint(
         if to == "bert":
             result = Conversion(original, _to_bert(original), [])
         else:
-            converted = fnl_class.from_bert(original, attention_embedding_size, batches or None, True)
+            shown = logging.tqdm(batches, desc="Calibrating", unit="batch") if batches else None
+            converted = fnl_class.from_bert(original, attention_embedding_size, shown, True)
             result = Conversion(original, *converted)
     except UserInputError:
         raise

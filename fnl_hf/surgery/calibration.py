@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from fnl_hf.bert.moments import LayerMoments, measure_moments
 
@@ -109,7 +110,7 @@ def collect_moments(
     batches = list(batches)
     for part in _parts(layers):
         moments = {name: moments_class(layer)(layer) for name, layer in part.items()}
-        measure_moments(model, moments, batches)
+        measure_moments(model, moments, logging.tqdm(batches, desc="Calibrating", unit="batch"))
         yield from moments.items()
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from fnl_hf.bert.attention_fnl_bert import factor_pairs
 from fnl_hf.layers import FactorizedLayer
@@ -87,7 +88,7 @@ def factorize(
     ranks = choose_ranks(layers, config, sum(p.numel() for p in model.parameters()), losses)
     factorized = {
         id(layers[name]): _factorize_layer(name, layers[name], rank, config, calibrated.get(name))
-        for name, rank in ranks.items()
+        for name, rank in logging.tqdm(ranks.items(), desc="Factorizing", unit="layer")
     }
     if config.mode == "low_rank":
         _warn_of_growth(layers, ranks)

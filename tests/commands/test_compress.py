@@ -115,7 +115,8 @@ def test_calibration(fitting, tmp_path, capsys):
     table.write_text("".join(json.dumps({"title": "the list", "abstract": line}) + "\n" for line in lines))
     options = ["--model_ratio", "0.7", "--calibration_samples", "70", "--max_seq_length"]
     cli.main(["factorize", str(fitting), str(tmp_path / "new"), "--calibration_file", str(text), *options, "11"])
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert all(f"{phase}: 100%" in progress for phase in ("Calibrating", "Truncating", "Factorizing"))
     before, after = (
         BertForMaskedLM.from_pretrained(fitting).num_parameters(),
         BertForMaskedLM.from_pretrained(tmp_path / "new").num_parameters(),
