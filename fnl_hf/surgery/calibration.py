@@ -111,7 +111,7 @@ def collect_moments(
     for part in _parts(layers):
         moments = {name: moments_class(layer)(layer) for name, layer in part.items()}
         measure_moments(model, moments, logging.tqdm(batches, desc="Calibrating", unit="batch"))
-        yield from moments.items()
+        yield from logging.tqdm(moments.items(), desc="Truncating", unit="layer")  # what the caller does with each
 
 
 def _parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from fnl_hf.bert.moments import LayerMoments
 from fnl_hf.surgery.calibration import collect_moments
@@ -150,8 +149,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         what = "on the meta device" if weight.is_meta else "not finite"
         raise ValueError(f"{name}: calibration needs the layer's weight, but it is {what}")
     found, few = {}, {}
-    measured = collect_moments(model, layers, batches)
-    for name, moments in logging.tqdm(measured, total=len(layers), desc="Truncating", unit="layer"):
+    for name, moments in collect_moments(model, layers, batches):
         inputs = moments.inputs.shape[-1] if moments.rows else 0
         if moments.rows < inputs:
             few[name] = (inputs, moments.rows)
