@@ -165,25 +165,31 @@ def launch(script, flags, folder, resume=True):
 
 
 def distill(start, teacher, files, folder):
-    """Train the model in ``start`` towards its teacher's hidden states, if that is not done yet."""
+    """Train the model in ``start`` towards its teacher's hidden states, if that is not done yet.
+
+    Returns:
+        The seconds that the training took.
+    """
     if not (folder / "all_results.json").exists():
         flags = ["--objective", "distill", "--model_name_or_path", start, "--teacher_name_or_path", teacher]
         launch("run_pretrain.py", [*flags, "--train_file", *files, *DISTILLATION.split()], folder)
+    return json.loads((folder / "all_results.json").read_text(encoding="utf-8"))["train_runtime"]
 
 
 def distilled(models, name, tokenizer, args):
-    """Name -> model, of the calibrated ones and the one with dropped layers."""
+    """Name -> (model, seconds of training), of the calibrated ones and the one with dropped layers."""
     found = {}
     for label in [DROPPED, *(label for label in models if label.endswith(": calibrated"))]:
         folder = Path(args.distilled_dir).resolve() / label
         for part in (models[label], tokenizer):
             part.save_pretrained(folder / "start")
-        distill(folder / "start", name, map(os.path.abspath, args.calibration_file), folder / "distilled")
-        found[f"{label}, distilled"] = load(folder / "distilled")
+        files = map(os.path.abspath, args.calibration_file)
+        seconds = distill(folder / "start", name, files, folder / "distilled")
+        found[f"{label}, distilled"] = load(folder / "distilled"), seconds
     return found
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--calibration_file", nargs="+", required=True)
@@ -198,7 +204,20 @@ def main():
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--results", default=None, help="JSON Lines file to append the rows to")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def table_row(row, original_milliseconds):
+    """A line of ``--results`` as a row of the table."""
+    cells = [row["encoder"], "–" if row["parameters"] is None else f"{row['parameters'] / 1e6:.2f}"]
+    cells += [f"{row[name]:.3f}" for name in ("cosine", "mrr", "first")]
+    one, many = row["milliseconds"]
+    cells += ["–"] * 3 if one is None else [f"{one:.1f}", f"{many:.0f}", f"{original_milliseconds[1] / many:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main():
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     name = args.model or default_model()
     tokenizer = load_tokenizer(name)
@@ -206,25 +225,23 @@ def main():
     held_out = list(CalibrationText(args.held_out_file, args.held_out_samples, 128).batches(tokenizer))
     examples = read_squad_file(args.questions_file)
     models = candidates(name, args.ratios, calibration, args.folders, args.ablations)
-    if args.distilled_dir:
-        models |= distilled(models, name, tokenizer, args)
+    trained = distilled(models, name, tokenizer, args) if args.distilled_dir else {}
+    models |= {label: model for label, (model, _) in trained.items()}
     dense = {label: model for label, model in models.items() if "pruning" not in label}  # its zeros are multiplied, too
     times = latencies(dense, len(tokenizer), args.repeats)
     machine = f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {transformers.__version__}"
     print(f"{machine}; calibrated on {args.samples} documents, {len(examples)} questions\n")
     print("| encoder | parameters, M | cosine | MRR | first | 1 x 128, ms | 32 x 128, ms | times faster |")
     print("|---|---|---|---|---|---|---|---|")
-    base = times["original"][1]
     for label, model in models.items():
         mean, _ = cosine(model, models["original"], held_out)
         rank, first = retrieval(model, tokenizer, examples["question"][:], examples["context"][:])
         parameters = None if "int8" in label else encoder_parameters(model)
-        one, many = times.get(label, (None, None))
-        cells = ["–" if parameters is None else f"{parameters / 1e6:.2f}", f"{mean:.3f}", f"{rank:.3f}", f"{first:.3f}"]
-        cells += ["–"] * 3 if one is None else [f"{one:.1f}", f"{many:.0f}", f"{base / many:.2f}"]
-        print(f"| {label} | {' | '.join(cells)} |", flush=True)
         row = {"encoder": label, "parameters": parameters, "cosine": mean, "mrr": rank, "first": first}
-        row |= {"milliseconds": [one, many], "machine": machine, "samples": args.samples}
+        row |= {"milliseconds": times.get(label, (None, None)), "machine": machine, "samples": args.samples}
+        if label in trained:
+            row["distillation_seconds"] = trained[label][1]
+        print(table_row(row, times["original"]), flush=True)
         if args.results:
             with open(args.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

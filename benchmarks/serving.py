@@ -13,6 +13,7 @@ command with a new head.
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -146,10 +147,24 @@ def sentence_encoders(args, folder):
     print(f"| ONNX file of | MB | {headers} | times faster | MRR |\n|---|---|{'---|' * len(LATENCY_SHAPES)}---|---|")
     for label, run in encoders.items():
         rank, _ = retrieval(run, tokenizer, examples["question"][:], examples["context"][:])
-        faster = milliseconds["original"][-1] / milliseconds[label][-1]
-        times = " | ".join(f"{value:.1f}" for value in milliseconds[label])
-        size = files[label].stat().st_size / 1e6
-        print(f"| {label} | {size:.1f} | {times} | {faster:.2f} | {rank:.3f} |", flush=True)
+        row = {"encoder": label, "bytes": files[label].stat().st_size, "milliseconds": milliseconds[label]}
+        row |= {"mrr": rank, "machine": machine(args)}
+        print(table_row(row, milliseconds["original"]), flush=True)
+        if args.results:
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def table_row(row, original_milliseconds):
+    """A line of ``--results`` as a row of the table."""
+    faster = original_milliseconds[-1] / row["milliseconds"][-1]
+    times = " | ".join(f"{value:.0f}" for value in row["milliseconds"])
+    return f"| {row['encoder']} | {row['bytes'] / 1e6:.1f} | {times} | {faster:.2f} | {row['mrr']:.3f} |"
+
+
+def machine(args):
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{platform.machine()}, {args.threads} threads, {versions}, onnxruntime {onnxruntime.__version__}"
 
 
 def main():
@@ -163,10 +178,10 @@ def main():
     parser.add_argument("--folders", nargs="*", default=[], help="folders of more encoders")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--results", default=None, help="JSON Lines file to append the rows of sentence encoders to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}\n")  # fmt: skip
+    print(f"{machine(args)}\n")
     with tempfile.TemporaryDirectory() as folder:
         (sentence_encoders if args.questions_file else question_answering)(args, Path(folder))
 
