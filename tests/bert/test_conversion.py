@@ -1,6 +1,9 @@
 """BERT to FNL-BERT and back: exact where it can be, and elsewhere the best that the rank allows."""
 
+import copy
+
 import numpy as np
+import peft
 import pytest
 import torch
 from torch.nn.utils import parametrizations, prune
@@ -178,14 +181,15 @@ def test_weights_of_conversions_and_of_new_models_do_not_know_autocast(bert):
 
 
 class Wrapped(torch.nn.Module):
-    """As PEFT wraps a layer, whose weight then has another name."""
+    """A layer whose weight has another name."""
 
     def __init__(self, layer):
         super().__init__()
-        self.base_layer, self.lora_A = layer, torch.nn.Linear(42, 2)
+        self.base_layer = layer
 
 
-ADAPTED = type("Linear", (Wrapped,), {"__module__": "peft.tuners.lora.layer"})
+def adapt(model, name):
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=[name]), model)
 
 
 def wrap(model, name, kind):
@@ -194,8 +198,8 @@ def wrap(model, name, kind):
 
 QUERY, UP = "bert.encoder.layer.1.attention.self.query", "bert.encoder.layer.0.intermediate.dense"
 CHANGES = {
-    "adapters": (lambda model: wrap(model, QUERY, ADAPTED), "has adapters of PEFT, which a conversion would lose"),
-    "adapters of a feed-forward layer": (lambda model: wrap(model, UP, ADAPTED), "has adapters of PEFT"),
+    "adapters": (lambda model: adapt(model, QUERY), "has adapters of PEFT, which a conversion would lose"),
+    "adapters of a feed-forward layer": (lambda model: adapt(model, UP), "has adapters of PEFT"),
     "another wrapper": (
         lambda model: wrap(model, QUERY, Wrapped), rf"it lacks {QUERY}.bias, {QUERY}.weight and has {QUERY}.base_layer."
     ),
@@ -239,9 +243,9 @@ def test_weights_that_a_conversion_would_lose_are_named(dimensions, change, stoc
 
 
 def test_what_is_no_model_of_transformers_is_refused(bert):
-    peft_model = type("PeftModel", (torch.nn.Module,), {"__module__": "peft.peft_model"})()
+    adapted = peft.get_peft_model(copy.deepcopy(bert), peft.LoraConfig(r=2))
     with pytest.raises(ValueError, match="^PeftModel has adapters of PEFT"):
-        fnl_hf.FnlBertModel.from_bert(peft_model)
+        fnl_hf.FnlBertModel.from_bert(adapted)
     for other in (torch.nn.Sequential(bert), {"bert": bert}, None):
         with pytest.raises(ValueError, match=f"^a {type(other).__name__} is neither a model of Transformers nor"):
             fnl_hf.FnlBertModel.from_bert(other)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -134,22 +135,19 @@ def test_of_a_fused_weight_too(include, kinds):
     assert found_in(model) == (kinds, [])
 
 
-class Adapted(nn.Module):
-    """In the shape of PEFT's layers, and of its package as far as can be seen."""
-
-    __module__ = "peft.tuners.lora.layer"
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A, self.lora_B = (nn.ModuleDict({"default": nn.Linear(*sizes)}) for sizes in ((12, 2), (2, 12)))
+def adapt(model, *names):
+    """Wrap layers with LoRA; the others stay trainable."""
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=list(names)), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("base_layer" not in name)
 
 
 def test_layers_with_adapters_are_no_factors_and_nothing_to_warn_of():
     model = PlainAttention()
-    model.q_proj, model.k_proj = Adapted(model.q_proj), Adapted(model.k_proj)
+    adapt(model, "q_proj", "k_proj")
     assert found_in(model) == (["vo"], [])
-    model.v_proj = Adapted(model.v_proj)
+    model = PlainAttention()
+    adapt(model, "q_proj", "k_proj", "v_proj")
     assert found_in(model) == ([], [])
 
 

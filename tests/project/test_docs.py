@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import peft
 import pytest
 import torch
 import transformers
@@ -184,7 +185,7 @@ def names_of_the_reader():
         "block": nn.ModuleDict(factors),
         "net": nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 5, 1)),
         "adapter": nn.ModuleDict(factors),
-        "lora": nn.ModuleDict({name: nn.ModuleDict({"default": nn.Linear(5, 5)}) for name in ("lora_A", "lora_B")}),
+        "adapted": peft.get_peft_model(BertModel(BertConfig(num_hidden_layers=1)), peft.LoraConfig()),
         "attention": nn.ModuleDict({name: nn.Linear(24, 24) for name in ("wq", "wk", "wv", "wo")}),
         "fused": nn.ModuleDict({"qkv": nn.Linear(24, 72), "wo": nn.Linear(24, 24)}),
         "questions": ["Who wrote it?", "Who?"],

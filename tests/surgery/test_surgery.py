@@ -7,6 +7,7 @@ import json
 import warnings
 
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -372,8 +373,8 @@ def with_own_forward():
 
 
 def with_adapters():
-    kind = type("Linear", (nn.Module,), {"__module__": "peft.tuners.lora.layer"})
-    return nn.Sequential(nn.Linear(5, 7), kind(), nn.Linear(7, 2))
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 2))
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["1"]), model)
 
 
 def with_infinity():
