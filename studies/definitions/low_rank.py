@@ -9,6 +9,7 @@ LAMBDAS = (0.03, 0.1, 0.3)
 # Hidden sizes of dense models with as many parameters, or FLOPs per step, as the products at each ratio.
 NARROW = {0.5: {"parameters": 110, "flops": 100}, 0.25: {"parameters": 100, "flops": 82}}
 DENSE_LAMBDA = 0.1  # the recipe's
+WARM = 0.25  # share of dense steps
 DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 
 
@@ -40,6 +41,10 @@ def arms_at(ratio: float) -> dict[str, dict[str, Any]]:
         for mode in ("weight", "frobenius"):
             arms |= {f"{init}-{mode}-{value}": products(ratio, init, mode, value) for value in LAMBDAS}
     arms |= {f"ones-frobenius-{value}": products(ratio, "ones", "frobenius", value) for value in LAMBDAS}
+    arms |= {
+        f"warm-frobenius-{value}": products(ratio, "spectral", "frobenius", value) | {"factorize_at_step": WARM}
+        for value in LAMBDAS
+    }
     return arms
 
 
@@ -83,6 +88,16 @@ STUDY = Study(
             article=True,
         ),
         Comparison("Singular values of 1 beat those of the dense matrix", "ones-frobenius-*", "spectral-frobenius-*"),
+        Comparison(
+            "Products after a dense quarter of the steps beat products from the start",
+            "warm-frobenius-*",
+            "spectral-frobenius-*",
+        ),
+        Comparison(
+            "Products after a dense quarter of the steps beat a narrower dense model with as many parameters",
+            "warm-frobenius-*",
+            "narrow-parameters-*",
+        ),
         Comparison("Products are as good as the dense model", "spectral-frobenius-*", "dense-*", expected="same"),
     ),
     seeds=(1, 2, 3),
