@@ -31,6 +31,7 @@ from .head_mixing import (
     weight_moments,
 )
 from .other_names import bert_entries, bert_weights, class_to_load, head_to_take
+from .tying import untie_like, untie_products
 
 logger = logging.get_logger(__name__)
 # Entries of a configuration that a conversion does not copy: its attention and its origin.
@@ -116,6 +117,8 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         target: Any = cls(config)
         target = target.to(device=source.device, dtype=source.dtype).eval()
         _copy_products(source, target)
+        untie_products(target)
+        untie_like(source, target)
         same_head = isinstance(source, cls if stock is modeling_bert.BertPreTrainedModel else stock)
         _copy_weights(source.state_dict(), source, target, same_head)
         if embedding_size == available:
@@ -160,6 +163,7 @@ class BertConversion(modeling_bert.BertPreTrainedModel):
         vars(config).pop("quantization_config", None)  # it lists the layers that are products
         target: Any = self.bert_class()(config)
         target = target.to(device=self.device, dtype=self.dtype).eval()
+        untie_like(self, target)
         _copy_weights(_dense_weights(self), self, target, same_head=True)
         padded = config.hidden_size // config.num_attention_heads
         for name, source_layer, target_layer in _pair_attentions(self, target):
@@ -200,6 +204,7 @@ def read_as_bert(model: PreTrainedModel, wanted: str) -> PreTrainedModel:
     bert = bert_class(BertConfig(**bert_entries(_config_entries(config), config)), **options)
     bert = bert.to(device=source.device, dtype=source.dtype).eval()
     bert.name_or_path = name
+    untie_like(source, bert)
     _copy_weights(weights, source, bert, same_head=True)
     return bert
 

@@ -13,9 +13,10 @@ Shapes: B batch, S sequence, N rows that a layer is applied to, K groups of a co
 outputs of a group.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ from .evaluation import evaluation_mode
 SEED = 0  # of the directions v
 KERNEL = "_attn_implementation"  # entry of a configuration, which sets those within it, too
 POSITION_LOGITS = ("start_logits", "end_logits")  # (B, S), over the tokens of a sequence
+# Keys and values of a decoder's attention to the encoder, by the names of BART, T5 and BERT.
+CROSS_KEYS = re.compile(r"(?:encoder_attn|EncDecAttention|crossattention)\.(?:\w+\.)*(?:k|v|key|value)(?:_proj)?$")
 
 
 class LayerMoments:
@@ -88,34 +91,43 @@ def measure_moments(model: nn.Module, moments: Mapping[str, LayerMoments], batch
 
     Args:
         batches: what ``model`` is called with: mappings of its arguments, tuples of them, or a tensor. An
-            ``attention_mask`` (B, S) tells padding. Labels are of no use.
+            ``attention_mask`` (B, S), or (B, choices, S), tells padding; for the decoder of a model that has an
+            encoder, too, a ``decoder_attention_mask`` does. Labels are of no use.
 
     Raises:
-        ValueError: no batch, text that is not tokenized, or outputs without a tensor that depends on the layers.
+        ValueError: no batch, one that the model cannot be called with, text that is not tokenized, or outputs without a
+            tensor that depends on the layers.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(SEED)
     empty = True
-    with evaluation_mode(model), _frozen(model), _with_backward(model, device), _recording(moments) as record:
+    with evaluation_mode(model), _frozen(model), _with_backward(model, device), _recording(model, moments) as record:
         for batch in batches:
             empty = False
             arguments = _arguments(batch, device)
-            record.is_token = _mask_of(arguments)
-            _project(_call(model, arguments), record.is_token, generator).backward()
+            record.masks = _masks_of(model, arguments)
+            _project(_call(model, arguments), record.masks, generator).backward()
     if empty:
         raise ValueError("the calibration data have no batch")
+
+
+class _Masks(NamedTuple):
+    """Which tokens (B, S) are no padding, of a model's input and of its decoder's; without a decoder the same."""
+
+    source: torch.Tensor | None
+    target: torch.Tensor | None
 
 
 class _Recorder:
     """Hooks that add to the moments of layers."""
 
-    is_token: torch.Tensor | None = None  # (B, S) of the batch that is being run
+    masks = _Masks(None, None)  # of the batch that is being run
 
-    def hook(self, moments: LayerMoments):
+    def hook(self, moments: LayerMoments, is_of_source: bool):
         def record(module, args, kwargs, output):
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             with torch.no_grad():
-                moments.add_inputs(x.detach(), self.is_token)
+                moments.add_inputs(x.detach(), self.masks.source if is_of_source else self.masks.target)
             if not output.requires_grad:  # parameters are frozen: gradients start at the first of the layers
                 output = output.detach().requires_grad_()
             if not isinstance(moments.outputs, torch.Tensor):  # zeros, if nothing depends on the layer
@@ -127,14 +139,31 @@ class _Recorder:
 
 
 @contextmanager
-def _recording(moments: Mapping[str, LayerMoments]) -> Iterator[_Recorder]:
+def _recording(model: nn.Module, moments: Mapping[str, LayerMoments]) -> Iterator[_Recorder]:
     recorder = _Recorder()
-    handles = [each.layer.register_forward_hook(recorder.hook(each), with_kwargs=True) for each in moments.values()]
+    handles = [
+        each.layer.register_forward_hook(recorder.hook(each, _is_of_source(model, name, each.layer)), with_kwargs=True)
+        for name, each in moments.items()
+    ]
     try:
         yield recorder
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _is_of_source(model: Any, name: str, layer: nn.Module) -> bool:
+    """Whether a layer is applied to the tokens of the model's input, and not to those of its decoder."""
+    if not _has_decoder(model) or CROSS_KEYS.search(name):
+        return True
+    encoder, decoder = (
+        {id(module) for module in part.modules()} for part in (model.get_encoder(), model.get_decoder())
+    )
+    return id(layer) in encoder or (isinstance(layer, nn.Embedding) and id(layer) not in decoder)
 
 
 @contextmanager
@@ -179,20 +208,32 @@ def _arguments(batch: Any, device: torch.device) -> dict[str | int, Any]:
 
 def _call(model: nn.Module, arguments: Mapping[str | int, Any]) -> Any:
     positional = [value for name, value in arguments.items() if isinstance(name, int)]
-    return model(*positional, **{name: value for name, value in arguments.items() if isinstance(name, str)})
+    try:
+        return model(*positional, **{name: value for name, value in arguments.items() if isinstance(name, str)})
+    except TypeError as error:
+        raise ValueError(
+            f"calibration: {type(model).__name__} cannot be called with a batch: {error}. A tuple has the arguments of "
+            "the model; leave labels out"
+        ) from error
 
 
-def _mask_of(arguments: Mapping[str | int, Any]) -> torch.Tensor | None:
-    mask = arguments.get("attention_mask")
+def _masks_of(model: nn.Module, arguments: Mapping[str | int, Any]) -> _Masks:
+    source = _mask_of(arguments, "attention_mask", arguments.get("input_ids"))
+    return _Masks(source, _mask_of(arguments, "decoder_attention_mask") if _has_decoder(model) else source)
+
+
+def _mask_of(arguments: Mapping[str | int, Any], name: str, ids: Any = None) -> torch.Tensor | None:
+    mask = arguments.get(name)
     if not isinstance(mask, torch.Tensor | None):
         raise ValueError(
-            f"calibration: attention_mask must be a tensor, not a {type(mask).__name__}: tokenize with "
-            "return_tensors='pt'"
+            f"calibration: {name} must be a tensor, not a {type(mask).__name__}: tokenize with return_tensors='pt'"
         )
+    if mask is not None and mask.dim() == 3 and ids is not None and mask.shape == ids.shape:
+        mask = mask.flatten(0, 1)  # multiple choice: the model sees B · choices sequences
     return mask.bool() if mask is not None and mask.dim() == 2 else None
 
 
-def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+def _project(result: Any, masks: _Masks, generator: torch.Generator) -> torch.Tensor:
     """⟨v, outputs⟩ for a random v of independent entries of variance 1, 0 at padding."""
     named = (
         result.items()
@@ -205,6 +246,7 @@ def _project(result: Any, is_token: torch.Tensor | None, generator: torch.Genera
             continue
         # On the CPU, so that the same seed draws the same directions on every device.
         v = torch.randn(output.shape, generator=generator).to(output.device)
+        is_token = masks.source if str(name).startswith("encoder_") else masks.target
         # a pooled output (B, d) may have the shape of a mask
         is_of_tokens = output.dim() > 2 or name in POSITION_LOGITS
         if is_token is not None and is_of_tokens and output.shape[:2] == is_token.shape:

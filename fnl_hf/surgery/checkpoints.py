@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fnl_hf.bert.tying import untie_products
 from fnl_hf.errors import UserInputError
 from fnl_hf.layers import FactorizedLayer
 from fnl_hf.surgery.ranks import FACTORIZED
@@ -56,7 +57,7 @@ class FactorizedLayersLoader(HfQuantizer):
         # with the old list.
         config.layers = {name: entry for name, entry in config.layers.items() if not _is_dense(name, model, saved)}
         rebuild_layers(model, config.layers)
-        untie_factorized(model)
+        untie_products(model)
         # Loading replaces these parameters by others, of whatever shape the checkpoint has.
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
@@ -174,19 +175,6 @@ def _quantization_entry(model: PreTrainedModel) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else vars(entry)
 
 
-def untie_factorized(model: nn.Module) -> None:
-    """Keep Transformers from tying the weights of factorized layers, which are their own.
-
-    Biases stay tied; ``config.tie_word_embeddings`` would affect both.
-    """
-    for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
-        tied = getattr(part, "all_tied_weights_keys", None) or {}
-        factorized = {f"{name}.weight" for name, m in part.named_modules() if isinstance(m, FactorizedLayer)}
-        still_tied = {target: source for target, source in tied.items() if not {target, source} & factorized}
-        if still_tied != tied:
-            part.all_tied_weights_keys = part._tied_weights_keys = still_tied
-
-
 @torch.no_grad()
 def _initialize_missing(layer: FactorizedLayer) -> None:
     """Draw the parameters of a layer that were not in the checkpoint, for which Transformers has no initialization."""
@@ -202,12 +190,17 @@ def _initialize_missing(layer: FactorizedLayer) -> None:
 
 def rebuild_layers(model: nn.Module, layers: dict[str, dict[str, Any]]) -> nn.Module:
     """Replace the dense layers of these names, as far as the model has them, by factorized ones without weights."""
-    replacements = {}
+    return replace_modules(model, _layers_to_load(model, layers))
+
+
+def _layers_to_load(model: nn.Module, layers: dict[str, dict[str, Any]]) -> dict[int, FactorizedLayer]:
+    """id of the dense layer -> a factorized one without weights."""
+    found = {}
     for name, dense in _dense_layers(model, layers, within_parts=True).items():
         rank, deep = layers[name]["rank"], layers[name]["deep"]
         factory = {"device": "meta", "dtype": dense.weight.dtype}
-        replacements[id(dense)] = FACTORIZED[type(dense)].like(dense, rank, deep, **factory)
-    return replace_modules(model, replacements)
+        found[id(dense)] = FACTORIZED[type(dense)].like(dense, rank, deep, **factory)
+    return found
 
 
 def restore_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]], history: list[dict[str, Any]]) -> None:
@@ -218,7 +211,7 @@ def restore_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]], hi
         layers, history: see :class:`FactorizedLayersConfig`.
     """
     rebuild_layers(model, layers)
-    untie_factorized(model)
+    untie_products(model)
     _allocate_meta_tensors(model)
     record_layers(model, history)
 
@@ -275,14 +268,40 @@ def load_factorized(model: nn.Module, folder: str | Path) -> nn.Module:
         missing = [name for name in layers if name not in found]
         if missing:
             raise ValueError(f"{type(model).__name__} has no dense layer {missing[0]!r}")
-        with safe_open(folder / WEIGHTS_FILE, "pt"):  # broken files are refused before the model changes
-            model = rebuild_layers(model, layers)
+        replacements = _layers_to_load(model, layers)
+        _refuse_misfit(model, replacements, folder / WEIGHTS_FILE)
+        model = replace_modules(model, replacements)
         _allocate_meta_tensors(model)
         load_model(model, str(folder / WEIGHTS_FILE))
         record_layers(model, saved["factorizations"])
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserInputError(f"{folder}: {error}") from error
     return model
+
+
+def _refuse_misfit(model: nn.Module, replacements: Mapping[int, nn.Module], file: Path) -> None:
+    """Refuse weights of other names or shapes before the model changes."""
+    wanted: dict[str, Any] = model.state_dict(keep_vars=True)
+    modules: Any = model.named_modules(remove_duplicate=False)
+    for name, module in modules:
+        if id(module) in replacements:
+            prefix = f"{name}." if name else ""
+            for part in module.state_dict():
+                del wanted[prefix + part]
+            new = replacements[id(module)].state_dict(keep_vars=True)
+            wanted |= {prefix + part: tensor for part, tensor in new.items()}
+    with safe_open(file, "pt") as weights:
+        shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    for name, shape in shapes.items():
+        if name not in wanted:
+            raise ValueError(f"{type(model).__name__} has no weight {name!r}")
+        if shape != tuple(wanted[name].shape):
+            raise ValueError(f"{name} has shape {shape}, in {type(model).__name__} {tuple(wanted[name].shape)}")
+    # A tensor with several names is saved under one of them.
+    found = {id(wanted[name]) for name in shapes}
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in found]
+    if missing:
+        raise ValueError(f"it lacks the weight {missing[0]!r} of {type(model).__name__}")
 
 
 def _allocate_meta_tensors(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from fnl_hf.bert.attention_fnl_bert import factor_pairs
+from fnl_hf.bert.tying import is_untied, untie_output, untie_products
 from fnl_hf.layers import FactorizedLayer
 from fnl_hf.products.discovery import registered_products
 from fnl_hf.surgery.checkpoints import (
@@ -24,7 +25,6 @@ from fnl_hf.surgery.checkpoints import (
     quantization_method,
     record_layers,
     replace_modules,
-    untie_factorized,
 )
 from fnl_hf.surgery.config import FactorizationConfig, name_matches
 from fnl_hf.surgery.ranks import FACTORIZED, TYPE_NAMES, LayerSize, choose_ranks, matches_layer
@@ -85,18 +85,19 @@ def factorize(
         _refuse_hooks(name, layer)
     calibrated = {} if calibration is None else calibrate(model, layers, calibration)
     losses = {name: each.losses for name, each in calibrated.items() if each.losses.any()}
-    ranks = choose_ranks(layers, config, sum(p.numel() for p in model.parameters()), losses)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ranks = choose_ranks(layers, config, (total, _kept_parameters(model, layers)), losses)
     factorized = {
         id(layers[name]): _factorize_layer(name, layers[name], rank, config, calibrated.get(name))
         for name, rank in logging.tqdm(ranks.items(), desc="Factorizing", unit="layer")
     }
     if config.mode == "low_rank":
-        _warn_of_growth(layers, ranks)
+        _warn_of_growth(model, {name: layers[name] for name in ranks}, ranks)
     history = [*factorizations(model), config.settings() | ({} if calibration is None else {"calibrated": True})]
     for name in ranks:
         _keep_bias(layers, name, factorized[id(layers[name])])
     model = replace_modules(model, factorized)
-    untie_factorized(model)
+    untie_products(model)
     record_layers(model, history)
     return model
 
@@ -144,6 +145,9 @@ def merge(model: nn.Module) -> nn.Module:
         _refuse_hooks(name, layer)
     model = replace_modules(model, {id(layer): layer.merged() for layer in layers.values()})
     record_layers(model, [])
+    for part in configured_parts(model):
+        if is_untied(part):
+            untie_output(part)
     return model
 
 
@@ -273,12 +277,29 @@ def _refuse_unsupported(model: nn.Module) -> None:
             raise ValueError(f"the model is {what}: factorize or merge it before you wrap, shard or compile it")
 
 
-def _warn_of_growth(layers: dict[str, nn.Module], ranks: dict[str, int]) -> None:
+def _shared_weights(model: nn.Module, layers: dict[str, Any]) -> set[int]:
+    """ids of the weights of ``layers`` that other modules have, too: they stay when the layers are replaced."""
+    replaced = {id(layer) for layer in layers.values()}
+    others = (module._parameters.values() for module in model.modules() if id(module) not in replaced)
+    return {id(layer.weight) for layer in layers.values()} & {id(p) for parameters in others for p in parameters}
+
+
+def _kept_parameters(model: nn.Module, layers: dict[str, Any]) -> int:
+    """How many parameters of ``model`` do not depend on the ranks of ``layers``."""
+    own = {id(p) for layer in layers.values() for p in layer._parameters.values()} - _shared_weights(model, layers)
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+
+
+def _warn_of_growth(model: nn.Module, layers: dict[str, Any], ranks: dict[str, int]) -> None:
+    shared = _shared_weights(model, layers)
+    owners = Counter(id(layer.weight) for layer in layers.values())
     grown = []
-    for name in ranks:
-        size = LayerSize(layers[name])
-        if size.parameters(ranks[name]) > size.parameters(None):
-            limit = size.m * size.n // (size.m + size.n)
+    for name, layer in layers.items():
+        size = LayerSize(layer)
+        limit = size.m * size.n // ((size.m + size.n) * owners[id(layer.weight)])
+        if id(layer.weight) in shared:
+            grown.append(f"{name} (its weight is also that of a layer that stays dense)")
+        elif ranks[name] > limit:
             grown.append(f"{name} (rank {ranks[name]}, smaller up to {limit})")
     if grown:
         listed = ", ".join(grown[:5]) + (f" and {len(grown) - 5} more" if len(grown) > 5 else "")

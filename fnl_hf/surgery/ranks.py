@@ -72,13 +72,13 @@ class LayerSize:
 def choose_ranks(
     layers: Mapping[str, nn.Module],
     config: FactorizationConfig,
-    model_parameters: int = 0,
+    model_parameters: tuple[int, int] = (0, 0),
     losses: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, int]:
     """Name -> rank of each layer.
 
     Args:
-        model_parameters: of the whole model, for ``model_ratio``.
+        model_parameters: of the whole model, and those that do not depend on the ranks, for ``model_ratio``.
         losses: of calibrated layers, what leaving out each direction costs (min(m, n),), descending. ``target_ratio``
             and ``energy`` then go by them; a layer that stays dense because its budget would pay for it is left out.
             Layers that no output depends on have none.
@@ -95,7 +95,7 @@ def choose_ranks(
         }
     ratio = config.target_ratio
     if config.model_ratio is not None:
-        ratio = _ratio_of_layers(sizes, config.model_ratio, model_parameters)
+        ratio = _ratio_of_layers(sizes, config.model_ratio, *model_parameters)
     if ratio is not None:
         return _ranks_of_losses(sizes, losses, ratio) if losses else _ranks_of_ratio(sizes, ratio, config.mode)
     if config.energy is not None:
@@ -109,16 +109,15 @@ def choose_ranks(
     return {name: size.scale_rank(scale, config.mode) for name, size in sizes.items()}
 
 
-def _ratio_of_layers(sizes: Mapping[str, LayerSize], model_ratio: float, model_parameters: int) -> float:
+def _ratio_of_layers(sizes: Mapping[str, LayerSize], model_ratio: float, model_parameters: int, rest: int) -> float:
     """The ``target_ratio`` at which the whole model has ``model_ratio`` of its parameters."""
     dense = sum(size.parameters(None) for size in sizes.values())
     smallest = sum(size.parameters(1) for size in sizes.values())
-    rest = model_parameters - dense
     if model_ratio * model_parameters < rest + smallest:
         raise ValueError(
             f"model_ratio ({model_ratio}) must be at least {(rest + smallest) / model_parameters:.3g}: {rest:,} of "
-            f"{model_parameters:,} parameters are in layers that are not factorized (include more layers, for "
-            "example 'Embedding')"
+            f"{model_parameters:,} parameters are in layers that are not factorized, or are also theirs (include "
+            "more layers, for example 'Embedding')"
         )
     return (model_ratio * model_parameters - rest) / dense
 

@@ -68,7 +68,8 @@ def _regularize(moment: torch.Tensor) -> torch.Tensor:
     mean = moment.diagonal(dim1=1, dim2=2).mean(dim=1)  # (K,)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     eye = torch.eye(moment.shape[1], dtype=moment.dtype, device=moment.device)
-    return moment + torch.where(moment.any(), SHRINKAGE, 1.0) * mean[:, None, None] * eye
+    share = torch.where(moment.flatten(1).any(dim=1), SHRINKAGE, 1.0)  # (K,)
+    return moment + (share * mean)[:, None, None] * eye
 
 
 def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

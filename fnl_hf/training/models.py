@@ -22,6 +22,7 @@ from fnl_hf.bert.modeling_fnl_bert import FnlBertForMaskedLM, FnlBertForPreTrain
 from fnl_hf.bert.other_names import NAMINGS
 from fnl_hf.data.tokenizer import load_tokenizer, validate_same_vocabulary, validate_vocabulary, vocabulary_size
 from fnl_hf.errors import UserInputError, needs_code, reason_of
+from fnl_hf.layers import FactorizedEmbedding
 from fnl_hf.publishing.checkpoints import load_model
 
 # BERT's sizes: layers, hidden size, heads (Devlin et al. 2019; Turc et al. 2019). The feed-forward size is 4·d.
@@ -327,7 +328,8 @@ def as_user_input(name, problem: str = "no model of the required kind can be bui
 def usable_positions(model: PreTrainedModel) -> int | None:
     """The maximum length of a sequence, or None; RoBERTa and similar models use some positions for padding."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+        is_table = isinstance(module, torch.nn.Embedding | FactorizedEmbedding)
+        if name.endswith("position_embeddings") and is_table:
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 

@@ -9,7 +9,7 @@ import transformers
 from datasets import Dataset
 from transformers import BertConfig
 
-from fnl_hf import FnlBertConfig, FnlBertForQuestionAnswering, UserInputError, ask
+from fnl_hf import FactorizationConfig, FnlBertConfig, FnlBertForQuestionAnswering, UserInputError, ask, factorize
 from fnl_hf.commands import cli
 from fnl_hf.data.tokenizer import train_tokenizer
 from fnl_hf.squad.answers import best_spans
@@ -65,8 +65,12 @@ def test_windows_are_as_long_as_the_positions_of_a_roberta_allow(tokenizer, dime
     model = transformers.RobertaForQuestionAnswering(transformers.RobertaConfig(**dimensions))
     shapes = []
     model.register_forward_pre_hook(lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
-    asked = [ask(model, QUESTIONS[0], CONTEXT, tokenizer, max_seq_length=size, doc_stride=16) for size in (38, 384)]
-    assert asked[0] == asked[1] and [length for _, length in shapes] == [38, 38]
+    for is_factorized in (False, True):
+        if is_factorized:
+            factorize(model, FactorizationConfig(rank_scale=0.5, include=["Embedding"]))
+            shapes.clear()
+        asked = [ask(model, QUESTIONS[0], CONTEXT, tokenizer, max_seq_length=size, doc_stride=16) for size in (38, 384)]
+        assert asked[0] == asked[1] and [length for _, length in shapes] == [38, 38]
 
 
 def test_what_cannot_be_asked_is_refused(model, tokenizer, tmp_path):

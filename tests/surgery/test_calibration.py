@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, CLIPConfig, CLIPModel, GPT2Config, GPT2Model
+from transformers import (
+    AutoModelForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2Model,
+)
 
 from fnl_hf import FactorizationConfig, factorize, merge
 from fnl_hf.layers import FactorizedLayer
@@ -348,6 +359,34 @@ def test_target_ratio_is_kept():
     assert 0.6 * dense - max(math.prod(m.weight.shape) for m in layers) / 10 < left <= 0.6 * dense
 
 
+def test_padding_of_a_decoder_is_left_out():
+    """Source and target of one width, with other padding; keys and values of cross-attention are the source's."""
+    sizes = {"d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 30, "decoder_start_token_id": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 14, "decoder_ffn_dim": 10}
+    model = BartForConditionalGeneration(BartConfig(**sizes, **heads, max_position_embeddings=20))
+    ids = torch.randint(3, 30, (2, 7), generator=torch.Generator().manual_seed(0))
+    masks = {"attention_mask": (2, 3), "decoder_attention_mask": (7, 4)}
+    batch = {"input_ids": ids, "decoder_input_ids": ids}
+    batch |= {name: torch.tensor([[place < n for place in range(7)] for n in ns]).long() for name, ns in masks.items()}
+    names = ["encoder.layers.0.fc1", "decoder.layers.0.fc1"]
+    names += [f"decoder.layers.0.{part}_proj" for part in ("self_attn.k", "encoder_attn.k", "encoder_attn.q")]
+    names += ["encoder.embed_tokens", "decoder.embed_tokens"]
+    layers = {f"model.{name}": model.get_submodule(f"model.{name}") for name in names}
+    rows = {
+        name: moments.rows for name, moments in collect_moments(model, layers | {"lm_head": model.lm_head}, [batch])
+    }
+    assert list(rows.values()) == [5, 11, 11, 5, 11, 5, 11, 11]
+
+
+def test_padding_of_choices_is_left_out():
+    model = BertForMultipleChoice(BertConfig(**DIMENSIONS))
+    name = "bert.encoder.layer.0.intermediate.dense"
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0]]])
+    batch = {"input_ids": torch.ones_like(mask), "attention_mask": mask}
+    ((_, found),) = collect_moments(model, {name: model.get_submodule(name)}, [batch])
+    assert found.rows == 2 + 3 + 1 + 2
+
+
 def test_bad_calibrations_are_refused():
     config = FactorizationConfig(mode="wide")
     with pytest.raises(ValueError, match="calibration needs mode 'low_rank' and init 'spectral', not 'wide'"):
@@ -367,6 +406,8 @@ def test_bad_calibrations_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             quietly(bert(), FactorizationConfig(include=["encoder.*"]), data)
+    with pytest.raises(ValueError, match="Sequential cannot be called with a batch: .* leave labels out"):
+        quietly(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2)), None, [(torch.ones(3, 7), torch.ones(3))])
     with pytest.raises(ValueError, match="inputs of 0, or derivatives by its outputs, are not finite"):
         quietly(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2)), None, [torch.full((11, 7), math.inf)])
     model = nn.Sequential(nn.Linear(2, 3), nn.Flatten())

@@ -1,6 +1,7 @@
 """Models with factorized layers are saved, loaded, converted and trained on like every other."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
     EncoderDecoderModel,
     GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
     Trainer,
     TrainingArguments,
 )
@@ -77,7 +80,8 @@ def test_factorized_layers_stay_through_conversion(tmp_path):
     [(bert, ["decoder"]), (bert, ["word_embeddings"]), (bert, ["word_embeddings", "decoder"]), (t5, ["lm_head"])],
 )
 def test_tied_layers_that_are_named_have_weights_of_their_own_for_ever(make, include, tmp_path):
-    """Trained, saved and loaded, with factors and merged; biases that were tied stay so."""
+    """Trained, saved and loaded, with factors and merged. Then the configuration says so to every loader, except a
+    T5's, in which it would untie the encoder, too."""
     model = make()
     inputs = {"input_ids": IDS, "labels": IDS}
     before = model(**inputs).logits.detach()
@@ -97,8 +101,24 @@ def test_tied_layers_that_are_named_have_weights_of_their_own_for_ever(make, inc
     merge(merged).tie_weights()
     merged.resize_token_embeddings(60)
     torch.testing.assert_close(merged(**inputs).logits[..., : after.shape[-1]], after, rtol=0, atol=1e-4)
-    if make is bert:
-        assert again.cls.predictions.decoder.bias is again.cls.predictions.bias
+    assert again.config.tie_word_embeddings == (make is t5)
+    for source in (model, merged) if make is bert else ():
+        logits = source(**inputs).logits.detach()
+        ours = fnl_hf.FnlBertForMaskedLM.from_bert(source)
+        ours.tie_weights()
+        torch.testing.assert_close(ours(**inputs).logits, logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.to_bert()(**inputs).logits, logits, rtol=0, atol=1e-4)
+
+
+def test_untied_weights_of_a_roberta_survive_conversion():
+    """Merged, its two tables differ although it is of a kind whose configuration ties them."""
+    torch.manual_seed(0)
+    model = RobertaForMaskedLM(RobertaConfig(**DIMENSIONS, pad_token_id=1)).eval()
+    merge(quietly(model, FactorizationConfig(rank_scale=0.3, include=["word_embeddings"])))
+    model.config.tie_word_embeddings = True  # as in a folder that an older version wrote
+    ours = fnl_hf.FnlBertForMaskedLM.from_bert(model)
+    for other in (ours, ours.to_bert()):
+        torch.testing.assert_close(other(IDS + 2).logits, model(IDS + 2).logits, rtol=0, atol=1e-5)
 
 
 def small_clip():
@@ -293,10 +313,21 @@ def test_models_that_are_not_transformers(mode, tmp_path):
         load_factorized(nn.ModuleDict({"other": nn.Sequential(nn.Linear(8, 8))}), tmp_path / "whole")
     with pytest.raises(UserInputError, match="has no dense layer 'image'"):
         load_factorized(nn.Sequential(nn.Linear(2, 2)), tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"torn")
-    untouched = Small()
-    with pytest.raises(UserInputError, match="header"):
-        load_factorized(untouched, tmp_path)
-    assert factorized_names(untouched) == []
+    torn = tmp_path / "torn"
+    shutil.copytree(tmp_path / "again", torn)
+    (torn / "model.safetensors").write_bytes(b"torn")
+    other, larger, smaller = Small(), Small(), Small()
+    other.norm, larger.more, smaller.norm = nn.LayerNorm(9), nn.Linear(2, 3), nn.Identity()
+    for untouched, folder, message in (
+        (Small(), torn, "header"),
+        (other, tmp_path / "again", r"norm.(weight|bias) has shape \(7,\), in Small \(9,\)"),
+        (larger, tmp_path / "again", "it lacks the weight 'more.weight' of Small"),
+        (smaller, tmp_path / "again", "Small has no weight 'norm.(weight|bias)'"),
+    ):
+        before = {name: tensor.clone() for name, tensor in untouched.state_dict().items()}
+        with pytest.raises(UserInputError, match=message):
+            load_factorized(untouched, folder)
+        assert factorized_names(untouched) == [] and before.keys() == untouched.state_dict().keys()
+        assert all(torch.equal(before[name], tensor) for name, tensor in untouched.state_dict().items())
     with pytest.raises(UserInputError, match="factorized_layers.json"):
         load_factorized(Small(), tmp_path / "nowhere")

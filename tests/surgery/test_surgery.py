@@ -171,7 +171,7 @@ class Small(nn.Module):
 )
 def test_which_layers_are_taken(options, names):
     """Heads and tied weights only by name; a layer with two places in both."""
-    model = factorize(Small(), FactorizationConfig(**options))
+    model = quietly(Small(), FactorizationConfig(**options))
     assert factorized_names(model) == names
     assert model.again is model.down
     model(IDS[:, :3] % 11)
@@ -391,6 +391,22 @@ class Registered(nn.Module):
         self.block = nn.ModuleDict({"up": nn.Linear(3, 7, False), "down": nn.Linear(7, 3, False)})
         self.other, self.head = nn.Linear(7, 5), nn.Linear(5, 2)
         fnl_hf.register_product(self.block, "linear", "up.weight", "down.weight", name="lora")
+
+
+def test_weights_that_stay_count_for_the_size_of_the_model():
+    """A tied table is there once, and goes only if both of its layers do."""
+    make = lambda: BertForMaskedLM(BertConfig(**DIMENSIONS | {"vocab_size": 1000}))  # noqa: E731
+    model = make()
+    with pytest.raises(ValueError, match="in layers that are not factorized, or are also theirs"):
+        factorize(model, FactorizationConfig(model_ratio=0.8, include=["word_embeddings", "Linear"]))
+    with pytest.warns(UserWarning, match=r"1 of 1 .*word_embeddings \(its weight is also that of a layer that stays"):
+        factorize(make(), FactorizationConfig(rank_scale=0.1, include=["word_embeddings"]))
+    before = model.num_parameters()
+    factorize(model, FactorizationConfig(model_ratio=0.8, include=["word_embeddings", "decoder", "Linear"]))
+    assert 0.77 < model.num_parameters() / before <= 0.8
+    with pytest.warns(UserWarning, match=r"word_embeddings \(rank 30, smaller up to 20\)"):
+        config = FactorizationConfig(ranks={"word_embeddings": 30, "decoder": 2})
+        factorize(make(), config)
 
 
 def test_factors_of_registered_products_are_left_alone():
