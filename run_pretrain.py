@@ -38,7 +38,7 @@ from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
 from fnl_hf.training.unused_flags import warn_of_unused_flags
-from fnl_hf.training.warm_start import WarmStartCallback, plan_warm_start, take_structure
+from fnl_hf.training.warm_start import WarmStartCallback, as_done, plan_warm_start, take_structure
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "mlm_nsp": "AutoModelForPreTraining"}
@@ -282,7 +282,7 @@ def run(argv):
         title=Path(args.output_dir).resolve().name,
         dataset=data_args.dataset_name,
         base_model=model_args.model_name_or_path,
-        **describe_model(model, model_args, data_args, warm_start),
+        **describe_model(model, model_args, data_args, as_done(warm_start, trainer.state.log_history)),
     )
 
 

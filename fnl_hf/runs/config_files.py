@@ -30,8 +30,9 @@ def with_config_files(argv: Sequence[str]) -> list[str]:
     return as_arguments(config) + list(argv[len(files) :])
 
 
-class _UniqueKeysLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice; YAML would take the last."""
+class _FlagsLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last. Words like ``no`` are text and ``010`` is
+    10, as in YAML 1.2 and on a command line."""
 
     def construct_mapping(self, node, deep=False):
         keys = set()
@@ -40,6 +41,19 @@ class _UniqueKeysLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             keys.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+_RESOLVED = {
+    "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
+    "tag:yaml.org,2002:int": r"[-+]?[0-9][0-9_]*",
+}
+_FlagsLoader.yaml_implicit_resolvers = {
+    start: [resolver for resolver in resolvers if resolver[0] not in _RESOLVED]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _RESOLVED.items():
+    _FlagsLoader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list("tTfF-+0123456789"))
+_FlagsLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def read_config(file: str) -> dict[str, Any]:
@@ -52,7 +66,7 @@ def read_config(file: str) -> dict[str, Any]:
     if path.suffix.lower() not in CONFIG_SUFFIXES:
         raise UserInputError(f"{file}: only config files may come before the flags ({', '.join(CONFIG_SUFFIXES)})")
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)  # JSON is YAML
+        config = yaml.load(path.read_text(encoding="utf-8"), _FlagsLoader)  # JSON is YAML
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserInputError(f"{file}: cannot be read: {line}{error.problem}") from error

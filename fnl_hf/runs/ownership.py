@@ -101,8 +101,10 @@ def shortened(names: Sequence[str]) -> str:
 
 def begin_writing(folder: Path) -> None:
     """Record that the run's results are being written: until :func:`record_written`, files with their names are its
-    own."""
+    own. Delete the scores of the model that is replaced: a run that stops before it has new ones is not finished."""
     write_json(folder / RECORD_FILE, {})
+    for path in _matching(folder, SCORES):
+        path.unlink()
 
 
 def record_written(folder: Path, patterns: Sequence[str]) -> None:

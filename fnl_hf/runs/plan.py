@@ -67,7 +67,14 @@ TRAINING_ARGUMENTS = (
     "neftune_noise_alpha",
     "bf16",
     "fp16",
+    "dataloader_drop_last",
+    "average_tokens_across_devices",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
 )
+# Flags that name what a run reads at its start.
+STARTS_FROM = ("model_name_or_path", "teacher_name_or_path", "tokenizer_name", "config_name")
 WITHOUT_EFFECT = ("cache_dir", "preprocessing_num_workers")
 # How a global batch is divided into micro-batches; a run may resume with another division of the same batch.
 SPLIT = ("world_size", "gradient_accumulation_steps")
@@ -138,6 +145,7 @@ def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> Ru
         refuse_others_files(folder, output, anew=False)
         return plan
     if args.overwrite_output_dir:
+        _refuse_own_start(folder, description)
         refuse_others_files(folder, output)
     if not in_use or args.overwrite_output_dir:
         return RunPlan()
@@ -152,6 +160,17 @@ def _plan(folder: Path, args, description: dict[str, Any], output: Output) -> Ru
     refuse_others_files(folder, output, anew=False)
     _warn_of_another_length(folder, description)
     return RunPlan(checkpoint=str(checkpoint), continued=folder)
+
+
+def _refuse_own_start(folder: Path, description: dict[str, Any]) -> None:
+    """Refuse to delete what the run starts from."""
+    for name in STARTS_FROM:
+        given = description.get(name)
+        if given is not None and os.path.lexists(given) and Path(given).resolve().is_relative_to(folder.resolve()):
+            raise UserInputError(
+                f"--{name} {given} is in the --output_dir, and --overwrite_output_dir would delete it: choose another "
+                "--output_dir"
+            )
 
 
 def _plan_without_checkpoint(folder: Path, args, output: Output) -> RunPlan:
@@ -376,6 +395,8 @@ def is_finished(folder: Path, args) -> bool:
     """Whether the run in ``folder`` has ended and is as long as ``args`` request; the results are written last."""
     state = read_state(folder)
     if state is None or not os.path.isfile(folder / RESULTS_FILE) or state.global_step < state.max_steps:
+        return False
+    if args.do_eval and b'"eval_' not in (folder / RESULTS_FILE).read_bytes():  # it was only trained
         return False
     if args.max_steps > 0:
         return state.global_step >= args.max_steps

@@ -194,6 +194,10 @@ class FeatureMaker:
             raise UserInputError(f"{type(self.tokenizer).__name__} has no [CLS] or [SEP] token")
         for name in ("max_seq_length", "doc_stride"):
             validate_bounds(name, getattr(self, name), 1)
+        if self.tokenizer.padding_side != "right":  # answers are counted from the left
+            raise UserInputError(
+                f"the tokenizer's padding_side ({self.tokenizer.padding_side!r}) must be 'right' for question answering"
+            )
 
     def train_dataset(self, examples: Dataset) -> Dataset:
         """Features with ``start_positions`` and ``end_positions``; both are the [CLS] token if the window does not

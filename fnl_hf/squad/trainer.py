@@ -7,12 +7,14 @@ from typing import Any
 import evaluate
 from datasets import Dataset
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fnl_hf.errors import UserInputError
 from fnl_hf.squad import fnl_squad
 from fnl_hf.squad.answers import AnswerOptions, Answers, answers_from_logits
 from fnl_hf.squad.features import ANSWER_COLUMNS
 from fnl_hf.training.distillation import Teacher, answer_divergence, token_mask
+from fnl_hf.training.sampling import GROUPED, LengthSampler, validate_sampling_strategy
 from fnl_hf.training.trainer import FnlTrainer, labels_of
 
 TEACHER_SHARE, TEMPERATURE = 0.5, 2.0
@@ -46,7 +48,7 @@ class SquadTrainer(FnlTrainer):
             ½ CE(labels) + ½ :func:`fnl_hf.training.distillation.answer_divergence` at temperature 2 (as DistilBERT's).
 
     Raises:
-        UserInputError: see :func:`validate_scoring` and :func:`validate_size`.
+        UserInputError: see :func:`validate_scoring` and :func:`validate_size`; an order that cannot be resumed.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class SquadTrainer(FnlTrainer):
     ):
         validate_scoring(args)  # before Trainer's constructor makes the output folder
         validate_size(args, kwargs.get("train_dataset"))
+        validate_sampling_strategy(args, GROUPED)
         super().__init__(model, args, **kwargs)
         self.eval_examples = eval_examples
         self.answer_options = answer_options
@@ -68,6 +71,11 @@ class SquadTrainer(FnlTrainer):
         version = "v2.0" if answer_options.version_2_with_negative else "v1.1"
         # Each process computes the same scores from the same gathered logits.
         self.metric = evaluate.load(fnl_squad.__file__, version, experiment_id=f"rank{self.args.process_index}")
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthSampler(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
         if self.teacher is None:

@@ -5,7 +5,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import logging
 
@@ -50,6 +51,8 @@ UNSUPPORTED = {
     "batch_eval_metrics": "leave it out",
     "save_only_model": "leave it out: a run cannot resume from such checkpoints",
 }
+
+FOLLOWING_METRICS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 @dataclass
@@ -186,6 +189,8 @@ class FnlTrainingArguments(TrainingArguments):
         given = self.accelerator_config is not None
         super().__post_init__()
         accelerator_config: Any = self.accelerator_config
+        _validate_accelerator(accelerator_config)
+        self._choose_direction()
         self._use_one_gpu()
         if self.global_train_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_for(self.global_train_batch_size)
@@ -221,6 +226,16 @@ class FnlTrainingArguments(TrainingArguments):
                 raise UserInputError(f"--{name} needs --dataloader_num_workers to be at least 1, not 0")
         for name in self._VALID_DICT_FIELDS:
             _validate_json(name, getattr(self, name))
+        if self.torch_compile_mode is not None:
+            modes = list(torch._inductor.list_mode_options())
+            if self.torch_compile_mode not in modes:
+                raise UserInputError(f"--torch_compile_mode ({self.torch_compile_mode}) must be one of {modes}")
+
+    def _choose_direction(self) -> None:
+        """Schedules that follow a metric would take a higher F1 for a worse one."""
+        if self.lr_scheduler_type in FOLLOWING_METRICS and self.greater_is_better:
+            given: Any = self.lr_scheduler_kwargs or {}
+            self.lr_scheduler_kwargs = {"mode": "max"} | given
 
     def _use_one_gpu(self) -> None:
         """Prevent DataParallel: neither our batch sizes nor packed sequences work with it."""
@@ -252,6 +267,17 @@ class FnlTrainingArguments(TrainingArguments):
                 "out"
             )
         return steps
+
+
+def _validate_accelerator(config: Any) -> None:
+    """Refuse second ways to set the batch, which would not count for the order of the data."""
+    if "num_steps" in (config.gradient_accumulation_kwargs or {}):
+        raise UserInputError("--accelerator_config: num_steps is not supported: set --gradient_accumulation_steps")
+    if config.split_batches:
+        raise UserInputError(
+            "--accelerator_config: split_batches (True) is not supported: --per_device_train_batch_size is the batch "
+            "of each process"
+        )
 
 
 def _validate_json(name: str, value: Any) -> None:

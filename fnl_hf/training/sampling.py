@@ -6,12 +6,15 @@ from math import ceil
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fnl_hf.errors import UserInputError
 
 SAMPLING_STRATEGIES = ("random", "sequential")
+GROUPED = (*SAMPLING_STRATEGIES, "group_by_length")
 # Python integers are created for this many indices at a time: for a large corpus, an epoch would take gigabytes
 _BLOCK = 2**16
 
@@ -61,12 +64,30 @@ class EpochSampler(Sampler[int]):
             yield from order[start : start + _BLOCK].tolist()
 
 
-def validate_sampling_strategy(args) -> None:
-    """Raise UserInputError unless :class:`EpochSampler` supports the order that ``args`` request."""
-    if args.train_sampling_strategy not in SAMPLING_STRATEGIES:
-        raise UserInputError(
-            f"--train_sampling_strategy ({args.train_sampling_strategy}) must be one of {SAMPLING_STRATEGIES}"
-        )
+class LengthSampler(Sampler[int]):
+    """The order of ``group_by_length``, drawn for each epoch from (seed, epoch) alone: a resumed epoch goes on, and all
+    processes have the same."""
+
+    def __init__(self, grouped: LengthGroupedSampler, seed: int):
+        self.grouped, self.seed = grouped, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
+        self.grouped.generator = torch.Generator().manual_seed(int(state[0]))
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.grouped)
+
+
+def validate_sampling_strategy(args, known: tuple[str, ...] = SAMPLING_STRATEGIES) -> None:
+    """Raise UserInputError unless the order that ``args`` request is one of those that a resumed run continues; by
+    default those of :class:`EpochSampler`."""
+    if args is not None and args.train_sampling_strategy not in known:
+        raise UserInputError(f"--train_sampling_strategy ({args.train_sampling_strategy}) must be one of {known}")
 
 
 def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:

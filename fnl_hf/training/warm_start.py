@@ -11,7 +11,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
@@ -59,6 +59,12 @@ class WarmStart:
         ratio = self.config.target_ratio
         kind = f"{self.config.mode} products" if ratio is None else f"products with {ratio:.3g} of their parameters"
         return f"dense for {self.step:,} steps, then {layers} as {kind}"
+
+
+def as_done(warm_start: WarmStart | None, log_history: Sequence[Mapping[str, Any]]) -> WarmStart | None:
+    """The warm start with the step at which it happened: a run that was made longer has its switch behind it."""
+    done = next((int(entry["step"]) for entry in log_history if FACTORIZED in entry), None)
+    return warm_start if warm_start is None or done is None else replace(warm_start, step=done)
 
 
 def plan_factorization(model_args, seed: int, model: PreTrainedModel) -> tuple[FactorizationConfig, bool]:

@@ -148,6 +148,15 @@ FLAGS = {
     "schedule arguments unknown": (flags(lr_scheduler_kwargs='{"a": 1}'), "_kwargs {'a': 1}: .* unexpected keyword"),
     "sampling": (flags(train_sampling_strategy="group_by_length"), r"\(group_by_length\) must be one of .*random"),
     "best of nothing": (flags(load_best_model_at_end="true"), "^--load_best_model_at_end requires the save and eval"),
+    "accumulation in another place": (
+        flags(accelerator_config='{"gradient_accumulation_kwargs":{"num_steps":3}}'), "num_steps is not supported: set"
+    ),
+    "batches that are split": (
+        flags(accelerator_config='{"split_batches":true}'), r"split_batches \(True\) is not supported: --per_device_tr"
+    ),
+    "mode of the compiler": (
+        flags(torch_compile_mode="fast"), r"^--torch_compile_mode \(fast\) must be one of \['default', "
+    ),
     "batch size to be found": (
         flags(auto_find_batch_size="true"), r"^--auto_find_batch_size \(True\) is not supported: it would change the gl"
     ),

@@ -18,6 +18,7 @@ from fnl_hf.runs.plan import is_finished, plan_run
 from fnl_hf.runs.seeds import commands_of_seeds
 from fnl_hf.training import resuming
 from fnl_hf.training.arguments import FnlTrainingArguments
+from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.resuming import complete_metrics, find_best_checkpoint
 from tests.conftest import assert_same_weights, pretraining
 
@@ -183,7 +184,7 @@ def test_a_run_is_finished_when_it_has_trained_what_is_asked_for(tmp_path, train
     """Trainer's own record of the epochs is rounded up."""
     state = {"global_step": trained["max_steps"], "num_train_epochs": 2, "train_batch_size": 5} | trained
     TrainerState(**state).save_to_json(str(tmp_path / "trainer_state.json"))
-    (tmp_path / "all_results.json").write_text("{}")
+    (tmp_path / "all_results.json").write_text('{"eval_loss": 1.0}')
     assert is_finished(tmp_path, FnlTrainingArguments(str(tmp_path), use_cpu=True, **asked)) is finished
 
 
@@ -227,6 +228,50 @@ def test_a_run_that_was_killed_before_its_results_has_those_of_its_training(corp
     again = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert again["train_loss"] == pytest.approx(results["train_loss"], rel=1e-6) and again["train_loss"] > 1
     assert not [name for name in again if name.endswith("_per_second")]
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_scores_are_those_of_the_model_beside_them(corpus, tmp_path, monkeypatch):
+    """A run that is made longer and stopped in its last evaluation is not finished; nor is one that was only trained,
+    if it is to be evaluated."""
+    flags, out = {"save_steps": 2, "resume_from_checkpoint": "auto"}, tmp_path / "out"
+
+    def scores():
+        return json.loads((out / "all_results.json").read_text())
+
+    run(corpus, out, **flags, max_steps=4)
+    before = scores()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PretrainingTrainer, "evaluate", stop)
+        run(corpus, out, **flags, max_steps=6)
+    assert not (out / "all_results.json").exists()
+    run(corpus, out, **flags, max_steps=6)
+    assert scores()["eval_loss"] != before["eval_loss"]
+    run(corpus, out, **flags, max_steps=8, do_train="true", do_eval="false")
+    assert "train_loss" in scores() and "eval_loss" not in scores() and not (out / "eval_results.json").exists()
+    run(corpus, out, **flags, max_steps=8, do_train="true", do_eval="true")
+    assert scores()["eval_loss"] < before["eval_loss"]
+
+
+@pytest.mark.parametrize("name, here, there", [
+    ("metric_for_best_model", "accuracy", "loss"),  # the best accuracy would be compared with a loss
+    ("dataloader_drop_last", "True", "False"),
+])  # fmt: skip
+def test_what_would_change_the_result_is_another_run(best, corpus, name, here, there):
+    with pytest.raises(UserInputError, match=f"contains another run: .*{name} was {there} and is now {here}"):
+        run(corpus, best / "stopped", **BEST | {name: here}, do_train="true", resume_from_checkpoint="auto")
+
+
+def test_a_run_does_not_delete_what_it_starts_from(corpus, tmp_path):
+    out = tmp_path / "out"
+    run(corpus, out, max_steps=2, save_steps=1)
+    for start in (out, out / "checkpoint-1"):
+        with pytest.raises(UserInputError, match=f"^--model_name_or_path {start} is in the --output_dir, and --overw"):
+            run(corpus, out, preset=None, config_overrides=None, model_name_or_path=start, overwrite_output_dir="true")
+    assert (out / "checkpoint-1" / "model.safetensors").is_file()
 
 
 LONG = ", ".join(f"part-of-a-corpus-{number:02}.jsonl" for number in range(12))

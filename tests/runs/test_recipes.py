@@ -33,6 +33,12 @@ def test_config_files_by_hand(tmp_path):
     assert with_config_files([str(second), str(first)]) == both
     for argv in (flags, []):
         assert with_config_files(argv) == argv
+    # YAML 1.1 would read the first two as false, the third as 8 and the fourth as 3,723.
+    first.write_text(
+        "save_strategy: no\nhub_language: off\nseed: 010\nrun_name: 1:02:03\nmax_steps: 1_000\nbf16: True\n"
+    )
+    words = "--save_strategy no --hub_language off --seed 10 --run_name 1:02:03 --max_steps 1000 --bf16 true"
+    assert with_config_files([str(first)]) == words.split()
 
 
 def test_the_help_gives_the_defaults_that_are_values(capsys):

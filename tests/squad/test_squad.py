@@ -1,5 +1,6 @@
 """SQuAD features and answers against a transcription of ``run_squad.py`` in google-research/bert."""
 
+import copy
 import json
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_windows_and_their_claims_on_a_token_are_the_originals(tokenizer, doc_st
         assert [tuple(feature["offset_mapping"][position]) for position in inside] == whole[start : start + length]
         claims = [original_is_max_context(spans, index, start + i) for i in range(length)]
         assert feature["token_is_max_context"] == [False] * (question + 2) + claims + [False]
+
+
+def test_padding_on_the_left_is_refused(tokenizer):
+    left = copy.deepcopy(tokenizer)
+    left.padding_side = "left"
+    with pytest.raises(UserInputError, match=r"padding_side \('left'\) must be 'right' for question answering"):
+        FeatureMaker(left, 40, 4)
 
 
 @pytest.mark.parametrize("doc_stride", [5, 16])

@@ -166,6 +166,23 @@ def test_accumulation_gives_the_same_model_where_features_are_padded_alike(pretr
         assert_same_weights(tmp_path / "a", tmp_path / "c", atol=1e-5, rtol=0)
 
 
+def test_an_order_by_length_goes_on_and_a_higher_f1_is_no_worse(pretrained, squad_files, tmp_path):
+    flags = {"max_steps": None, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "do_train": "true"}
+    flags |= {"train_sampling_strategy": "group_by_length", "eval_strategy": "epoch", "warmup_steps": 0}
+    flags |= {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": '{"patience":0,"cooldown":99}'}
+    run_squad.run(squad(pretrained, tmp_path / "whole", squad_files / "v1.1.json", **flags))
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for name in ("checkpoint-5", "checkpoint-6"):
+        shutil.rmtree(tmp_path / "stopped" / name)
+    for name in ("all_results.json", "model.safetensors", "trainer_state.json"):
+        (tmp_path / "stopped" / name).unlink()
+    flags["resume_from_checkpoint"] = "auto"
+    run_squad.run(squad(pretrained, tmp_path / "stopped", squad_files / "v1.1.json", **flags))
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    scheduler = torch.load(tmp_path / "whole" / "checkpoint-6" / "scheduler.pt", weights_only=False)
+    assert (scheduler["mode"], scheduler["patience"]) == ("max", 0)
+
+
 def test_the_sample_is_the_default(pretrained, tmp_path):
     flags = {"max_seq_length": 256, "doc_stride": 32, "max_steps": 1, "max_train_samples": 5, "max_eval_samples": 3}
     run_squad.run(squad(pretrained, tmp_path / "out", **flags))

@@ -8,10 +8,11 @@ from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import run_pretrain
 from fnl_hf import UserInputError
-from fnl_hf.training.sampling import EpochSampler, find_sampler
+from fnl_hf.training.sampling import EpochSampler, LengthSampler, find_sampler
 from tests.conftest import TINY, assert_same_weights, launch, pretraining
 
 
@@ -39,6 +40,18 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does():
     left_out = [set(range(101)) - set(order(sampler, epoch)) for epoch in range(7)]
     assert len({tuple(sorted(indices)) for indices in left_out}) > 1, "each epoch leaves out another sample"
     assert order(EpochSampler(11, 3, seed=3, shuffle=False), 2) == list(range(9))
+
+
+def test_an_order_by_length_depends_on_seed_and_epoch_alone():
+    """It groups as Trainer's does: within a group of 13 batches, a quarter of all, the lengths fall."""
+    lengths = torch.randint(1, 100, (211,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = LengthSampler(LengthGroupedSampler(4, lengths=lengths), seed=3)
+    first = order(sampler, 1)
+    torch.manual_seed(11)
+    assert sorted(first) == list(range(211)) and first == order(sampler, 1) != order(sampler, 0)
+    assert order(LengthSampler(LengthGroupedSampler(4, lengths=lengths), seed=4), 1) != first
+    grouped = [lengths[i] for i in first[4:52]]
+    assert grouped == sorted(grouped, reverse=True)
 
 
 def test_splits_give_the_same_global_batches():

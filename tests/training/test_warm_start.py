@@ -20,7 +20,9 @@ from fnl_hf.training.optimizers import build_optimizer
 from fnl_hf.training.pretraining_arguments import ModelArguments
 from fnl_hf.training.warm_start import (
     SAMPLES,
+    WarmStart,
     WarmStartCallback,
+    as_done,
     calibration_batches,
     carry_state,
     plan_factorization,
@@ -107,6 +109,12 @@ def test_the_switch_is_where_it_was_asked_for_and_leaves_the_size_that_was_asked
     assert switches == [{"factorized_layers": len(factorized_layers(model)), "epoch": 4 / 7, "step": 4}]
     assert (whole / "training_report.png").is_file()
     assert "dense for 4 steps, then the encoder's layers as products with 0.5 of" in (whole / "README.md").read_text()
+
+
+def test_a_run_that_was_made_longer_keeps_its_switch():
+    planned = WarmStart(8, FactorizationConfig(), True)
+    log = [{"loss": 1.0, "step": 1}, {"factorized_layers": 6, "step": 4}, {"factorized_layers": 6, "step": 7}]
+    assert (as_done(planned, log).step, as_done(planned, log[:1]), as_done(None, log)) == (4, planned, None)
 
 
 def test_the_schedule_goes_on(whole):
