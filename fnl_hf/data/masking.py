@@ -33,7 +33,8 @@ ATTENTION_KERNELS = {"sdpa": "mask", "eager": "mask", "flash_attention_2": "varl
 # Mark of a space before a word -> marks of all white space: SentencePiece has one, byte-level BPE four.
 SPACE_MARKS = {"▁": ("▁",), "Ġ": ("Ġ", "Ċ", "ĉ", "č")}
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_POSITION_BITS = np.uint64(0xFFFF)  # of a key
+LARGEST_LENGTH = 2**16  # of a sequence
+_POSITION_BITS = np.uint64(LARGEST_LENGTH - 1)  # of a key
 _LARGEST_KEY = np.uint64(2**64 - 1)
 
 

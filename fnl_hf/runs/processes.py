@@ -20,13 +20,16 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def decide_on_first_process(decide: Callable[[], Decision]) -> Decision:
-    """Return the result of ``decide`` on the first process, or raise its UserInputError, on all processes."""
+    """Return the result of ``decide`` on the first process, or raise its UserInputError, on all processes; also for a
+    disk that is full or a folder that cannot be read, at which the others would wait for the first one's decision."""
     decision: Any = None
     if not _is_distributed() or torch.distributed.get_rank() == 0:
         try:
             decision = decide()
         except UserInputError as error:
             decision = error
+        except OSError as error:
+            decision = UserInputError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     decision = gather_objects(decision)[0]
     if isinstance(decision, UserInputError):
         raise decision

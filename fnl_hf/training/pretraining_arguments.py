@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from fnl_hf.bert.configuration_fnl_bert import ATTENTION_INITS, STUDIED_INITS
-from fnl_hf.data.masking import ATTENTION_KERNELS
+from fnl_hf.data.masking import ATTENTION_KERNELS, LARGEST_LENGTH
 from fnl_hf.data.packing import PACKED
 from fnl_hf.data.rows import OBJECTIVES
 from fnl_hf.data.tokenizer import ALPHABET_COVERAGE, ALPHABET_FLOOR, validate_coverage
@@ -242,7 +242,7 @@ class DataArguments:
     def __post_init__(self):
         for name in COUNTS:
             validate_bounds(name, getattr(self, name), 1)
-        validate_bounds("max_seq_length", self.max_seq_length, PACKED.min_length)
+        validate_bounds("max_seq_length", self.max_seq_length, PACKED.min_length, LARGEST_LENGTH + 1)
         validate_bounds("mlm_probability", self.mlm_probability, 0, 1, above=True)
         validate_bounds("validation_split_percentage", self.validation_split_percentage, 0, 100, above=True)
         self._validate_choices()

@@ -157,6 +157,9 @@ FLAGS = {
     "mode of the compiler": (
         flags(torch_compile_mode="fast"), r"^--torch_compile_mode \(fast\) must be one of \['default', "
     ),
+    "sequences longer than a mask reaches": (
+        flags(max_seq_length=65_537), r"^--max_seq_length \(65537\) must be at least 3 and below 65537$"
+    ),
     "batch size to be found": (
         flags(auto_find_batch_size="true"), r"^--auto_find_batch_size \(True\) is not supported: it would change the gl"
     ),

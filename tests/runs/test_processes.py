@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from fnl_hf.errors import UserInputError
+from fnl_hf.runs.processes import decide_on_first_process
 from tests.conftest import RESUMES_ON_CPUS, assert_same_weights, launch, pretraining
 
 
@@ -28,6 +32,18 @@ def test_processes_fail_together_and_go_on_from_the_same_checkpoint(corpus, tmp_
     assert_same_weights(tmp_path / "whole", tmp_path / "out")
     for rank in range(2):
         assert "gloo" not in (tmp_path / f"threads-{rank}.json").read_text()
+
+
+@pytest.mark.parametrize("error, said", [
+    (PermissionError(13, "Permission denied", "/out"), "^/out: Permission denied$"),
+    (OSError(28, "No space left on device"), "No space left on device$"),
+])  # fmt: skip
+def test_a_disk_that_fails_is_bad_input_to_all(error, said):
+    def decide():
+        raise error
+
+    with pytest.raises(UserInputError, match=said):
+        decide_on_first_process(decide)
 
 
 # A thread of gloo that frees the tensors of the last collective waits for the interpreter, here for longer than it has.
