@@ -77,6 +77,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
     """
     file = Path(file)
     refuse_bad_file(file, SUFFIX)
+    refuse_bad_file(file.with_name(f"{file.name}.data"), ".data")  # weights of a model above 2 GB
     _validate_model(model)
     try:
         import onnxruntime  # noqa: F401

@@ -31,7 +31,7 @@ COMPANIONS = (
     ),
 )  # fmt: skip
 MODULES_FILE = "modules.json"  # of sentence-transformers: the modules after the model, each in a folder of its own
-MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
+MODULE_FILES = ("config.json", "cnn_config.json", "lstm_config.json", "model.safetensors", "pytorch_model.bin")
 USUAL_MODULES = ("1_Pooling", "2_Dense")
 NAMED_WEIGHTS = 3  # in a message
 logger = logging.get_logger(__name__)

@@ -120,7 +120,7 @@ def test_to_bert_leaves_no_layer_that_needs_fnl_hf(bert, batch, tokenizer, tmp_p
 def test_what_lies_beside_the_weights_goes_with_them(checkpoint, tmp_path):
     modules = [{"path": path} for path in ("", "1_Pooling", "2_Other", "3_Normalize", "../escaped", "/etc")]
     files = {"modules.json": modules, "sentence_bert_config.json": {"max_seq_length": 7}}
-    files |= {"1_Pooling/config.json": {"a": 1}, "2_Other/config.json": {"b": 2}}
+    files |= {"1_Pooling/config.json": {"a": 1}, "2_Other/lstm_config.json": {"b": 2}}
     for name, content in files.items():
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_text(json.dumps(content))

@@ -53,6 +53,9 @@ def test_the_exported_program_and_the_onnx_file_give_the_same_outputs(model, tmp
             torch.testing.assert_close(torch.from_numpy(onnx)[present], theirs[present], atol=1e-4, rtol=0)
     with pytest.raises(fnl_hf.UserInputError, match="model.onnx exists: choose another file name"):
         export_onnx(model, file)
+    file.rename(file.with_name("other.onnx.data"))
+    with pytest.raises(fnl_hf.UserInputError, match="other.onnx.data exists: choose another file name"):
+        export_onnx(model, file.with_name("other.onnx"))
 
 
 @pytest.mark.parametrize("mode", ["low_rank", "wide", "deep"])
