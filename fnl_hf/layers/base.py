@@ -81,8 +81,8 @@ class FactorizedLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight, computed in the dtype of the factors; gradients flow through it."""
-        return self._product(self.factors())
+        """The dense weight in the dtype of the factors, inside autocast too; gradients flow through it."""
+        return self.multiply_out(self.left.dtype)
 
     def _product(self, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
         left, *middle, right = factors
@@ -204,7 +204,6 @@ class FactorizedLayer(nn.Module):
         norm = weight.norm()
         self.error = ((weight - self.multiply_out(weight.dtype)).norm() / norm).item() if norm else 0.0
 
-    @torch.no_grad()
     def multiply_out(self, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight, computed in ``dtype``."""
         device = "cpu" if self.left.is_meta else self.left.device.type  # autocast does not know the meta device

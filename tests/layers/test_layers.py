@@ -354,9 +354,14 @@ def test_what_a_layer_carries_over():
 def test_what_is_set_around_it_does_not_matter():
     """Autocast, a default device; channels last in memory; no number is drawn from the global generator."""
     layer = seeded(nn.Linear(5, 7)).float()
-    expected, state = factorized(layer, 9, "wide").left, torch.get_rng_state()
+    whole, state = factorized(layer, 9, "wide"), torch.get_rng_state()
+    expected = whole.left
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(factorized(layer, 9, "wide").left, expected)
+        weight = whole.weight
+    assert_close(weight, layer.weight, 1e-5)
+    weight.sum().backward()
+    assert_close(whole.left.grad, whole.right.detach().sum(1).expand(7, 9), 1e-5)
     with torch.device("meta"):
         assert torch.equal(factorized(layer, 9, "wide").left, expected)
     assert torch.equal(torch.get_rng_state(), state)
