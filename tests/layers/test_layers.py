@@ -311,6 +311,15 @@ def test_the_cheaper_way_is_taken():
     assert seen == {True, False} and chosen == {0, 1, 2}
 
 
+def test_a_convolution_exports_for_any_batch():
+    """Between 2 and 100 images of 3x3 the cheaper way changes at rank 30."""
+    layer, x = FactorizedConv2d(8, 8, 3, 30, padding=1).eval(), torch.randn(70, 8, 3, 3)
+    sizes = ({0: torch.export.Dim("batch", min=2, max=100)},)
+    assert {layer._choose_way(x[:rows], (1, 1)) for rows in (2, 70)} == {"factor by factor", "one convolution"}
+    with torch.no_grad():
+        assert_close(torch.export.export(layer, (x[:2],), dynamic_shapes=sizes).module()(x), layer(x), 1e-5)
+
+
 def test_channels_last_and_half_precision():
     layer = nn.Conv2d(6, 10, 3, padding=1).to(memory_format=torch.channels_last)
     new = factorized(layer, 18).to(memory_format=torch.channels_last)
