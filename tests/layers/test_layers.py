@@ -374,6 +374,8 @@ def test_what_is_set_around_it_does_not_matter():
     with torch.device("meta"):
         assert torch.equal(factorized(layer, 9, "wide").left, expected)
     assert torch.equal(torch.get_rng_state(), state)
+    with torch.device("meta"):
+        assert FactorizedLinear(5, 7, 1, deep=True, device="cpu").middle.item() == 1.0
     convolution = FactorizedConv2d(4, 6, 3, 2).to(memory_format=torch.channels_last)
     before = convolution.left.clone()
     convolution.reset_parameters()
@@ -420,6 +422,8 @@ def test_a_layer_is_a_product(mode):
         (lambda: factorized(nn.Linear(5, 7), 3, "narrow"), "mode must be one of .*, not 'narrow'"),
         (lambda: factorized(nn.Linear(5, 7), 3, init="svd"), "init must be one of .*, not 'svd'"),
         (lambda: factorized(nn.Linear(5, 7), 0), r"rank \(0\) must be at least 1"),
+        (lambda: FactorizedLinear(0, 4, 1), r"sizes must be at least 1, .* \(4, 1\) and \(1, 0\)"),
+        (lambda: factorized(nn.Linear(5, 7, dtype=torch.complex64), 3), "its weight has dtype torch.complex64"),
         (lambda: factorized(nn.Embedding(5, 7, max_norm=1.0), 3), "Embedding with max_norm=1.0 cannot be factorized"),
         (lambda: factorized(nn.Embedding(5, 7, sparse=True), 3), "Embedding with sparse=True"),
     ],
