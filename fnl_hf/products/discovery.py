@@ -1,5 +1,8 @@
 """The products of parameters in a model: those of its attention, and those registered by its modules."""
 
+from collections import Counter
+from typing import Any
+
 from torch import nn
 
 from fnl_hf.bert.factorization import RANK_DIMS, Product, validate_product
@@ -56,7 +59,8 @@ def find_products(model: nn.Module) -> list[Product]:
     shapes of its weights match a known layout (products/layouts.py).
 
     Raises:
-        ValueError: a registered parameter no longer exists, or a parameter is a factor of two products.
+        ValueError: a registered parameter no longer exists, a parameter is a factor of two products, or a registered
+            product has the name of another one.
     """
     return discover(model)[0]
 
@@ -68,6 +72,7 @@ def discover(model: nn.Module) -> tuple[list[Product], list[str]]:
     _refuse_two_products([*of_bert, *registered])
     taken = {id(weight) for product in [*of_bert, *registered] for weight in product.weights}
     of_attention, unknown = _attention_products(model, taken)
+    _refuse_equal_names(registered, [*of_bert, *of_attention, *registered])
     return [*of_bert, *of_attention, *registered], unknown
 
 
@@ -118,7 +123,8 @@ def register_attention(
 
 
 def registered_products(model: nn.Module) -> list[Product]:
-    """The products registered with :func:`register_product` and :func:`register_attention`.
+    """The products registered with :func:`register_product` and :func:`register_attention`. One whose factors are all
+    tied to those of an earlier product of the same kind is the same product.
 
     Raises:
         ValueError: a parameter that is gone.
@@ -134,7 +140,11 @@ def registered_products(model: nn.Module) -> list[Product]:
             stem = f"{prefix}{name}." if name else prefix
             pairs = attention.pairs(module, f"attention {stem.removesuffix('.') or type(module).__name__}")
             products += [_as_product(pair, stem, (prefix, "")) for pair in pairs]
-    return products
+    different: dict[Any, Product] = {}
+    for product in products:
+        ids = tuple(map(id, product.weights))
+        different.setdefault((product.kind, product.num_heads, ids, getattr(product, "pair", None)), product)
+    return list(different.values())
 
 
 def _products_of_bert(model: nn.Module) -> list[Product]:
@@ -210,6 +220,16 @@ def _refuse_two_products(products: list[Product]) -> None:
                         f"of product {other.name}: a parameter can be a factor of only one product"
                     )
             owners[id(weight)].append((product, index))
+
+
+def _refuse_equal_names(registered: list[Product], products: list[Product]) -> None:
+    counts = Counter(product.name for product in products)
+    for product in registered:
+        if counts[product.name] > 1:
+            raise ValueError(
+                f"two products are named {product.name}, one of them of {' and '.join(product.weight_names)}: register "
+                "it with another name"
+            )
 
 
 def _are_apart(product: Product, index: int, other: Product, place: int) -> bool:

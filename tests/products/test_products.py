@@ -92,6 +92,10 @@ def test_a_copy_registers_for_itself():
     assert (len(find_products(twin)), len(find_products(block))) == (3, 2)
     with pytest.raises(ValueError, match=r"Block already has a product named 'triple': give product \(extra.weight"):
         register_product(twin, "uv", "extra.weight", "m.weight", name="triple")
+    model = nn.Sequential(block, nn.Linear(4, 2), nn.Linear(2, 3))
+    register_product(model, "linear", "2.weight", "1.weight", name="0.triple")
+    with pytest.raises(ValueError, match="^two products are named 0.triple, one of them of 2.weight and 1.weight: "):
+        find_products(model)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,12 @@ def test_a_module_at_two_paths_holds_its_products_once_and_a_lost_parameter_is_n
     block = Block()
     model = nn.Sequential(block, block)
     assert [p.name for p in find_products(model)] == ["0", "0.triple"]
+    twin = Block()  # another module with the same factors
+    for name in (*PAIR, *TRIPLE):
+        setattr(twin.get_submodule(name[:-7]), "weight", block.get_parameter(name))
+    tied = nn.Sequential(block, twin)
+    assert [p.name for p in find_products(tied)] == ["0", "0.triple"]
+    assert [len(params) for params in names_by_group(tied).values()][:2] == [2, 3]
     block.down = nn.Identity()
     with pytest.raises(ValueError, match="product 0: Block has no parameter 'down.weight'"):
         find_products(model)
