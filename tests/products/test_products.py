@@ -158,7 +158,7 @@ def test_a_module_at_two_paths_holds_its_products_once_and_a_lost_parameter_is_n
     assert [p.name for p in find_products(model)] == ["0", "0.triple"]
     twin = Block()  # another module with the same factors
     for name in (*PAIR, *TRIPLE):
-        setattr(twin.get_submodule(name[:-7]), "weight", block.get_parameter(name))
+        twin.get_submodule(name[:-7]).weight = block.get_parameter(name)
     tied = nn.Sequential(block, twin)
     assert [p.name for p in find_products(tied)] == ["0", "0.triple"]
     assert [len(params) for params in names_by_group(tied).values()][:2] == [2, 3]
