@@ -123,28 +123,32 @@ def register_attention(
 
 
 def registered_products(model: nn.Module) -> list[Product]:
-    """The products registered with :func:`register_product` and :func:`register_attention`. One whose factors are all
-    tied to those of an earlier product of the same kind is the same product.
+    """The products registered with :func:`register_product` and :func:`register_attention`. A product whose factors are
+    all tied to those of one in an earlier module counts once.
 
     Raises:
         ValueError: a parameter that is gone.
     """
     products: list[Product] = []
+    known: set[Any] = set()
     for path, module in model.named_modules():
+        own: list[Product] = []
         prefix = f"{path}." if path else ""
         for kind, weight_names, num_heads, name in module.__dict__.get(REGISTRY, ()):
             full_name = f"{prefix}{name}" if name else path or type(module).__name__
             weights = _get_weights(module, weight_names, f"product {full_name}")
-            products.append(Product(full_name, kind, num_heads, weights, tuple(prefix + n for n in weight_names)))
+            own.append(Product(full_name, kind, num_heads, weights, tuple(prefix + n for n in weight_names)))
         for name, attention in module.__dict__.get(_ATTENTION_REGISTRY, {}).items():
             stem = f"{prefix}{name}." if name else prefix
             pairs = attention.pairs(module, f"attention {stem.removesuffix('.') or type(module).__name__}")
-            products += [_as_product(pair, stem, (prefix, "")) for pair in pairs]
-    different: dict[Any, Product] = {}
-    for product in products:
-        ids = tuple(map(id, product.weights))
-        different.setdefault((product.kind, product.num_heads, ids, getattr(product, "pair", None)), product)
-    return list(different.values())
+            own += [_as_product(pair, stem, (prefix, "")) for pair in pairs]
+        products += [product for product in own if _identity(product) not in known]
+        known.update(map(_identity, own))
+    return products
+
+
+def _identity(product: Product) -> Any:
+    return product.kind, product.num_heads, tuple(map(id, product.weights)), getattr(product, "pair", None)
 
 
 def _products_of_bert(model: nn.Module) -> list[Product]:
