@@ -85,11 +85,11 @@ def validate_product(weights: tuple[torch.Tensor, ...], kind: str, num_heads: in
             "parameters: use FSDP2 (fully_shard) instead"
         )
     ranks = [shape[dim] for shape, dim in zip(shapes, dims)]
-    is_valid = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0
-    needed = f"share one size, a multiple of num_heads ({num_heads}), in dimensions {dims}"
+    is_valid = ranks[0] == ranks[1] and num_heads >= 1 and ranks[0] % num_heads == 0 and min(ranks) >= 1
+    needed = f"share one size, a multiple of num_heads ({num_heads}) above 0, in dimensions {dims}"
     if len(dims) == 3:  # the middle factor M (H·r, s) carries both ranks
         is_valid = is_valid and len(shapes[1]) == 2 and shapes[1][1] * num_heads == ranks[2]
-        needed = f"match as U (m, r), M (r, s), Vᵀ (s, n) of each of num_heads ({num_heads})"
+        needed = f"match as U (m, r), M (r, s), Vᵀ (s, n) of each of num_heads ({num_heads}), r and s above 0"
     if not is_valid:
         raise ValueError(f"{where}: shapes {' and '.join(map(str, shapes))} must {needed}")
 

@@ -56,6 +56,8 @@ class FactorizedLayer(nn.Module):
     def _add_parameters(
         self, left: Sequence[int], right: Sequence[int], deep: bool, bias: int | None, **factory: Any
     ) -> None:
+        if 0 in (*left, *right):
+            raise ValueError(f"sizes must be at least 1, but the factors would be {tuple(left)} and {tuple(right)}")
         middle = (self.groups * self.rank, self.rank) if deep else None
         shapes = {"left": left, "middle": middle, "right": right, "bias": None if bias is None else (bias,)}
         for name, shape in shapes.items():
@@ -81,8 +83,8 @@ class FactorizedLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight, computed in the dtype of the factors; gradients flow through it."""
-        return self._product(self.factors())
+        """The dense weight in the dtype of the factors, inside autocast too; gradients flow through it."""
+        return self.multiply_out(self.left.dtype)
 
     def _product(self, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
         left, *middle, right = factors
@@ -130,7 +132,7 @@ class FactorizedLayer(nn.Module):
             factor_std * torch.randn(factor.shape, generator=generator, device="cpu")
             for factor, factor_std in zip((left, right), self.default_stds(std), strict=True)
         )
-        self.set_factors(u, *(torch.eye(self.rank).expand_as(factor) for factor in middle), v)
+        self.set_factors(u, *(torch.eye(self.rank, device="cpu").expand(len(u), -1, -1) for _ in middle), v)
 
     @torch.no_grad()
     def set_factors(self, *factors: torch.Tensor) -> None:
@@ -167,13 +169,15 @@ class FactorizedLayer(nn.Module):
             seed: seed of the random draws.
 
         Raises:
-            ValueError: the rank does not suit the mode, or an option of the layer cannot be factorized.
+            ValueError: the rank does not suit the mode, or an option of the layer or its dtype cannot be factorized.
         """
         if init not in INITS + STUDIED_INITS:
             raise ValueError(f"init must be one of {INITS}, not {init!r}")
         if init in STUDIED_INITS and mode != "low_rank":
             raise ValueError(f"init {init!r} needs mode 'low_rank', not {mode!r}")
         dense = layer.weight
+        if not dense.is_floating_point():
+            raise ValueError(f"its weight has dtype {dense.dtype}: only real floating-point weights can be factorized")
         # On the meta device first, so that a wrong rank is refused before anything is drawn.
         new = cls.like(layer, rank, mode == "deep", device="meta", dtype=dense.dtype)
         check_rank(rank, new.matrix_shape(), mode)
@@ -204,7 +208,6 @@ class FactorizedLayer(nn.Module):
         norm = weight.norm()
         self.error = ((weight - self.multiply_out(weight.dtype)).norm() / norm).item() if norm else 0.0
 
-    @torch.no_grad()
     def multiply_out(self, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight, computed in ``dtype``."""
         device = "cpu" if self.left.is_meta else self.left.device.type  # autocast does not know the meta device

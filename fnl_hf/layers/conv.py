@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.layers.base import FactorizedLayer, to_default_strides
+from fnl_hf.layers.base import FactorizedLayer, rows_to_expect, to_default_strides
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -78,7 +78,7 @@ class FactorizedConv2d(FactorizedLayer):
     def _choose_way(self, x: torch.Tensor, padding: str | tuple[int, ...]) -> str:
         """Choose by the number of multiplications per group: "factor by factor", "with the middle" factor applied to
         the input, too, instead of multiplied into the left one, or "one convolution" with the product."""
-        batch, height = math.prod(x.shape[:-3]), x.shape[-2]
+        batch, height = rows_to_expect(math.prod(x.shape[:-3])), x.shape[-2]
         new_height, new_width = (self._output_size(x.shape[axis - 2], padding, axis) for axis in (0, 1))
         m, n = self.matrix_shape()
         fold_cost = self.rank**2 * m if self.deep else 0

@@ -61,7 +61,7 @@ class ProductGroups(CheckedOptimizer):
         if decay != 0.0:
             # not the base class's default: factors must not be decayed twice
             param_group.setdefault("weight_decay", 0.0)
-        if is_product:
+        if is_product and not isinstance(param_group["params"], set):  # torch refuses a set: it has no order
             params = param_group["params"]
             param_group["params"] = params = [params] if isinstance(params, torch.Tensor) else list(params)
             self._refuse_repeated_factors(params, group_name(param_group, len(self.param_groups)))
@@ -140,6 +140,8 @@ class ProductGroups(CheckedOptimizer):
         groups = []
         for index, group in enumerate(self.param_groups):
             get_lr(group)
+            if group["product"] is None and group["frobenius_decay"] != 0.0:
+                validate_product_group(group, group_name(group, index))
             if is_decayed(group):
                 if group.get("differentiable") or any(_is_undecayable(p) for p in group["params"]):
                     validate_product_group(group, group_name(group, index))

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fnl_hf.layers import FactorizedEmbedding
 from fnl_hf.optim.frobenius import products_of
 from fnl_hf.optim.param_groups import frobenius_param_groups
+from fnl_hf.products.heads import find_heads
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag, FactorizedEmbedding)
 
@@ -32,6 +32,7 @@ def muon_param_groups(
     - vectors (the group ``plain``);
     - embedding tables, including factorized ones;
     - output heads: everything outside the base model of a ``PreTrainedModel``, and its output embeddings, tied or not;
+      the layers of a task model without a base model, such as the ``classifier`` of ``CLIPForImageClassification``;
     - every other parameter that is neither a factor nor the weight of ``nn.Linear``, ``Conv1D`` or a convolution, such
       as positions, tokens, tables of biases and the matrices of recurrent layers;
     - parameters that ``adamw`` names.
@@ -77,16 +78,9 @@ def _with_units(group: dict[str, Any], units: list[list[torch.Tensor]], **entrie
 
 def _outer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Embeddings and output heads."""
-    for module in model.modules():
-        if isinstance(module, EMBEDDINGS):
-            yield from module.parameters()
-        if isinstance(module, PreTrainedModel):
-            base, head = module.base_model, module.get_output_embeddings()
-            if base is not module:
-                inner = {id(parameter) for parameter in base.parameters()}
-                yield from (parameter for parameter in module.parameters() if id(parameter) not in inner)
-            if head is not None:
-                yield from head.parameters()
+    tables = (module for module in model.modules() if isinstance(module, EMBEDDINGS))
+    for module in (*tables, *find_heads(model)):
+        yield from module.parameters(recurse=False)
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> Iterator[nn.Parameter]:

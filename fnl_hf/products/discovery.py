@@ -1,5 +1,8 @@
 """The products of parameters in a model: those of its attention, and those registered by its modules."""
 
+from collections import Counter
+from typing import Any
+
 from torch import nn
 
 from fnl_hf.bert.factorization import RANK_DIMS, Product, validate_product
@@ -56,7 +59,8 @@ def find_products(model: nn.Module) -> list[Product]:
     shapes of its weights match a known layout (products/layouts.py).
 
     Raises:
-        ValueError: a registered parameter no longer exists, or a parameter is a factor of two products.
+        ValueError: a registered parameter no longer exists, a parameter is a factor of two products, or a registered
+            product has the name of another one.
     """
     return discover(model)[0]
 
@@ -68,6 +72,7 @@ def discover(model: nn.Module) -> tuple[list[Product], list[str]]:
     _refuse_two_products([*of_bert, *registered])
     taken = {id(weight) for product in [*of_bert, *registered] for weight in product.weights}
     of_attention, unknown = _attention_products(model, taken)
+    _refuse_equal_names(registered, [*of_bert, *of_attention, *registered])
     return [*of_bert, *of_attention, *registered], unknown
 
 
@@ -118,23 +123,32 @@ def register_attention(
 
 
 def registered_products(model: nn.Module) -> list[Product]:
-    """The products registered with :func:`register_product` and :func:`register_attention`.
+    """The products registered with :func:`register_product` and :func:`register_attention`. A product whose factors are
+    all tied to those of one in an earlier module counts once.
 
     Raises:
         ValueError: a parameter that is gone.
     """
     products: list[Product] = []
+    known: set[Any] = set()
     for path, module in model.named_modules():
+        own: list[Product] = []
         prefix = f"{path}." if path else ""
         for kind, weight_names, num_heads, name in module.__dict__.get(REGISTRY, ()):
             full_name = f"{prefix}{name}" if name else path or type(module).__name__
             weights = _get_weights(module, weight_names, f"product {full_name}")
-            products.append(Product(full_name, kind, num_heads, weights, tuple(prefix + n for n in weight_names)))
+            own.append(Product(full_name, kind, num_heads, weights, tuple(prefix + n for n in weight_names)))
         for name, attention in module.__dict__.get(_ATTENTION_REGISTRY, {}).items():
             stem = f"{prefix}{name}." if name else prefix
             pairs = attention.pairs(module, f"attention {stem.removesuffix('.') or type(module).__name__}")
-            products += [_as_product(pair, stem, (prefix, "")) for pair in pairs]
+            own += [_as_product(pair, stem, (prefix, "")) for pair in pairs]
+        products += [product for product in own if _identity(product) not in known]
+        known.update(map(_identity, own))
     return products
+
+
+def _identity(product: Product) -> Any:
+    return product.kind, product.num_heads, tuple(map(id, product.weights)), getattr(product, "pair", None)
 
 
 def _products_of_bert(model: nn.Module) -> list[Product]:
@@ -210,6 +224,16 @@ def _refuse_two_products(products: list[Product]) -> None:
                         f"of product {other.name}: a parameter can be a factor of only one product"
                     )
             owners[id(weight)].append((product, index))
+
+
+def _refuse_equal_names(registered: list[Product], products: list[Product]) -> None:
+    counts = Counter(product.name for product in products)
+    for product in registered:
+        if counts[product.name] > 1:
+            raise ValueError(
+                f"two products are named {product.name}, one of them of {' and '.join(product.weight_names)}: register "
+                "it with another name"
+            )
 
 
 def _are_apart(product: Product, index: int, other: Product, place: int) -> bool:

@@ -75,10 +75,13 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 # Attention over channels, or not of the form softmax(Q Kᵀ), with the same names.
 OTHER_KINDS = (
     *("Channel", "CrossCovariance", "Delta", "DiffLlama", "Lightning", "Linear", "Lsh", "LSH", "XCA", "XCiT"),
-    *("mLSTM", "xLSTM"),
+    *("mLSTM", "xLSTM", "Yoso"),
 )
 OTHER_SIZES = ("key_dim", "val_dim")  # of modules whose fused rows are not three equal parts
 BETWEEN = (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)  # children that change q, k or v before the attention scores
+# Normalization of what attention returns, before O: outputs do not depend on the size of V. In BitNet, Kosmos-2 and
+# Muse Spark, and some of timm.
+NORMS = ("attn_sub_norm", "inner_attn_ln", "o_norm", "norm")
 
 
 class Located(NamedTuple):
@@ -343,7 +346,11 @@ def _pairs(
         value = value_pair(rows["v"], output, heads)
         if value is None:  # more rows than those of q, k and v
             return [], True
-        pairs.append(value)
+        norms = (_get(module, name) for name in NORMS)
+        if all(norm is None or isinstance(norm, nn.Identity) for norm in norms):
+            pairs.append(value)
+        else:
+            is_open = True
     return pairs, is_open
 
 

@@ -311,6 +311,15 @@ def test_the_cheaper_way_is_taken():
     assert seen == {True, False} and chosen == {0, 1, 2}
 
 
+def test_a_convolution_exports_for_any_batch():
+    """Between 2 and 100 images of 3x3 the cheaper way changes at rank 30."""
+    layer, x = FactorizedConv2d(8, 8, 3, 30, padding=1).eval(), torch.randn(70, 8, 3, 3)
+    sizes = ({0: torch.export.Dim("batch", min=2, max=100)},)
+    assert {layer._choose_way(x[:rows], (1, 1)) for rows in (2, 70)} == {"factor by factor", "one convolution"}
+    with torch.no_grad():
+        assert_close(torch.export.export(layer, (x[:2],), dynamic_shapes=sizes).module()(x), layer(x), 1e-5)
+
+
 def test_channels_last_and_half_precision():
     layer = nn.Conv2d(6, 10, 3, padding=1).to(memory_format=torch.channels_last)
     new = factorized(layer, 18).to(memory_format=torch.channels_last)
@@ -354,12 +363,19 @@ def test_what_a_layer_carries_over():
 def test_what_is_set_around_it_does_not_matter():
     """Autocast, a default device; channels last in memory; no number is drawn from the global generator."""
     layer = seeded(nn.Linear(5, 7)).float()
-    expected, state = factorized(layer, 9, "wide").left, torch.get_rng_state()
+    whole, state = factorized(layer, 9, "wide"), torch.get_rng_state()
+    expected = whole.left
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(factorized(layer, 9, "wide").left, expected)
+        weight = whole.weight
+    assert_close(weight, layer.weight, 1e-5)
+    weight.sum().backward()
+    assert_close(whole.left.grad, whole.right.detach().sum(1).expand(7, 9), 1e-5)
     with torch.device("meta"):
         assert torch.equal(factorized(layer, 9, "wide").left, expected)
     assert torch.equal(torch.get_rng_state(), state)
+    with torch.device("meta"):
+        assert FactorizedLinear(5, 7, 1, deep=True, device="cpu").middle.item() == 1.0
     convolution = FactorizedConv2d(4, 6, 3, 2).to(memory_format=torch.channels_last)
     before = convolution.left.clone()
     convolution.reset_parameters()
@@ -406,6 +422,8 @@ def test_a_layer_is_a_product(mode):
         (lambda: factorized(nn.Linear(5, 7), 3, "narrow"), "mode must be one of .*, not 'narrow'"),
         (lambda: factorized(nn.Linear(5, 7), 3, init="svd"), "init must be one of .*, not 'svd'"),
         (lambda: factorized(nn.Linear(5, 7), 0), r"rank \(0\) must be at least 1"),
+        (lambda: FactorizedLinear(0, 4, 1), r"sizes must be at least 1, .* \(4, 1\) and \(1, 0\)"),
+        (lambda: factorized(nn.Linear(5, 7, dtype=torch.complex64), 3), "its weight has dtype torch.complex64"),
         (lambda: factorized(nn.Embedding(5, 7, max_norm=1.0), 3), "Embedding with max_norm=1.0 cannot be factorized"),
         (lambda: factorized(nn.Embedding(5, 7, sparse=True), 3), "Embedding with sparse=True"),
     ],

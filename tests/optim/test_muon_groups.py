@@ -10,12 +10,16 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForPreTraining,
+    CLIPConfig,
+    CLIPForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForAudioClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -78,6 +82,19 @@ def test_heads_and_tables_of_other_models():
                                          tie_word_embeddings=tied))  # fmt: skip
         expected = ["transformer.wte.weight", "transformer.wpe.weight", *heads]
         assert names_by_group(gpt)["decay_adamw"] == (False, expected)
+
+
+def test_heads_of_task_models_without_a_base_model():
+    """The model around them may be wrapped; a convolution that a model inside begins with is no head."""
+    sizes = {"hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 5}
+    clip = CLIPConfig(vision_config=sizes | {"image_size": 8, "patch_size": 4}, text_config=sizes, num_labels=3)
+    of_adamw = names_by_group(nn.ModuleDict({"inner": CLIPForImageClassification(clip)}))["decay_adamw"][1]
+    assert [name for name in of_adamw if "embedding" not in name] == ["inner.classifier.weight"]
+    whisper = WhisperConfig(vocab_size=11, d_model=6, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=5,
+                            num_mel_bins=5, max_source_positions=7, pad_token_id=0)  # fmt: skip
+    groups = names_by_group(WhisperForAudioClassification(whisper))
+    assert groups["decay_adamw"][1][-2:] == ["projector.weight", "classifier.weight"]
+    assert {"encoder.conv1.weight", "encoder.conv2.weight"} <= set(groups["decay"][1])
 
 
 class Bare(nn.Module):

@@ -18,7 +18,7 @@ from fnl_hf import (
     register_attention,
 )
 from fnl_hf.products.discovery import discover
-from tests.products.architectures import BERT, model_of, of_transformers
+from tests.products.architectures import BERT, GROUPED, model_of, of_transformers
 
 
 class PlainAttention(nn.Module):
@@ -194,6 +194,28 @@ def test_projections_before_torchs_attention_are_no_products():
     model = AriaCrossAttention(SimpleNamespace(vision_config=vision))
     assert [product.name for product in find_products(model)] == ["multihead_attn.qk", "multihead_attn.vo"]
     assert discover(model)[1] == ["AriaCrossAttention"]
+
+
+# Other mathematics
+
+
+@pytest.mark.parametrize("name, layer, is_between", [("attn_sub_norm", nn.LayerNorm(12), True),
+                                                     ("inner_attn_ln", nn.LayerNorm(12), True),
+                                                     ("norm", nn.RMSNorm(12), True), ("norm", nn.Identity(), False),
+                                                     ("q_norm", nn.LayerNorm(12), False),
+                                                     ("k_norm", nn.LayerNorm(12), False)])  # fmt: skip
+def test_values_that_are_normalized_before_the_output_are_named(name, layer, is_between):
+    """As in BitNet: their size is lost, so their product is not what the outputs depend on."""
+    model = PlainAttention()
+    setattr(model, name, layer)
+    assert found_in(model) == ((["qk"], ["PlainAttention"]) if is_between else (["qk", "vo"], []))
+
+
+def test_bitnet_and_yoso():
+    model = of_transformers("bitnet", "BitNet", **GROUPED | {"hidden_size": 24})()
+    assert found_in(model) == (["rotary"] * 2, ["BitNetAttention"])
+    model = of_transformers("yoso", "Yoso", **BERT)()
+    assert found_in(model) == ([], ["YosoSelfAttention"])
 
 
 # What is frozen

@@ -92,6 +92,10 @@ def test_a_copy_registers_for_itself():
     assert (len(find_products(twin)), len(find_products(block))) == (3, 2)
     with pytest.raises(ValueError, match=r"Block already has a product named 'triple': give product \(extra.weight"):
         register_product(twin, "uv", "extra.weight", "m.weight", name="triple")
+    model = nn.Sequential(block, nn.Linear(4, 2), nn.Linear(2, 3))
+    register_product(model, "linear", "2.weight", "1.weight", name="0.triple")
+    with pytest.raises(ValueError, match="^two products are named 0.triple, one of them of 2.weight and 1.weight: "):
+        find_products(model)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,7 @@ def test_a_copy_registers_for_itself():
         ("qk", PAIR, 1, r"\(up.weight, down.weight\): shapes \(7, 6\) and \(6, 5\) must share one size, .* \(0, 0\)"),
         ("linear", PAIR, 4, r"shapes \(7, 6\) and \(6, 5\) must share one size, a multiple of num_heads \(4\)"),
         ("linear", PAIR, 0, r"a multiple of num_heads \(0\)"),
+        ("uv", ("none", "nothing"), 1, r"shapes \(7, 0\) and \(5, 0\) .* num_heads \(1\) above 0"),
         (
             "linear",
             TRIPLE,
@@ -121,6 +126,7 @@ def test_a_copy_registers_for_itself():
 )
 def test_a_wrong_registration_is_refused_and_leaves_nothing_behind(kind, names, heads, message):
     block = Block()
+    block.none, block.nothing = nn.Parameter(torch.ones(7, 0)), nn.Parameter(torch.ones(5, 0))
     with pytest.raises(ValueError, match=message):
         register_product(block, kind, *names, num_heads=heads)
     assert len(find_products(block)) == 2
@@ -150,6 +156,12 @@ def test_a_module_at_two_paths_holds_its_products_once_and_a_lost_parameter_is_n
     block = Block()
     model = nn.Sequential(block, block)
     assert [p.name for p in find_products(model)] == ["0", "0.triple"]
+    twin = Block()  # another module with the same factors
+    for name in (*PAIR, *TRIPLE):
+        twin.get_submodule(name[:-7]).weight = block.get_parameter(name)
+    tied = nn.Sequential(block, twin)
+    assert [p.name for p in find_products(tied)] == ["0", "0.triple"]
+    assert [len(params) for params in names_by_group(tied).values()][:2] == [2, 3]
     block.down = nn.Identity()
     with pytest.raises(ValueError, match="product 0: Block has no parameter 'down.weight'"):
         find_products(model)
@@ -329,6 +341,11 @@ def test_a_decay_without_products_is_refused(optimizer_class):
         optimizer.step()
     optimizer.add_param_group(pair_group())
     optimizer.step()
+    before = weight.clone()
+    optimizer.param_groups[0]["frobenius_decay"] = 0.2
+    with pytest.raises(ValueError, match=r"group 0: frobenius_decay \(0.2\) applies to products only"):
+        optimizer.step()
+    assert torch.equal(weight, before)
 
 
 @OPTIMIZERS
@@ -376,6 +393,13 @@ def test_half_precision_is_fine_without_frobenius_decay():
     optimizer.param_groups[0]["frobenius_decay"] = 0.1
     with pytest.raises(ValueError, match="torch.bfloat16: .*float32"):
         optimizer.step()
+
+
+@OPTIMIZERS
+def test_factors_in_a_set_are_refused(optimizer_class):
+    """Its order, and so what is paired, would differ from run to run."""
+    with pytest.raises(TypeError, match="sets will change between runs"):
+        optimizer_class([pair_group(2) | {"params": set(pair_group(2)["params"])}])
 
 
 @OPTIMIZERS
