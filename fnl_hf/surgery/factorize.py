@@ -18,6 +18,7 @@ from fnl_hf.bert.attention_fnl_bert import factor_pairs
 from fnl_hf.bert.tying import is_untied, untie_output, untie_products
 from fnl_hf.layers import FactorizedLayer
 from fnl_hf.products.discovery import registered_products
+from fnl_hf.products.heads import find_heads
 from fnl_hf.surgery.checkpoints import (
     METHOD,
     configured_parts,
@@ -232,19 +233,11 @@ def _refuse_factors(model: nn.Module, layers: dict[str, Any]) -> None:
 
 
 def _find_heads(model: nn.Module) -> Iterator[nn.Module]:
-    """For a Transformers model, or one inside of ``model``: its modules outside of the base model. For a task model
-    without a base model: its own layers and output embeddings. For any other model with several layers: the last of
-    them."""
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.base_model is not part:
-            inside = {id(module) for module in part.base_model.modules()}
-            yield from (module for module in part.modules() if id(module) not in inside)
+    """:func:`find_heads`; for a model that is not of Transformers and has several layers, the last of them."""
+    yield from find_heads(model)
     if not isinstance(model, PreTrainedModel):
         layers = [m for m in model.modules() if type(m) in FACTORIZED or isinstance(m, FactorizedLayer)]
         yield from layers[-1:] if len(layers) > 1 else ()
-    elif model.base_model is model and not type(model).__name__.endswith("Model"):
-        yield from model.children()
-        yield from (module for module in [model.get_output_embeddings()] if module is not None)
 
 
 def _refuse_hooks(name: str, layer: nn.Module) -> None:
