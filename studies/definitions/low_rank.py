@@ -55,6 +55,7 @@ def arms_at(ratio: float) -> dict[str, dict[str, Any]]:
         narrow = dense(value, NARROW[ratio]["parameters"])
         arms[f"scaled-narrow-{value}"] = narrow | {"config_overrides": narrow["config_overrides"] + SCALED}
         arms[f"scaled-spectral-{value}"] = products(ratio, "spectral", "frobenius", value) | overrides
+        arms[f"scaled-warm-{value}"] = arms[f"scaled-spectral-{value}"] | {"factorize_at_step": WARM}
     return arms
 
 
@@ -117,6 +118,18 @@ STUDY = Study(
             "Products with singular values of 1 beat a narrower dense model with as many parameters and larger weights",
             "ones-frobenius-*",
             "scaled-narrow-*",
+        ),
+        Comparison(
+            "With larger weights, products after a dense quarter of the steps beat a narrower dense model with as many "
+            "parameters",
+            "scaled-warm-*",
+            "scaled-narrow-*",
+        ),
+        Comparison(
+            "With larger weights, products after a dense quarter of the steps are as good as the dense model",
+            "scaled-warm-*",
+            "scaled-dense-*",
+            expected="same",
         ),
         Comparison("A dense model gains from larger weights", "scaled-dense-*", "dense-*"),
         Comparison(
