@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Compare plain SVD, calibration, and calibration without some of its parts, on a masked language model and on ResNets.
 
-    python run_pretrain.py configs/quickstart.yaml --seed 1 --output_dir mlm
+    python run_pretrain.py configs/quickstart.yaml --seed 1 --output_dir mlm \\
+        --config_overrides hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0
     python examples/image_classification/train.py --idx_dir fashion-mnist --seed 1 --max_train_samples 6000 \\
         --num_train_epochs 6 --weight_decay 5e-4 --output_dir resnet-1    # and seeds 2, 3
     python benchmarks/calibration.py --mlm mlm --idx_dir fashion-mnist --classifiers resnet-1 resnet-2 resnet-3

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import run_pretrain
 from fnl_hf.training import warm_start
+from studies.study import WITHOUT_DROPOUT
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SWITCH, EVERY = 1500, 0.25, 25
@@ -32,6 +33,7 @@ def run(arm, seed, folder):
     """Run once unless it is finished; returns the log history and results."""
     flags = {
         "output_dir": folder,
+        "config_overrides": WITHOUT_DROPOUT,  # and with BERT's initializer_range, as the recorded runs
         "seed": seed,
         "max_steps": STEPS,
         "logging_steps": EVERY,

@@ -30,6 +30,10 @@ Student's t and not corrected for the number of comparisons. A fixed rule gives 
 The detectable difference is the one that such a test finds with a probability of 80%. If the best of several arms is
 compared, it is chosen on tuning seeds, which are not reported. `--chosen` runs the reported seeds for this arm only;
 the tables leave out arms without reported seeds.
+
+Most language models here start from BERT's `initializer_range` of 0.02, which is small for their hidden size of 128: a
+larger one lowers their loss and its spread over the seeds ([low_rank](#low_rank)). Other differences may be smaller or
+larger with it; that has not been tried.
 """
 DASH = "–"
 CLAIM_HEADER = ["verdict", "difference", "mean [95% interval]", "seeds", "detectable difference"]

@@ -1,6 +1,6 @@
 """Decay of BERT's attention products: none, weight decay on the factors, Frobenius decay, each over λ."""
 
-from studies.study import Comparison, Study, decay_arms, recipe
+from studies.study import Comparison, Study, decay_arms, quickstart
 
 LAMBDAS = (0.03, 0.1, 0.3, 1, 3, 10)
 SIZES = (128, 64)  # E = d, and half of it
@@ -20,7 +20,7 @@ STUDY = Study(
     question="Does Frobenius decay of BERT's attention products reach a lower held-out loss than weight decay of their "
     "factors, each at its best λ?",
     script="run_pretrain.py",
-    base=recipe("configs/quickstart.yaml"),
+    base=quickstart(),
     arms={f"E{size}": arms_at(size) for size in SIZES},
     reference="none",
     effect=0.05,  # 5% of the perplexity

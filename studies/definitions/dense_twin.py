@@ -1,7 +1,7 @@
 """The dense twin: feed-forward layers as products of full rank, from the same weights and on the same batches as a
 dense run."""
 
-from studies.study import Comparison, Study, overcomplete, recipe
+from studies.study import Comparison, Study, overcomplete, quickstart
 
 # The mode also decays the attention products: each mode has its own dense run, whose attention is decayed alike.
 # Without decay of the products, no matrix is decayed, including those of the dense layers.
@@ -13,8 +13,7 @@ INITS = ("spectral", "default")
 STUDY = Study(
     question="Does a product of full rank train like the dense layer, for each decay?",
     script="run_pretrain.py",
-    base={name: value for name, value in recipe("configs/quickstart.yaml").items() if name != "save_total_limit"}
-    | {"save_steps": 500},
+    base={name: value for name, value in quickstart().items() if name != "save_total_limit"} | {"save_steps": 500},
     arms={
         decay: {
             name: {"decay_mode": decay, "weight_decay": value, **flags}

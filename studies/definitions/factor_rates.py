@@ -4,7 +4,7 @@ mean."""
 from typing import Any
 
 from studies.definitions.low_rank import factorized
-from studies.study import Comparison, Study, recipe
+from studies.study import Comparison, Study, quickstart
 
 RATES = (1e-3, 2e-3, 4e-3)
 
@@ -17,7 +17,7 @@ def products(ratio: float, init: str) -> dict[str, Any]:
 STUDY = Study(
     question="Do products train better if U has a higher learning rate than V, each variant at its best rate?",
     script="run_pretrain.py",
-    base=recipe("configs/quickstart.yaml"),
+    base=quickstart(),
     arms={
         name: {
             f"{kind}-{rate}": products(ratio, init) | {"learning_rate": rate}

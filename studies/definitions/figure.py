@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from studies.study import Comparison, Study, recipe
+from studies.study import Comparison, Study, quickstart
 
 # E of two heads of full rank 64, times 3⁰, 3⁻¹, ..., and above it.
 SIZES = (128, 42, 14, 4, 384, 1152)
@@ -30,7 +30,7 @@ STUDY = Study(
     question="Does weight decay of the factors make the bound that it penalizes, ½(‖U‖² + ‖V‖²), as small as the "
     "nuclear norm, and does Frobenius decay not?",
     script="run_pretrain.py",
-    base=recipe("configs/quickstart.yaml"),
+    base=quickstart(),
     arms={f"E{size}": arms_at(size) for size in SIZES},
     reference="none-normal",
     effect=0.02,

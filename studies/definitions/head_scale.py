@@ -1,6 +1,6 @@
 """The scale of a smaller head: at E < d, the ways to truncate the attention products give different scales."""
 
-from studies.study import Comparison, Study, recipe
+from studies.study import Comparison, Study, quickstart
 
 INITS = ("normal", "spectral", "folded", "rescaled")
 SIZES = (64, 32)  # E, of d = 128
@@ -9,7 +9,7 @@ STUDY = Study(
     question="At E < d, is spectral initialization better if the scores are scaled to be closest to those of the dense "
     "layer (folded), or to have their variance (rescaled)?",
     script="run_pretrain.py",
-    base=recipe("configs/quickstart.yaml"),
+    base=quickstart(),
     arms={
         f"E{size}": {init: {"attention_embedding_size": size, "attention_init": init} for init in INITS}
         for size in SIZES

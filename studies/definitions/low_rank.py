@@ -3,7 +3,7 @@ compared with narrower dense models of the same cost."""
 
 from typing import Any
 
-from studies.study import Comparison, Study, recipe
+from studies.study import WITHOUT_DROPOUT, Comparison, Study, quickstart
 
 LAMBDAS = (0.03, 0.1, 0.3)
 # Hidden sizes of dense models with as many parameters, or FLOPs per step, as the products at each ratio.
@@ -14,7 +14,6 @@ WARM = 0.25  # share of dense steps
 # square of the latter is 0.5 (128 x 128) to 1.8 (128 x 512).
 SCALED = ",initializer_range=0.06"
 SCALED_LAMBDAS = (0.03, 0.1)
-DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 
 
 def dense(value: float, size: int = 128) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def dense(value: float, size: int = 128) -> dict[str, Any]:
         "decay_mode": "weight",
         "weight_decay": value,
         "frobenius_decay": value,
-        "config_overrides": DROPOUT + sizes,
+        "config_overrides": WITHOUT_DROPOUT + sizes,
     }
 
 
@@ -50,7 +49,7 @@ def arms_at(ratio: float) -> dict[str, dict[str, Any]]:
         for value in LAMBDAS
     }
     for value in SCALED_LAMBDAS:
-        overrides = {"config_overrides": DROPOUT + SCALED}
+        overrides = {"config_overrides": WITHOUT_DROPOUT + SCALED}
         arms[f"scaled-dense-{value}"] = dense(value) | overrides
         narrow = dense(value, NARROW[ratio]["parameters"])
         arms[f"scaled-narrow-{value}"] = narrow | {"config_overrides": narrow["config_overrides"] + SCALED}
@@ -63,7 +62,7 @@ STUDY = Study(
     question="How much does a BERT lose if its encoder consists of small products, for each initialization and decay, "
     "and does it beat a narrower dense BERT of the same cost?",
     script="run_pretrain.py",
-    base=recipe("configs/quickstart.yaml"),
+    base=quickstart(),
     arms={"half": arms_at(0.5), "quarter": arms_at(0.25)},
     reference=f"dense-{DENSE_LAMBDA}",
     effect=0.05,  # 5% of the perplexity

@@ -6,7 +6,7 @@ theirs is ten times as large.
 
 from typing import Any
 
-from studies.study import Comparison, Study, recipe
+from studies.study import Comparison, Study, quickstart
 
 # name -> flags and rates. λ matches the size of the steps: LAMB's rates are about ten times those of AdamW, and its
 # own decay, inside of the trust ratio, is scaled down accordingly. To add an optimizer, add an entry here.
@@ -29,7 +29,7 @@ STUDY = Study(
     question="Which optimizer reaches the lowest held-out loss, each at its best rate, and does Frobenius decay of the "
     "attention products help each of them?",
     script="run_pretrain.py",
-    base=recipe("configs/quickstart.yaml"),
+    base=quickstart(),
     arms={
         "E128": {
             f"{name}-{decay}-{rate}": {**flags, **decay_of(decay, flags["weight_decay"]), "learning_rate": rate}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from studies.study import Comparison, Study, overcomplete, recipe
+from studies.study import Comparison, Study, overcomplete, quickstart
 
 LAMBDAS = (0.1, 0.3)
 # Steps of a dense run in the time of the 4,000 steps of a wide and of a deep run, measured on one thread.
@@ -30,7 +30,7 @@ STUDY = Study(
     question="Do feed-forward layers reach a lower held-out loss if they are wide or deep products in training and are "
     "merged afterwards?",
     script="run_pretrain.py",
-    base=recipe("configs/quickstart.yaml"),
+    base=quickstart(),
     arms={kind: arms_of(kind) for kind in DENSE_STEPS},
     reference="dense-weight-0.1",
     effect=0.05,  # 5% of the perplexity
