@@ -68,6 +68,12 @@ STUDY = Study(
     effect=0.05,  # 5% of the perplexity
     comparisons=(
         Comparison(
+            "With larger weights, products after a dense quarter of the steps beat a narrower dense model with as many "
+            "parameters",
+            "scaled-warm-*",
+            "scaled-narrow-*",
+        ),
+        Comparison(
             "Products beat a narrower dense model with as many parameters",
             "spectral-frobenius-*",
             "narrow-parameters-*",
@@ -116,12 +122,6 @@ STUDY = Study(
         Comparison(
             "Products with singular values of 1 beat a narrower dense model with as many parameters and larger weights",
             "ones-frobenius-*",
-            "scaled-narrow-*",
-        ),
-        Comparison(
-            "With larger weights, products after a dense quarter of the steps beat a narrower dense model with as many "
-            "parameters",
-            "scaled-warm-*",
             "scaled-narrow-*",
         ),
         Comparison(
