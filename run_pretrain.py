@@ -35,6 +35,7 @@ from fnl_hf.training.models import build_pretraining_config, build_pretraining_m
 from fnl_hf.training.optimizer_state import OptimizerStateCallback, optimizer_checkpoint
 from fnl_hf.training.pretraining_arguments import DataArguments, ModelArguments, validate_distillation, validate_kernel
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
+from fnl_hf.training.sampling import order_seed
 from fnl_hf.training.scripts import ScriptRun
 from fnl_hf.training.trainer import build_trainer, train_and_save
 from fnl_hf.training.unused_flags import warn_of_unused_flags
@@ -81,9 +82,8 @@ def plan_stream(data_args, args, checkpoint):
     default = state.shards if state else args.world_size * max(1, args.dataloader_num_workers)
     shards = data_args.streaming_shards or default
     validate_shards(shards, args.world_size, args.dataloader_num_workers)
-    seed = args.seed if args.data_seed is None else args.data_seed
     batch, buffer = args.train_batch_size, data_args.shuffle_buffer_size
-    return shards, StreamOrder(batch, buffer, seed, args.process_index, args.world_size, state)
+    return shards, StreamOrder(batch, buffer, order_seed(args), args.process_index, args.world_size, state)
 
 
 def choose_model(model_args, data_args, tokenizer, trust_remote_code):

@@ -216,6 +216,13 @@ def table_row(row, original_milliseconds):
     return f"| {' | '.join(cells)} |"
 
 
+def append_row(file, row):
+    """Append a row to ``--results``, if it is given."""
+    if file:
+        with open(file, "a", encoding="utf-8") as results:
+            results.write(json.dumps(row) + "\n")
+
+
 def main():
     args = parse_arguments()
     torch.set_num_threads(args.threads)
@@ -242,9 +249,7 @@ def main():
         if label in trained:
             row["distillation_seconds"] = trained[label][1]
         print(table_row(row, times["original"]), flush=True)
-        if args.results:
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append_row(args.results, row)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ command with a new head.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -25,7 +24,7 @@ from types import SimpleNamespace
 import onnxruntime
 import torch
 import transformers
-from compression import ENCODER, LATENCY_SHAPES, load, retrieval
+from compression import ENCODER, LATENCY_SHAPES, append_row, load, retrieval
 from conversion import default_model
 from onnxruntime.quantization import quantize_dynamic
 from optimizer_step import measure
@@ -150,9 +149,7 @@ def sentence_encoders(args, folder):
         row = {"encoder": label, "bytes": files[label].stat().st_size, "milliseconds": milliseconds[label]}
         row |= {"mrr": rank, "machine": machine(args)}
         print(table_row(row, milliseconds["original"]), flush=True)
-        if args.results:
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append_row(args.results, row)
 
 
 def table_row(row, original_milliseconds):

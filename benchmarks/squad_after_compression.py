@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from compression import distill, launch
+from compression import append_row, distill, launch
 from conversion import default_model
 from decay_modes import spread
 
@@ -158,9 +158,7 @@ def main():
     for seed in args.seeds:
         for arm in args.arms:
             if (arm, seed) not in done:
-                line = json.dumps(line_of(arm, seed, args))
-                with args.results.open("a") as file:
-                    file.write(f"{line}\n")
+                append_row(args.results, line_of(arm, seed, args))
     print(table(recorded(args.results)))
 
 

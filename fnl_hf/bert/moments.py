@@ -140,9 +140,9 @@ class _Recorder:
 
 @contextmanager
 def _recording(model: nn.Module, moments: Mapping[str, LayerMoments]) -> Iterator[_Recorder]:
-    recorder = _Recorder()
+    recorder, of_source = _Recorder(), _names_of_source(model, moments)
     handles = [
-        each.layer.register_forward_hook(recorder.hook(each, _is_of_source(model, name, each.layer)), with_kwargs=True)
+        each.layer.register_forward_hook(recorder.hook(each, name in of_source), with_kwargs=True)
         for name, each in moments.items()
     ]
     try:
@@ -156,14 +156,17 @@ def _has_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _is_of_source(model: Any, name: str, layer: nn.Module) -> bool:
-    """Whether a layer is applied to the tokens of the model's input, and not to those of its decoder."""
-    if not _has_decoder(model) or CROSS_KEYS.search(name):
-        return True
-    encoder, decoder = (
-        {id(module) for module in part.modules()} for part in (model.get_encoder(), model.get_decoder())
-    )
-    return id(layer) in encoder or (isinstance(layer, nn.Embedding) and id(layer) not in decoder)
+def _names_of_source(model: Any, moments: Mapping[str, LayerMoments]) -> set[str]:
+    """The layers that are applied to the tokens of the model's input, and not to those of its decoder."""
+    if not _has_decoder(model):
+        return set(moments)
+    encoder, decoder = (set(part.modules()) for part in (model.get_encoder(), model.get_decoder()))
+
+    def is_of_source(name: str, layer: nn.Module) -> bool:
+        is_table = isinstance(layer, nn.Embedding) and layer not in decoder
+        return layer in encoder or is_table or CROSS_KEYS.search(name) is not None
+
+    return {name for name, each in moments.items() if is_of_source(name, each.layer)}
 
 
 @contextmanager

@@ -39,9 +39,11 @@ from fnl_hf.runs.provenance import mask_home, read_starts
 
 logger = logging.get_logger(__name__)
 
+# Flags that name the folder of a model or tokenizer that a run starts from.
+STARTS_FROM = ("model_name_or_path", "teacher_name_or_path", "tokenizer_name", "config_name")
 # Flags that name a file or folder; another name of the same file does not make another run.
 PATHS = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir", "idx_dir", "dataset_name",
-         "model_name_or_path", "teacher_name_or_path", "tokenizer_name", "config_name")  # fmt: skip
+         *STARTS_FROM)  # fmt: skip
 # Arguments that identify a run, in addition to the scripts' own.
 TRAINING_ARGUMENTS = (
     "optimizer",
@@ -73,8 +75,6 @@ TRAINING_ARGUMENTS = (
     "metric_for_best_model",
     "greater_is_better",
 )
-# Flags that name what a run reads at its start.
-STARTS_FROM = ("model_name_or_path", "teacher_name_or_path", "tokenizer_name", "config_name")
 WITHOUT_EFFECT = ("cache_dir", "preprocessing_num_workers")
 # How a global batch is divided into micro-batches; a run may resume with another division of the same batch.
 SPLIT = ("world_size", "gradient_accumulation_steps")

@@ -14,7 +14,7 @@ from fnl_hf.squad import fnl_squad
 from fnl_hf.squad.answers import AnswerOptions, Answers, answers_from_logits
 from fnl_hf.squad.features import ANSWER_COLUMNS
 from fnl_hf.training.distillation import Teacher, answer_divergence, token_mask
-from fnl_hf.training.sampling import GROUPED, LengthSampler, validate_sampling_strategy
+from fnl_hf.training.sampling import GROUPED, LengthSampler, order_seed, validate_sampling_strategy
 from fnl_hf.training.trainer import FnlTrainer, labels_of
 
 TEACHER_SHARE, TEMPERATURE = 0.5, 2.0
@@ -74,8 +74,7 @@ class SquadTrainer(FnlTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSampler(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+        return LengthSampler(sampler, order_seed(self.args)) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _loss_and_outputs(self, model, inputs: dict[str, Any], items) -> Any:
         if self.teacher is None:

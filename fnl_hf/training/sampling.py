@@ -90,12 +90,16 @@ def validate_sampling_strategy(args, known: tuple[str, ...] = SAMPLING_STRATEGIE
         raise UserInputError(f"--train_sampling_strategy ({args.train_sampling_strategy}) must be one of {known}")
 
 
+def order_seed(args) -> int:
+    """The seed of the order of the training data."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def epoch_sampler(dataset, args, batch_size: int) -> EpochSampler:
     """The order of the training data that ``args`` describe, for micro-batches of ``batch_size`` per process."""
     validate_sampling_strategy(args)
     global_batch = batch_size * args.world_size * args.gradient_accumulation_steps
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return EpochSampler(len(dataset), global_batch, seed, args.train_sampling_strategy == "random")
+    return EpochSampler(len(dataset), global_batch, order_seed(args), args.train_sampling_strategy == "random")
 
 
 @contextmanager
