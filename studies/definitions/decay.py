@@ -1,15 +1,21 @@
 """Decay of BERT's attention products: none, weight decay on the factors, Frobenius decay, each over λ."""
 
-from studies.study import Comparison, Study, decay_arms, quickstart
+from typing import Any
+
+from studies.study import SMALL_WEIGHTS, Comparison, Study, decay_arms, quickstart
 
 LAMBDAS = (0.03, 0.1, 0.3, 1, 3, 10)
-SIZES = (128, 64)  # E = d, and half of it
+GROUPS: dict[str, dict[str, Any]] = {
+    "E128-range-0.05": {"attention_embedding_size": 128},  # E = d, and half of it
+    "E64-range-0.05": {"attention_embedding_size": 64},
+    "E128": {"attention_embedding_size": 128, **SMALL_WEIGHTS},
+}
 DENSE_LAMBDA = 0.1  # the recipe's, for all other matrices
 KINDS = {"QKᵀ": "qk", "VOᵀ": "vo"}
 
 
-def arms_at(size):
-    return {name: {"attention_embedding_size": size, **flags} for name, flags in decay_arms(LAMBDAS).items()}
+def arms_with(**common: Any) -> dict[str, dict[str, Any]]:
+    return {name: common | flags for name, flags in decay_arms(LAMBDAS).items()}
 
 
 def of_both_kinds(measure):
@@ -21,7 +27,7 @@ STUDY = Study(
     "factors, each at its best λ?",
     script="run_pretrain.py",
     base=quickstart(),
-    arms={f"E{size}": arms_at(size) for size in SIZES},
+    arms={group: arms_with(**flags) for group, flags in GROUPS.items()},
     reference="none",
     effect=0.05,  # 5% of the perplexity
     comparisons=(

@@ -3,7 +3,7 @@ compared with narrower dense models of the same cost."""
 
 from typing import Any
 
-from studies.study import WITHOUT_DROPOUT, Comparison, Study, quickstart
+from studies.study import SMALL_WEIGHTS, WITHOUT_DROPOUT, Comparison, Study, quickstart
 
 LAMBDAS = (0.03, 0.1, 0.3)
 # Hidden sizes of dense models with as many parameters, or FLOPs per step, as the products at each ratio.
@@ -62,7 +62,7 @@ STUDY = Study(
     question="How much does a BERT lose if its encoder consists of small products, for each initialization and decay, "
     "and does it beat a narrower dense BERT of the same cost?",
     script="run_pretrain.py",
-    base=quickstart(),
+    base=quickstart() | SMALL_WEIGHTS,
     arms={"half": arms_at(0.5), "quarter": arms_at(0.25)},
     reference=f"dense-{DENSE_LAMBDA}",
     effect=0.05,  # 5% of the perplexity

@@ -6,7 +6,7 @@ theirs is ten times as large.
 
 from typing import Any
 
-from studies.study import Comparison, Study, quickstart
+from studies.study import SMALL_WEIGHTS, Comparison, Study, quickstart
 
 # name -> flags and rates. λ matches the size of the steps: LAMB's rates are about ten times those of AdamW, and its
 # own decay, inside of the trust ratio, is scaled down accordingly. To add an optimizer, add an entry here.
@@ -25,19 +25,21 @@ def decay_of(mode: str, value: float) -> dict[str, Any]:
     return {"decay_mode": mode} | ({"frobenius_decay": 10 * value} if mode == "frobenius" else {})
 
 
+def arms_with(**common: Any) -> dict[str, dict[str, Any]]:
+    return {
+        f"{name}-{decay}-{rate}": common | flags | decay_of(decay, flags["weight_decay"]) | {"learning_rate": rate}
+        for name, (flags, rates) in OPTIMIZERS.items()
+        for decay in ("none", "frobenius")
+        for rate in rates
+    }
+
+
 STUDY = Study(
     question="Which optimizer reaches the lowest held-out loss, each at its best rate, and does Frobenius decay of the "
     "attention products help each of them?",
     script="run_pretrain.py",
     base=quickstart(),
-    arms={
-        "E128": {
-            f"{name}-{decay}-{rate}": {**flags, **decay_of(decay, flags["weight_decay"]), "learning_rate": rate}
-            for name, (flags, rates) in OPTIMIZERS.items()
-            for decay in ("none", "frobenius")
-            for rate in rates
-        }
-    },
+    arms={"E128-range-0.05": arms_with(), "E128": arms_with(**SMALL_WEIGHTS)},
     reference="adamw-none-0.002",
     effect=0.05,  # 5% of the perplexity
     comparisons=(

@@ -3,7 +3,7 @@ parameters."""
 
 from typing import Any
 
-from studies.study import Comparison, Study, quickstart, recipe
+from studies.study import SMALL_WEIGHTS, Comparison, Study, quickstart, recipe
 
 SHARES = (0, 0.1, 0.25, 0.5)  # share of dense steps
 
@@ -19,7 +19,7 @@ STUDY = Study(
     "at the start?",
     script="run_pretrain.py",
     # E = d, so that only the products made by the switch are compared
-    base=quickstart() | {"attention_embedding_size": 128},
+    base=quickstart() | SMALL_WEIGHTS | {"attention_embedding_size": 128},
     arms={
         "quickstart": arms_of(),
         "mini": arms_of(**recipe("configs/mini.yaml") | {"attention_embedding_size": 256}),
