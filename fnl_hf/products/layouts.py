@@ -79,9 +79,9 @@ OTHER_KINDS = (
 )
 OTHER_SIZES = ("key_dim", "val_dim")  # of modules whose fused rows are not three equal parts
 BETWEEN = (nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)  # children that change q, k or v before the attention scores
-# Normalization of what attention returns, before O: outputs do not depend on the size of V. In BitNet, Kosmos-2 and
-# Muse Spark, and some of timm.
-NORMS = ("attn_sub_norm", "inner_attn_ln", "o_norm", "norm")
+# Normalization of values (Gemma 3n, Gemma 4, EmbeddingGemma 2) or of what attention returns (BitNet, Kosmos-2, Muse
+# Spark, some of timm), before O: outputs do not depend on the size of V.
+NORMS = ("attn_sub_norm", "inner_attn_ln", "o_norm", "norm", "v_norm")
 
 
 class Located(NamedTuple):

@@ -201,7 +201,8 @@ def test_projections_before_torchs_attention_are_no_products():
 
 @pytest.mark.parametrize("name, layer, is_between", [("attn_sub_norm", nn.LayerNorm(12), True),
                                                      ("inner_attn_ln", nn.LayerNorm(12), True),
-                                                     ("norm", nn.RMSNorm(12), True), ("norm", nn.Identity(), False),
+                                                     ("norm", nn.RMSNorm(12), True), ("v_norm", nn.RMSNorm(6), True),
+                                                     ("norm", nn.Identity(), False),
                                                      ("q_norm", nn.LayerNorm(12), False),
                                                      ("k_norm", nn.LayerNorm(12), False)])  # fmt: skip
 def test_values_that_are_normalized_before_the_output_are_named(name, layer, is_between):
