@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fnl_hf.bert.factorization import RANK_DIMS, factor_views
 from fnl_hf.layers.initialization import spectral_initialization, studied_initialization
@@ -73,13 +74,20 @@ class FactorizedLayer(nn.Module):
 
     def factors(self) -> tuple[torch.Tensor, ...]:
         """U (G, m, r), M (G, r, r) if deep, and V (G, n, r): views of the parameters."""
-        weights = tuple(weight for weight in (self.left, self.middle, self.right) if weight is not None)
-        return factor_views(weights, self.kinds[self.deep], self.groups)
+        return factor_views(self._parameters_of_factors(), self.kinds[self.deep], self.groups)
+
+    def _parameters_of_factors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(parameter for parameter in (self.left, self.middle, self.right) if parameter is not None)
+
+    def _factor_shapes(self) -> list[torch.Size]:
+        """The shapes of :meth:`factors`, whose views need not exist if the parameters are sharded."""
+        alike = tuple(torch.empty(parameter.shape, device="meta") for parameter in self._parameters_of_factors())
+        return [factor.shape for factor in factor_views(alike, self.kinds[self.deep], self.groups)]
 
     def matrix_shape(self) -> tuple[int, int]:
         """m and n."""
-        left, *_, right = self.factors()
-        return left.shape[1], right.shape[1]
+        left, *_, right = self._factor_shapes()
+        return left[1], right[1]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -126,29 +134,30 @@ class FactorizedLayer(nn.Module):
         Args:
             std: standard deviation of the dense weight; √fan_in times it is the gain of U and V.
         """
-        left, *middle, right = self.factors()
+        left, *middle, right = self._factor_shapes()
         # On the CPU, so that the same seed draws the same layer on every device.
         u, v = (
-            factor_std * torch.randn(factor.shape, generator=generator, device="cpu")
-            for factor, factor_std in zip((left, right), self.default_stds(std), strict=True)
+            factor_std * torch.randn(shape, generator=generator, device="cpu")
+            for shape, factor_std in zip((left, right), self.default_stds(std), strict=True)
         )
         self.set_factors(u, *(torch.eye(self.rank, device="cpu").expand(len(u), -1, -1) for _ in middle), v)
 
     @torch.no_grad()
     def set_factors(self, *factors: torch.Tensor) -> None:
         """Write U (G, m, r), M (G, r, r) if deep, and V (G, n, r) into the parameters, however these are stored."""
-        parameters = [parameter for parameter in (self.left, self.middle, self.right) if parameter is not None]
-        for parameter, factor, rank_dim in zip(parameters, factors, RANK_DIMS[self.kinds[self.deep]], strict=True):
+        rank_dims = RANK_DIMS[self.kinds[self.deep]]
+        for parameter, factor, rank_dim in zip(self._parameters_of_factors(), factors, rank_dims, strict=True):
             # For M (G, r, r), the entry is one of two ranks; M is stored as it is.
             is_rank_first = rank_dim == 0 and parameter is not self.middle
-            parameter.copy_((factor.mT if is_rank_first else factor).reshape(parameter.shape))
+            whole = (factor.mT if is_rank_first else factor).reshape(parameter.shape)
+            parameter.copy_(sharded_like(parameter, whole))
 
     @classmethod
     def like(cls, layer: Any, rank: int, deep: bool, **factory: Any) -> "FactorizedLayer":
         """A factorized layer with the sizes and options of a dense one.
 
         Raises:
-            ValueError: an option that a factorized layer has not.
+            ValueError: an option that a factorized layer does not support.
         """
         raise NotImplementedError
 
@@ -219,7 +228,7 @@ class FactorizedLayer(nn.Module):
         """The dense layer with the same outputs; the product is computed in float32 (float64 factors: in float64)."""
         product = self.multiply_out(torch.float64 if self.left.dtype == torch.float64 else torch.float32)
         layer = self.new_dense(device="meta", dtype=self.left.dtype)
-        is_trainable = any(parameter.requires_grad for parameter in (self.left, self.right))
+        is_trainable = any(parameter.requires_grad for parameter in self._parameters_of_factors())
         layer.weight = nn.Parameter(to_default_strides(product.to(self.left.dtype)), requires_grad=is_trainable)
         if self.bias is not None:
             layer.bias = self.bias
@@ -254,6 +263,14 @@ def to_default_strides(weight: torch.Tensor) -> torch.Tensor:
     """Restore torch's default layout, including strides that are arbitrary because a size is 1: torch's convolutions on
     the CPU misread some of those strides and give wrong results, or crash."""
     return weight.reshape(-1).view(weight.shape)
+
+
+def sharded_like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """``whole``, sharded as ``parameter`` is. All processes get the values of the first one of the mesh."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    whole = whole.to(parameter.device, parameter.dtype)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 def rows_to_expect(rows: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fnl_hf.layers.base import FactorizedLayer, rows_to_expect
+from fnl_hf.layers.base import FactorizedLayer, rows_to_expect, sharded_like
 
 
 class FactorizedEmbedding(FactorizedLayer):
@@ -49,13 +49,18 @@ class FactorizedEmbedding(FactorizedLayer):
     def initialize_from(self, weight: torch.Tensor, init: str, seed: int) -> None:
         super().initialize_from(weight, init, seed)
         if self.padding_idx is not None and not weight[self.padding_idx].any():
-            self.left[self.padding_idx] = 0.0
+            self._clear_padding()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.draw_factors(1.0)
         if self.padding_idx is not None:
-            self.left[self.padding_idx] = 0.0
+            self._clear_padding()
+
+    def _clear_padding(self) -> None:
+        kept = torch.ones(self.left.shape, device=self.left.device)
+        kept[self.padding_idx] = 0.0
+        self.left.mul_(sharded_like(self.left, kept))  # an assignment to one row does not reach a sharded table
 
     def default_stds(self, std: float) -> tuple[float, float]:
         """A table has no inputs to sum over: U and V have equal size, so that the entries of the product have

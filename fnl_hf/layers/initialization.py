@@ -26,8 +26,8 @@ def spectral_initialization(
     Where σ is (nearly) 0, factors of that size would not move, so U (deep: U and V) has ordinary columns there and the
     other factor makes up for it.
 
-    Beyond full rank k = min(m, n) the paper has no such initialization (our choice). Zeros would be directions without
-    a gradient for ever, so the remaining r − k columns of Ũ = [P Σ^½, X, 0] and Ṽ = [Q Σ^½, 0, Y] hold random
+    Beyond full rank k = min(m, n) the paper has no such initialization (our choice). Zeros would be directions that
+    never receive a gradient, so the remaining r − k columns of Ũ = [P Σ^½, X, 0] and Ṽ = [Q Σ^½, 0, Y] hold random
     directions X and Y, orthogonal to P and Q as long as there are any; U = Ũ R and V = Ṽ R with a random orthogonal R
     keep the product, and each column of both moves. Deep: Ũ = [P Σ^⅓, X], Ṽ = [Q Σ^⅓, Y], M = Rᵀ diag(Σ^⅓, 0) S.
 

@@ -95,3 +95,10 @@ class FactorizedConv1D(FactorizedLinear):
     def new_dense(self, **factory: Any) -> nn.Module:
         with torch.device(factory.get("device") or torch.get_default_device()):
             return Conv1D(self.out_features, self.in_features).to(dtype=factory.get("dtype"))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        layer: Any = super().merged()
+        if self.bias is None:  # Conv1D always has one
+            layer.bias = nn.Parameter(layer.weight.new_zeros(self.out_features), requires_grad=False)
+        return layer

@@ -8,12 +8,13 @@ import torch
 from transformers.utils import logging
 
 from fnl_hf.bert.factorization import RANK_DIMS
-from fnl_hf.optim.checked import CheckedOptimizer, get_lr, group_name, validate_number
+from fnl_hf.optim.checked import CheckedOptimizer, get_lr, group_name, require_group, validate_number
 from fnl_hf.optim.frobenius import (
     DECAYED_DTYPES,
     Decayed,
     Examine,
     add_frobenius_gradients_,
+    factors_per_product,
     products_of,
     validate_product_group,
 )
@@ -53,6 +54,7 @@ class ProductGroups(CheckedOptimizer):
         # so our defaults belong there, too.
         for name, value in self.__dict__.get("_own_defaults", {}).items():
             self.defaults.setdefault(name, value)
+        require_group(param_group)
         self._knows_products = vars(self).get("_knows_products", False) or "product" in param_group
         is_product = param_group.setdefault("product", None) is not None
         param_group.setdefault("num_heads", 1)
@@ -73,6 +75,8 @@ class ProductGroups(CheckedOptimizer):
         except Exception:  # even for a malformed group
             del self.param_groups[-1]
             raise
+        if is_product:
+            group.setdefault("num_products", len(products_of(group)))
 
     def _refuse_repeated_factors(self, params: list[Any], where: str) -> None:
         owners = {id(p): group_name(group, i) for i, group in enumerate(self.param_groups) for p in group["params"]}
@@ -140,11 +144,9 @@ class ProductGroups(CheckedOptimizer):
         groups = []
         for index, group in enumerate(self.param_groups):
             get_lr(group)
-            if group["product"] is None and group["frobenius_decay"] != 0.0:
+            if _may_be_invalid(group):
                 validate_product_group(group, group_name(group, index))
             if is_decayed(group):
-                if group.get("differentiable") or any(_is_undecayable(p) for p in group["params"]):
-                    validate_product_group(group, group_name(group, index))
                 groups.append(group)
         if all(group["product"] is None for group in self.param_groups):
             self._report_no_products()
@@ -152,16 +154,17 @@ class ProductGroups(CheckedOptimizer):
 
     def _report_no_products(self) -> None:
         remedy = "Make the groups with frobenius_param_groups(model, ...)"
+        if vars(self).get("_knows_products", True):  # a model without products was reported with its groups
+            return
         if decay := self.defaults["frobenius_decay"]:
             raise ValueError(
                 f"frobenius_decay ({decay}) has nothing to decay: no parameter group contains products. {remedy}"
             )
-        if not vars(self).get("_knows_products", True):  # a model without products was reported with its groups
-            logger.warning_once(
-                f"{type(self).__name__} does only what its base class does: no parameter group says what its products "
-                f"are. {remedy}; transformers.Trainer makes groups of its own unless it gets the optimizer itself, as "
-                "optimizers=(optimizer, None)"
-            )
+        logger.warning_once(
+            f"{type(self).__name__} decays no products: no parameter group says what its products are. {remedy}; "
+            "transformers.Trainer makes groups of its own unless it gets the optimizer itself, as "
+            "optimizers=(optimizer, None)"
+        )
 
     def _base_step(self) -> None:
         # ``Optimizer`` wraps the ``step`` of every class that it instantiates with the user's hooks; our ``step`` runs
@@ -176,6 +179,16 @@ class ProductGroups(CheckedOptimizer):
 def is_decayed(group: dict[str, Any]) -> bool:
     """Whether a group's decay, or a part of it, is applied here and not by the base class."""
     return group["product"] is not None and (group["frobenius_decay"] != 0.0 or bool(group.get("row_decay")))
+
+
+def _may_be_invalid(group: dict[str, Any]) -> bool:
+    """Whether what was valid in :meth:`ProductGroups.add_param_group` may have changed; cheap enough for each step."""
+    decay, count = group["frobenius_decay"], len(group["params"])
+    if group["product"] is None:
+        return decay != 0.0
+    if count != factors_per_product(group) * group.get("num_products", count) or not 0.0 <= decay < float("inf"):
+        return True
+    return is_decayed(group) and (group.get("differentiable") or any(map(_is_undecayable, group["params"])))
 
 
 def _is_undecayable(parameter: torch.Tensor) -> bool:

@@ -112,6 +112,15 @@ def validate_number(name: str, value: Any, where: str = "") -> None:
         raise ValueError(f"{where}{name} ({value}) must be finite and at least 0")
 
 
+def require_group(param_group: Any) -> None:
+    """
+    Raises:
+        TypeError: it is no dict.
+    """
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, not {type(param_group).__name__}")
+
+
 def validate_betas(betas: Any) -> None:
     """Check Adam's β₁ and β₂.
 

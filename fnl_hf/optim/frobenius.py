@@ -57,10 +57,12 @@ def validate_product_group(group: dict[str, Any], where: str = "parameter group"
                 f"{sorted(RANK_DIMS)} in the parameter group, as frobenius_param_groups does, or use weight_decay"
             )
         return
-    if decay != 0.0 and group.get("differentiable"):
+    row_decay = group.get("row_decay")
+    if group.get("differentiable") and (decay != 0.0 or row_decay):
+        needed = f"frobenius_decay 0, not {decay}" if decay != 0.0 else f"row_decay None, not {row_decay}"
         raise ValueError(
-            f"{where}: differentiable (True) needs frobenius_decay 0, not {decay}: the decay is applied in place, "
-            "outside of autograd, so it would be missing in the derivative of the step"
+            f"{where}: differentiable (True) needs {needed}: the decay is applied in place, outside of autograd, so it "
+            "would be missing in the derivative of the step"
         )
     if kind == VIEWS:
         validate_views(group, where)
@@ -110,9 +112,14 @@ def _describe_number(group: dict[str, Any]) -> str:
     return f" ({count * len(RANK_DIMS[group['product']])}, because its num_products is {count})"
 
 
+def factors_per_product(group: dict[str, Any]) -> int:
+    """The number of parameters of a product of a group, or of an attention layer's products."""
+    return unit_size(group) if group["product"] == VIEWS else len(RANK_DIMS[group["product"]])
+
+
 def products_of(group: dict[str, Any]) -> list[list[torch.Tensor]]:
     """The parameters of each product of a group, or of each attention layer's products."""
-    size, params = unit_size(group) if group["product"] == VIEWS else len(RANK_DIMS[group["product"]]), group["params"]
+    size, params = factors_per_product(group), group["params"]
     return [params[i : i + size] for i in range(0, len(params), size)]
 
 

@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 from fnl_hf.bert.factorization import without_autocast
 from fnl_hf.optim.base import ProductGroups, evaluate_closure, is_decayed, local_products
 from fnl_hf.optim.buckets import Bucket, Unit, compute_norms, split_by_kind, split_by_size, trust_ratios
-from fnl_hf.optim.checked import ADAM_STATE, CheckedOptimizer, get_lr, validate_betas, validate_number
+from fnl_hf.optim.checked import ADAM_STATE, CheckedOptimizer, get_lr, group_name, validate_betas, validate_number
 from fnl_hf.optim.frobenius import Decayed, add_frobenius_gradients_, products_of
 from fnl_hf.optim.sharding import local, sharding_of, sum_over_processes
 
@@ -96,8 +96,8 @@ class Lamb(CheckedOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _validate(group)
-        except ValueError:
+            _validate(group, group_name(group, len(self.param_groups) - 1))
+        except Exception:  # even for a malformed group
             del self.param_groups[-1]
             raise
         if group["fused"] is None:
@@ -122,7 +122,7 @@ class Lamb(CheckedOptimizer):
             group.clear()
             group.update({name: value for name, value in own.items() if name not in TAKEN_FROM_ADAM} | taken)
         super()._take_group(own, group, where)
-        _validate(group)
+        _validate(group, where)
         for parameter in group["params"]:
             entries = self.state.get(parameter)
             if entries:
@@ -328,27 +328,27 @@ def _have_equal_strides(*lists: list[torch.Tensor]) -> bool:
     return all(len({tensor.stride() for tensor in tensors}) == 1 for tensors in zip(*lists))
 
 
-def _validate(group: dict[str, Any]) -> None:
+def _validate(group: dict[str, Any], where: str) -> None:
     for name in ("lr", "eps", "weight_decay"):
-        validate_number(name, group[name])
+        validate_number(name, group[name], f"{where}: ")
     for position, parameter in enumerate(group["params"]):
         if not parameter.is_floating_point():
             raise ValueError(
-                f"parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB needs "
-                "real floating-point parameters"
+                f"{where}, parameter {position}, of shape {tuple(parameter.shape)}, has dtype {parameter.dtype}: LAMB "
+                "needs real floating-point parameters"
             )
     validate_betas(group["betas"])
     if group["decay"] not in DECAYS:
-        raise ValueError(f"decay must be one of {DECAYS}, not {group['decay']!r}")
+        raise ValueError(f"{where}: decay must be one of {DECAYS}, not {group['decay']!r}")
     for name in ("weight_norm_clamp", "trust_clamp"):
         clamp = group[name]
-        bounds = clamp if isinstance(clamp, tuple | list) else ()
-        if clamp is not None and not (len(bounds) == 2 and 0.0 <= bounds[0] <= bounds[1]):
-            raise ValueError(f"{name} ({clamp}) must be two bounds, 0 <= lower <= upper, or None")
+        is_pair = isinstance(clamp, tuple | list) and len(clamp) == 2 and all(isinstance(each, Real) for each in clamp)
+        if clamp is not None and not (is_pair and 0.0 <= clamp[0] <= clamp[1]):
+            raise ValueError(f"{where}: {name} ({clamp}) must be two numbers, 0 <= lower <= upper, or None")
     if group["foreach"] and group["fused"]:
-        raise ValueError("foreach and fused cannot both be True")
+        raise ValueError(f"{where}: foreach and fused cannot both be True")
     if any(getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id") for p in group["params"]):
         raise ValueError(
-            "the parameters are flattened by FSDP1 or DeepSpeed ZeRO, but LAMB needs the norm of each parameter: "
-            "use FSDP2 (fully_shard) instead"
+            f"{where}: the parameters are flattened by FSDP1 or DeepSpeed ZeRO, but LAMB needs the norm of each "
+            "parameter: use FSDP2 (fully_shard) instead"
         )

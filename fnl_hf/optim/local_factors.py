@@ -10,8 +10,8 @@ its second rank s), h heads that have rows here. A factor's H·r rows are held i
   is gathered from all processes, and each adds to the rows that it has.
 
 FSDP2 shards along dimension 0, the rank of query, key and value, and splits heads where E over the number of processes
-is no multiple of r, as 12 heads on 8 processes. Its ``shard_placement_fn`` avoids that, but Accelerate and Trainer let
-none be given.
+is no multiple of r, as 12 heads on 8 processes. Its ``shard_placement_fn`` avoids that, but Accelerate and Trainer do
+not let one be passed.
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from fnl_hf.bert.factorization import RANK_DIMS, without_autocast
 from fnl_hf.optim.base import ProductGroups
-from fnl_hf.optim.checked import ADAM_STATE, get_lr, group_name, validate_betas, validate_number
+from fnl_hf.optim.checked import ADAM_STATE, get_lr, group_name, require_group, validate_betas, validate_number
 from fnl_hf.optim.sharding import local, sharding_of
 from fnl_hf.products.views import VIEWS
 
@@ -105,6 +105,7 @@ class FrobeniusMuon(ProductGroups, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its entries and their bounds."""
+        require_group(param_group)
         where = group_name(param_group, len(self.param_groups))
         if not isinstance(param_group["params"], set | torch.Tensor):  # torch refuses a set
             param_group["params"] = list(param_group["params"])

@@ -22,7 +22,7 @@ def muon_param_groups(
     weight_decay: float = 0.01,
     frobenius_decay: float | None = None,
     decay_mode: str = "frobenius",
-    adamw: Sequence[str] = (),
+    adamw: str | Sequence[str] = (),
     decay_rotary: bool = True,
 ) -> list[dict[str, Any]]:
     """The groups of :func:`fnl_hf.frobenius_param_groups` for :class:`fnl_hf.FrobeniusMuon`, with ``use_muon`` in each.
@@ -42,8 +42,8 @@ def muon_param_groups(
 
     Args:
         model, weight_decay, frobenius_decay, decay_mode, decay_rotary: as in :func:`fnl_hf.frobenius_param_groups`.
-        adamw: name patterns of additional parameters for AdamW, such as ``"classifier.*"``: the output layers of a
-            model that is not a ``PreTrainedModel``.
+        adamw: a name pattern, or several, of additional parameters for AdamW, such as ``"classifier.*"``: the output
+            layers of a model that is not a ``PreTrainedModel``.
 
     Raises:
         ValueError: as in :func:`fnl_hf.frobenius_param_groups`, or a pattern matches no parameter.
@@ -83,9 +83,9 @@ def _outer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from module.parameters(recurse=False)
 
 
-def _named(model: nn.Module, patterns: Sequence[str]) -> Iterator[nn.Parameter]:
+def _named(model: nn.Module, patterns: str | Sequence[str]) -> Iterator[nn.Parameter]:
     parameters = dict(model.named_parameters())
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = [parameter for name, parameter in parameters.items() if fnmatch(name, pattern)]
         if not found:
             known = ", ".join(list(parameters)[-3:])

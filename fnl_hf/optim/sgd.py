@@ -75,7 +75,7 @@ class FrobeniusSGD(ProductGroups, torch.optim.SGD):
         for group in groups:
             for weight in group["params"]:
                 if is_updated(weight):
-                    weight.grad = weight.grad.clone()
+                    weight.grad = weight.grad.to(weight.dtype, copy=True)
             scale = -1.0 if group["maximize"] else 1.0
             if grad_scale is not None:
                 scale = scale * grad_scale.reshape(())

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import logging
 
 from fnl_hf.optim.checked import group_name
@@ -34,8 +35,14 @@ class StabilityCheck:
         self.found: tuple[LocalProduct | LocalPair, float] | None = None
 
     def is_due(self, device: torch.device) -> bool:
-        """Whether to check the products on this device in this step."""
-        return not self.has_warned and (device.type == "cpu" or self.steps % STEPS_BETWEEN == 0)
+        """Whether to check the products on this device in this step. The meta device has no values, and none can be
+        read while a CUDA graph is captured."""
+        if self.has_warned or device.type == "meta":
+            return False
+        if device.type == "cpu":
+            return True
+        is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return self.steps % STEPS_BETWEEN == 0 and not is_captured
 
     def examine(
         self,
@@ -44,7 +51,7 @@ class StabilityCheck:
         operators: Sequence[torch.Tensor],
     ) -> None:
         """Check one product before its step; arguments as in ``frobenius_operators``."""
-        if self.found is not None or not self.is_due(grams[0].device):
+        if self.found is not None or not self.is_due(grams[0].device) or isinstance(grams[0], FakeTensor):
             return
         matrices: list[tuple[torch.Tensor, ...]] = [(operator,) for operator in operators]
         if len(operators) == 3:

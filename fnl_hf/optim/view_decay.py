@@ -9,7 +9,8 @@ and the mean over rotations ½λ Σ_gj Σ_b ½‖Q_gjb‖² ‖K_gb‖², with t
 
     ½λ ‖K_gb‖² Q_gjb,    ½λ (Σ_j ‖Q_gjb‖²) K_gb.
 
-Rows of such a parameter that are no factor's keep their ordinary decay, which the base class has not for parts.
+Rows that belong to no factor keep their ordinary decay. It is applied here because the base class can only decay
+whole parameters.
 
 A group's ``layout`` has one entry for each pair of factors of an attention layer, as :meth:`ViewPair.plain` gives it;
 its ``params`` are the parameters of the first layer, of the second one, and so on.

@@ -45,9 +45,10 @@ def register_product(module: nn.Module, kind: str, *weight_names: str, num_heads
     if entry in registered:
         return
     if any(name == other for *_, other in registered):
+        taken = f"named {name!r}" if name else "without a name"
         raise ValueError(
-            f"{type(module).__name__} already has a product named {name!r}: give product "
-            f"({', '.join(weight_names)}) another name"
+            f"{type(module).__name__} already has a product {taken}: give product ({', '.join(weight_names)}) another "
+            "name"
         )
     registered.append(entry)
 

@@ -68,7 +68,8 @@ def number_of(owner: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _is_rotary(name: str) -> bool:
-    return "rotary" in name or not {"rope", "rot"}.isdisjoint(name.split("_"))
+    words = name.lower().split("_")
+    return any("rotary" in word or word in {"rope", "rot", "rotate"} for word in words)
 
 
 @functools.cache

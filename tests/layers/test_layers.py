@@ -352,6 +352,12 @@ def test_what_a_layer_carries_over():
     back = new.to_dense().layer
     assert not back.training and not back.weight.requires_grad and back.bias is layer.bias
     assert factorized(nn.Linear(5, 7), 3).to_dense().layer.weight.requires_grad
+    new = factorized(nn.Linear(5, 7), 7, "deep")
+    new.left.requires_grad_(False), new.right.requires_grad_(False)
+    assert new.merged().weight.requires_grad, "its middle factor is trained"
+    unbiased = FactorizedConv1D(5, 7, 3, bias=False, dtype=torch.float64)
+    x = torch.ones(2, 5, dtype=torch.float64)
+    assert_close(unbiased.merged()(x), unbiased(x))
     meta = factorized(nn.Conv2d(4, 6, 3, device="meta"), 3, "low_rank")
     assert all(p.is_meta for p in meta.parameters()) and meta.error is None
     assert meta.merged().weight.is_meta

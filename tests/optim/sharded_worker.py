@@ -23,6 +23,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from fnl_hf import (
+    FactorizedConv1D,
+    FactorizedConv2d,
+    FactorizedEmbedding,
+    FactorizedLinear,
     FrobeniusAdamW,
     FrobeniusLamb,
     FrobeniusMuon,
@@ -360,6 +364,33 @@ def data_parallel(name, folder):
         dist.all_gather(copies, parameter.detach())
         equal &= all(torch.equal(copies[0], other) for other in copies)
     return {"equal": equal, "still": [n for n, value in differences(start, model).items() if value == 0.0]}
+
+
+@check
+def meta_layers(folder):
+    """torch's way to make a model that no process can hold: on the meta device, sharded, then initialized."""
+    makers = (
+        lambda: FactorizedLinear(7, 5, 3),
+        lambda: FactorizedLinear(7, 5, 7, deep=True),
+        lambda: FactorizedConv1D(5, 7, 3),
+        lambda: FactorizedEmbedding(11, 5, 3, padding_idx=2),
+        lambda: FactorizedConv2d(4, 6, 3, rank=2, groups=2),
+    )
+    with torch.device("meta"):
+        model = nn.Sequential(*(make() for make in makers))
+    shard(model).to_empty(device="cpu")
+    found = {}
+    for index, (layer, make) in enumerate(zip(model, makers)):
+        torch.manual_seed(3 + dist.get_rank())
+        layer.reset_parameters()
+        torch.manual_seed(3)  # the first process draws for all
+        expected = make()
+        found |= {
+            f"{index}.{name}": (full(layer.get_parameter(name)) - getattr(expected, name)).abs().max().item()
+            for name in ("left", "middle", "right")
+            if getattr(expected, name) is not None
+        }
+    return found
 
 
 @check

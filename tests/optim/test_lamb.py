@@ -359,11 +359,12 @@ def test_sparse_gradients_are_refused_before_anything_changes(max_norm):
         ({"betas": (-0.1, 0.9)}, r"betas \(\(-0.1, 0.9\)\)"),
         ({"betas": (0.9,)}, r"betas \(\(0.9,\)\)"),
         ({"decay": "coupled"}, r"decay must be one of \('decoupled', 'in_trust_ratio'\), not 'coupled'"),
-        ({"weight_norm_clamp": (2.0, 1.0)}, r"weight_norm_clamp \(\(2.0, 1.0\)\) must be two bounds, 0 <= lower"),
-        ({"trust_clamp": (-1.0, 1.0)}, r"trust_clamp \(\(-1.0, 1.0\)\) must be two bounds"),
-        ({"trust_clamp": 10.0}, r"trust_clamp \(10.0\) must be two bounds"),
-        ({"trust_clamp": (1.0,)}, r"trust_clamp \(\(1.0,\)\) must be two bounds"),
-        ({"foreach": True, "fused": True}, "foreach and fused cannot both be True"),
+        ({"weight_norm_clamp": (2.0, 1.0)}, r"weight_norm_clamp \(\(2.0, 1.0\)\) must be two numbers, 0 <= lower"),
+        ({"trust_clamp": (-1.0, 1.0)}, r"trust_clamp \(\(-1.0, 1.0\)\) must be two numbers"),
+        ({"trust_clamp": 10.0}, r"trust_clamp \(10.0\) must be two numbers"),
+        ({"trust_clamp": (1.0,)}, r"trust_clamp \(\(1.0,\)\) must be two numbers"),
+        ({"trust_clamp": (None, 10)}, r"trust_clamp \(\(None, 10\)\) must be two numbers"),
+        ({"foreach": True, "fused": True}, "group [01]: foreach and fused cannot both be True"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

@@ -184,6 +184,11 @@ def test_gradients_of_fsdp2_train_as_those_of_ddp(figures):
     assert_small({"sgd": max(process["difference"] for process in figures("backward_through_fsdp2"))})
 
 
+def test_layers_of_the_meta_device_are_initialized_after_they_are_sharded(figures):
+    for process in figures("meta_layers"):
+        assert len(process) == 11 and set(process.values()) == {0.0}
+
+
 @for_each("checkpoint")
 def test_a_distributed_checkpoint_continues_sharded_or_not(figures, case):
     for process in figures(f"checkpoint[{case}]"):

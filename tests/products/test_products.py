@@ -359,7 +359,7 @@ def test_groups_that_name_no_products_are_told(optimizer_class, caplog):
         caplog.clear()
         for each in (optimizer, copy.deepcopy(optimizer)):
             each.step()
-        assert [r.message.split(" does only")[0] for r in caplog.records if "does only" in r.message] == expected
+        assert [r.message.split(" decays no")[0] for r in caplog.records if "decays no" in r.message] == expected
 
 
 @OPTIMIZERS

@@ -93,7 +93,7 @@ MODELS = {  # build, run or None where queries and keys are normalized or meet m
         {"vo": 1},
         ["Wav2Vec2BertSelfAttention"],
     ),
-    "gemma4": (  # proportional angles in the second layer, with zeros at the end
+    "gemma4": (  # proportional angles in the second layer, with zeros at the end; values are normalized
         of_transformers(
             "gemma4",
             "Gemma4Text",
@@ -104,7 +104,7 @@ MODELS = {  # build, run or None where queries and keys are normalized or meet m
             global_head_dim=8,
         ),
         None,
-        {"rotary": 1, "vo": 2},
+        {"rotary": 1},
         ["Gemma4TextAttention"],
     ),
 }
@@ -197,6 +197,27 @@ class OtherName(Switched):
         return q @ k.mT @ self.v_proj(x)
 
 
+def rotate_half(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+apply_RoPE = apply_rotary
+
+
+class Inline(Switched):
+    def forward(self, x, cos, sin):
+        q, k = self.q_proj(x), self.k_proj(x)
+        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        return q @ k.mT @ self.v_proj(x)
+
+
+class Capitals(Switched):
+    def forward(self, x, cos, sin):
+        q, k = apply_RoPE(self.q_proj(x), cos, sin), apply_RoPE(self.k_proj(x), cos, sin)
+        return q @ k.mT @ self.v_proj(x)
+
+
 @pytest.mark.parametrize(
     "module, expected",
     [
@@ -207,6 +228,8 @@ class OtherName(Switched):
         (Unclear(), {"vo"}),
         (Unclear(other=True), {"rotary", "vo"}),
         (OtherName(), {"vo"}),
+        (Capitals(), {"rotary", "vo"}),
+        (Inline(), {"vo"}),
     ],
 )
 def test_conditions_are_read_as_they_are_written(module, expected):
