@@ -1,6 +1,7 @@
 """Data sets that are built once, in parallel, as memory-mapped Arrow files, and reused by later runs."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from fnl_hf.errors import UserInputError
 logger = logging.get_logger(__name__)
 
 # Errors from reading a damaged ``dataset_info.json``; building a data set raises others.
+_OS_ERROR = re.compile(r"^\w+: (\[Errno \d+\] .*)$", re.MULTILINE)  # of a traceback
 INFO_ERRORS = (ValueError, TypeError, LookupError, AttributeError)
 
 
@@ -134,6 +136,8 @@ def _cache_errors(folder: Path) -> Iterator[None]:
         raise UserInputError(str(error)) from error
     except (OSError, DatasetGenerationError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(cause, OSError):
-            raise UserInputError(f"--cache_dir {folder}: not writable: {cause}") from error
+        # In another process's traceback, which arrives as text, it is the last line.
+        found = str(cause) if isinstance(cause, OSError) else "".join(_OS_ERROR.findall(str(cause))[-1:])
+        if found:
+            raise UserInputError(f"--cache_dir {folder}: not writable: {found}") from error
         raise

@@ -64,7 +64,7 @@ def read_documents(
 
     Args:
         held_out_percentage: of the documents, drawn at random, where they are read whole.
-        held_out_documents: the first ones of a stream, as many of each shard.
+        held_out_documents: of a stream: the first ones of each shard, in equal number, rounded up.
         strict: refuse broken records; otherwise they are left out and counted in a warning.
         num_proc: processes that read files; the documents do not depend on it.
 
@@ -272,7 +272,10 @@ class DocumentStream:
 
     def _read_once(self, shard: int, place: dict | None = None) -> Iterator[tuple[str | None, str | None, dict | None]]:
         """A shard's records from a position to its end: text, fault, and the position before the record."""
-        stream = split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
+        if has_whole_parts(self.records, self.shards):
+            stream = self.records.shard(self.shards, shard)
+        else:
+            stream = split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
         if place is not None:
             stream.load_state_dict(place)
         for record in _iterate_in_any_process(stream):
@@ -308,11 +311,11 @@ def _open_stream(
         records, columns = stream_files(source.train_file, source.text_column, shards), ("text", "fault")
     else:
         records, columns = stream_hub(source), (source.text_column, None)
-    if records.num_shards % shards:
+    if records.num_shards < shards:
         logger.warning(
-            f"The stream comes in {records.num_shards} parts, which is not a multiple of its {shards} shards: each "
-            "shard reads the whole stream and keeps its share. To avoid this, use plain text or JSON lines, which "
-            "can be split, or change --streaming_shards"
+            f"The stream comes in {records.num_shards} part(s), fewer than its {shards} shards: each shard reads the "
+            "whole stream and keeps its share. To avoid this, use plain text or JSON lines, which can be split, or "
+            "lower --streaming_shards"
         )
     hold_out = 0 if source.validation_file else -(-held_out_documents // shards)
     stream = DocumentStream(records, shards, columns[0], hold_out, strict, columns[1])
@@ -321,6 +324,11 @@ def _open_stream(
     else:
         held_out = Dataset.from_dict({"text": stream.read_held_out()})
     return Documents(source, stream, held_out)
+
+
+def has_whole_parts(records: IterableDataset, shards: int) -> bool:
+    """Whether each of the shards gets parts of its own although their number is not a multiple; some get one more."""
+    return records.num_shards > shards and records.num_shards % shards != 0
 
 
 def _iterate_in_any_process(stream: IterableDataset) -> Iterator[dict[str, Any]]:

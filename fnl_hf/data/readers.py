@@ -279,7 +279,9 @@ def _read_csv(piece: Piece) -> Iterator[Record]:
         io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
         rows = csv.reader(text, strict=True)
-        header = next(rows)
+        header = next((row for row in rows if row), None)
+        if header is None:
+            raise ValueError("it has no header")
         if piece.column not in header:
             raise missing_column(piece.path, piece.column, header)
         position = header.index(piece.column)

@@ -13,7 +13,7 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fnl_hf.data.corpus import Documents
+from fnl_hf.data.corpus import Documents, DocumentStream, has_whole_parts
 from fnl_hf.data.encoding import table_indices
 from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.pairs import pair_documents
@@ -83,7 +83,7 @@ def make_rows(
     else:
         held_out = make(documents.held_out, "max_eval_samples")
         train = StreamedRows(documents.train, tokenizer, options.max_seq_length, order)
-        fingerprint = _stream_fingerprint(documents.source, held_out)
+        fingerprint = _stream_fingerprint(documents.source, documents.train, held_out)
     return Rows(train, held_out, unigram_entropy(held_out, tokenizer.all_special_ids), fingerprint)
 
 
@@ -184,9 +184,11 @@ def data_fingerprint(*datasets: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _stream_fingerprint(source: Source, held_out: Dataset) -> str:
+def _stream_fingerprint(source: Source, stream: DocumentStream, held_out: Dataset) -> str:
     """From the names, sizes and beginnings of files: streaming avoids reading them completely."""
-    name = (source.dataset_name, source.dataset_config_name)
+    # Earlier versions divided such a stream in another way: their runs cannot go on here.
+    division = ("whole parts",) if has_whole_parts(stream.records, stream.shards) else ()
+    name = (source.dataset_name, source.dataset_config_name, *division)
     digest = xxhash.xxh3_128(repr((name, data_fingerprint(held_out))).encode())
     for file in map(Path, source.train_file or ()):
         digest.update(repr((file.name, file.stat().st_size)).encode())

@@ -117,7 +117,14 @@ def drop_checkpoints(folder: Path, keep: int, best: str | None = None, keep_newe
     droppable = [checkpoint for checkpoint in own if os.path.realpath(checkpoint) not in kept]
     excess = len(own) - max(keep, len(own) - len(droppable))
     for checkpoint in reversed(droppable[len(droppable) - excess :]):
-        remove(checkpoint)
+        if checkpoint.is_symlink():
+            remove(checkpoint)
+            continue
+        # Under its name, what a kill leaves of it would look like a user's. The next save deletes this folder.
+        staging = folder / STAGING_FOLDER
+        staging.mkdir(exist_ok=True)
+        checkpoint.rename(staging / checkpoint.name)
+        remove(staging)
 
 
 def remove(path: Path, ignore_errors: bool = True) -> None:

@@ -23,7 +23,14 @@ STARTED_FILE = "run_arguments.json"  # marks a folder as a run's, even before it
 RECORD_FILE = "_written.json"  # name -> SHA-256; nothing whose name begins with "_" is uploaded
 # Patterns of the files written during training and evaluation, ...
 STARTED = (STARTED_FILE, PROVENANCE_FILE)
-SCORES = ("*_results.json", "*_predictions.json", "*_null_odds.json")
+SCORES = (
+    *(f"{split}_results.json" for split in ("all", "train", "eval", "predict")),
+    *(
+        f"{split}_{of}.json"
+        for split in ("eval", "predict")
+        for of in ("predictions", "nbest_predictions", "null_odds")
+    ),
+)
 # ... and of the final model: weights, configuration, code, preprocessing, card and report.
 MODEL = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),

@@ -39,7 +39,7 @@ class LossGuard(TrainerCallback):
     Weights, moments and the optimizer's step counts stay unchanged; learning rate and data advance. On an accelerator
     with fused kernels, nothing waits for the norm: the kernels skip by themselves, and the count is read when logs are
     written and checkpoints saved. Muon and kernels that are not fused cannot skip, so each step waits for its norm.
-    With fp16, the loss scaler skips steps as usual, and the guard does nothing.
+    With fp16, the loss scaler skips steps as usual; only those whose loss itself is not finite are counted.
 
     Raises:
         TrainingDiverged: more than ``args.max_skipped_steps`` steps of the run were skipped.
@@ -49,10 +49,11 @@ class LossGuard(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.is_active = self.trainer.accelerator.scaler is None
+        self.is_scaled = self.trainer.accelerator.scaler is not None
         self.optimizer: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is a wrapper
         self.is_synchronous = args.device.type == "cpu" or not _supports_found_inf(self.optimizer)
         self.skipped = next((row[SKIPPED] for row in reversed(state.log_history) if SKIPPED in row), 0)
+        self.skipped_before = self.skipped  # in earlier starts of the run
         self.not_counted = torch.zeros((), device=args.device)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -60,13 +61,15 @@ class LossGuard(TrainerCallback):
 
     def examine(self, norm: torch.Tensor) -> None:
         """Decide whether to skip the step whose gradients have this norm, before the optimizer step."""
-        if not self.is_active:
-            return
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        bad = ~torch.isfinite(norm)
         loss = self.trainer._tr_loss  # summed for the log, where a single NaN would persist
+        if self.is_scaled:  # the gradients may only have overflowed; the loss is that of one process
+            bad = self.trainer.accelerator.gather((~torch.isfinite(loss)).float().reshape(1)).any()
+        else:
+            bad = ~torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         loss.copy_(torch.where(bad, self.loss_before, loss))
         self.not_counted += bad
+        if self.is_scaled:
+            return
         # The first step creates the optimizer state: if it is skipped, torch's fused SGD creates it from uninitialized
         # memory.
         if self.is_synchronous or not self.optimizer.state:
@@ -110,6 +113,11 @@ class LossGuard(TrainerCallback):
                 f"--max_skipped_steps ({bound}). "
                 + (f"The newest complete checkpoint is {newest}" if newest else "There is no complete checkpoint yet")
             )
+
+    def mean_of_trained(self, mean_loss: float, steps: int) -> float:
+        """The mean loss of this start's steps without those that were skipped, whose loss counts as 0 in Trainer's."""
+        trained = steps - (self.skipped - self.skipped_before)
+        return mean_loss * steps / trained if trained > 0 else mean_loss
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:

@@ -227,7 +227,10 @@ class DataArguments:
     )
     streaming_validation_documents: int = field(
         default=1000,
-        metadata={"help": "Hold out the first so many documents of the stream if there is no --validation_file."},
+        metadata={
+            "help": "Hold out this many documents, from the start of each shard of the stream, if there is no "
+            "--validation_file."
+        },
     )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that read and tokenize the corpus."}

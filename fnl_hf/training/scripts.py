@@ -68,6 +68,7 @@ class ScriptRun:
             UserInputError: the run was started from other weights than those in ``model_name_or_path``, or has another
                 teacher.
         """
+        self.began = time.monotonic()  # with several seeds, all runs are planned first
         self.description[START_WEIGHTS] = weights_checksum(model_name_or_path)
         self.description[TEACHER_WEIGHTS] = weights_checksum(teacher_name_or_path)
         validate_weights(self.plan, self.description)

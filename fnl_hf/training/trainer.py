@@ -171,14 +171,15 @@ class FnlTrainer(PushingTrainer):
 
     @contextmanager
     def _keeping_checkpoints(self) -> Iterator[None]:
-        """With a limit of one, Trainer deletes all checkpoints except the best at the end, whoever wrote them."""
+        """With a limit of one, Trainer deletes all checkpoints except the best at the end, whoever wrote them, and even
+        if the model is not the best but the last one."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
         finally:
             self.args.save_total_limit = limit
         best = self.state.best_model_checkpoint
-        if self.args.should_save and limit == 1 and best is not None:
+        if self.args.should_save and self.args.load_best_model_at_end and limit == 1 and best is not None:
             drop_checkpoints(Path(self._get_output_dir(None)), 1, best, keep_newest=False)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -252,7 +253,9 @@ class FnlTrainer(PushingTrainer):
             logs.update(self.throughput.close_window())
         if "train_loss" in logs:
             logs.update(self.throughput.close_run())
-            if first_step := self.resuming.first_step:
+            first_step = self.resuming.first_step
+            logs["train_loss"] = self.guard.mean_of_trained(logs["train_loss"], self.state.global_step - first_step)
+            if first_step:
                 complete_metrics(logs, self.state.log_history, first_step, self.state.global_step)
         super().log(logs, start_time)
         if "train_mfu" in logs:  # trackers take only numbers

@@ -201,14 +201,28 @@ def test_an_error_without_words_is_named(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "corpus.txt"
-    path.write_text("one\ntwo\n")
+    path, other = tmp_path / "corpus.txt", tmp_path / "other.txt"
+    path.write_text("one\ntwo\n"), other.write_text("three\n")
     with monkeypatch.context() as patch:
         error = OSError(errno.ENOSPC, "No space left on device")
         patch.setattr("datasets.arrow_writer.ArrowWriter.write_table", lambda *args: (_ for _ in ()).throw(error))
-        with pytest.raises(UserInputError, match=r"--cache_dir .*cache.*: not writable: .*No space left on device"):
-            load(path, tmp_path)
+        for processes in (1, 2):  # of two, the error arrives as text
+            with pytest.raises(UserInputError, match=r"--cache_dir .*cache.*: not writable: .*No space left on device"):
+                load_text_files([str(path), str(other)], cache_dir=str(tmp_path / "cache"), num_proc=processes)
     assert load(path, tmp_path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\n\n"])
+def test_a_csv_without_a_header_is_told(tmp_path, content):
+    path = tmp_path / "corpus.csv.gz"
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(UserInputError, match="corpus.csv.gz: cannot be read as csv: it has no header"):
+        load(path, tmp_path)
+
+
+def test_a_csv_may_begin_with_blank_lines(tmp_path):
+    (tmp_path / "corpus.csv").write_text("\nid,text\n1,one\n")
+    assert load(tmp_path / "corpus.csv", tmp_path) == ["one"]
 
 
 def test_a_codec_that_is_not_installed_is_named(tmp_path, monkeypatch):
@@ -285,4 +299,4 @@ def test_what_cannot_be_split_for_shards_is_read_whole(tmp_path, warnings_of):
     read_documents(Source(train_file=[str(tmp_path / "b.txt")], validation_file=held_out, shards=2))
     assert not warnings_of
     read_documents(Source(train_file=[str(tmp_path / "a.txt.gz")], validation_file=held_out, shards=2))
-    assert "1 parts, which is not a multiple of its 2 shards: each shard reads the whole stream" in warnings_of[0]
+    assert "1 part(s), fewer than its 2 shards: each shard reads the whole stream" in warnings_of[0]

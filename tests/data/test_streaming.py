@@ -251,6 +251,29 @@ def test_corpora_as_streams(tmp_path, tokenizer):
         Source(shards=SHARDS)
 
 
+def test_shards_share_any_larger_number_of_parts(tmp_path, tokenizer):
+    """Seven files among three shards: each file is read once an epoch, and the order can be resumed anywhere."""
+    for index in range(7):
+        Dataset.from_dict({"text": TEXTS[4 * index : 4 * index + 4]}).to_parquet(tmp_path / f"{index}.parquet")
+    files = [str(tmp_path / f"{index}.parquet") for index in range(7)]
+    read: list[str] = []
+
+    def noted(parts):
+        for part in parts:
+            read.append(part)
+            yield from ({"text": text, "fault": None} for text in Dataset.from_parquet(part)["text"])
+
+    records = IterableDataset.from_generator(noted, gen_kwargs={"parts": files})
+    stream = DocumentStream(records, 3)
+    documents = [list(itertools.islice(stream.read_shard(shard), count)) for shard, count in enumerate((12, 8, 8))]
+    assert sorted(read) == files
+    assert sorted(text for shard in documents for text, _, _ in shard) == sorted(TEXTS[:28])
+    for shard, found in enumerate(documents):
+        _, place, epoch = found[5]
+        again = itertools.islice(stream.read_shard(shard, place, epoch), len(found) - 5)
+        assert [text for text, _, _ in again] == [text for text, _, _ in found[5:]]
+
+
 def test_a_column_of_a_data_set_is_no_fault_of_its_records(tmp_path):
     Dataset.from_dict({"text": TEXTS, "fault": ["theirs"] * len(TEXTS)}).to_json(tmp_path / "train.jsonl")
     documents = read_documents(Source(str(tmp_path), shards=1), held_out_documents=2)

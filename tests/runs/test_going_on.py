@@ -14,6 +14,7 @@ from fnl_hf import UserInputError
 from fnl_hf.publishing.cards import describe_source
 from fnl_hf.runs.checkpoints import drop_checkpoints
 from fnl_hf.runs.command_line import parse_arguments
+from fnl_hf.runs.ownership import others_files, output_of
 from fnl_hf.runs.plan import is_finished, plan_run
 from fnl_hf.runs.seeds import commands_of_seeds
 from fnl_hf.training import resuming
@@ -117,6 +118,24 @@ def test_only_a_run_s_own_checkpoints_are_dropped_and_never_the_best(tmp_path, m
     assert left(1, "./run/../run/checkpoint-3") == {"2", "3", "11", "13"}
     assert (tmp_path / "seven" / "checksums.json").is_file(), "of a link, the link alone"
     assert left(1, "run/checkpoint-3", keep_newest=False) == {"2", "3", "13"}
+
+
+def test_what_a_kill_leaves_of_a_dropped_checkpoint_is_no_checkpoint(tmp_path, monkeypatch):
+    for step in (2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "checksums.json").write_text("{}")
+    monkeypatch.setattr(shutil, "rmtree", lambda *args: None)
+    drop_checkpoints(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("checkpoint")] == ["checkpoint-3"]
+    (tmp_path / "run_arguments.json").write_text("{}")
+    assert others_files(tmp_path, output_of(FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True))) == []
+
+
+def test_a_limit_of_one_keeps_the_last_checkpoint_of_a_last_model(corpus, tmp_path):
+    run(corpus, tmp_path / "out", **BEST | {"load_best_model_at_end": "false"}, do_train="true")
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert (state["best_global_step"], state["global_step"]) == (3, 9)
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-9"}
 
 
 @pytest.fixture

@@ -31,12 +31,16 @@ def test_what_was_edited_is_somebody_elses_also_where_the_run_goes_on(folder, an
 
 
 def test_what_no_run_writes_is_in_nobodys_way(folder):
-    for name in ("plot.py", "tokenizer_notes.md", "merged/model.safetensors", "tokenizers/a"):
+    own = ("plot.py", "tokenizer_notes.md", "merged/model.safetensors", "tokenizers/a", "human_eval_results.json",
+           "my_predictions.json", "old_null_odds.json")  # fmt: skip
+    for name in own:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
     assert others_files(folder, TRAINING) == []
     with_merged = output_of(SimpleNamespace(do_train=True), "merged")
     assert others_files(folder, with_merged) == ["merged/model.safetensors"]
+    begin_writing(folder)
+    assert all((folder / name).read_text() == "mine" for name in own) and not (folder / "eval_results.json").exists()
 
 
 def test_an_evaluation_writes_a_model_only_to_push_it(tmp_path):

@@ -15,6 +15,7 @@ from fnl_hf import FrobeniusAdamW, FrobeniusSGD, Lamb
 from fnl_hf.errors import TrainingDiverged
 from fnl_hf.runs.command_line import run_script
 from fnl_hf.training.guard import LossGuard, _supports_found_inf, nan_unless_finite
+from fnl_hf.training.trainer import FnlTrainer
 from tests.conftest import TINY, assert_same_weights, launch, pretraining
 from tests.training.bad_losses import add_to_losses, leave_out_steps, spoil_gradients
 
@@ -200,14 +201,38 @@ def test_a_finite_loss_and_its_gradient_are_unchanged(dtype):
         assert x.grad.isnan().all()
 
 
-def test_the_loss_scaler_of_fp16_is_left_alone(corpus, tmp_path, monkeypatch):
+def with_loss_scaler(patch, scale):
+    """As ``--fp16`` on a GPU."""
+    train = FnlTrainer.train
+
+    def scaled(self, *args, **kwargs):
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return train(self, *args, **kwargs)
+
+    patch.setattr(FnlTrainer, "train", scaled)
+
+
+def test_an_overflow_under_loss_scaling_is_left_to_the_scaler(corpus, tmp_path, monkeypatch):
     """Its first steps overflow by design."""
-    guard = LossGuard(SimpleNamespace(accelerator=SimpleNamespace(scaler=object())))
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
-    args = SimpleNamespace(device=torch.device("cpu"))
-    guard.on_train_begin(args, SimpleNamespace(log_history=[]), None, optimizer=optimizer)
-    guard.examine(torch.tensor(INF))
-    assert guard.skipped == 0 and guard.not_counted == 0 and not hasattr(optimizer, "found_inf")
+    with_loss_scaler(monkeypatch, 1e38)
+    run(corpus, tmp_path / "out", save_strategy="no", logging_steps=1, max_steps=5, max_skipped_steps=0)
+    assert not history(tmp_path / "out", "skipped_steps")
+    assert len(history(tmp_path / "out", "loss")) == 5
+
+
+def test_losses_that_are_not_finite_count_under_loss_scaling_too(corpus, tmp_path, monkeypatch):
+    with_loss_scaler(monkeypatch, 16.0)
+    add_to_losses({3: NAN}, monkeypatch.setattr)
+    run(corpus, tmp_path / "out", save_steps=1, logging_steps=1, max_steps=7)
+    assert_nothing_moved(tmp_path / "out", 3)
+    assert history(tmp_path / "out", "skipped_steps") == [(4, 1)]
+    losses = dict(history(tmp_path / "out", "loss"))
+    assert set(losses) == {1, 2, 3, 5, 6, 7} and all(map(math.isfinite, losses.values()))
+    train_loss = json.loads((tmp_path / "out" / "all_results.json").read_text())["train_loss"]
+    assert train_loss == pytest.approx(sum(losses.values()) / 6, rel=1e-5), "of the steps that were not skipped"
+    add_to_losses(dict.fromkeys(range(9), NAN), monkeypatch.setattr)
+    with pytest.raises(TrainingDiverged, match=r"step 4: .* in 4 steps, more than --max_skipped_steps \(3\)"):
+        run(corpus, tmp_path / "lost", save_strategy="no", max_skipped_steps=3)
 
 
 @pytest.mark.parametrize("make", [Lamb, FrobeniusAdamW, FrobeniusSGD])
