@@ -64,7 +64,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 $(VENV)/.run: pyproject.toml constraints.txt
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[onnx]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt

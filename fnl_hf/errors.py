@@ -1,6 +1,7 @@
 """Errors that a user can mend, the check of a bound, and the end that a scheduler asks for."""
 
 EX_TEMPFAIL = 75  # of sysexits.h: a temporary failure, the caller is invited to try again
+EX_INTERRUPTED = 130  # of shells: ended by Ctrl-C
 
 
 class UserInputError(ValueError):
@@ -49,11 +50,12 @@ class TrainingDiverged(RuntimeError):
 
 
 class Preempted(SystemExit):
-    """A run was stopped by SIGTERM and can go on; the process ends with status ``EX_TEMPFAIL``.
+    """A run was stopped by SIGTERM or Ctrl-C and can go on; the process ends with status ``EX_TEMPFAIL`` or
+    ``EX_INTERRUPTED``.
 
     As ``SystemExit``, so that no handler of errors takes it for one.
     """
 
-    def __init__(self, message: str):
-        super().__init__(EX_TEMPFAIL)
+    def __init__(self, message: str, status: int = EX_TEMPFAIL):
+        super().__init__(status)
         self.message = message

@@ -49,7 +49,8 @@ class CalibrationText:
         Raises:
             UserInputError: a file without text, or without the column.
         """
-        texts = load_text_files(list(self.files), self.text_column)["text"][: self.samples] if self.files else []
+        files = list(self.files)
+        texts = load_text_files(files, self.text_column, strict=None)["text"][: self.samples] if files else []
         can_pad = tokenizer.pad_token is not None
         size = BATCH_SIZE if can_pad else 1
         for start in range(0, len(texts), size):

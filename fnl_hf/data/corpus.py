@@ -117,13 +117,16 @@ def load_text_files(
     files: Sequence[str],
     text_column: str = "text",
     cache_dir: str | None = None,
-    strict: bool = False,
+    strict: bool | None = False,
     num_proc: int | None = None,
 ) -> Dataset:
     """Text, JSON, CSV and Parquet files, compressed or not, as documents with a column "text", in order.
 
     A line of a text file is a document; blank records are left out. The result is cached until the contents of the
     files change.
+
+    Args:
+        strict: as in :func:`read_documents`; None leaves broken records out and does not tell of the flag.
 
     Raises:
         UserInputError: see :func:`read_documents`.
@@ -147,7 +150,7 @@ def load_text_files(
     return documents if valid.all() else documents.select(np.flatnonzero(valid))
 
 
-def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, unit: str, strict: bool) -> None:
+def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, unit: str, strict: bool | None) -> None:
     """Count the broken records in one warning, or raise an error."""
     broken = len(faults) - faults.null_count
     if broken == 0:
@@ -160,7 +163,8 @@ def _report_faults(where: str, texts: pa.ChunkedArray, faults: pa.ChunkedArray, 
     message = f"{where}: {broken} of {broken + len(texts) - texts.null_count} {unit}s are broken"
     if strict:
         raise UserInputError(f"{message}: {listed}. Correct them, or leave out --strict to skip them")
-    logger.warning(f"{message} and were left out: {listed}. Set --strict true to stop at broken records")
+    hint = "" if strict is None else ". Set --strict true to stop at broken records"
+    logger.warning(f"{message} and were left out: {listed}{hint}")
 
 
 def _no_text(file: str, faults: pa.ChunkedArray, piece: Piece | None) -> UserInputError:

@@ -43,6 +43,7 @@ PIPELINE_TAGS = {
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
     "AutoModelForCTC": "automatic-speech-recognition",
 }
+MODULES_FILE = "modules.json"  # of sentence-transformers: the modules after the model, each in a folder of its own
 # file of what prepares a model's inputs -> the class that loads it
 PREPROCESSORS = {
     "processor_config.json": "AutoProcessor",  # with a tokenizer in it, where there is one
@@ -96,10 +97,12 @@ def write_card(
     """
     is_fnl_bert, layers = isinstance(model, FnlBertPreTrainedModel), len(factorized_layers(model))
     has_code = model._auto_class is not None and not (is_fnl_bert and layers)
-    tag = PIPELINE_TAGS.get(auto_class)
+    embeds_sentences = Path(folder, MODULES_FILE).exists()
+    library = "sentence-transformers" if embeds_sentences else "transformers"
+    tag = "sentence-similarity" if embeds_sentences else PIPELINE_TAGS.get(auto_class)
     tags = {"fnl_bert": is_fnl_bert, "factorized-layers": is_fnl_bert or layers, str(tag): tag}
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=tag,
         tags=[name for name, holds in tags.items() if holds] or None,
         **metadata,
@@ -121,6 +124,7 @@ def write_card(
         remote=", trust_remote_code=True" if has_code else "",
         is_fnl_bert=is_fnl_bert,
         layers=layers,
+        embeds_sentences=embeds_sentences,
     )
     card.save(Path(folder, CARD_FILE))
 

@@ -16,7 +16,7 @@ from transformers.utils import cached_file, logging
 from fnl_hf.bert import modeling_fnl_bert
 from fnl_hf.bert.conversion_fnl_bert import needed_kernel
 from fnl_hf.errors import UserInputError, reason_of
-from fnl_hf.publishing.cards import PIPELINE_TAGS
+from fnl_hf.publishing.cards import MODULES_FILE, PIPELINE_TAGS
 
 IN_PYTHON = (
     "load it in Python, call fnl_hf.factorize(model, config) or fnl_hf.merge(model), then model.save_pretrained(folder)"
@@ -30,9 +30,10 @@ COMPANIONS = (
         for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
     ),
 )  # fmt: skip
-MODULES_FILE = "modules.json"  # of sentence-transformers: the modules after the model, each in a folder of its own
 MODULE_FILES = ("config.json", "cnn_config.json", "lstm_config.json", "model.safetensors", "pytorch_model.bin")
+NEEDS_FOLDER = ("Pooling", "Dense")  # modules that cannot be loaded without their configuration
 USUAL_MODULES = ("1_Pooling", "2_Dense")
+LOCAL = (".", "/", "~")  # how a path begins that is no name on the Hub
 NAMED_WEIGHTS = 3  # in a message
 logger = logging.get_logger(__name__)
 
@@ -44,6 +45,8 @@ logger = logging.get_logger(__name__)
 def reading(source: str) -> Iterator[None]:
     """What is wrong with a checkpoint as UserInputError, whoever finds it: configurations and weights are read without
     checks, and by several packages."""
+    if source.startswith(LOCAL) and not Path(source).exists():
+        raise UserInputError(f"{source}: no such folder")
     try:
         yield
     except UserInputError:
@@ -160,9 +163,13 @@ def _module_folders(modules_file: str) -> list[str]:
     try:
         entries = json.loads(Path(modules_file).read_text(encoding="utf-8"))
         paths = [str(entry["path"]) for entry in entries]
+        needed = [str(entry["path"]) for entry in entries if str(entry.get("type")).endswith(NEEDS_FOLDER)]
     except (OSError, ValueError, LookupError, TypeError) as error:
         logger.warning(f"{modules_file} does not list modules of sentence-transformers: {error}")
         return []
+    for path in needed:
+        if not Path(modules_file).with_name(path).joinpath("config.json").exists():
+            logger.warning(f"{modules_file} lists {path}, which has no config.json: sentence-transformers needs it")
     return [path for path in paths if re.fullmatch(r"\w[\w.-]*", path)]  # no other place than a folder beside it
 
 

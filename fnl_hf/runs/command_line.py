@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-from fnl_hf.errors import Preempted, TrainingDiverged, UserInputError
+from fnl_hf.errors import EX_INTERRUPTED, Preempted, TrainingDiverged, UserInputError
 from fnl_hf.runs.config_files import with_config_files
 
 NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # as argparse knows it before Python 3.14
@@ -113,9 +113,10 @@ def _describe_unknown(argv: list[str], unknown: list[str]) -> UserInputError:
 def run_script(run: Callable[[Sequence[str]], None]) -> None:
     """Run a script's ``main`` with the command line, and turn every expected end into one line and an exit status.
 
-    2 is bad input; 3 too many losses that are not finite; 75 (``EX_TEMPFAIL``) a stop by SIGTERM, during training after
-    a checkpoint, otherwise immediately. ``torchrun`` and ``accelerate launch`` turn every status into 1. Their report
-    of it ends in the same line if they ask the processes; ``accelerate launch --quiet`` with one process leaves it out.
+    2 is bad input; 3 too many losses that are not finite; 75 (``EX_TEMPFAIL``) a stop by SIGTERM and 130 one by Ctrl-C,
+    during training after a checkpoint, otherwise immediately. ``torchrun`` and ``accelerate launch`` turn every status
+    into 1. Their report of it ends in the same line if they ask the processes; ``accelerate launch --quiet`` with one
+    process leaves it out.
     """
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _stop_at_once)
@@ -138,6 +139,10 @@ def run_script(run: Callable[[Sequence[str]], None]) -> None:
         _tell_launcher(stop.message)
         _end_process_group()
         raise
+    except KeyboardInterrupt:
+        _print_once(f"{script}: stopped by Ctrl-C")
+        _end_process_group(together=False)
+        sys.exit(EX_INTERRUPTED)
 
 
 def _print_once(message: str) -> None:

@@ -1,8 +1,9 @@
-"""SIGTERM, which schedulers send before they take a machine away: save, and exit with a status that means "try
-again"."""
+"""SIGTERM, which schedulers send before they take a machine away, and Ctrl-C: save, and exit with a status that says
+so."""
 
 import atexit
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -18,35 +19,40 @@ AGREEMENT_STEPS = 10  # between two queries of all processes on an accelerator, 
 GRACE_SECONDS = 1.0  # time for child processes to end on SIGTERM
 
 
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+
 @contextmanager
-def sigterm_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Within the context, SIGTERM calls ``handler``. Outside of the main thread, Python does not allow handlers and
-    nothing changes."""
+def signals_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within the context, SIGTERM and Ctrl-C call ``handler``. Outside of the main thread, Python does not allow
+    handlers and nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, own in before.items():
+            signal.signal(number, signal.SIG_DFL if own is None else own)
 
 
-def surviving_sigterm(then: Callable[[int], None] | None = None) -> Callable[[int], None]:
-    """A ``worker_init_fn`` for workers that ignore SIGTERM but still end with this process.
+def surviving_signals(then: Callable[[int], None] | None = None) -> Callable[[int], None]:
+    """A ``worker_init_fn`` for workers that ignore SIGTERM and Ctrl-C but still end with this process.
 
-    A scheduler also signals the workers, but the checkpoint needs them for its last step.
+    A scheduler or terminal also signals the workers, but the checkpoint needs them for its last step.
 
     Args:
         then: another one, which is called as well.
     """
     _register_end_of_workers()
-    return partial(ignore_sigterm, then)
+    return partial(ignore_signals, then)
 
 
-def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
-    """Make a worker ignore SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
+    """Make a worker ignore SIGTERM and Ctrl-C."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if then is not None:
         then(worker)
 
@@ -86,12 +92,23 @@ class PreemptionCallback(TrainerCallback):
 
     def reset(self) -> None:
         self.is_requested = False
+        self.signal = signal.SIGTERM  # if another process was signalled
         self.is_stopping = False
         self.saved_step: int | None = None
 
     def request(self, signum: int, frame: Any) -> None:
-        """The signal's handler; a second signal, even during the save, has no effect."""
-        self.is_requested = True
+        """The handler of SIGTERM and Ctrl-C. A second SIGTERM, even during the save, has no effect; a second Ctrl-C
+        ends at once and leaves earlier checkpoints.
+
+        Raises:
+            KeyboardInterrupt: the second Ctrl-C.
+        """
+        if signum == signal.SIGINT:
+            if self.is_requested and self.signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            # not with print: the signal may come within a print
+            os.write(2, b"\nSaving a checkpoint after this step, then stopping. Press Ctrl-C again to stop at once\n")
+        self.is_requested, self.signal = True, signal.Signals(signum)
 
     def on_step_end(self, args, state, control, **kwargs):
         if not control.should_training_stop and self._was_any_requested(args, state):

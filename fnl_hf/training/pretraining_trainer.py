@@ -10,7 +10,7 @@ from transformers.trainer_utils import has_length
 
 from fnl_hf.data.masking import MaskedStream
 from fnl_hf.data.streaming import STATE_FILE
-from fnl_hf.runs.preemption import surviving_sigterm
+from fnl_hf.runs.preemption import surviving_signals
 from fnl_hf.training.sampling import epoch_sampler, validate_sampling_strategy
 from fnl_hf.training.trainer import FnlTrainer
 
@@ -61,7 +61,7 @@ class PretrainingTrainer(FnlTrainer):
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=surviving_sigterm(),
+            worker_init_fn=surviving_signals(),
             # Not the global generator, whose state was restored before and from which dropout draws.
             generator=torch.Generator(),
         )

@@ -144,6 +144,13 @@ class ScriptRun:
             if trainer.is_world_process_zero():
                 kept = (CARD_FILE,) if self._is_card_kept else ()
                 record_written(Path(self.args.output_dir), [n for n in self.output.patterns if n not in kept])
+                self._warn_of_older_exports()
+
+    def _warn_of_older_exports(self) -> None:
+        """A run keeps what it did not write: after an export and another run, two models are in one folder."""
+        files = sorted(Path(self.args.output_dir).glob("**/*.onnx")) if self.args.do_train else []
+        if files:
+            logger.warning(f"{', '.join(map(str, files))}: exported from an earlier model than the one of this run")
 
     def _report(
         self, trainer, metrics: Mapping[str, dict[str, Any]], source: str, facts: dict[str, Any],

@@ -1,6 +1,7 @@
 """``transformers.Trainer`` with our optimizers, and with losses that are means over the whole global batch."""
 
 import inspect
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -12,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from fnl_hf.errors import Preempted, UserInputError
+from fnl_hf.errors import EX_INTERRUPTED, EX_TEMPFAIL, Preempted, UserInputError
 from fnl_hf.reports.callbacks import TrainingClockCallback, add_fnl_callbacks
 from fnl_hf.reports.throughput import ThroughputMeter
 from fnl_hf.runs.checkpoints import (
@@ -24,7 +25,13 @@ from fnl_hf.runs.checkpoints import (
     remove,
 )
 from fnl_hf.runs.ownership import begin_writing
-from fnl_hf.runs.preemption import PreemptionCallback, ignore_sigterm, sigterm_handled_by, surviving_sigterm
+from fnl_hf.runs.preemption import (
+    SIGNALS,
+    PreemptionCallback,
+    ignore_signals,
+    signals_handled_by,
+    surviving_signals,
+)
 from fnl_hf.runs.processes import gather_objects
 from fnl_hf.runs.provenance import copy_provenance
 from fnl_hf.training.cpu import keep_freed_memory, warn_of_idle_cores
@@ -120,7 +127,8 @@ class FnlTrainer(PushingTrainer):
         """Like Trainer's.
 
         Raises:
-            Preempted: SIGTERM, and ``enable_jit_checkpoint``; the checkpoint is written.
+            Preempted: SIGTERM or Ctrl-C, and ``enable_jit_checkpoint``; the checkpoint is written.
+            KeyboardInterrupt: a second Ctrl-C.
             UserInputError: an evaluation does not have the metric for the best model.
         """
         checkpoint: Any = resume_from_checkpoint or None
@@ -131,7 +139,7 @@ class FnlTrainer(PushingTrainer):
             contexts.enter_context(self._refusing_unknown_metrics())
             if self.args.enable_jit_checkpoint:
                 self.preemption.reset()
-                contexts.enter_context(sigterm_handled_by(self.preemption.request))
+                contexts.enter_context(signals_handled_by(self.preemption.request))
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @contextmanager
@@ -163,10 +171,12 @@ class FnlTrainer(PushingTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         step = self.state.global_step
+        number = self.preemption.signal
         raise Preempted(
-            f"stopped by SIGTERM after step {step} of {self.state.max_steps}, saved in "
+            f"stopped by {SIGNALS[number]} after step {step} of {self.state.max_steps}, saved in "
             f"{Path(self._get_output_dir(None), f'{PREFIX_CHECKPOINT_DIR}-{step}')}: start the same command with "
-            "--resume_from_checkpoint auto to continue"
+            "--resume_from_checkpoint auto to continue",
+            EX_INTERRUPTED if number == signal.SIGINT else EX_TEMPFAIL,
         )
 
     @contextmanager
@@ -194,14 +204,14 @@ class FnlTrainer(PushingTrainer):
             return self._with_own_generator(super().get_test_dataloader(*args, **kwargs))
 
     def _with_own_generator(self, loader: DataLoader) -> DataLoader:
-        """The loader with its own generator, and workers that ignore SIGTERM."""
-        if getattr(loader.worker_init_fn, "func", None) is ignore_sigterm:  # kept with its workers
+        """The loader with its own generator, and workers that ignore SIGTERM and Ctrl-C."""
+        if getattr(loader.worker_init_fn, "func", None) is ignore_signals:  # kept with its workers
             return loader
         # Iterators draw from the global generator, like dropout; how often depends on whether workers persist.
         generator = torch.Generator().manual_seed(self.args.seed)
         for part in {loader, getattr(loader, "base_dataloader", loader)}:  # Accelerate's is a wrapper
             part.generator = generator
-            part.worker_init_fn = surviving_sigterm(part.worker_init_fn)
+            part.worker_init_fn = surviving_signals(part.worker_init_fn)
         return loader
 
     def evaluation_loop(self, *args, **kwargs):

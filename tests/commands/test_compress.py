@@ -32,6 +32,7 @@ from transformers import (
 
 from fnl_hf import FnlBertConfig, FnlBertForMaskedLM
 from fnl_hf.commands import cli, compress
+from fnl_hf.commands.calibration import CalibrationText
 from fnl_hf.publishing.cards import PIPELINE_TAGS
 from tests.conftest import DIMENSIONS, ROOT, WITHOUT_FNL_HF
 from tests.surgery.test_surgery import IDS, IMAGES, bert, factorized_names, gpt2, vit
@@ -306,6 +307,29 @@ def test_sentence_transformers_stay_usable(checkpoint, tmp_path, monkeypatch, on
     cli.main(["factorize", "ada/bert" if on_hub else str(checkpoint), str(tmp_path / "new"), "--energy", "0.5"])
     assert [json.loads((tmp_path / "new" / name).read_text())["of"] for name in names] == list(names)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "new")) == len(AutoTokenizer.from_pretrained(checkpoint))
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: sentence-transformers" in card and "pipeline_tag: sentence-similarity" in card
+    assert "import fnl_hf\nfrom sentence_transformers import SentenceTransformer\n" in card
+
+
+def test_a_pooling_that_is_missing_is_told(checkpoint, tmp_path, caplog):
+    types = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in types.items()]
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    cli.main(["factorize", str(checkpoint), str(tmp_path / "new"), "--energy", "0.5"])
+    (said,) = [record.message for record in caplog.records if "sentence-transformers" in record.message]
+    assert said.endswith("modules.json lists 1_Pooling, which has no config.json: sentence-transformers needs it")
+
+
+def test_slips_are_told_as_what_they_are(checkpoint, tmp_path, caplog, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["factorize", str(tmp_path / "none" / "such"), str(tmp_path / "new"), "--energy", "0.5"])
+    assert capsys.readouterr().err == f"fnl-hf: error: {tmp_path / 'none' / 'such'}: no such folder\n"
+    (tmp_path / "text.jsonl").write_text('{"text": "some text"}\ntorn\n')
+    text = CalibrationText(files=(str(tmp_path / "text.jsonl"),))
+    assert len(list(text.batches(AutoTokenizer.from_pretrained(checkpoint)))) == 1
+    (said,) = [record.message for record in caplog.records if "broken" in record.message]
+    assert "1 of 2 lines are broken and were left out: 1 not JSON" in said and "--strict" not in said
 
 
 def test_nothing_is_left_of_a_save_that_fails(checkpoint, tmp_path, monkeypatch, capsys):

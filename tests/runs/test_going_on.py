@@ -131,6 +131,14 @@ def test_what_a_kill_leaves_of_a_dropped_checkpoint_is_no_checkpoint(tmp_path, m
     assert others_files(tmp_path, output_of(FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True))) == []
 
 
+def test_an_export_of_the_model_that_a_run_replaces_is_kept_and_named(corpus, tmp_path, caplog):
+    (tmp_path / "out" / "onnx").mkdir(parents=True)
+    (tmp_path / "out" / "onnx" / "model.onnx").write_text("mine")
+    run(corpus, tmp_path / "out", max_steps=2, save_strategy="no", overwrite_output_dir="true")
+    assert (tmp_path / "out" / "onnx" / "model.onnx").read_text() == "mine"
+    assert f"{tmp_path / 'out' / 'onnx' / 'model.onnx'}: exported from an earlier model" in caplog.text
+
+
 def test_a_limit_of_one_keeps_the_last_checkpoint_of_a_last_model(corpus, tmp_path):
     run(corpus, tmp_path / "out", **BEST | {"load_best_model_at_end": "false"}, do_train="true")
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())

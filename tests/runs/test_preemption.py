@@ -31,13 +31,13 @@ def run(corpus, folder, **flags):
     run_pretrain.run([str(word) for word in pretraining(corpus, folder, **FLAGS | flags)])
 
 
-def signalled(monkeypatch, method, step):
-    """Send SIGTERM to this process when ``method`` of the trainer is called in the step with this number."""
+def signalled(monkeypatch, method, step, number=signal.SIGTERM):
+    """Signal this process when ``method`` of the trainer is called in the step with this number."""
     original = getattr(FnlTrainer, method)
 
     def patched(self, *args, **kwargs):
         if self.state.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(FnlTrainer, method, patched)
@@ -125,6 +125,33 @@ def test_a_second_signal_during_the_save_changes_nothing(whole, corpus, tmp_path
     assert_same_weights(whole / "steps", tmp_path / "out")
 
 
+def test_ctrl_c_saves_too_and_a_second_one_stops_at_once(whole, corpus, tmp_path, monkeypatch, capfd):
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        signalled(patch, "training_step", 6, signal.SIGINT)
+        with pytest.raises(Preempted, match="130") as stop:
+            run(corpus, out)
+    assert stop.value.message.startswith(f"stopped by Ctrl-C after step 7 of 12, saved in {out / 'checkpoint-7'}: ")
+    assert "Press Ctrl-C again to stop at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    with monkeypatch.context() as patch:
+        signalled(patch, "training_step", 8, signal.SIGINT)
+        signalled(patch, "_save_rng_state", 9, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, out, resume_from_checkpoint="auto")
+    assert newest_complete_checkpoint(out) == out / "checkpoint-7"
+    run(corpus, out, resume_from_checkpoint="auto")
+    assert_same_weights(whole / "steps", out)
+
+
+def test_ctrl_c_outside_of_training_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/some/run_pretrain.py"])
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda argv: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60))
+    assert end.value.code == 130 and capsys.readouterr().err == "run_pretrain.py: stopped by Ctrl-C\n"
+
+
 def test_a_signal_in_the_last_step_lets_the_run_finish(whole, corpus, tmp_path, monkeypatch):
     signalled(monkeypatch, "training_step", 11)
     run(corpus, tmp_path / "out")
@@ -209,10 +236,10 @@ def test_a_signal_outside_of_training_ends_the_script_at_once(monkeypatch, capsy
 DYING = """
 import os, signal
 from torch.utils.data import DataLoader
-from fnl_hf.runs.preemption import surviving_sigterm
+from fnl_hf.runs.preemption import surviving_signals
 if __name__ == "__main__":
     signal.alarm(100)  # a process that hangs goes, whoever waits for it
-    loader = DataLoader(range(10), 2, num_workers=2, worker_init_fn=surviving_sigterm(), persistent_workers=True)
+    loader = DataLoader(range(10), 2, num_workers=2, worker_init_fn=surviving_signals(), persistent_workers=True)
     for batch in loader:
         os.kill(os.getpid(), signal.SIGINT)
 """
@@ -235,7 +262,7 @@ from fnl_hf.runs import preemption
 preemption.GRACE_SECONDS = 0.1
 persistent = sys.argv[1] == "True"
 loader = DataLoader(
-    range(10), 2, num_workers=2, worker_init_fn=preemption.surviving_sigterm(), persistent_workers=persistent
+    range(10), 2, num_workers=2, worker_init_fn=preemption.surviving_signals(), persistent_workers=persistent
 )
 batches = iter(loader)
 assert [next(batches).tolist(), next(batches).tolist()] == [[0, 1], [2, 3]]  # one of each worker: both have begun
