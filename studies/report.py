@@ -31,9 +31,10 @@ The detectable difference is the one that such a test finds with a probability o
 compared, it is chosen on tuning seeds, which are not reported. `--chosen` runs the reported seeds for this arm only;
 the tables leave out arms without reported seeds.
 
-Most language models here start from BERT's `initializer_range` of 0.02, which is small for their hidden size of 128: a
-larger one lowers their loss and its spread over the seeds ([low_rank](#low_rank)). Other differences may be smaller or
-larger with it; that has not been tried.
+Groups named `range-0.05` start from an `initializer_range` of 0.05, like the quickstart. All other language models that
+are recorded here start from BERT's 0.02, which is small for their hidden size of 128: a larger one lowers their loss
+([low_rank](#low_rank)), and the difference between the decays, too ([decay](#decay)). Whether it changes the other
+differences has not been tried.
 """
 DASH = "–"
 CLAIM_HEADER = ["verdict", "difference", "mean [95% interval]", "seeds", "detectable difference"]
