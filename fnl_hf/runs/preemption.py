@@ -25,11 +25,13 @@ SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 @contextmanager
 def signals_handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Within the context, SIGTERM and Ctrl-C call ``handler``. Outside of the main thread, Python does not allow
-    handlers and nothing changes."""
+    handlers and nothing changes; nor does it for Ctrl-C where it is ignored, as in a background job of a shell script.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    ignored = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, handler) for number in SIGNALS if number not in ignored}
     try:
         yield
     finally:

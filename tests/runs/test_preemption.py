@@ -18,7 +18,7 @@ import run_pretrain
 from fnl_hf.errors import Preempted
 from fnl_hf.runs.checkpoints import find_fault, newest_complete_checkpoint
 from fnl_hf.runs.command_line import run_script
-from fnl_hf.runs.preemption import PreemptionCallback
+from fnl_hf.runs.preemption import PreemptionCallback, signals_handled_by
 from fnl_hf.training.arguments import FnlTrainingArguments
 from fnl_hf.training.trainer import FnlTrainer
 from tests.conftest import RESUMES_ON_CPUS, ROOT, assert_same_weights, launch, pretraining
@@ -142,6 +142,16 @@ def test_ctrl_c_saves_too_and_a_second_one_stops_at_once(whole, corpus, tmp_path
     assert newest_complete_checkpoint(out) == out / "checkpoint-7"
     run(corpus, out, resume_from_checkpoint="auto")
     assert_same_weights(whole / "steps", out)
+
+
+def test_ctrl_c_stays_ignored_where_it_was():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_handled_by(lambda *args: None):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_outside_of_training_is_one_line(monkeypatch, capsys):
