@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from fnl_hf.surgery.factorize import factorization_table
 from fnl_hf.version import __version__
 
 # what is read or written
+DASHES = re.compile(r"(?<=^--)[a-z]+(-[a-z]+)+")  # --target-ratio for --target_ratio, as the scripts allow
 PLACES = ("source", "folder", "model", "file", "name", "questions_file", "calibration_file", "runs", "output")
 
 
@@ -38,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exit status 2 and one line on stderr for bad input."""
     parser = build_parser()
     try:
-        args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
+        words = join_negative_numbers(sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args([DASHES.sub(lambda found: found[0].replace("-", "_"), word) for word in words])
         take_places(args)
         args.run(args)
     except UserInputError as error:

@@ -52,6 +52,8 @@ def test_the_version():
         (["factorize", "nobody/nothing", "{here}/new", "--calibration_file", "{here}/a.txt"], "a.txt: no such file"),
         (["convert", "nobody/nothing", "{here}/new", "--calibration_file", "{here}/a.txt"], "a.txt: no such file"),
         (["factorize", "{here}", "{here}/new", "--target_ratio", "50%"], "--target_ratio: invalid float value: '50%'"),
+        (["factorize", "{here}", "{here}/new", "--target-ratio", "50%"], "--target_ratio: invalid float value: '50%'"),
+        (["factorize", "{here}/none/such", "{here}/new", "--target-ratio=0.5"], "{here}/none/such: no such folder"),
         (["factorize", "{here}"], "the following arguments are required: folder"),
         (["convert", "{here}", "{here}/new", "--calibration_file", ""], "calibration_file is empty: give a name"),
         (["push", "", "me/mine"], "folder is empty: give a name"),
