@@ -41,7 +41,7 @@ class StabilityCheck:
             return False
         if device.type == "cpu":
             return True
-        is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         return self.steps % STEPS_BETWEEN == 0 and not is_captured
 
     def examine(

@@ -27,6 +27,14 @@ from tests.conftest import RESUMES_ON_CPUS, ROOT, assert_same_weights, launch, p
 FLAGS = {"max_train_samples": 61, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 4}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As in a terminal; in a background job of a shell script, Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(corpus, folder, **flags):
     run_pretrain.run([str(word) for word in pretraining(corpus, folder, **FLAGS | flags)])
 
@@ -249,6 +257,7 @@ from torch.utils.data import DataLoader
 from fnl_hf.runs.preemption import surviving_signals
 if __name__ == "__main__":
     signal.alarm(100)  # a process that hangs goes, whoever waits for it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     loader = DataLoader(range(10), 2, num_workers=2, worker_init_fn=surviving_signals(), persistent_workers=True)
     for batch in loader:
         os.kill(os.getpid(), signal.SIGINT)

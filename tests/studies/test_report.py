@@ -201,11 +201,15 @@ def test_arms_of_decay_differ_in_what_is_compared_alone():
     study = load_studies()["decay"]
     flags = [study.flags(arm) for arm in study.names()]
     compared = {"decay_mode", "frobenius_decay", "attention_embedding_size"}
-    assert [{name: value for name, value in arm.items() if name not in compared} for arm in flags] == [study.base] * 26
+    common = [{name: value for name, value in arm.items() if name not in compared} for arm in flags]
+    without_range = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    assert study.base["config_overrides"] == f"{without_range},initializer_range=0.05"
+    assert common == [study.base] * 26 + [study.base | {"config_overrides": without_range}] * 13
     assert study.base["max_steps"] == 4000 and study.base["weight_decay"] == 0.1
     found = [(arm["attention_embedding_size"], arm["decay_mode"], arm.get("frobenius_decay")) for arm in flags]
     decays = [(mode, rate) for mode in ("weight", "frobenius") for rate in (0.03, 0.1, 0.3, 1, 3, 10)]
-    assert found == [(size, *decay) for size in (128, 64) for decay in [("none", None), *decays]]
+    assert found == [(size, *decay) for size in (128, 64, 128) for decay in [("none", None), *decays]]
     runs = runs_of("decay", study)
-    assert [(run.arm, run.seed) for run in runs[12:14]] == [("E128/frobenius-10", 1), ("E128/none", 101)]
-    assert {run.arm[:4] for run in runs[:91]} == {"E128"}
+    group = "E128-range-0.05"
+    assert [(run.arm, run.seed) for run in runs[12:14]] == [(f"{group}/frobenius-10", 1), (f"{group}/none", 101)]
+    assert {run.arm.partition("/")[0] for run in runs[:91]} == {group}

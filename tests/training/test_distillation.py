@@ -334,7 +334,7 @@ def test_a_distilled_checkpoint_is_what_its_student_was(distilled, pair):
     assert results["eval_loss"] == results["eval_hidden_loss"] and "unigram_entropy" not in results
     card = (distilled / "README.md").read_text()
     assert "| teacher | teacher |" in card and "| base model | student |" in card and "masked |" not in card
-    assert "pipeline_tag: feature-extraction" in card and "import AutoModel, AutoTokenizer" in card
+    assert "pipeline_tag: sentence-similarity" in card and "import AutoModel, AutoTokenizer" in card
 
 
 def test_a_stopped_distillation_goes_on_to_the_same_weights(distilled, corpus, pair, tmp_path):
