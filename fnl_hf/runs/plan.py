@@ -272,7 +272,8 @@ def _validate_same_run(
     if "world_size" in different and different <= {*SPLIT}:
         _validate_split(folder, started, description, allow_other_world_size)
     elif different:
-        differences = [f"{name} was {started[name]} and is now {description[name]}" for name in sorted(different)]
+        here = {name: getattr(description[name], "value", description[name]) for name in different}  # of enumerations
+        differences = [f"{name} was {started[name]} and is now {here[name]}" for name in sorted(different)]
         remedies = find_remedies()
         raise UserInputError(
             f"{folder} contains another run: {'; '.join(differences)}. {remedies[0].upper()}{remedies[1:]}"
