@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare the decays of the attention products on the quickstart: held-out loss and norms, over several seeds.
 
-    .venv/bin/python benchmarks/decay_modes.py --frobenius_decay 0.5 --seeds 1 2 3 \
+    .venv/bin/python benchmarks/decay_modes.py --frobenius_decay 0.5 --seeds 1 2 3 \\
         --config_overrides hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0
 
 All other decays are the same in all arms. Prints a table (mean and spread over the seeds) and writes the norm curves of

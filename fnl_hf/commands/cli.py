@@ -24,8 +24,8 @@ from fnl_hf.surgery.config import DEFAULT_RANK_SCALES, TYPES, FactorizationConfi
 from fnl_hf.surgery.factorize import factorization_table
 from fnl_hf.version import __version__
 
-# what is read or written
 DASHES = re.compile(r"(?<=^--)[a-z]+(-[a-z]+)+")  # --target-ratio for --target_ratio, as the scripts allow
+# what is read or written
 PLACES = ("source", "folder", "model", "file", "name", "questions_file", "calibration_file", "runs", "output")
 
 

@@ -17,8 +17,8 @@ from fnl_hf.errors import UserInputError
 
 logger = logging.get_logger(__name__)
 
-# Errors from reading a damaged ``dataset_info.json``; building a data set raises others.
 _OS_ERROR = re.compile(r"^\w+: (\[Errno \d+\] .*)$", re.MULTILINE)  # of a traceback
+# Errors from reading a damaged ``dataset_info.json``; building a data set raises others.
 INFO_ERRORS = (ValueError, TypeError, LookupError, AttributeError)
 
 

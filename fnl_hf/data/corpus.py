@@ -226,6 +226,11 @@ class DocumentStream:
     strict: bool = False
     fault_column: str | None = "fault"
 
+    @property
+    def has_whole_parts(self) -> bool:
+        """Whether each shard gets parts of its own although their number is not a multiple; some get one more."""
+        return self.records.num_shards > self.shards and self.records.num_shards % self.shards != 0
+
     def read_shard(
         self, shard: int, place: dict | None = None, epoch: int = 0
     ) -> Iterator[tuple[str, dict | None, int]]:
@@ -276,7 +281,7 @@ class DocumentStream:
 
     def _read_once(self, shard: int, place: dict | None = None) -> Iterator[tuple[str | None, str | None, dict | None]]:
         """A shard's records from a position to its end: text, fault, and the position before the record."""
-        if has_whole_parts(self.records, self.shards):
+        if self.has_whole_parts:
             stream = self.records.shard(self.shards, shard)
         else:
             stream = split_dataset_by_node(self.records, rank=shard, world_size=self.shards)
@@ -328,11 +333,6 @@ def _open_stream(
     else:
         held_out = Dataset.from_dict({"text": stream.read_held_out()})
     return Documents(source, stream, held_out)
-
-
-def has_whole_parts(records: IterableDataset, shards: int) -> bool:
-    """Whether each of the shards gets parts of its own although their number is not a multiple; some get one more."""
-    return records.num_shards > shards and records.num_shards % shards != 0
 
 
 def _iterate_in_any_process(stream: IterableDataset) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fnl_hf.data.corpus import Documents, DocumentStream, has_whole_parts
+from fnl_hf.data.corpus import Documents, DocumentStream
 from fnl_hf.data.encoding import table_indices
 from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.pairs import pair_documents
@@ -187,7 +187,7 @@ def data_fingerprint(*datasets: Dataset) -> str:
 def _stream_fingerprint(source: Source, stream: DocumentStream, held_out: Dataset) -> str:
     """From the names, sizes and beginnings of files: streaming avoids reading them completely."""
     # Earlier versions divided such a stream in another way: their runs cannot go on here.
-    division = ("whole parts",) if has_whole_parts(stream.records, stream.shards) else ()
+    division = ("whole parts",) if stream.has_whole_parts else ()
     name = (source.dataset_name, source.dataset_config_name, *division)
     digest = xxhash.xxh3_128(repr((name, data_fingerprint(held_out))).encode())
     for file in map(Path, source.train_file or ()):

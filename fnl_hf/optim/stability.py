@@ -41,8 +41,9 @@ class StabilityCheck:
             return False
         if device.type == "cpu":
             return True
-        is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        return self.steps % STEPS_BETWEEN == 0 and not is_captured
+        if self.steps % STEPS_BETWEEN:
+            return False
+        return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
     def examine(
         self,

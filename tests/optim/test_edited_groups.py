@@ -11,18 +11,13 @@ from fnl_hf import (
     FnlBertConfig,
     FnlBertModel,
     FrobeniusAdamW,
-    FrobeniusLamb,
     FrobeniusMuon,
     FrobeniusSGD,
     frobenius_param_groups,
     register_attention,
 )
-from tests.conftest import needs_muon
 from tests.optim.test_frobenius import draw_weights
-
-OPTIMIZERS = pytest.mark.parametrize(
-    "optimizer_class", [FrobeniusAdamW, FrobeniusSGD, FrobeniusLamb, pytest.param(FrobeniusMuon, marks=needs_muon)]
-)
+from tests.products.test_products import OPTIMIZERS
 
 
 def pairs(count=4, device="cpu", **entries):
