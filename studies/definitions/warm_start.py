@@ -3,7 +3,7 @@ parameters."""
 
 from typing import Any
 
-from studies.study import SMALL_WEIGHTS, Comparison, Study, quickstart, recipe
+from studies.study import SMALL_WEIGHTS, WITHOUT_DROPOUT, Comparison, Study, quickstart, recipe
 
 SHARES = (0, 0.1, 0.25, 0.5)  # share of dense steps
 
@@ -19,10 +19,15 @@ STUDY = Study(
     "at the start?",
     script="run_pretrain.py",
     # E = d, so that only the products made by the switch are compared
-    base=quickstart() | SMALL_WEIGHTS | {"attention_embedding_size": 128},
+    base=quickstart() | {"attention_embedding_size": 128},
     arms={
-        "quickstart": arms_of(),
-        "mini": arms_of(**recipe("configs/mini.yaml") | {"attention_embedding_size": 256}),
+        "quickstart-range-0.05": arms_of(),
+        "quickstart": arms_of(**SMALL_WEIGHTS),
+        # BERT's initializer_range in proportion to the hidden size, as in the quickstart
+        "mini": arms_of(
+            **recipe("configs/mini.yaml")
+            | {"attention_embedding_size": 256, "config_overrides": f"{WITHOUT_DROPOUT},initializer_range=0.035"}
+        ),
     },
     reference="dense",
     effect=0.05,  # 5% of the perplexity
