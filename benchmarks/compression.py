@@ -101,8 +101,9 @@ def latencies(models, vocabulary, repeats):
 def with_every_other_layer(model):
     """As DistilBERT is initialized (Sanh et al. 2019)."""
     model = copy.deepcopy(model)
-    model.encoder.layer = nn.ModuleList(list(model.encoder.layer)[::2])
-    model.config.num_hidden_layers = len(model.encoder.layer)
+    encoder = model.base_model.encoder
+    encoder.layer = nn.ModuleList(list(encoder.layer)[::2])
+    model.config.num_hidden_layers = len(encoder.layer)
     return model
 
 
@@ -164,7 +165,7 @@ def launch(script, flags, folder, resume=True):
     subprocess.run(command + ["--resume_from_checkpoint", "auto"] * resume, check=True, cwd=ROOT)
 
 
-def distill(start, teacher, files, folder):
+def distill(start, teacher, files, folder, recipe=DISTILLATION):
     """Train the model in ``start`` towards its teacher's hidden states, if that is not done yet.
 
     Returns:
@@ -172,7 +173,7 @@ def distill(start, teacher, files, folder):
     """
     if not (folder / "all_results.json").exists():
         flags = ["--objective", "distill", "--model_name_or_path", start, "--teacher_name_or_path", teacher]
-        launch("run_pretrain.py", [*flags, "--train_file", *files, *DISTILLATION.split()], folder)
+        launch("run_pretrain.py", [*flags, "--train_file", *files, *recipe.split()], folder)
     return json.loads((folder / "all_results.json").read_text(encoding="utf-8"))["train_runtime"]
 
 

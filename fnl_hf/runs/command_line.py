@@ -10,6 +10,7 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def parse_arguments(dataclass_types: Any, argv: Sequence[str]) -> tuple[Any, ...
     except (ValueError, TypeError, ImportError, OSError) as error:  # raised by the dataclasses' own checks
         raise UserInputError(str(error)) from error
     if unknown:
-        raise _describe_unknown(argv, unknown)
+        raise _describe_unknown(argv, unknown, parser)
     for name, value in ((name, value) for instance in instances for name, value in vars(instance).items()):
         if name in NAMES and value is not None and "" in ([value] if isinstance(value, str) else value):
             raise UserInputError(f"--{name} is empty: leave it out")
@@ -99,7 +100,7 @@ def _is_unknown_number(word: str) -> bool:
     return True
 
 
-def _describe_unknown(argv: list[str], unknown: list[str]) -> UserInputError:
+def _describe_unknown(argv: list[str], unknown: list[str], parser: HfArgumentParser) -> UserInputError:
     """Words that belong to no flag: an unknown flag, or a superfluous value."""
     word = unknown[0]
     if not word.startswith("-"):
@@ -107,7 +108,10 @@ def _describe_unknown(argv: list[str], unknown: list[str]) -> UserInputError:
             if found == word and not before.startswith("-"):
                 flag = next(flag for flag in reversed(argv[: index + 1]) if flag.startswith("-"))
                 return UserInputError(f"{flag} takes one value: remove {word}")
-    return UserInputError(f"unknown argument: {' '.join(unknown)}")
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    close = get_close_matches(word.partition("=")[0], flags, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return UserInputError(f"unknown argument: {' '.join(unknown)}{hint}")
 
 
 def run_script(run: Callable[[Sequence[str]], None]) -> None:

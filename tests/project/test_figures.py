@@ -75,10 +75,19 @@ def test_the_compression_table_is_what_was_recorded():
         assert f"| {' | '.join(cells)} |" in page, cells
 
 
-def test_the_table_of_squad_is_what_was_recorded():
-    files = [word for name in ("train", "validation", "text") for word in (f"--{name}_file", "none")]
-    script = [sys.executable, "benchmarks/squad_after_compression.py", "--arms", "--model", "none", *files]
-    printed = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+@pytest.mark.parametrize(
+    "command",
+    [
+        "squad_after_compression.py --arms --model none --train_file none --validation_file none --text_file none",
+        "classifier_after_compression.py --seeds",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_a_benchmarks_table_is_what_was_recorded(command):
+    script, *flags = command.split()
+    printed = subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *flags], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     assert len(printed.splitlines()) > 5 and printed in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 

@@ -45,7 +45,8 @@ CONFIGS = {
 
 FLAGS = {
     "unknown": (flags(no_such_flag=3), "^unknown argument: --no_such_flag 3$"),
-    "abbreviated": (words("--learning", "3"), "^unknown argument: --learning 3$"),
+    "abbreviated": (words("--learning", "3"), r"^unknown argument: --learning 3 \(did you mean --learning_rate\?\)$"),
+    "misspelled": (words("--max_step=3"), r"^unknown argument: --max_step=3 \(did you mean --max_steps\?\)$"),
     "without value": (words("--seed"), "argument --seed: expected one argument$"),
     "two values": (words("--seed", "1", "2"), "^--seed takes one value: remove 2$"),
     "a word": (flags(learning_rate="fast"), "argument --learning_rate/--learning-rate: invalid float value: 'fast'$"),
