@@ -8,6 +8,7 @@ accelerate launch run_pretrain.py --train_file corpus.jsonl.xz --preset base --a
 accelerate launch run_pretrain.py --objective distill --model_name_or_path small --teacher_name_or_path original
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT
 from fnl_hf.runs.same_model import validate_same_model
 from fnl_hf.training.arguments import FnlTrainingArguments
-from fnl_hf.training.distillation import DistillationTrainer, distillation_metrics, match_models
+from fnl_hf.training.distillation import OF_SEQUENCES, DistillationTrainer, distillation_metrics, match_models
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model, load_text_model
 from fnl_hf.training.optimizer_state import OptimizerStateCallback, optimizer_checkpoint
@@ -87,10 +88,11 @@ def plan_stream(data_args, args, checkpoint):
 
 
 def choose_model(model_args, data_args, tokenizer, trust_remote_code):
-    """A function that builds the model, and the teacher; bad input is refused here."""
+    """A function that builds the model, the teacher, and the arguments with the rows that it needs; bad input is
+    refused here."""
     if data_args.objective != "distill":
         config = build_pretraining_config(model_args, tokenizer, data_args.max_seq_length)
-        return partial(build_pretraining_model, model_args, config, data_args.objective), None
+        return partial(build_pretraining_model, model_args, config, data_args.objective), None, data_args
     teacher_name = model_args.teacher_name_or_path
     validate_same_vocabulary(tokenizer, load_tokenizer(teacher_name, trust_remote_code))
     student, teacher = [
@@ -104,8 +106,10 @@ def choose_model(model_args, data_args, tokenizer, trust_remote_code):
                     f"--attend_within_documents needs an FNL-BERT, but {name} is a {type(model).__name__}: `fnl-hf "
                     "convert` can convert a BERT"
                 )
-    match_models(student, teacher)
-    return lambda: student, teacher
+    logits = match_models(student, teacher)
+    if data_args.line_by_line is None and OF_SEQUENCES in logits.values():
+        data_args = replace(data_args, line_by_line=True)  # refuses what excludes it
+    return lambda: student, teacher, data_args
 
 
 def choose_transform(model_args, data_args, args, tokenizer):
@@ -146,9 +150,13 @@ def prepare(model_args, data_args, args, checkpoint):
             **cache,
         )
         tokenizer = get_tokenizer(model_args, checkpoint, documents, data_args.objective, trusted)
-        build_model, teacher = choose_model(model_args, data_args, tokenizer, trusted)
+        build_model, teacher, data_args = choose_model(model_args, data_args, tokenizer, trusted)
         options = RowOptions(
-            data_args.max_seq_length, data_args.objective, data_args.max_train_samples, data_args.max_eval_samples
+            data_args.max_seq_length,
+            data_args.objective,
+            bool(data_args.line_by_line),
+            data_args.max_train_samples,
+            data_args.max_eval_samples,
         )
         rows = make_rows(documents, tokenizer, options, order, **cache)
         batches = mask_rows(rows, choose_transform(model_args, data_args, args, tokenizer))
@@ -164,9 +172,10 @@ def describe_data(documents, rows, data_args):
     def count(documents, rows):
         if isinstance(documents, DocumentStream):
             return f"a stream, cut into sequences of {length} tokens"
-        return (
-            f"{len(documents):,} documents, {len(rows):,} sequences of {length} tokens ({len(rows) * length:,} in all)"
-        )
+        sizes = f"{length} tokens ({len(rows) * length:,} in all)"
+        if "length" in rows.column_names:  # padded
+            sizes = f"at most {length} tokens"
+        return f"{len(documents):,} documents, {len(rows):,} sequences of {sizes}"
 
     facts = {
         "training data": f"{name}: {count(documents.train, rows.train)}",

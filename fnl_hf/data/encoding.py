@@ -79,9 +79,12 @@ def tokenize_documents(
         a dataset with the columns "input_ids", lists of ``max_seq_length`` ids, and ``kind.columns``.
 
     Raises:
-        UserInputError: a length that is too small, or there is not one row.
+        UserInputError: a length that is too small, a tokenizer that cannot pad rows of several lengths, or there is not
+            one row.
     """
     kind.validate_length(max_seq_length)
+    if "length" in kind.columns and tokenizer.pad_token_id is None:
+        raise UserInputError(f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no pad_token")
     ids = SequenceFeature(Value(token_dtype(tokenizer)), length=max_seq_length)
     digest = xxhash.xxh3_128()
     backend, specials = tokenizer.backend_tokenizer.to_str(), tokenizer.all_special_ids

@@ -293,6 +293,12 @@ def pair_inputs(
     return {name: torch.from_numpy(values.astype(np.int64)) for name, values in inputs.items()}
 
 
+def line_inputs(input_ids: np.ndarray, length: np.ndarray) -> dict[str, torch.Tensor]:
+    """The attention mask of rows (B, S) with ``length`` (B,) tokens before their padding."""
+    is_token = np.arange(input_ids.shape[1]) < length[:, None]  # (B, S)
+    return {"attention_mask": torch.from_numpy(is_token.astype(np.int64))}
+
+
 # ---- all batches ----
 
 
@@ -302,8 +308,9 @@ class MaskedLMDataset(torch.utils.data.Dataset):
     Use it with :func:`collate_batch` and ``EpochCallback``.
 
     Args:
-        sequences: a dataset with a column "input_ids" of fixed length; segment pairs have the columns of
-            :func:`fnl_hf.data.pairs.pair_documents`, too.
+        sequences: a dataset with a column "input_ids" of fixed length; rows with padding have the columns of
+            :func:`fnl_hf.data.pairs.pair_documents` or :func:`fnl_hf.data.lines.separate_documents`, too. The latter
+            are cut to the longest of their batch.
         transform: masks them.
         dynamic: False keeps the masks of epoch 0, for evaluation.
     """
@@ -325,10 +332,15 @@ class MaskedLMDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor | int]:
         samples = np.asarray(indices)
         values = {name: column[samples] for name, column in self.columns.items()}
-        inputs = self.transform(values["input_ids"], samples, int(self.epoch))
-        if len(values) > 1:
-            inputs |= pair_inputs(**values)
-        return inputs
+        if "first_length" in values:
+            return self._transformed(values["input_ids"], samples) | pair_inputs(**values)
+        if "length" in values:
+            ids = values["input_ids"][:, : values["length"].max()]
+            return self._transformed(ids, samples) | line_inputs(ids, values["length"])
+        return self._transformed(values["input_ids"], samples)
+
+    def _transformed(self, input_ids: np.ndarray, samples: np.ndarray) -> dict[str, torch.Tensor | int]:
+        return self.transform(input_ids, samples, int(self.epoch))
 
 
 class MaskedStream(torch.utils.data.IterableDataset):

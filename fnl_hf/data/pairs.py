@@ -31,7 +31,6 @@ from fnl_hf.data.encoding import (
     token_dtype,
     tokenize_documents,
 )
-from fnl_hf.errors import UserInputError
 
 SHORT_PROBABILITY, RANDOM_PROBABILITY = 0.1, 0.5
 DRAWS = 16  # number of random segments to draw, for one as long as the replaced text
@@ -105,8 +104,6 @@ def pair_documents(
     Raises:
         UserInputError: a length below 5, a tokenizer without padding, no pair at all.
     """
-    if tokenizer.pad_token_id is None:
-        raise UserInputError(f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no pad_token")
     return tokenize_documents(PAIRS, documents, tokenizer, max_seq_length, num_proc, cache_dir)
 
 

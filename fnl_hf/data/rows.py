@@ -1,4 +1,4 @@
-"""Rows of token ids, of one length, from documents: packed sequences, segment pairs or a stream.
+"""Rows of token ids from documents: packed sequences, one sequence per document, segment pairs or a stream.
 
 Shapes: B chosen rows, S tokens.
 """
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.corpus import Documents, DocumentStream
 from fnl_hf.data.encoding import table_indices
+from fnl_hf.data.lines import separate_documents
 from fnl_hf.data.packing import pack_documents
 from fnl_hf.data.pairs import pair_documents
 from fnl_hf.data.source import Source
@@ -29,17 +30,26 @@ HEAD_BYTES = 2**20  # bytes of a streamed file that are read to identify it
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The rows to make: the objective, a key of :data:`OBJECTIVES`, tokens per row, and the maximum number of rows."""
+    """The rows to make.
+
+    Attributes:
+        max_seq_length: tokens per row.
+        objective: a key of :data:`OBJECTIVES`.
+        line_by_line: see :func:`separate_documents`.
+        max_train_samples, max_eval_samples: the maximum number of rows.
+    """
 
     max_seq_length: int
     objective: str = "mlm"
+    line_by_line: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Training and held-out rows, see :func:`pack_documents`, :func:`pair_documents` and :class:`StreamedRows`.
+    """Training and held-out rows, see :func:`pack_documents`, :func:`separate_documents`, :func:`pair_documents` and
+    :class:`StreamedRows`.
 
     ``unigram_entropy``: of the held-out tokens, in nats. ``fingerprint``: of the training and evaluation data.
     """
@@ -64,9 +74,11 @@ def make_rows(
         UserInputError: documents that do not fill one row, a length that is too small, a state of another stream.
     """
 
+    make_from = separate_documents if options.line_by_line else OBJECTIVES[options.objective]
+
     def make(documents: Dataset, limit: str) -> Dataset:
         try:
-            rows = OBJECTIVES[options.objective](documents, tokenizer, options.max_seq_length, num_proc, cache_dir)
+            rows = make_from(documents, tokenizer, options.max_seq_length, num_proc, cache_dir)
         except UserInputError as error:
             raise UserInputError(f"{LIMITS[limit]}: {error}") from error
         rows = first_rows(rows, limit, getattr(options, limit))

@@ -20,6 +20,7 @@ from fnl_hf.errors import UserInputError
 from fnl_hf.training.pretraining_trainer import PretrainingTrainer
 from fnl_hf.training.trainer import LABEL_NAMES
 
+OF_TOKENS, OF_SEQUENCES, OF_POSITIONS = "tokens", "sequences", "positions"  # what logits classify
 SMALLEST_NORM = 1e-12  # avoids division by zero for hidden states of zeros
 
 
@@ -70,13 +71,13 @@ def _at_tokens(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill(mask == 0, torch.finfo(logits.dtype).min)
 
 
-def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor, logits: Sequence[str]) -> torch.Tensor:
+def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor, logits: Mapping[str, str]) -> torch.Tensor:
     """The terms of the loss, one row per sequence.
 
     Args:
         student, teacher: outputs of the models, with ``hidden_states`` and these logits, of one shape.
         mask: (B, S), 0 at padding.
-        logits: names of the logits to compare, see :func:`match_models`.
+        logits: the logits to compare, see :func:`match_models`.
 
     Returns:
         (B, 3), sums over a sequence's tokens: 1, :func:`hidden_state_errors`, cosine of the last hidden states. With
@@ -90,11 +91,11 @@ def distillation_sums(student: Any, teacher: Any, mask: torch.Tensor, logits: Se
     columns = [mask.sum(dim=1), errors, (cosines * mask).sum(dim=1)]
     if logits:
         of_tokens, of_sequences = torch.zeros_like(errors), torch.zeros_like(errors)
-        for name in logits:
+        for name, kind in logits.items():
             own, other = student[name], teacher[name]
-            if own.dim() == 3:
+            if kind == OF_TOKENS:
                 of_tokens = of_tokens + (logit_divergence(own, other) * mask).sum(dim=1)
-            elif name in POSITION_LOGITS:
+            elif kind == OF_POSITIONS:
                 of_sequences = of_sequences + logit_divergence(_at_tokens(own, mask), _at_tokens(other, mask))
             else:
                 of_sequences = of_sequences + logit_divergence(own, other)
@@ -133,13 +134,14 @@ class Teacher:
         return self.model(**given, return_dict=True, **kwargs)
 
 
-def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> list[str]:
+def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, str]:
     """Check that the layers of two models can be compared: each layer of the student with one layer of the teacher, or
     with the last of k layers. Freeze parameters of the student that the loss does not reach, such as the pooler if
     hidden states are compared: DDP waits for the gradients of all trainable parameters.
 
     Returns:
-        The names of the logits that both models have, without those that are no distribution over classes: one of a
+        The names of the logits that both models have, and what they classify: OF_TOKENS, OF_SEQUENCES, or, as a
+        distribution over the tokens, OF_POSITIONS. Without those that are no distribution over classes: one of a
         sequence (a regression) or one of each token (ELECTRA's discriminator).
 
     Raises:
@@ -162,13 +164,19 @@ def match_models(student: PreTrainedModel, teacher: PreTrainedModel) -> list[str
                 f"the student's {name} have {own[name].shape[-1]} classes, the teacher's {other[name].shape[-1]}: "
                 "they must have the same number"
             )
-    logits = [name for name in shared if _is_of_classes(name, own[name], tokens)]
+    logits = {name: _kind_of(name, own[name]) for name in shared if _is_of_classes(name, own[name], tokens)}
     compared = [*own.hidden_states, *(own[name] for name in logits)]
     weights = [parameter for parameter in student.parameters() if parameter.requires_grad]
     total = torch.stack([values.float().sum() for values in compared]).sum()
     for weight, gradient in zip(weights, torch.autograd.grad(total, weights, allow_unused=True)):
         weight.requires_grad_(gradient is not None)
     return logits
+
+
+def _kind_of(name: str, logits: torch.Tensor) -> str:
+    if name in POSITION_LOGITS:
+        return OF_POSITIONS
+    return OF_TOKENS if logits.dim() == 3 else OF_SEQUENCES
 
 
 def _is_of_classes(name: str, logits: torch.Tensor, tokens: int) -> bool:

@@ -191,7 +191,10 @@ class DataArguments:
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Cache folder of the datasets library."})
     max_seq_length: int = field(
-        default=128, metadata={"help": "Tokens per sequence. Documents are packed into sequences of this length."}
+        default=128,
+        metadata={
+            "help": "Tokens per sequence. Documents are packed into sequences of this length, or see --line_by_line."
+        },
     )
     objective: str = field(
         default="mlm",
@@ -199,6 +202,13 @@ class DataArguments:
             "help": "Masked language modeling on packed text (mlm), masked language modeling and next sentence "
             "prediction on pairs of segments (mlm_nsp), or distillation from a teacher on packed text (distill).",
             "choices": list(OBJECTIVES),
+        },
+    )
+    line_by_line: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Make each document a sequence of its own, cut to --max_seq_length and padded to the longest of "
+            "its batch. Default: true if a classifier of whole sequences is distilled, else false."
         },
     )
     mlm_probability: float = field(
@@ -253,10 +263,17 @@ class DataArguments:
     def _validate_choices(self) -> None:
         """Raise UserInputError for flags that exclude each other."""
         if self.objective == "mlm_nsp":
-            for name in ("streaming", "attend_within_documents"):
+            for name in ("streaming", "attend_within_documents", "line_by_line"):
                 if getattr(self, name):
                     raise UserInputError(
                         f"--objective {self.objective} trains on pairs of segments: leave out --{name}"
+                    )
+        if self.line_by_line:
+            for name in ("streaming", "attend_within_documents"):
+                if getattr(self, name):
+                    raise UserInputError(
+                        "--line_by_line true, the default if a classifier is distilled, makes each document a sequence "
+                        f"of its own: leave out --{name}"
                     )
         if self.dataset_config_name is not None and self.dataset_name is None:
             raise UserInputError(f"--dataset_config_name ({self.dataset_config_name}) needs --dataset_name")

@@ -116,6 +116,11 @@ FLAGS = {
     "documents of pairs": (
         flags(objective="mlm_nsp", attend_within_documents="true"), "pairs of segments: leave out --attend_within_doc"
     ),
+    "lines of pairs": (flags(objective="mlm_nsp", line_by_line="true"), "pairs of segments: leave out --line_by_line$"),
+    "lines of a stream": (flags(**STREAM, line_by_line="true"), "^--line_by_line true, .* leave out --streaming$"),
+    "documents of lines": (
+        flags(line_by_line="true", attend_within_documents="true"), "leave out --attend_within_documents$"
+    ),
     "kernel that is not there": (
         flags(attn_implementation="flash_attention_2", bf16="true"), "FlashAttention2 .* cannot be used"
     ),

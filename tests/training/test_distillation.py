@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import (
     AutoModel,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -225,7 +226,7 @@ def test_any_encoder_learns_from_another(kind):
     student, teacher = small(kind), bert(BertModel)
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
     logits = match_models(student, teacher)
-    assert logits == []
+    assert logits == {}
     outputs = [model(input_ids=torch.arange(7)[None], output_hidden_states=True) for model in (student, teacher)]
     distillation_sums(*outputs, torch.ones(1, 7), logits).sum().backward()
     reached = {name for name, p in student.named_parameters() if p.grad is not None}
@@ -234,10 +235,12 @@ def test_any_encoder_learns_from_another(kind):
 
 
 @pytest.mark.parametrize("kind, entries, expected", [
-    (BertForMaskedLM, {}, ["logits"]), (BertForQuestionAnswering, {}, ["start_logits", "end_logits"]),
-    (BertForSequenceClassification, {}, ["logits"]), (BertForSequenceClassification, {"num_labels": 3}, ["logits"]),
-    (BertForSequenceClassification, {"num_labels": 1}, []), (BertForTokenClassification, {"num_labels": 1}, []),
-    (ElectraForPreTraining, {"embedding_size": 20}, []),
+    (BertForMaskedLM, {}, {"logits": "tokens"}),
+    (BertForQuestionAnswering, {}, {"start_logits": "positions", "end_logits": "positions"}),
+    (BertForSequenceClassification, {}, {"logits": "sequences"}),
+    (BertForSequenceClassification, {"num_labels": 3}, {"logits": "sequences"}),
+    (BertForSequenceClassification, {"num_labels": 1}, {}), (BertForTokenClassification, {"num_labels": 1}, {}),
+    (ElectraForPreTraining, {"embedding_size": 20}, {}),
 ])  # fmt: skip
 def test_logits_are_compared_where_they_are_of_classes(kind, entries, expected):
     """A regression's number, or one of each token, has no distribution: the head stays as it is."""
@@ -245,7 +248,7 @@ def test_logits_are_compared_where_they_are_of_classes(kind, entries, expected):
     student, teacher = kind(config), kind(config)
     assert match_models(student, teacher) == expected
     heads = ("cls", "qa_outputs", "classifier", "discriminator_predictions")
-    assert {p.requires_grad for name, p in student.named_parameters() if name.startswith(heads)} == {expected != []}
+    assert {p.requires_grad for name, p in student.named_parameters() if name.startswith(heads)} == {expected != {}}
     inputs = {"input_ids": torch.randint(60, (5, 7)), "output_hidden_states": True}
     rows = distillation_sums(student(**inputs), teacher(**inputs), torch.ones(5, 7), expected)
     assert rows.shape == (5, 5 if expected else 3)
@@ -396,6 +399,32 @@ def test_streams_and_documents_of_their_own(finished_runs, corpus, tmp_path):
     results = [json.loads((tmp_path / within / "all_results.json").read_text()) for within in ("true", "false")]
     assert all(result["eval_logit_loss"] > 0 for result in results)
     assert results[0]["eval_loss"] != results[1]["eval_loss"]
+
+
+def test_a_classifier_is_distilled_on_single_texts(pair, corpus, tmp_path):
+    """Packed texts would have logits of several texts together."""
+    tokenizer = AutoTokenizer.from_pretrained(pair / "teacher")
+    models = {name: bert(BertForSequenceClassification, num_labels=3).eval() for name in ("student", "teacher")}
+    for name, model in models.items():
+        torch.nn.init.normal_(model.classifier.weight)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    flags = {"validation_file": corpus, "max_seq_length": 13, "do_train": "false", "do_eval": "true"}
+    for name, own in {"default": {}, "packed": {"line_by_line": "false"}, "single": {"line_by_line": "true"}}.items():
+        run_pretrain.run(command(corpus, tmp_path, tmp_path / name, **flags | own))
+    found = {
+        name: json.loads((tmp_path / name / "all_results.json").read_text())["eval_logit_loss"]
+        for name in ("default", "packed", "single")
+    }
+    texts = [text for text in corpus.read_text().splitlines() if text.strip()]
+    with torch.no_grad():
+        inputs = [tokenizer(text, truncation=True, max_length=13, return_tensors="pt") for text in texts]
+        own, other = (torch.cat([model(**each).logits for each in inputs]).log_softmax(-1) for model in models.values())
+    expected = torch.nn.functional.kl_div(own, other, reduction="batchmean", log_target=True).item()
+    assert found["default"] == found["single"] == pytest.approx(expected, rel=1e-4)
+    assert abs(found["packed"] / expected - 1) > 0.01
+    with pytest.raises(UserInputError, match="^--line_by_line true, the default if a classifier .* leave out --stream"):
+        run_pretrain.run(command(corpus, tmp_path, tmp_path / "stream", streaming="true", max_steps=1))
 
 
 REFUSED = {
