@@ -36,7 +36,7 @@ LENGTH = 64  # tokens of a question, at most
 HELD_OUT = 4  # every fourth paragraph
 EPOCHS, RATE = 3, 2e-4
 RATIOS = (0.5, 0.25)
-DISTILLATION = f"--max_seq_length {LENGTH} --per_device_train_batch_size 16 --max_steps 300 --learning_rate 1e-3"
+DISTILLATION = f"--max_seq_length {LENGTH} --per_device_train_batch_size 32 --max_steps 300 --learning_rate 1e-3"
 DISTILLATION += " --lr_scheduler_type cosine --warmup_steps 30 --save_strategy no --seed 1"
 
 
