@@ -34,10 +34,11 @@ from fnl_hf.data.tokenizer import load_tokenizer
 RESULTS = Path(__file__).parent / "results" / "classifier_after_compression.jsonl"
 LENGTH = 64  # tokens of a question, at most
 HELD_OUT = 4  # every fourth paragraph
-EPOCHS, RATE = 3, 2e-4
+EPOCHS, EPOCHS_AGAIN, RATE = 2, 1, 2e-4
 RATIOS = (0.5, 0.25)
-DISTILLATION = f"--max_seq_length {LENGTH} --per_device_train_batch_size 32 --max_steps 300 --learning_rate 1e-3"
-DISTILLATION += " --lr_scheduler_type cosine --warmup_steps 30 --save_strategy no --seed 1"
+DISTILLATION = f"--max_seq_length {LENGTH} --per_device_train_batch_size 32 --max_steps 200"
+DISTILLATION += " --lr_scheduler_type cosine --warmup_steps 20 --save_strategy no --seed 1"
+DISTILLATIONS = {"distilled, rate 1e-3": "--learning_rate 1e-3", "distilled, rate 2e-4": "--learning_rate 2e-4"}
 
 
 def read_questions(files):
@@ -67,34 +68,34 @@ class Classification:
         )
         self.calibration = list(CalibrationText([str(self.text)], max_seq_length=LENGTH).batches(self.tokenizer))
 
-    def trainer(self, model, seed):
+    def trainer(self, model, seed, epochs=EPOCHS):
         arguments = TrainingArguments(
-            str(self.folder / "trainer"), num_train_epochs=EPOCHS, learning_rate=RATE, per_device_train_batch_size=16,
+            str(self.folder / "trainer"), num_train_epochs=epochs, learning_rate=RATE, per_device_train_batch_size=16,
             per_device_eval_batch_size=64, warmup_steps=50, weight_decay=0.01, save_strategy="no", report_to=[],
             seed=seed, use_cpu=True,
         )  # fmt: skip
         return Trainer(model, arguments, train_dataset=self.train, processing_class=self.tokenizer)
 
-    def fine_tuned(self, model, seed):
-        self.trainer(model, seed).train()
+    def fine_tuned(self, model, seed, epochs=EPOCHS):
+        self.trainer(model, seed, epochs).train()
         return model.eval()
 
     def accuracy(self, model):
         prediction = self.trainer(model, 0).predict(self.test)
         return float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))
 
-    def distilled(self, model, teacher, folder):
+    def distilled(self, model, teacher, folder, recipe):
         for name, part in (("start", model), ("teacher", teacher)):
             part.save_pretrained(folder / name)
             self.tokenizer.save_pretrained(folder / name)
-        distill(folder / "start", folder / "teacher", [self.text], folder / "distilled", DISTILLATION)
+        distill(folder / "start", folder / "teacher", [self.text], folder / "distilled", f"{DISTILLATION} {recipe}")
         return AutoModelForSequenceClassification.from_pretrained(folder / "distilled").eval()
 
 
 def models_of(seed, task, name):
     """Arm -> model, one at a time."""
+    transformers.set_seed(seed)  # of the new head
     start = AutoModelForSequenceClassification.from_pretrained(name, num_labels=task.classes)
-    transformers.set_seed(seed)
     model = task.fine_tuned(start, seed)
     yield "fine-tuned", model
     yield "int8", in_int8(model)
@@ -105,8 +106,10 @@ def models_of(seed, task, name):
         calibrated = factorize(copy.deepcopy(model), config, task.calibration)
         yield f"{ratio}: calibrated", calibrated
         yield f"{ratio}: calibrated, int8", in_int8(calibrated)
-        yield f"{ratio}: distilled", task.distilled(calibrated, model, task.folder / f"seed-{seed}-{ratio}")
-        yield f"{ratio}: fine-tuned again", task.fine_tuned(copy.deepcopy(calibrated), seed)
+        for label, recipe in DISTILLATIONS.items():
+            folder = task.folder / f"seed-{seed}-{ratio}-{label.rpartition(' ')[2]}"
+            yield f"{ratio}: {label}", task.distilled(calibrated, model, folder, recipe)
+        yield f"{ratio}: fine-tuned again", task.fine_tuned(copy.deepcopy(calibrated), seed, EPOCHS_AGAIN)
 
 
 def table(lines):
