@@ -309,7 +309,7 @@ class MaskedLMDataset(torch.utils.data.Dataset):
 
     Args:
         sequences: a dataset with a column "input_ids" of fixed length; rows with padding have the columns of
-            :func:`fnl_hf.data.pairs.pair_documents` or :func:`fnl_hf.data.lines.separate_documents`, too. The latter
+            :func:`fnl_hf.data.pairs.pair_documents` or :func:`fnl_hf.data.packing.separate_documents`, too. The latter
             are cut to the longest of their batch.
         transform: masks them.
         dynamic: False keeps the masks of epoch 0, for evaluation.

@@ -1,4 +1,4 @@
-"""Documents as packed sequences of token ids, without padding.
+"""Documents as sequences of token ids: packed without padding, or each as a sequence of its own.
 
 Shapes: N rows of S tokens, of which S - 2 are text and separators.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.encoding import (
@@ -19,6 +19,8 @@ from fnl_hf.data.encoding import (
     token_dtype,
     tokenize_documents,
 )
+
+# ---- packed ----
 
 
 def pack_documents(
@@ -58,4 +60,49 @@ def _make_packed_tables(chunks, documents, tokenizer, max_seq_length) -> Iterato
                 yield pa.table({"input_ids": to_fixed_size_lists(rows)})
 
 
-PACKED = RowKind("packed", _make_packed_tables, min_length=3, content="[CLS], a token, [SEP]")
+# ---- one sequence per document ----
+
+
+def separate_documents(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+) -> Dataset:
+    """Sequences [CLS] text [SEP] of at most ``max_seq_length`` tokens, one for each document that has a token; the rest
+    of a longer document is left out.
+
+    For arguments and errors see :func:`tokenize_documents`.
+
+    Returns:
+        "input_ids" padded to ``max_seq_length``, "length" (tokens that are no padding).
+    """
+    return tokenize_documents(LINES, documents, tokenizer, max_seq_length, num_proc, cache_dir)
+
+
+def _make_line_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[pa.Table]:
+    backend, dtype, separator = plain_backend(tokenizer), token_dtype(tokenizer), tokenizer.sep_token_id
+    for start, stop in chunks:
+        left_over = np.empty(0, dtype)
+        for tokens in encode_documents(backend, read_chunk(documents, start, stop), separator, dtype):
+            tokens = np.concatenate([left_over, tokens])
+            *texts, left_over = np.split(tokens, np.flatnonzero(tokens == separator) + 1)
+            texts = [text for text in texts if len(text) > 1]
+            if texts:
+                yield _make_table(texts, tokenizer, max_seq_length)
+
+
+def _make_table(texts: list[np.ndarray], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> pa.Table:
+    rows = np.full((len(texts), max_seq_length), tokenizer.pad_token_id, token_dtype(tokenizer))  # (N, S)
+    length = np.minimum([len(text) + 1 for text in texts], max_seq_length).astype(np.int32)  # (N,)
+    rows[:, 0] = tokenizer.cls_token_id
+    for row, text, size in zip(rows, texts, length.tolist()):
+        row[1 : size - 1] = text[: size - 2]
+    rows[np.arange(len(texts)), length - 1] = tokenizer.sep_token_id
+    return pa.table({"input_ids": to_fixed_size_lists(rows), "length": length})
+
+
+CONTENT = "[CLS], a token, [SEP]"
+PACKED = RowKind("packed", _make_packed_tables, 3, CONTENT)
+LINES = RowKind("lines", _make_line_tables, 3, CONTENT, {"length": Value("int32")})

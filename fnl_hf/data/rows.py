@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.corpus import Documents, DocumentStream
 from fnl_hf.data.encoding import table_indices
-from fnl_hf.data.lines import separate_documents
-from fnl_hf.data.packing import pack_documents
+from fnl_hf.data.packing import pack_documents, separate_documents
 from fnl_hf.data.pairs import pair_documents
 from fnl_hf.data.source import Source
 from fnl_hf.data.streaming import StreamedRows, StreamOrder

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 import run_pretrain
 from fnl_hf import UserInputError
 from fnl_hf.data import encoding
-from fnl_hf.data.lines import separate_documents
 from fnl_hf.data.masking import IGNORED, MaskedLMDataset, MaskingTransform, UnmaskedTransform
+from fnl_hf.data.packing import separate_documents
 from tests.conftest import TEXTS, pretraining
 from tests.small_tokenizers import KINDS
 
