@@ -119,7 +119,7 @@ class ModelArguments:
         metadata={
             "help": "Warm start: initialize the factors from the SVD of the dense weights, calibrated on training "
             "data (calibrated) or not (spectral), or at random (default). Default: calibrated for --factorize_mode "
-            f"low_rank, else spectral. Experimental: {' and '.join(STUDIED_LAYER_INITS)}.",
+            f"low_rank of a trained model, else spectral. Experimental: {' and '.join(STUDIED_LAYER_INITS)}.",
             "choices": ["calibrated", *INITS, *STUDIED_LAYER_INITS],
         },
     )

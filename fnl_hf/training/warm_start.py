@@ -74,7 +74,9 @@ def plan_factorization(model_args, seed: int, model: PreTrainedModel) -> tuple[F
         UserInputError: patterns without a layer, or an initialization that is not for the mode.
     """
     mode = model_args.factorize_mode
-    init = model_args.factorize_init or ("calibrated" if mode == "low_rank" else "spectral")
+    # What an untrained network does to its inputs says nothing of what its layers will need.
+    is_trained = model_args.factorize_at_step > 0 or model_args.model_name_or_path is not None
+    init = model_args.factorize_init or ("calibrated" if mode == "low_rank" and is_trained else "spectral")
     is_calibrated = init == "calibrated"
     if mode != "low_rank" and init not in INITS:
         raise UserInputError(f"--factorize_init {init} needs --factorize_mode low_rank, not {mode}")

@@ -5,13 +5,14 @@ from typing import Any
 
 from studies.study import SMALL_WEIGHTS, WITHOUT_DROPOUT, Comparison, Study, quickstart, recipe
 
-SHARES = (0, 0.1, 0.25, 0.5)  # share of dense steps
+SHARES = (0.1, 0.25, 0.5)  # share of dense steps
 
 
 def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
     arms: dict[str, dict[str, Any]] = {"dense": {}}
+    for name in ("spectral", "calibrated"):  # calibrated on an untrained network, too
+        arms[f"{name}-0"] = {"factorize_at_step": 0, "factorize_target_ratio": 0.5, "factorize_init": name}
     arms |= {f"switch-{share}": {"factorize_at_step": share, "factorize_target_ratio": 0.5} for share in SHARES}
-    arms["spectral-0"] = arms["switch-0"] | {"factorize_init": "spectral"}
     return {name: flags | own for name, own in arms.items()}
 
 
@@ -36,13 +37,18 @@ STUDY = Study(
         Comparison(
             "A warm start after a quarter of the steps reaches a lower loss than products from the start",
             "switch-0.25",
-            "switch-0",
+            "spectral-0",
         ),
         Comparison(
             "A warm start after a quarter of the steps is as good as the dense model",
             "switch-0.25",
             "dense",
             expected="same",
+        ),
+        Comparison(
+            "At the start, the SVD of the weights alone is better than one calibrated on the untrained network",
+            "spectral-0",
+            "calibrated-0",
         ),
     ),
     seeds=(1, 2, 3),

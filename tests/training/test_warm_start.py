@@ -161,6 +161,15 @@ def test_what_cannot_be_factorized_is_refused_before_training(dimensions, flags,
         plan_factorization(model_flags(factorize_at_step=1, **flags), args.seed, model)
 
 
+@pytest.mark.parametrize("step, start, is_calibrated", [(0, None, False), (0, "a-bert", True), (0.2, None, True)])
+def test_only_a_trained_network_calibrates_by_default(dimensions, step, start, is_calibrated):
+    model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
+    flags = model_flags(factorize_at_step=step, model_name_or_path=start)
+    assert plan_factorization(flags, 0, model)[1] is is_calibrated
+    flags = model_flags(factorize_at_step=step, model_name_or_path=start, factorize_init="calibrated")
+    assert plan_factorization(flags, 0, model)[1]
+
+
 FEED_FORWARD = ["layer.[0-9].intermediate.dense", "layer.[0-9].output.dense"]
 
 
