@@ -33,8 +33,8 @@ the tables leave out arms without reported seeds.
 
 Groups named `range-0.05` start from an `initializer_range` of 0.05, like the quickstart. All other language models that
 are recorded here start from BERT's 0.02, which is small for their hidden size of 128: a larger one lowers their loss
-([low_rank](#low_rank)), and the difference between the decays, too ([decay](#decay)). Whether it changes the other
-differences has not been tried.
+([low_rank](#low_rank)) and most of the difference between the decays ([decay](#decay)), but neither that between
+optimizers ([optimizers](#optimizers)) nor what a warm start loses ([warm_start](#warm_start)).
 """
 DASH = "–"
 CLAIM_HEADER = ["verdict", "difference", "mean [95% interval]", "seeds", "detectable difference"]
