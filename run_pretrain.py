@@ -30,7 +30,13 @@ from fnl_hf.runs.locks import folders_in_use
 from fnl_hf.runs.plan import DATA_FINGERPRINT
 from fnl_hf.runs.same_model import validate_same_model
 from fnl_hf.training.arguments import FnlTrainingArguments
-from fnl_hf.training.distillation import OF_SEQUENCES, DistillationTrainer, distillation_metrics, match_models
+from fnl_hf.training.distillation import (
+    OF_SEQUENCES,
+    OF_TOKENS,
+    DistillationTrainer,
+    distillation_metrics,
+    match_models,
+)
 from fnl_hf.training.metrics import pretraining_metrics, pretraining_statistics
 from fnl_hf.training.models import build_pretraining_config, build_pretraining_model, load_text_model
 from fnl_hf.training.optimizer_state import OptimizerStateCallback, optimizer_checkpoint
@@ -107,7 +113,7 @@ def choose_model(model_args, data_args, tokenizer, trust_remote_code):
                     "convert` can convert a BERT"
                 )
     logits = match_models(student, teacher)
-    if data_args.line_by_line is None and OF_SEQUENCES in logits.values():
+    if data_args.line_by_line is None and OF_SEQUENCES in logits.values() and OF_TOKENS not in logits.values():
         data_args = replace(data_args, line_by_line=True)  # refuses what excludes it
     return lambda: student, teacher, data_args
 
@@ -236,9 +242,10 @@ def make_trainer(model, teacher, tokenizer, args, batches, plan, warm_start):
     return trainer
 
 
-def describe_model(model, model_args, data_args, warm_start):
+def describe_model(model, model_args, data_args, rows, warm_start):
     """The card's description of the objective, and of how layers became products."""
-    facts = {"sequence length": data_args.max_seq_length}
+    is_padded = "length" in rows.held_out.column_names
+    facts = {"sequence length": f"at most {data_args.max_seq_length}" if is_padded else data_args.max_seq_length}
     if data_args.objective == "distill":
         teacher, _ = describe_source(model_args.teacher_name_or_path)
         return {
@@ -291,7 +298,7 @@ def run(argv):
         title=Path(args.output_dir).resolve().name,
         dataset=data_args.dataset_name,
         base_model=model_args.model_name_or_path,
-        **describe_model(model, model_args, data_args, as_done(warm_start, trainer.state.log_history)),
+        **describe_model(model, model_args, data_args, rows, as_done(warm_start, trainer.state.log_history)),
     )
 
 

@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import platform
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "classifier_after_compression.json
 LENGTH = 64  # tokens of a question, at most
 HELD_OUT = 4  # every fourth paragraph
 EPOCHS, EPOCHS_AGAIN, RATE = 2, 1, 2e-4
-RATIOS = (0.5, 0.25)
+RATIOS = (0.5, 0.25)  # the smallest comes last
 DISTILLATION = f"--max_seq_length {LENGTH} --per_device_train_batch_size 32 --max_steps 200"
 DISTILLATION += " --lr_scheduler_type cosine --warmup_steps 20 --save_strategy no --seed 1"
 DISTILLATIONS = {"distilled, rate 1e-3": "--learning_rate 1e-3", "distilled, rate 2e-4": "--learning_rate 2e-4"}
@@ -84,7 +85,9 @@ class Classification:
         prediction = self.trainer(model, 0).predict(self.test)
         return float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))
 
-    def distilled(self, model, teacher, folder, recipe):
+    def distilled(self, model, teacher, recipe):
+        folder = self.folder / "distillation"
+        shutil.rmtree(folder, ignore_errors=True)  # of another model
         for name, part in (("start", model), ("teacher", teacher)):
             part.save_pretrained(folder / name)
             self.tokenizer.save_pretrained(folder / name)
@@ -101,14 +104,13 @@ def models_of(seed, task, name):
     yield "int8", in_int8(model)
     yield "every other layer dropped, fine-tuned again", task.fine_tuned(with_every_other_layer(model), seed)
     for ratio in RATIOS:
-        config = FactorizationConfig(target_ratio=ratio, include=[f"*{pattern}" for pattern in ENCODER])
+        config = FactorizationConfig(target_ratio=ratio, include=ENCODER)
         yield f"{ratio}: plain SVD", factorize(copy.deepcopy(model), config)
         calibrated = factorize(copy.deepcopy(model), config, task.calibration)
         yield f"{ratio}: calibrated", calibrated
         yield f"{ratio}: calibrated, int8", in_int8(calibrated)
     for label, recipe in DISTILLATIONS.items():
-        folder = task.folder / f"seed-{seed}-{label.rpartition(' ')[2]}"
-        yield f"{ratio}: {label}", task.distilled(calibrated, model, folder, recipe)
+        yield f"{ratio}: {label}", task.distilled(calibrated, model, recipe)
     yield f"{ratio}: fine-tuned again", task.fine_tuned(copy.deepcopy(calibrated), seed, EPOCHS_AGAIN)
 
 

@@ -1,8 +1,8 @@
 """Documents as tokens, and rows of tokens that are built once and cached as memory-mapped Arrow files.
 
 Processes share the work in *chunks*, ranges of documents. Text goes to the tokenizer in *batches* of *parts*; a long
-document has several parts. Tokens do not depend on these bounds. The last tokens of each chunk, less than one row, are
-left out.
+document has several parts. Tokens do not depend on these bounds. Of packed rows, the
+last tokens of each chunk, less than one row, are left out.
 """
 
 import contextlib
@@ -83,8 +83,12 @@ def tokenize_documents(
             one row.
     """
     kind.validate_length(max_seq_length)
-    if "length" in kind.columns and tokenizer.pad_token_id is None:
-        raise UserInputError(f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no pad_token")
+    if "length" in kind.columns:
+        name = f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__}"
+        if tokenizer.pad_token_id is None:
+            raise UserInputError(f"{name} has no pad_token")
+        if tokenizer.padding_side != "right":
+            raise UserInputError(f"{name} pads on the {tokenizer.padding_side}; {kind.name} are padded on the right")
     ids = SequenceFeature(Value(token_dtype(tokenizer)), length=max_seq_length)
     digest = xxhash.xxh3_128()
     backend, specials = tokenizer.backend_tokenizer.to_str(), tokenizer.all_special_ids
@@ -221,3 +225,15 @@ def encode_documents(
             if is_last:
                 tokens.append(separator)
         yield np.array(tokens, dtype=dtype)
+
+
+def encode_separately(backend: Tokenizer, documents: Iterable[memoryview], limit: int) -> Iterator[list[int]]:
+    """The first tokens of each UTF-8 document, at most ``limit``."""
+    tokens: list[int] = []
+    for batch in split_into_batches(documents):
+        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        for encoding, (_, is_last) in zip(encodings, batch):
+            tokens += encoding.ids[: limit - len(tokens)]
+            if is_last:
+                yield tokens
+                tokens = []

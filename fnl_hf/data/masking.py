@@ -4,7 +4,8 @@ Masks drawn from a global generator depend on workers, processes and the time of
 hash of (seed, epoch, sample, position), so a mask is the same wherever and whenever it is computed.
 
 All sequences have the same number of masked positions, a rounded share of the tokens (as in Devlin et al. 2019). So the
-heads have the same shape in every step, which compiled models need.
+heads have the same shape in every step, which compiled models need. Sequences of single documents are as long as the
+longest of their batch, and so are their heads.
 
 Shapes: B sequences, S tokens, K masked positions, T token ids, V the largest of them + 1, D documents
 of a batch.
@@ -308,9 +309,8 @@ class MaskedLMDataset(torch.utils.data.Dataset):
     Use it with :func:`collate_batch` and ``EpochCallback``.
 
     Args:
-        sequences: a dataset with a column "input_ids" of fixed length; rows with padding have the columns of
-            :func:`fnl_hf.data.pairs.pair_documents` or :func:`fnl_hf.data.packing.separate_documents`, too. The latter
-            are cut to the longest of their batch.
+        sequences: the rows of :func:`fnl_hf.data.packing.pack_documents`, :func:`fnl_hf.data.pairs.pair_documents` or
+            :func:`fnl_hf.data.packing.separate_documents`. A batch of single documents is as long as its longest.
         transform: masks them.
         dynamic: False keeps the masks of epoch 0, for evaluation.
     """

@@ -4,6 +4,7 @@ Shapes: N rows of S tokens, of which S - 2 are text and separators.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,10 @@ from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.encoding import (
+    BATCH_BYTES,
     RowKind,
     encode_documents,
+    encode_separately,
     plain_backend,
     read_chunk,
     to_fixed_size_lists,
@@ -82,23 +85,20 @@ def separate_documents(
 
 
 def _make_line_tables(chunks, documents, tokenizer, max_seq_length) -> Iterator[pa.Table]:
-    backend, dtype, separator = plain_backend(tokenizer), token_dtype(tokenizer), tokenizer.sep_token_id
+    backend, count = plain_backend(tokenizer), max(1, BATCH_BYTES // max_seq_length)
     for start, stop in chunks:
-        left_over = np.empty(0, dtype)
-        for tokens in encode_documents(backend, read_chunk(documents, start, stop), separator, dtype):
-            tokens = np.concatenate([left_over, tokens])
-            *texts, left_over = np.split(tokens, np.flatnonzero(tokens == separator) + 1)
-            texts = [text for text in texts if len(text) > 1]
-            if texts:
-                yield _make_table(texts, tokenizer, max_seq_length)
+        texts = encode_separately(backend, read_chunk(documents, start, stop), max_seq_length - 2)
+        nonempty = filter(None, texts)
+        while part := list(islice(nonempty, count)):
+            yield _make_table(part, tokenizer, max_seq_length)
 
 
-def _make_table(texts: list[np.ndarray], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> pa.Table:
+def _make_table(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> pa.Table:
     rows = np.full((len(texts), max_seq_length), tokenizer.pad_token_id, token_dtype(tokenizer))  # (N, S)
-    length = np.minimum([len(text) + 1 for text in texts], max_seq_length).astype(np.int32)  # (N,)
+    length = np.array([len(text) + 2 for text in texts], dtype=np.int32)  # (N,)
     rows[:, 0] = tokenizer.cls_token_id
-    for row, text, size in zip(rows, texts, length.tolist()):
-        row[1 : size - 1] = text[: size - 2]
+    for row, text in zip(rows, texts):
+        row[1 : len(text) + 1] = text
     rows[np.arange(len(texts)), length - 1] = tokenizer.sep_token_id
     return pa.table({"input_ids": to_fixed_size_lists(rows), "length": length})
 

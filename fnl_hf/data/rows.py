@@ -170,7 +170,7 @@ def sample_rows(rows: Dataset, count: int = 2**12) -> np.ndarray:
 
 
 def unigram_entropy(sequences: Dataset, special_ids: list[int]) -> float:
-    """Entropy in nats of the distribution of single tokens, except special ones, in packed sequences.
+    """Entropy in nats of the distribution of single tokens, except special ones.
 
     This is the loss of a masked language model that only knows the frequencies of the held-out tokens.
     """

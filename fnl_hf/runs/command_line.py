@@ -108,9 +108,9 @@ def _describe_unknown(argv: list[str], unknown: list[str], parser: HfArgumentPar
             if found == word and not before.startswith("-"):
                 flag = next(flag for flag in reversed(argv[: index + 1]) if flag.startswith("-"))
                 return UserInputError(f"{flag} takes one value: remove {word}")
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    close = get_close_matches(word.partition("=")[0], flags, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    flags = [flag for action in parser._actions if action.dest != "help" for flag in action.option_strings]
+    close = [flag for given in unknown for flag in get_close_matches(given.partition("=")[0], flags, n=1, cutoff=0.8)]
+    hint = f" (did you mean {' '.join(close)}?)" if close else ""
     return UserInputError(f"unknown argument: {' '.join(unknown)}{hint}")
 
 

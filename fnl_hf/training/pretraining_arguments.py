@@ -99,7 +99,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Warm start: train a dense model up to this step, or for this share of the steps if below 1, "
-            "then factorize the layers of the encoder, calibrated on training data."
+            "then factorize the layers of the encoder; see --factorize_init."
         },
     )
     factorize_target_ratio: float = field(
@@ -119,7 +119,8 @@ class ModelArguments:
         metadata={
             "help": "Warm start: initialize the factors from the SVD of the dense weights, calibrated on training "
             "data (calibrated) or not (spectral), or at random (default). Default: calibrated for --factorize_mode "
-            f"low_rank of a trained model, else spectral. Experimental: {' and '.join(STUDIED_LAYER_INITS)}.",
+            "low_rank after a step or with --model_name_or_path, else spectral. Experimental: "
+            f"{' and '.join(STUDIED_LAYER_INITS)}.",
             "choices": ["calibrated", *INITS, *STUDIED_LAYER_INITS],
         },
     )
@@ -200,7 +201,7 @@ class DataArguments:
         default="mlm",
         metadata={
             "help": "Masked language modeling on packed text (mlm), masked language modeling and next sentence "
-            "prediction on pairs of segments (mlm_nsp), or distillation from a teacher on packed text (distill).",
+            "prediction on pairs of segments (mlm_nsp), or distillation from a teacher (distill).",
             "choices": list(OBJECTIVES),
         },
     )
@@ -208,7 +209,9 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Make each document a sequence of its own, cut to --max_seq_length and padded to the longest of "
-            "its batch. Default: true if a classifier of whole sequences is distilled, else false."
+            "its batch. Default: true if a classifier of whole sequences is distilled, else false.",
+            "nargs": "?",
+            "const": True,
         },
     )
     mlm_probability: float = field(
@@ -273,7 +276,7 @@ class DataArguments:
                 if getattr(self, name):
                     raise UserInputError(
                         "--line_by_line true, the default if a classifier is distilled, makes each document a sequence "
-                        f"of its own: leave out --{name}"
+                        f"of its own: leave out --{name}, or set --line_by_line false"
                     )
         if self.dataset_config_name is not None and self.dataset_name is None:
             raise UserInputError(f"--dataset_config_name ({self.dataset_config_name}) needs --dataset_name")

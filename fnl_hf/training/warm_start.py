@@ -67,15 +67,15 @@ def as_done(warm_start: WarmStart | None, log_history: Sequence[Mapping[str, Any
     return warm_start if warm_start is None or done is None else replace(warm_start, step=done)
 
 
-def plan_factorization(model_args, seed: int, model: PreTrainedModel) -> tuple[FactorizationConfig, bool]:
-    """Which layers become products, how, and whether they are calibrated.
+def plan_factorization(model_args, seed: int, model: PreTrainedModel, step: int) -> tuple[FactorizationConfig, bool]:
+    """Which layers become products at this step, how, and whether they are calibrated.
 
     Raises:
         UserInputError: patterns without a layer, or an initialization that is not for the mode.
     """
     mode = model_args.factorize_mode
     # What an untrained network does to its inputs says nothing of what its layers will need.
-    is_trained = model_args.factorize_at_step > 0 or model_args.model_name_or_path is not None
+    is_trained = step > 0 or model_args.model_name_or_path is not None
     init = model_args.factorize_init or ("calibrated" if mode == "low_rank" and is_trained else "spectral")
     is_calibrated = init == "calibrated"
     if mode != "low_rank" and init not in INITS:
@@ -122,7 +122,7 @@ def plan_warm_start(model_args, args, model: PreTrainedModel, train_dataset) -> 
     step = int(given) if given >= 1 else int(given * last + 1e-6)  # 0.29 * 100 is a little less than 29
     if step >= last:
         raise UserInputError(f"--factorize_at_step ({given:g}) must be below the number of steps of the run ({last})")
-    return WarmStart(step, *plan_factorization(model_args, args.seed, model))
+    return WarmStart(step, *plan_factorization(model_args, args.seed, model, step))
 
 
 def take_structure(model: PreTrainedModel, checkpoint: str | Path) -> None:
@@ -213,7 +213,10 @@ def calibration_batches(dataset: MaskedLMDataset | MaskedStream, batch_size: int
         parts = (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
         batches = (dataset.__getitems__(part) for part in parts)
     for batch in batches:
-        yield {name: value for name, value in batch.items() if name not in NO_INPUTS}
+        left_out = {*NO_INPUTS}
+        if "attention_mask" in batch:  # rows of different lengths have different numbers of masked positions
+            left_out.add("masked_positions")
+        yield {name: value for name, value in batch.items() if name not in left_out}
 
 
 def carry_state(

@@ -13,6 +13,8 @@ from fnl_hf import UserInputError
 from fnl_hf.data import encoding
 from fnl_hf.data.masking import IGNORED, MaskedLMDataset, MaskingTransform, UnmaskedTransform
 from fnl_hf.data.packing import separate_documents
+from fnl_hf.runs.command_line import parse_arguments
+from fnl_hf.training.pretraining_arguments import DataArguments
 from tests.conftest import TEXTS, pretraining
 from tests.small_tokenizers import KINDS
 
@@ -41,6 +43,14 @@ def test_a_batch_is_as_long_as_its_longest_text(tokenizer, tmp_path):
         assert torch.equal(values, expected[name])
 
 
+def test_a_separator_in_the_text_does_not_end_it(tmp_path):
+    """A Unigram vocabulary has its special tokens as pieces of text, too."""
+    tokenizer = KINDS["xlm-roberta"](TEXTS)
+    texts = ["fox </s> dog", "dog"]
+    found = separate_documents(Dataset.from_dict({"text": texts}), tokenizer, 23, cache_dir=str(tmp_path))
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("sparse", [True, False])
 def test_masks_are_those_of_the_text_alone(tokenizer, tmp_path, sparse):
     """Whatever else is in the batch; and padding is neither masked nor predicted."""
@@ -61,9 +71,17 @@ def test_other_tokenizers_are_framed_as_they_do_it_themselves(documents, kind, t
     tokenizer = KINDS[kind](TEXTS)
     found = separate_documents(documents, tokenizer, 13, cache_dir=str(tmp_path))
     assert found["input_ids"][:] == tokenizer(TEXTS, truncation=True, max_length=13, padding="max_length")["input_ids"]
+    tokenizer.padding_side = "left"
+    with pytest.raises(UserInputError, match="pads on the left; lines are padded on the right$"):
+        separate_documents(documents, tokenizer, 13, cache_dir=str(tmp_path))
     tokenizer.pad_token = None
     with pytest.raises(UserInputError, match="has no pad_token$"):
         separate_documents(documents, tokenizer, 13, cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("words, expected", [([], None), (["--line_by_line"], True), (["--line_by_line", "no"], False)])
+def test_the_flag_needs_no_value(words, expected):
+    assert parse_arguments((DataArguments,), words)[0].line_by_line is expected
 
 
 def test_the_script_trains_on_single_texts(corpus, tmp_path):

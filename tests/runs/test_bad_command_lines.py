@@ -47,6 +47,9 @@ FLAGS = {
     "unknown": (flags(no_such_flag=3), "^unknown argument: --no_such_flag 3$"),
     "abbreviated": (words("--learning", "3"), r"^unknown argument: --learning 3 \(did you mean --learning_rate\?\)$"),
     "misspelled": (words("--max_step=3"), r"^unknown argument: --max_step=3 \(did you mean --max_steps\?\)$"),
+    "misspelled, and far from any": (
+        words("--lr", "1", "--max_step", "3"), r"^unknown argument: --lr 1 --max_step 3 \(did you mean --max_steps\?\)$"
+    ),
     "without value": (words("--seed"), "argument --seed: expected one argument$"),
     "two values": (words("--seed", "1", "2"), "^--seed takes one value: remove 2$"),
     "a word": (flags(learning_rate="fast"), "argument --learning_rate/--learning-rate: invalid float value: 'fast'$"),
@@ -117,9 +120,9 @@ FLAGS = {
         flags(objective="mlm_nsp", attend_within_documents="true"), "pairs of segments: leave out --attend_within_doc"
     ),
     "lines of pairs": (flags(objective="mlm_nsp", line_by_line="true"), "pairs of segments: leave out --line_by_line$"),
-    "lines of a stream": (flags(**STREAM, line_by_line="true"), "^--line_by_line true, .* leave out --streaming$"),
+    "lines of a stream": (flags(**STREAM, line_by_line="true"), "leave out --streaming, or set --line_by_line false$"),
     "documents of lines": (
-        flags(line_by_line="true", attend_within_documents="true"), "leave out --attend_within_documents$"
+        flags(line_by_line="true", attend_within_documents="true"), "leave out --attend_within_documents, or set"
     ),
     "kernel that is not there": (
         flags(attn_implementation="flash_attention_2", bf16="true"), "FlashAttention2 .* cannot be used"

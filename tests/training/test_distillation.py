@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -236,6 +237,7 @@ def test_any_encoder_learns_from_another(kind):
 
 @pytest.mark.parametrize("kind, entries, expected", [
     (BertForMaskedLM, {}, {"logits": "tokens"}),
+    (BertForPreTraining, {}, {"prediction_logits": "tokens", "seq_relationship_logits": "sequences"}),
     (BertForQuestionAnswering, {}, {"start_logits": "positions", "end_logits": "positions"}),
     (BertForSequenceClassification, {}, {"logits": "sequences"}),
     (BertForSequenceClassification, {"num_labels": 3}, {"logits": "sequences"}),
@@ -371,8 +373,17 @@ def test_a_run_belongs_to_its_teacher(distilled, corpus, pair, tmp_path):
         )
 
 
-def test_two_processes_distil_as_one_does(corpus, pair, tmp_path):
-    common = {"max_steps": 4, "save_strategy": "no", "adam_epsilon": 1e-3, "do_train": "true", "do_eval": "true"}
+@pytest.mark.parametrize("by_line", ["true", "false"])
+def test_two_processes_distil_as_one_does(corpus, pair, tmp_path, by_line):
+    """Also where their batches differ in length."""
+    common = {
+        "line_by_line": by_line,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "adam_epsilon": 1e-3,
+        "do_train": "true",
+        "do_eval": "true",
+    }
     one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     run_pretrain.run(command(corpus, pair, tmp_path / "one", **common | one))
     launch(

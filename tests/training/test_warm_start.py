@@ -5,6 +5,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers.trainer_utils import SchedulerType
 
 import run_pretrain
 from fnl_hf import FactorizationConfig, FnlBertConfig, FnlBertForMaskedLM, UserInputError, factorize, find_products
+from fnl_hf.data.masking import MaskedLMDataset, MaskingTransform
+from fnl_hf.data.packing import separate_documents
 from fnl_hf.optim import FrobeniusAdamW
 from fnl_hf.surgery.checkpoints import factorized_layers
 from fnl_hf.training.arguments import FnlTrainingArguments
@@ -158,16 +161,28 @@ def test_a_step_or_a_share_of_the_run(dimensions, tmp_path, at, epochs, steps, e
 def test_what_cannot_be_factorized_is_refused_before_training(dimensions, flags, said):
     model, args = FnlBertForMaskedLM(FnlBertConfig(**dimensions)), SimpleNamespace(seed=0)
     with pytest.raises(UserInputError, match=re.escape(f"--factorize_{said}")):
-        plan_factorization(model_flags(factorize_at_step=1, **flags), args.seed, model)
+        plan_factorization(model_flags(factorize_at_step=1, **flags), args.seed, model, 1)
 
 
-@pytest.mark.parametrize("step, start, is_calibrated", [(0, None, False), (0, "a-bert", True), (0.2, None, True)])
-def test_only_a_trained_network_calibrates_by_default(dimensions, step, start, is_calibrated):
+@pytest.mark.parametrize("share, start, is_calibrated", [
+    (0, None, False), (0.001, None, False), (0, "a-bert", True), (0.2, None, True),
+])  # fmt: skip
+def test_only_a_trained_network_calibrates_by_default(dimensions, tmp_path, share, start, is_calibrated):
+    args = FnlTrainingArguments(str(tmp_path), do_train=True, use_cpu=True, max_steps=200)
     model = FnlBertForMaskedLM(FnlBertConfig(**dimensions))
-    flags = model_flags(factorize_at_step=step, model_name_or_path=start)
-    assert plan_factorization(flags, 0, model)[1] is is_calibrated
-    flags = model_flags(factorize_at_step=step, model_name_or_path=start, factorize_init="calibrated")
-    assert plan_factorization(flags, 0, model)[1]
+    for init, expected in ((None, is_calibrated), ("calibrated", True), ("spectral", False)):
+        flags = model_flags(factorize_at_step=share, model_name_or_path=start, factorize_init=init)
+        assert plan_warm_start(flags, args, model, range(61)).is_calibrated is expected
+
+
+def test_padding_does_not_calibrate(tokenizer, tmp_path):
+    """Short rows would fill up their masked positions with the first token."""
+    rows = separate_documents(
+        datasets.Dataset.from_dict({"text": ["fox", "dog " * 30]}), tokenizer, 23, cache_dir=str(tmp_path)
+    )
+    data = MaskedLMDataset(rows, MaskingTransform(tokenizer, 0.3, seed=5))
+    (batch,) = calibration_batches(data, 2)
+    assert set(batch) == {"input_ids", "attention_mask"} and batch["attention_mask"].sum().item() == sum(rows["length"])
 
 
 FEED_FORWARD = ["layer.[0-9].intermediate.dense", "layer.[0-9].output.dense"]
