@@ -83,12 +83,8 @@ def tokenize_documents(
             one row.
     """
     kind.validate_length(max_seq_length)
-    if "length" in kind.columns:
-        name = f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__}"
-        if tokenizer.pad_token_id is None:
-            raise UserInputError(f"{name} has no pad_token")
-        if tokenizer.padding_side != "right":
-            raise UserInputError(f"{name} pads on the {tokenizer.padding_side}; {kind.name} are padded on the right")
+    if "length" in kind.columns and tokenizer.pad_token_id is None:
+        raise UserInputError(f"the tokenizer of {name_of(tokenizer)} has no pad_token")
     ids = SequenceFeature(Value(token_dtype(tokenizer)), length=max_seq_length)
     digest = xxhash.xxh3_128()
     backend, specials = tokenizer.backend_tokenizer.to_str(), tokenizer.all_special_ids
@@ -111,6 +107,10 @@ def tokenize_documents(
             f"the corpus ({len(documents)} documents) is shorter than one sequence of --max_seq_length {max_seq_length}"
         )
     return rows
+
+
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 @contextlib.contextmanager

@@ -16,12 +16,14 @@ from fnl_hf.data.encoding import (
     RowKind,
     encode_documents,
     encode_separately,
+    name_of,
     plain_backend,
     read_chunk,
     to_fixed_size_lists,
     token_dtype,
     tokenize_documents,
 )
+from fnl_hf.errors import UserInputError
 
 # ---- packed ----
 
@@ -76,11 +78,19 @@ def separate_documents(
     """Sequences [CLS] text [SEP] of at most ``max_seq_length`` tokens, one for each document that has a token; the rest
     of a longer document is left out.
 
-    For arguments and errors see :func:`tokenize_documents`.
+    For arguments see :func:`tokenize_documents`.
 
     Returns:
         "input_ids" padded to ``max_seq_length``, "length" (tokens that are no padding).
+
+    Raises:
+        UserInputError: see there; or a tokenizer that pads on the left, for models that read the last position.
     """
+    if tokenizer.padding_side != "right":
+        raise UserInputError(
+            f"the tokenizer of {name_of(tokenizer)} pads on the {tokenizer.padding_side}, but here single documents are "
+            "padded on the right: set --line_by_line false"
+        )
     return tokenize_documents(LINES, documents, tokenizer, max_seq_length, num_proc, cache_dir)
 
 
