@@ -74,7 +74,7 @@ def test_other_tokenizers_are_framed_as_they_do_it_themselves(documents, kind, t
     tokenizer.padding_side = "left"
     with pytest.raises(UserInputError, match="pads on the left, but .*: set --line_by_line false$"):
         separate_documents(documents, tokenizer, 13, cache_dir=str(tmp_path))
-    tokenizer.pad_token = None
+    tokenizer.padding_side, tokenizer.pad_token = "right", None
     with pytest.raises(UserInputError, match="has no pad_token$"):
         separate_documents(documents, tokenizer, 13, cache_dir=str(tmp_path))
 
