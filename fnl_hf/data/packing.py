@@ -88,8 +88,8 @@ def separate_documents(
     """
     if tokenizer.padding_side != "right":
         raise UserInputError(
-            f"the tokenizer of {name_of(tokenizer)} pads on the {tokenizer.padding_side}, but single documents are padded "
-            "on the right: set --line_by_line false"
+            f"the tokenizer of {name_of(tokenizer)} pads on the {tokenizer.padding_side}, but single documents are "
+            "padded on the right: set --line_by_line false"
         )
     return tokenize_documents(LINES, documents, tokenizer, max_seq_length, num_proc, cache_dir)
 
