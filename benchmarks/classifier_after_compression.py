@@ -14,18 +14,16 @@ number prints the table alone. Default of --model: all-MiniLM-L6-v2 of the packa
 import argparse
 import copy
 import json
-import platform
 import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 import transformers
 from compression import ENCODER, append_row, distill, encoder_parameters, in_int8, with_every_other_layer
 from conversion import default_model
 from datasets import Dataset
 from decay_modes import spread
-from squad_after_compression import recorded
+from squad_after_compression import describe_machine, recorded
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from fnl_hf import FactorizationConfig, factorize
@@ -139,17 +137,16 @@ def main():
     if seeds:
         args.model = args.model or default_model()
         task = Classification(args)
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        machine += f"transformers {transformers.__version__}"
     for seed in sorted(seeds):
         rows = []
         for arm, model in models_of(seed, task, args.model):
             parameters = None if "int8" in arm else encoder_parameters(model.base_model)
             rows.append({"arm": arm, "seed": seed, "parameters": parameters, "accuracy": task.accuracy(model)})
             print(json.dumps(rows[-1]), flush=True)
-        size = {"questions": len(task.train), "held_out": len(task.test), "classes": task.classes}
+        facts = {"questions": len(task.train), "held_out": len(task.test), "classes": task.classes}
+        facts["machine"] = describe_machine()
         for row in rows:
-            append_row(args.results, row | size | {"machine": machine})
+            append_row(args.results, row | facts)
     print(table(recorded(args.results)))
 
 

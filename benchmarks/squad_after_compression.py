@@ -116,9 +116,13 @@ def line_of(name, seed, args):
         "minutes": round(result.get("train_runtime", 0.0) / 60, 1),
         "recipe": f"{RECIPE} --pad_to_max_length false --max_seq_length {args.max_seq_length} "
         f"--doc_stride {args.doc_stride}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "machine": describe_machine(),
     }
+
+
+def describe_machine():
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}"
 
 
 def recorded(path):

@@ -1,8 +1,8 @@
 """Documents as tokens, and rows of tokens that are built once and cached as memory-mapped Arrow files.
 
 Processes share the work in *chunks*, ranges of documents. Text goes to the tokenizer in *batches* of *parts*; a long
-document has several parts. Tokens do not depend on these bounds. Of packed rows, the
-last tokens of each chunk, less than one row, are left out.
+document has several parts. Tokens do not depend on these bounds. Of packed rows, the last tokens of each
+chunk, less than one row, are left out.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.arrow_cache import cached_dataset
-from fnl_hf.data.tokenizer import vocabulary_size
+from fnl_hf.data.tokenizer import name_of, vocabulary_size
 from fnl_hf.errors import UserInputError
 
 PACKING_VERSION = 3  # raise it when the same input gives other rows, so that older caches are not used
@@ -107,10 +108,6 @@ def tokenize_documents(
             f"the corpus ({len(documents)} documents) is shorter than one sequence of --max_seq_length {max_seq_length}"
         )
     return rows
-
-
-def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 @contextlib.contextmanager
@@ -217,11 +214,10 @@ def encode_documents(
     backend: Tokenizer, documents: Iterable[memoryview], separator: int, dtype: str
 ) -> Iterator[np.ndarray]:
     """The tokens of consecutive UTF-8 documents, each followed by ``separator``, in arrays of any length."""
-    for batch in split_into_batches(documents):
+    for parts in _encode_batches(backend, documents):
         tokens: list[int] = []
-        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        for encoding, (_, is_last) in zip(encodings, batch):
-            tokens += encoding.ids
+        for ids, is_last in parts:
+            tokens += ids
             if is_last:
                 tokens.append(separator)
         yield np.array(tokens, dtype=dtype)
@@ -230,10 +226,15 @@ def encode_documents(
 def encode_separately(backend: Tokenizer, documents: Iterable[memoryview], limit: int) -> Iterator[list[int]]:
     """The first tokens of each UTF-8 document, at most ``limit``."""
     tokens: list[int] = []
+    for ids, is_last in chain.from_iterable(_encode_batches(backend, documents)):
+        tokens += ids[: limit - len(tokens)]
+        if is_last:
+            yield tokens
+            tokens = []
+
+
+def _encode_batches(backend: Tokenizer, documents: Iterable[memoryview]) -> Iterator[Iterator[tuple[list[int], bool]]]:
+    """For each batch its parts: tokens, whether their document ends there."""
     for batch in split_into_batches(documents):
         encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        for encoding, (_, is_last) in zip(encodings, batch):
-            tokens += encoding.ids[: limit - len(tokens)]
-            if is_last:
-                yield tokens
-                tokens = []
+        yield ((encoding.ids, is_last) for encoding, (_, is_last) in zip(encodings, batch))

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fnl_hf.data.rows import Column, Rows
 from fnl_hf.data.streaming import StreamedRows, StreamState
-from fnl_hf.data.tokenizer import vocabulary_ids, vocabulary_size
+from fnl_hf.data.tokenizer import name_of, vocabulary_ids, vocabulary_size
 from fnl_hf.errors import UserInputError
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # shares of the masked tokens; the rest is unchanged (Devlin et al. 2019)
@@ -241,9 +241,9 @@ def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         continues_word = np.array([piece is not None and not piece.startswith(marks) for piece in pieces])
         continues_word[[*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()]] = False
     if not continues_word.any():
-        name = tokenizer.name_or_path or type(tokenizer).__name__
         raise UserInputError(
-            f"--whole_word_mask needs a tokenizer that marks word pieces with '##', '▁' or 'Ġ': that of {name} does not"
+            "--whole_word_mask needs a tokenizer that marks word pieces with '##', '▁' or 'Ġ': that of "
+            f"{name_of(tokenizer)} does not"
         )
     return continues_word
 

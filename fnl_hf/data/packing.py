@@ -16,13 +16,13 @@ from fnl_hf.data.encoding import (
     RowKind,
     encode_documents,
     encode_separately,
-    name_of,
     plain_backend,
     read_chunk,
     to_fixed_size_lists,
     token_dtype,
     tokenize_documents,
 )
+from fnl_hf.data.tokenizer import name_of
 from fnl_hf.errors import UserInputError
 
 # ---- packed ----

@@ -146,7 +146,7 @@ def validate_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, who
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase, needed: Sequence[str]) -> None:
     """Raise UserInputError unless the tokenizer has tokens in addition to special ones, and the special tokens
     ``needed``, for example "mask_token"."""
-    name = tokenizer.name_or_path or type(tokenizer).__name__
+    name = name_of(tokenizer)
     missing = [token for token in needed if getattr(tokenizer, token) is None]
     if missing:
         raise UserInputError(f"the tokenizer of {name} has no {missing}")
@@ -165,3 +165,8 @@ def validate_same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: PreTrain
             f"the teacher ({other.name_or_path}) must have the vocabulary of its student: {token!r} has the id "
             f"{there.get(token)} in the teacher's and {here.get(token)} in the student's"
         )
+
+
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Its folder or its name on the Hub; its class if it has neither."""
+    return tokenizer.name_or_path or type(tokenizer).__name__
