@@ -6,6 +6,9 @@ from typing import Any
 from studies.study import SMALL_WEIGHTS, WITHOUT_DROPOUT, Comparison, Study, quickstart, recipe
 
 SHARES = (0.1, 0.25, 0.5)  # share of dense steps
+MUON = {"optimizer": "muon", "learning_rate": 4e-3}  # the best rate of the dense model in the study of optimizers
+# A dense model with as many parameters as the one of products, its initializer_range in proportion to its width.
+NARROW = f"{WITHOUT_DROPOUT},initializer_range=0.054,hidden_size=110,intermediate_size=440"
 
 
 def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
@@ -16,6 +19,14 @@ def arms_of(**flags: Any) -> dict[str, dict[str, Any]]:
     return {name: flags | own for name, own in arms.items()}
 
 
+def arms_under_muon() -> dict[str, dict[str, Any]]:
+    arms = {name: arms_of(**MUON)[name] for name in ("dense", "spectral-0", "switch-0.25")}
+    return arms | {
+        "narrow": MUON | {"attention_embedding_size": 110, "config_overrides": NARROW},
+        "adamw-dense": {},
+    }
+
+
 STUDY = Study(
     question="Does a model reach a lower held-out loss if its layers become products after some dense steps instead of "
     "at the start?",
@@ -24,6 +35,7 @@ STUDY = Study(
     base=quickstart() | {"attention_embedding_size": 128},
     arms={
         "quickstart-range-0.05": arms_of(),
+        "quickstart-muon": arms_under_muon(),
         "quickstart": arms_of(**SMALL_WEIGHTS),
         # BERT's initializer_range in proportion to the hidden size, as in the quickstart
         "mini": arms_of(
@@ -49,6 +61,18 @@ STUDY = Study(
             "At the start, the SVD of the weights alone is better than one calibrated on the untrained network",
             "spectral-0",
             "calibrated-0",
+        ),
+        Comparison("Under Muon, products from the start beat a narrower dense model", "spectral-0", "narrow"),
+        Comparison(
+            "Under Muon, a warm start after a quarter of the steps beats a narrower dense model", "switch-0.25", "narrow"
+        ),
+        Comparison(
+            "Half of the encoder under Muon, from the start, beats the whole one under AdamW", "spectral-0", "adamw-dense"
+        ),
+        Comparison(
+            "Half of the encoder under Muon, after a dense quarter of the steps, beats the whole one under AdamW",
+            "switch-0.25",
+            "adamw-dense",
         ),
     ),
     seeds=(1, 2, 3),
