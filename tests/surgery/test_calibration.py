@@ -137,6 +137,17 @@ def test_patches_of_a_convolution_are_those_of_its_first_factor():
     torch.testing.assert_close(found.inputs, rows.mT @ rows, rtol=1e-4, atol=1e-4)
 
 
+def test_entries_that_the_text_lacks_share_the_frequency_of_those_that_it_contains_once():
+    """5 lookups, 2 of entries that occur once: 2/(5 + 1) for the two missing entries, the rest in proportion."""
+    layer = nn.Embedding(5, 7)
+    found = dict(collect_moments(Net(layer, 7), {"layer": layer}, [torch.tensor([[0, 1, 0, 3, 0]])]))["layer"]
+    expected = torch.tensor([2 / 5, 2 / 15, 1 / 6, 2 / 15, 1 / 6], dtype=torch.float64)
+    torch.testing.assert_close(found.covariance(centred=False), expected)
+    everything = torch.tensor([[0, 1, 2, 3, 4, 2, 2]])
+    found = dict(collect_moments(Net(layer, 7), {"layer": layer}, [everything]))["layer"]
+    torch.testing.assert_close(found.covariance(centred=False) * 7, torch.tensor([1.0, 1, 3, 1, 1]).double())
+
+
 LAYERS = [
     (nn.Linear(11, 7), draw(40, 2, seed=1).float() @ draw(2, 11, seed=2).float() + draw(11, seed=3).float(), 7),
     (nn.Linear(5, 13, bias=False), draw(40, 2, seed=1).float() @ draw(2, 5, seed=2).float(), 13),
