@@ -71,7 +71,7 @@ def claims_table(outcomes: Sequence[Outcome]) -> str:
             if not outcome.reported_lines:
                 waiting.append(f"- {comparison.claim} ([{outcome.name}](#{outcome.name}))")
                 continue
-            for index, group in enumerate(outcome.groups):
+            for index, group in enumerate(outcome.groups_of(comparison)):
                 claim = "" if index else comparison.claim
                 study = f"[{outcome.name}](#{outcome.name}), {group}"
                 rows.append([claim, study, *claim_cells(outcome, group, comparison)])
@@ -85,7 +85,7 @@ def comparisons_table(outcome: Outcome) -> str:
     rows = [
         ["" if index else comparison.claim, group, *claim_cells(outcome, group, comparison)]
         for comparison in outcome.study.comparisons
-        for index, group in enumerate(outcome.groups)
+        for index, group in enumerate(outcome.groups_of(comparison))
     ]
     return table(["claim", "", *CLAIM_HEADER], rows)
 
@@ -108,9 +108,9 @@ def claim_cells(outcome: Outcome, group: str, comparison: Comparison) -> list[st
 
 def answer(outcome: Outcome) -> str:
     """One sentence, from the first comparison of the study."""
-    parts = []
-    for group in outcome.groups:
-        arm, reference, difference = outcome.compare(group, outcome.study.comparisons[0])
+    parts, comparison = [], outcome.study.comparisons[0]
+    for group in outcome.groups_of(comparison):
+        arm, reference, difference = outcome.compare(group, comparison)
         said = outcome.rule(difference)
         if arm is not None and arm == reference:
             parts.append(f"{group}: {arm} is the best on the tuning seeds")

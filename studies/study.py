@@ -24,7 +24,7 @@ FEED_FORWARD = ("layer.[0-9].intermediate.dense", "layer.[0-9].output.dense")  #
 
 @dataclass(frozen=True)
 class Comparison:
-    """A claim that a study tests, in each of its groups.
+    """A claim that a study tests, in each of its groups that has the arms.
 
     Args:
         claim: one sentence.

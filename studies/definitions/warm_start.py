@@ -64,10 +64,14 @@ STUDY = Study(
         ),
         Comparison("Under Muon, products from the start beat a narrower dense model", "spectral-0", "narrow"),
         Comparison(
-            "Under Muon, a warm start after a quarter of the steps beats a narrower dense model", "switch-0.25", "narrow"
+            "Under Muon, a warm start after a quarter of the steps beats a narrower dense model",
+            "switch-0.25",
+            "narrow",
         ),
         Comparison(
-            "Half of the encoder under Muon, from the start, beats the whole one under AdamW", "spectral-0", "adamw-dense"
+            "Half of the encoder under Muon, from the start, beats the whole one under AdamW",
+            "spectral-0",
+            "adamw-dense",
         ),
         Comparison(
             "Half of the encoder under Muon, after a dense quarter of the steps, beats the whole one under AdamW",

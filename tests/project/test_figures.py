@@ -75,6 +75,21 @@ def test_the_compression_table_is_what_was_recorded():
         assert f"| {' | '.join(cells)} |" in page, cells
 
 
+def test_the_serving_table_is_what_was_recorded():
+    lines = (ROOT / "benchmarks" / "results" / "serving.jsonl").read_text(encoding="utf-8").splitlines()
+    recorded = [json.loads(line) for line in lines]
+    slowest = max(line["milliseconds"][1] for line in recorded)
+    page = (ROOT / "docs" / "compress_and_serve.md").read_text(encoding="utf-8")
+    assert [line["encoder"] for line in recorded if line["milliseconds"][1] == slowest] == ["original"]
+    for line in recorded:
+        one, many = line["milliseconds"]
+        made = "" if line["seconds"] is None else f"{line['seconds'] / 60:.1f}"
+        parameters = "" if line["parameters"] is None else f"{line['parameters'] / 1e6:.2f}"
+        cells = [line["encoder"], parameters, made, f"{line['bytes'] / 1e6:.1f}", f"{one:.0f}"]
+        cells += [f"{many:.0f}", f"{slowest / many:.2f}", f"{line['mrr']:.3f}"]
+        assert f"| {' | '.join(cells)} |" in page, cells
+
+
 @pytest.mark.parametrize(
     "command",
     [
