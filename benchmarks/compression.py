@@ -162,7 +162,8 @@ def candidates(name, ratios, calibration, folders, with_ablations):
 def launch(script, flags, folder, resume=True):
     """Start or resume a script of the repository in ``folder``."""
     command = [sys.executable, str(ROOT / script), *map(str, flags), "--output_dir", str(folder)]
-    subprocess.run(command + ["--resume_from_checkpoint", "auto"] * resume, check=True, cwd=ROOT)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command + ["--resume_from_checkpoint", "auto"] * resume, check=True, cwd=ROOT, env=environment)
 
 
 def distill(start, teacher, files, folder, recipe=DISTILLATION):

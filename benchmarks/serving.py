@@ -19,6 +19,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from functools import partial
@@ -43,7 +44,7 @@ from fnl_hf.squad.features import read_squad_file
 SIZES = ((1, 128), (1, 384), (32, 128), (32, 384))
 WHOLE = (*ENCODER, "Embedding")
 # label -> what is factorized, at which ratio
-SMALLER = {"layers, 0.5": (ENCODER, 0.5), "whole model, 0.5": (WHOLE, 0.5), "whole model, 0.25": (WHOLE, 0.25)}
+SMALLER = {"layers, 0.5": (ENCODER, 0.5), "whole model, 0.5": (WHOLE, 0.5)}
 
 
 def in_torch(model):
@@ -123,13 +124,22 @@ def smaller_encoders(args, tokenizer):
         config = FactorizationConfig(target_ratio=ratio, include=include)
         model = factorize(load(name), config, calibration)
         models[label] = model, time.perf_counter() - start
-        folder = work / label.replace(", ", "-").replace(" ", "-")
-        if not (folder / "start").exists():
-            for saved in (model, tokenizer):
-                saved.save_pretrained(folder / "start")
+        folder = work / label
+        keep_start(model, tokenizer, folder / "start")
         seconds = distill(folder / "start", name, map(os.path.abspath, args.calibration_file), folder / "distilled")
         models[f"{label}, distilled"] = load(folder / "distilled"), seconds
     return models
+
+
+def keep_start(model, tokenizer, folder):
+    """Save what a distillation starts from; exit if the folder has another model."""
+    if (folder / "tokenizer_config.json").exists():
+        new, kept = model.state_dict(), load(folder).state_dict()
+        if not all(torch.allclose(tensor, kept[name], atol=1e-4) for name, tensor in new.items()):
+            sys.exit(f"{folder} was made with another model, text or version: delete {folder.parent}")
+    else:
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
 
 
 def encoder_files(models, folder):
@@ -154,10 +164,10 @@ def as_encoder(session):
 
 def sentence_encoders(args, folder):
     tokenizer = load_tokenizer(args.model or default_model())
+    examples = read_squad_file(args.questions_file)
     models = smaller_encoders(args, tokenizer)
     files = encoder_files(models, folder)
     encoders = {label: as_encoder(onnx_session(file, args.threads)) for label, file in files.items()}
-    examples = read_squad_file(args.questions_file)
     milliseconds = {label: [] for label in encoders}
     for shape in LATENCY_SHAPES:
         inputs = dict(zip(INPUTS, random_inputs(*shape)))
@@ -171,7 +181,7 @@ def sentence_encoders(args, folder):
         rank, _ = retrieval(run, tokenizer, examples["question"][:], examples["context"][:])
         row = {"encoder": label, "bytes": files[label].stat().st_size, "milliseconds": milliseconds[label]}
         model, seconds = models.get(label, (None, None))
-        row |= {"mrr": rank, "parameters": model and model.num_parameters(), "seconds": seconds}
+        row |= {"mrr": rank, "parameters": None if model is None else model.num_parameters(), "seconds": seconds}
         row |= {"machine": machine(args)}
         print(table_row(row, milliseconds["original"]), flush=True)
         append_row(args.results, row)
@@ -197,12 +207,14 @@ def main():
     parser.add_argument(
         "--questions_file", default=None, help="measure sentence encoders, on these questions in SQuAD's layout"
     )
-    parser.add_argument("--calibration_file", nargs="+", default=[], help="text to calibrate the factorized encoder on")
+    parser.add_argument("--calibration_file", nargs="+", default=[], help="text that sentence encoders are made on")
     parser.add_argument("--distilled_dir", default="output/served", help="folder of the distilled encoders")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--results", default=None, help="JSON Lines file to append the rows of sentence encoders to")
     args = parser.parse_args()
+    if args.questions_file and not args.calibration_file:
+        parser.error("--questions_file needs --calibration_file")
     torch.set_num_threads(args.threads)
     print(f"{machine(args)}\n")
     with tempfile.TemporaryDirectory() as folder:

@@ -31,10 +31,10 @@ The detectable difference is the one that such a test finds with a probability o
 compared, it is chosen on tuning seeds, which are not reported. `--chosen` runs the reported seeds for this arm only;
 the tables leave out arms without reported seeds.
 
-Groups named `range-0.05` start from an `initializer_range` of 0.05, like the quickstart. All other language models that
-are recorded here start from BERT's 0.02, which is small for their hidden size of 128: a larger one lowers their loss
-([low_rank](#low_rank)) and most of the difference between the decays ([decay](#decay)), but neither that between
-optimizers ([optimizers](#optimizers)) nor what a warm start loses ([warm_start](#warm_start)).
+Groups named `range-0.05` or `muon` start from an `initializer_range` of 0.05, like the quickstart. All other language
+models that are recorded here start from BERT's 0.02, which is small for their hidden size of 128: a larger one lowers
+their loss ([low_rank](#low_rank)) and most of the difference between the decays ([decay](#decay)), but neither that
+between optimizers ([optimizers](#optimizers)) nor what a warm start loses ([warm_start](#warm_start)).
 """
 DASH = "–"
 CLAIM_HEADER = ["verdict", "difference", "mean [95% interval]", "seeds", "detectable difference"]
@@ -68,7 +68,7 @@ def claims_table(outcomes: Sequence[Outcome]) -> str:
     rows, waiting = [], []
     for outcome in outcomes:
         for comparison in (comparison for comparison in outcome.study.comparisons if comparison.article):
-            if not outcome.reported_lines:
+            if not outcome.groups_of(comparison):
                 waiting.append(f"- {comparison.claim} ([{outcome.name}](#{outcome.name}))")
                 continue
             for index, group in enumerate(outcome.groups_of(comparison)):
@@ -127,7 +127,7 @@ def answer(outcome: Outcome) -> str:
         else:
             verdict = f"{arm} is {said} than {reference}"
         parts.append(f"{group}: {verdict} ({found})")
-    return "; ".join(parts) + "."
+    return ("; ".join(parts) or "not run yet") + "."
 
 
 def arms_table(outcome: Outcome, group: str) -> str:

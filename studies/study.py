@@ -24,13 +24,14 @@ FEED_FORWARD = ("layer.[0-9].intermediate.dense", "layer.[0-9].output.dense")  #
 
 @dataclass(frozen=True)
 class Comparison:
-    """A claim that a study tests, in each of its groups that has the arms.
+    """A claim that a study tests.
 
     Args:
         claim: one sentence.
         arm, reference: name patterns within a group; if several arms match, the best on the tuning seeds is compared.
         expected: whether the claim says that ``arm`` is "better" than ``reference`` or the "same".
         article: whether it is a claim of the article.
+        groups: the groups that have both arms; empty: all of the study.
     """
 
     claim: str
@@ -38,6 +39,7 @@ class Comparison:
     reference: str
     expected: str = "better"
     article: bool = False
+    groups: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,8 @@ class Outcome:
         return [group for group in self.study.arms if group in found]
 
     def groups_of(self, comparison: Comparison) -> list[str]:
-        """The groups with reported runs that have arms on both sides of a comparison."""
-        sides = (comparison.arm, comparison.reference)
-        return [group for group in self.groups if all(self.study.names(f"{group}/{side}") for side in sides)]
+        """The groups of a comparison with reported runs."""
+        return [group for group in self.groups if group in (comparison.groups or self.study.arms)]
 
     def values(self, arm: str, path: str | None = None, tuning: bool = False) -> dict[int, Any]:
         """{seed: value} of an arm, by default of the metric, on the reported seeds or the tuning seeds; diverged runs

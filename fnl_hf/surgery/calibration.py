@@ -32,14 +32,19 @@ class EmbeddingMoments(LayerMoments):
         self.rows += found.numel()
 
     def covariance(self, centred: bool) -> torch.Tensor:
-        """Frequencies (entries,), estimated as by Good (1953) and Turing: the entries that the text lacks have together
-        the share of those that it contains once, at least of a single one."""
+        """Frequencies (entries,). Those that the text lacks are estimated as by Good (1953) and Turing: together they
+        occur as often as all that occur once, but at least once, and each at most once. Positions are no random draws:
+        those beyond the length of the text occur as often as the rarest one within it."""
         counts = self.inputs.double()
-        is_missing = counts == 0
-        once = max(int((counts == 1).sum()), 1) if is_missing.any() else 0
-        missing_share = once / (self.rows + 1)
-        found = counts / self.rows * (1 - missing_share)
-        return torch.where(is_missing, missing_share / is_missing.sum(), found)
+        found = counts.nonzero().flatten()
+        if not len(found):
+            return torch.full_like(counts, 1 / len(counts))
+        missing = len(counts) - len(found)
+        are_positions = found[-1] - found[0] == len(found) - 1  # without a gap
+        once = max(int((counts == 1).sum()), 1)
+        guess = counts[found].min() if are_positions else min(once / max(missing, 1), 1.0)
+        counts = torch.where(counts == 0, guess, counts)
+        return counts / counts.sum()
 
     @staticmethod
     def bytes_of(layer: Any) -> int:

@@ -7,7 +7,7 @@ from studies.study import SMALL_WEIGHTS, WITHOUT_DROPOUT, Comparison, Study, qui
 
 SHARES = (0.1, 0.25, 0.5)  # share of dense steps
 MUON = {"optimizer": "muon", "learning_rate": 4e-3}  # the best rate of the dense model in the study of optimizers
-# A dense model with as many parameters as the one of products, its initializer_range in proportion to its width.
+# A dense model with as many parameters in all as the one of products; its initializer_range is 0.05 √(128/110).
 NARROW = f"{WITHOUT_DROPOUT},initializer_range=0.054,hidden_size=110,intermediate_size=440"
 
 
@@ -37,7 +37,7 @@ STUDY = Study(
         "quickstart-range-0.05": arms_of(),
         "quickstart-muon": arms_under_muon(),
         "quickstart": arms_of(**SMALL_WEIGHTS),
-        # BERT's initializer_range in proportion to the hidden size, as in the quickstart
+        # BERT's initializer_range for this width, 0.02 √(768/256), as in the quickstart
         "mini": arms_of(
             **recipe("configs/mini.yaml")
             | {"attention_embedding_size": 256, "config_overrides": f"{WITHOUT_DROPOUT},initializer_range=0.035"}
@@ -61,22 +61,31 @@ STUDY = Study(
             "At the start, the SVD of the weights alone is better than one calibrated on the untrained network",
             "spectral-0",
             "calibrated-0",
+            groups=("quickstart-range-0.05", "quickstart", "mini"),
         ),
-        Comparison("Under Muon, products from the start beat a narrower dense model", "spectral-0", "narrow"),
+        Comparison(
+            "Under Muon, products from the start beat a narrower dense model",
+            "spectral-0",
+            "narrow",
+            groups=("quickstart-muon",),
+        ),
         Comparison(
             "Under Muon, a warm start after a quarter of the steps beats a narrower dense model",
             "switch-0.25",
             "narrow",
+            groups=("quickstart-muon",),
         ),
         Comparison(
             "Half of the encoder under Muon, from the start, beats the whole one under AdamW",
             "spectral-0",
             "adamw-dense",
+            groups=("quickstart-muon",),
         ),
         Comparison(
             "Half of the encoder under Muon, after a dense quarter of the steps, beats the whole one under AdamW",
             "switch-0.25",
             "adamw-dense",
+            groups=("quickstart-muon",),
         ),
     ),
     seeds=(1, 2, 3),

@@ -133,13 +133,16 @@ def test_diverged_runs_are_told_and_never_chosen(tmp_path, page):
     assert "| none | 4.000, 2 diverged | 3 | – | – | 2 |\n" in text
 
 
-def test_a_claim_is_reported_for_the_groups_that_have_its_arms(tmp_path, page):
+@pytest.mark.parametrize("has_run", [True, False])
+def test_a_claim_is_reported_for_its_groups(tmp_path, page, has_run):
     arms = {"A": {"none": {"mode": "none"}, "up-1": {"mode": "up", "rate": 1}}, "B": {"none": {"mode": "down"}}}
-    lines = lines_of(study_of(tmp_path, arms=arms), {name: LOSSES[name] for name in arms["A"]})
-    of_b = lines[0] | {"arm": "B/none", "flags": study_of(tmp_path, arms=arms).flags("B/none")}
-    text = page([*lines, of_b], arms=arms)
-    assert "[up](#up), A |" in text and "[up](#up), B |" not in text
-    assert "**Answer.** A: " in text and "B: " not in text and "| B | held-out loss" in text
+    changes = {"arms": arms, "comparisons": (Comparison("Up is lower", "up-1", "none", article=True, groups=("A",)),)}
+    lines = lines_of(study_of(tmp_path, **changes), {name: LOSSES[name] for name in arms["A"]})
+    of_b = lines[0] | {"arm": "B/none", "flags": study_of(tmp_path, **changes).flags("B/none")}
+    text = page([*(lines if has_run else ()), of_b], **changes)
+    assert ("[up](#up), A |" in text) == has_run and "[up](#up), B |" not in text
+    assert ("**Answer.** A: " in text) == has_run and "B: " not in text and "| B | held-out loss" in text
+    assert ("- Up is lower ([up](#up))" in text) != has_run and ("**Answer.** not run yet." in text) != has_run
 
 
 def test_nothing_is_chosen_before_its_tuning_seeds_have_run(page):

@@ -137,15 +137,27 @@ def test_patches_of_a_convolution_are_those_of_its_first_factor():
     torch.testing.assert_close(found.inputs, rows.mT @ rows, rtol=1e-4, atol=1e-4)
 
 
-def test_entries_that_the_text_lacks_share_the_frequency_of_those_that_it_contains_once():
-    """5 lookups, 2 of entries that occur once: 2/(5 + 1) for the two missing entries, the rest in proportion."""
-    layer = nn.Embedding(5, 7)
-    found = dict(collect_moments(Net(layer, 7), {"layer": layer}, [torch.tensor([[0, 1, 0, 3, 0]])]))["layer"]
-    expected = torch.tensor([2 / 5, 2 / 15, 1 / 6, 2 / 15, 1 / 6], dtype=torch.float64)
-    torch.testing.assert_close(found.covariance(centred=False), expected)
-    everything = torch.tensor([[0, 1, 2, 3, 4, 2, 2]])
-    found = dict(collect_moments(Net(layer, 7), {"layer": layer}, [everything]))["layer"]
-    torch.testing.assert_close(found.covariance(centred=False) * 7, torch.tensor([1.0, 1, 3, 1, 1]).double())
+@pytest.mark.parametrize(
+    "batches, expected",
+    [
+        # two entries occur once: 2 occurrences for the four missing entries
+        ([[0, 1, 0], [3, 0, 0]], [4, 1, 0.5, 1, 0.5, 0.5, 0.5]),
+        # none occurs once: 1 occurrence for the five missing entries
+        ([[0, 2, 0], [2, 2, 0]], [3, 0.2, 3, 0.2, 0.2, 0.2, 0.2]),
+        # five occur once, but a missing entry does not occur more often than each of them
+        ([[0, 1, 2], [4, 5, 6]], [1, 1, 1, 1, 1, 1, 1]),
+        ([[0, 1, 2, 3], [4, 5, 6, 6]], [1, 1, 1, 1, 1, 1, 2]),
+        # positions of batches of two lengths, and those of RoBERTa, which begin later
+        ([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1], [0, 1]], [4, 4, 2, 2, 2, 2, 2]),
+        ([[2, 3, 4], [2, 3, 4], [2, 3, 4]], [3] * 7),
+    ],
+)
+def test_frequencies_of_entries_that_the_text_lacks(batches, expected):
+    layer = nn.Embedding(7, 5)
+    data = [torch.tensor([batch]) for batch in batches]
+    found = dict(collect_moments(Net(layer, 5), {"layer": layer}, data))["layer"]
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found.covariance(centred=False), expected / expected.sum())
 
 
 LAYERS = [
