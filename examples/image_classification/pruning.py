@@ -105,14 +105,18 @@ class SparseTraining(TrainerCallback):
 
     def _regrow(self, layer: nn.Module, share: float, generator: torch.Generator, optimizer) -> None:
         weight, mask = layer.get_parameter("weight_orig"), layer.get_buffer("weight_mask")
-        flat, used = weight.view(-1), mask.view(-1)
+        flat, used = weight.flatten(), mask.flatten()  # copies, if the weight is stored channels last
         free = (used == 0).nonzero().flatten()
         count = min(int(share * used.sum().item()), len(free))
         smallest = torch.where(used > 0, flat.abs(), torch.inf).argsort()[:count]
         grown = free[torch.randperm(len(free), generator=generator)[:count].to(free.device)]
         used[smallest], used[grown], flat[grown] = 0.0, 1.0, 0.0
+        weight.copy_(flat.view_as(weight))
+        mask.copy_(used.view_as(mask))
+        kept = torch.ones_like(used)
+        kept[grown] = 0.0
         for moment in moments_of(weight, optimizer):
-            moment.view(-1)[grown] = 0.0
+            moment.mul_(kept.view_as(moment))
 
 
 def moments_of(weight: torch.Tensor, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -195,11 +195,13 @@ def test_pruning_at_the_budget_of_a_low_rank_model(dense, idx_dir, tmp_path):
 
 @pytest.fixture
 def sparse_layers():
-    """Two layers of 6 and 35 weights, of which 10 are to stay, as a function of the kind; and an optimizer."""
+    """Two layers of 6 and 35 weights, of which 10 are to stay, as a function of the kind; and an optimizer. The second
+    layer's weights are stored by columns, as convolutions are if their channels come last."""
 
     def make(kind):
         torch.manual_seed(0)
         layers = [torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(7, 5, bias=False)]
+        layers[1].weight = torch.nn.Parameter(layers[1].weight.detach().T.contiguous().T)
         callback = SparseTraining(layers, 10, kind, seed=3)
         optimizer = torch.optim.SGD([layer.weight_orig for layer in layers], lr=0.1, momentum=0.9)
 
