@@ -17,7 +17,6 @@ command with a new head.
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,11 +27,11 @@ from types import SimpleNamespace
 
 import onnxruntime
 import torch
-import transformers
 from compression import ENCODER, LATENCY_SHAPES, append_row, distill, load, retrieval
 from conversion import default_model
 from onnxruntime.quantization import quantize_dynamic
 from optimizer_step import measure
+from squad_after_compression import describe_machine
 from transformers import BertForQuestionAnswering
 
 from fnl_hf import FactorizationConfig, FnlBertForQuestionAnswering, factorize
@@ -182,7 +181,7 @@ def sentence_encoders(args, folder):
         row = {"encoder": label, "bytes": files[label].stat().st_size, "milliseconds": milliseconds[label]}
         model, seconds = models.get(label, (None, None))
         row |= {"mrr": rank, "parameters": None if model is None else model.num_parameters(), "seconds": seconds}
-        row |= {"machine": machine(args)}
+        row |= {"machine": machine()}
         print(table_row(row, milliseconds["original"]), flush=True)
         append_row(args.results, row)
 
@@ -196,9 +195,8 @@ def table_row(row, original_milliseconds):
     return f"| {' | '.join(cells)} |"
 
 
-def machine(args):
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{platform.machine()}, {args.threads} threads, {versions}, onnxruntime {onnxruntime.__version__}"
+def machine():
+    return f"{describe_machine()}, onnxruntime {onnxruntime.__version__}"
 
 
 def main():
@@ -216,7 +214,7 @@ def main():
     if args.questions_file and not args.calibration_file:
         parser.error("--questions_file needs --calibration_file")
     torch.set_num_threads(args.threads)
-    print(f"{machine(args)}\n")
+    print(f"{machine()}\n")
     with tempfile.TemporaryDirectory() as folder:
         (sentence_encoders if args.questions_file else question_answering)(args, Path(folder))
 

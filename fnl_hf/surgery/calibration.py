@@ -37,8 +37,6 @@ class EmbeddingMoments(LayerMoments):
         those beyond the length of the text occur as often as the rarest one within it."""
         counts = self.inputs.double()
         found = counts.nonzero().flatten()
-        if not len(found):
-            return torch.full_like(counts, 1 / len(counts))
         missing = len(counts) - len(found)
         are_positions = found[-1] - found[0] == len(found) - 1  # without a gap
         once = max(int((counts == 1).sum()), 1)
